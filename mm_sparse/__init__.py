@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .attention import attend, attention_reference, sparse_attention
     from .config import SparseConfig
     from .layout import Modality, TokenLayout
-    from .report import report
+    from .reporting import report
     from .retrofit import densify, load_scorers, save_scorers, sparse, sparsify
     from .scorers import PooledScorer, RelevanceScorer, Scorer, Scores, unit_mass
     from .selection import Selection, select
@@ -63,7 +63,7 @@ _HOME = {
     "save_scorers": "retrofit",
     "sparse": "retrofit",
     "sparsify": "retrofit",
-    "report": "report",
+    "report": "reporting",
 }
 
 

@@ -1,0 +1,238 @@
+"""Backward: dQ by tile over its list of units, dK and dV by unit over its list of tiles; no atomics.
+
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim, T tiles, U units, L list length
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import LOG2E, load_keys, load_rows, tile_rows, unit_keys, unmasked_columns
+from .transpose import transpose_lists
+
+
+@triton.jit
+def _row_dots(
+    Out, Dout, Delta, num_queries, heads, stride_ob, stride_oh, stride_on,
+    stride_db, stride_dh, stride_dn, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Delta = sum over D of out * dout: what the softmax takes off every score's gradient."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    exists = token < num_queries
+    o = load_keys(Out + batch * stride_ob + head * stride_oh, token, exists, stride_on, D, BLOCK_D)
+    d = load_keys(Dout + batch * stride_db + head * stride_dh, token, exists, stride_dn, D, BLOCK_D)
+    delta = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
+    tl.store(Delta + (batch * heads + head) * num_queries + token, delta, mask=exists)
+
+
+@triton.jit
+def _query_step(
+    q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn, stride_vn,
+    MASKED: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS)
+    k = load_keys(Kb, key, exists, stride_kn, D, BLOCK_D)
+    v = load_keys(Vb, key, exists, stride_vn, D, BLOCK_D)
+    weight = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse[:, None])
+    if MASKED:
+        seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        weight = tl.where(seen, weight, 0.0)
+    # A key that does not exist was loaded as zero: its column of dscore adds nothing to dq.
+    dweight = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dscore = weight * (dweight - delta[:, None])
+    return tl.dot(dscore.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _backward_queries(
+    Q, K, V, Dout, Lse, Delta, Dq, Tiles, Units, Span, Index, Count,
+    scale, num_queries, num_tiles, num_units, list_length, kv_heads,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    t = (num_tiles - 1 - tl.program_id(0) // SPLITS).to(tl.int64)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    token, g, exists, low, high = tile_rows(
+        Tiles, Span, batch * num_tiles + t, tl.program_id(0) % SPLITS * ROWS, num_queries, batch,
+        GROUP, ROWS,
+    )  # fmt: skip
+    q_base = Q + batch * stride_qb + head * GROUP * stride_qh
+    d_base = Dout + batch * stride_db + head * GROUP * stride_dh
+    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, D, BLOCK_D)
+    do = load_rows(d_base, token, g, exists, stride_dh, stride_dn, D, BLOCK_D)
+    heads = (batch * kv_heads + head) * GROUP + g
+    lse = tl.load(Lse + heads * num_queries + token, mask=exists, other=float("inf")) * LOG2E
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    delta = tl.load(Delta + heads * num_queries + token, mask=exists, other=0.0)
+    Kb = K + batch * stride_kb + head * stride_kh
+    Vb = V + batch * stride_vb + head * stride_vh
+    Ub = Units + batch * num_units * 2
+    row = (batch * kv_heads + head) * num_tiles + t
+    Ib = Index + row * list_length
+    count = tl.load(Count + row)
+    scale2 = scale * LOG2E
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
+    for first in range(begin, end, COLS):
+        acc = _query_step(
+            q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
+            stride_vn, False, UNIT, COLS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    cut = begin + tl.maximum(count * UNIT - end, 0)
+    for i in range(0, cut, COLS):
+        first = tl.where(i < begin, i, end + i - begin)
+        acc = _query_step(
+            q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
+            stride_vn, True, UNIT, COLS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    dim = tl.arange(0, BLOCK_D)
+    pointer = Dq + (heads * num_queries + token)[:, None] * D + dim[None, :]
+    tl.store(
+        pointer, (acc * scale).to(Dq.dtype.element_ty), mask=exists[:, None] & (dim < D)[None, :]
+    )
+
+
+@triton.jit
+def _key_step(
+    k, v, key, in_unit, dk, dv, entry, Q, Dout, Lse, Delta, Tiles, Span, TileIds, head, batch,
+    scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh, stride_dn,
+    MASKED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of one tile against one unit, keys down and queries across: (C, R)."""
+    t = tl.load(TileIds + entry // SPLITS).to(tl.int64)
+    token, g, exists, low, high = tile_rows(
+        Tiles, Span, batch * num_tiles + t, entry % SPLITS * ROWS, num_queries, batch, GROUP, ROWS
+    )
+    q = load_rows(Q, token, g, exists, stride_qh, stride_qn, D, BLOCK_D)
+    do = load_rows(Dout, token, g, exists, stride_dh, stride_dn, D, BLOCK_D)
+    rows = ((batch * kv_heads + head) * GROUP + g) * num_queries + token
+    lse = tl.load(Lse + rows, mask=exists, other=float("inf")) * LOG2E
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    delta = tl.load(Delta + rows, mask=exists, other=0.0)
+    weight = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2 - lse[None, :])
+    if MASKED:
+        seen = in_unit[:, None] & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
+        weight = tl.where(seen, weight, 0.0)
+    dv = tl.dot(weight.to(do.dtype), do, dv, input_precision=PRECISION)
+    dweight = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dscore = weight * (dweight - delta[None, :])
+    return tl.dot(dscore.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit
+def _backward_keys(
+    Q, K, V, Dout, Lse, Delta, Dk, Dv, Tiles, Units, Span, TileIds, Offsets,
+    scale, num_queries, num_keys, num_tiles, num_units, kv_heads,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = UNIT // COLS
+    u = (tl.program_id(0) // PARTS).to(tl.int64)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    start = tl.load(Units + (batch * num_units + u) * 2)
+    length = tl.load(Units + (batch * num_units + u) * 2 + 1)
+    offset = tl.program_id(0) % PARTS * COLS + tl.arange(0, COLS)
+    key, in_unit = start + offset, offset < length
+    k = load_keys(K + batch * stride_kb + head * stride_kh, key, in_unit, stride_kn, D, BLOCK_D)
+    v = load_keys(V + batch * stride_vb + head * stride_vh, key, in_unit, stride_vn, D, BLOCK_D)
+    Qb = Q + batch * stride_qb + head * GROUP * stride_qh
+    Db = Dout + batch * stride_db + head * GROUP * stride_dh
+    scale2 = scale * LOG2E
+    dk = tl.zeros([COLS, BLOCK_D], tl.float32)
+    dv = tl.zeros([COLS, BLOCK_D], tl.float32)
+    group = ((batch * kv_heads + head) * num_units + u) * 2
+    begin = tl.load(Offsets + group) * SPLITS
+    cut = tl.load(Offsets + group + 1) * SPLITS
+    end = tl.load(Offsets + group + 2) * SPLITS
+    for entry in range(begin, cut):
+        dk, dv = _key_step(
+            k, v, key, in_unit, dk, dv, entry, Qb, Db, Lse, Delta, Tiles, Span, TileIds, head,
+            batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh,
+            stride_dn, False, GROUP, ROWS, SPLITS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for entry in range(cut, end):
+        dk, dv = _key_step(
+            k, v, key, in_unit, dk, dv, entry, Qb, Db, Lse, Delta, Tiles, Span, TileIds, head,
+            batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh,
+            stride_dn, True, GROUP, ROWS, SPLITS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    dim = tl.arange(0, BLOCK_D)
+    row = (batch * kv_heads + head) * num_keys + key
+    pointer = row.to(tl.int64)[:, None] * D + dim[None, :]
+    mask = in_unit[:, None] & (dim < D)[None, :]
+    tl.store(Dk + pointer, (dk * scale).to(Dk.dtype.element_ty), mask=mask)
+    tl.store(Dv + pointer, dv.to(Dv.dtype.element_ty), mask=mask)
+
+
+def backward_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(rows, keys) of a block, warps and stages; keys are capped by the unit where lists are by unit."""
+    width = max(triton.next_power_of_2(head_dim), 16) * itemsize
+    if width <= 128:
+        return min(rows, 64), 128, 4 if rows < 64 else 8, 2
+    if width <= 256:
+        return min(rows, 64), 128, 4 if rows < 64 else 8, 2
+    if width == 512:
+        return min(rows, 32), 32, 4, 2
+    return min(rows, 16), 16, 4, 1
+
+
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
+    unit: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernels; arguments as in `forward.attend_forward`.
+
+    Returns:
+        dq, dk, dv, contiguous, in the dtypes of q, k, v; keys that belong to no unit get zeros.
+    """
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_keys, num_tiles, num_units = (
+        k.shape[1],
+        k.shape[2],
+        tiles.shape[1],
+        units.shape[1],
+    )
+    group = heads // kv_heads
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    delta = torch.empty_like(lse)
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    _row_dots[(triton.cdiv(num_queries, 64), batch * heads)](
+        out, dout, delta, num_queries, heads, *out.stride()[:3], *dout.stride()[:3],
+        D=head_dim, BLOCK_D=block_d, ROWS=64,
+    )  # fmt: skip
+    all_rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    rows, cols, warps, stages = backward_blocks(all_rows, head_dim, q.element_size())
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    constants = dict(
+        GROUP=group, UNIT=unit, D=head_dim, BLOCK_D=block_d, num_warps=warps, num_stages=stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    # dQ keeps one accumulator where dK and dV keep two: it affords all rows of a tile at once.
+    q_rows = all_rows if head_dim * q.element_size() <= 256 else rows
+    _backward_queries[(num_tiles * (all_rows // q_rows), batch * kv_heads)](
+        q, k, v, dout, lse, delta, dq, tiles, units, span, index, count,
+        scale, num_queries, num_tiles, num_units, index.shape[-1], kv_heads, *strides,
+        ROWS=q_rows, COLS=min(cols, 64), SPLITS=all_rows // q_rows, **constants,
+    )  # fmt: skip
+    lists = transpose_lists(tiles, units, span, index, count, tile_tokens, unit)
+    key_cols = min(cols, unit)
+    _backward_keys[(num_units * (unit // key_cols), batch * kv_heads)](
+        q, k, v, dout, lse, delta, dk, dv, tiles, units, span, *lists,
+        scale, num_queries, num_keys, num_tiles, num_units, kv_heads, *strides,
+        ROWS=rows, COLS=key_cols, SPLITS=all_rows // rows, **constants,
+    )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,144 @@
+"""The same attention on a CPU: gather the kept keys of a few tiles, then dense products on them.
+
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, L list length, C tiles of a chunk, R rows of a tile (tokens x G), S kept key slots
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Gathered keys of a chunk stay within a core's share of the last-level cache (float32 elements).
+CHUNK_ELEMENTS = 1 << 19
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some consecutive tiles of one batch row and KV head."""
+
+    query: Tensor  # (C, tokens) query token of each row, clamped
+    exists: Tensor  # (C, tokens)
+    key: Tensor  # (C, S) key token of each slot, clamped
+    hidden: Tensor | None  # (C, tokens, 1, S), True where a query must not see a slot
+
+
+def _chunks(
+    tiles: Tensor, units: Tensor, span: Tensor, index: Tensor, count: Tensor,
+    tile_tokens: int, unit: int, width: int,
+) -> Iterator[tuple[int, int, _Chunk]]:  # fmt: skip
+    within = torch.arange(unit)
+    token = torch.arange(min(tile_tokens, max(span.shape[1], 1)))
+    counts = count.tolist()
+    for b in range(index.shape[0]):
+        for h in range(index.shape[1]):
+            first = 0
+            while first < index.shape[2]:
+                longest, last = max(counts[b][h][first], 1), first + 1
+                while last < index.shape[2]:
+                    grown = max(longest, counts[b][h][last])
+                    if grown * unit * width * (last + 1 - first) > CHUNK_ELEMENTS:
+                        break
+                    longest, last = grown, last + 1
+                chosen = slice(first, last)
+                first = last
+                ids = index[b, h, chosen, :longest]
+                listed = torch.arange(ids.shape[1]) < count[b, h, chosen, None]
+                table = units[b][ids.masked_fill(~listed, 0).long()]  # (C, L, 2)
+                key = (table[..., :1] + within).flatten(1)
+                real = ((within < table[..., 1:]) & listed[..., None]).flatten(1)
+                query = tiles[b, chosen, :1] + token
+                exists = token < tiles[b, chosen, 1:]
+                query = query.clamp(max=span.shape[1] - 1).long()
+                low, high = span[b, query].unbind(-1)
+                seen = (key[:, None] >= low[..., None]) & (key[:, None] < high[..., None])
+                seen &= real[:, None] & exists[..., None]
+                hidden = None if bool(seen.all()) else ~seen[:, :, None]
+                yield b, h, _Chunk(query, exists, key.clamp_(min=0).long(), hidden)
+
+
+def _rows(x: Tensor, query: Tensor) -> Tensor:
+    """(G, N, D) and (C, tokens) -> (C, tokens * G, D), in the precision of the arithmetic."""
+    c, tokens = query.shape
+    picked = x.transpose(0, 1)[query]  # (C, tokens, G, D)
+    return picked.reshape(c, tokens * x.shape[0], -1).to(_compute_dtype(x))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _keys(x: Tensor, key: Tensor) -> Tensor:
+    """(M, D) and (C, S) -> (C, S, D); a slot beyond the last key reads the last key and is hidden."""
+    flat = key.clamp(max=x.shape[0] - 1).flatten()
+    return x.index_select(0, flat).view(*key.shape, -1).to(_compute_dtype(x))
+
+
+def _scores(q: Tensor, k: Tensor, chunk: _Chunk, scale: float, group: int) -> Tensor:
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (C, R, S)
+    if chunk.hidden is not None:
+        c, r, s = scores.shape
+        scores.view(c, r // group, group, s).masked_fill_(chunk.hidden, -math.inf)
+    return scores
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, scale: float, tile_tokens: int, unit: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `forward.attend_forward`; sums in float32 (float64 for float64 inputs)."""
+    batch, heads, num_queries, dim = q.shape
+    group = heads // k.shape[1]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 2 * dim)
+    for b, h, chunk in walk:
+        own = slice(h * group, (h + 1) * group)
+        scores = _scores(
+            _rows(q[b, own], chunk.query), _keys(k[b, h], chunk.key), chunk, scale, group
+        )
+        top = scores.amax(-1, keepdim=True)
+        top.masked_fill_(top == -math.inf, 0)
+        weight = scores.sub_(top).exp_()
+        total = weight.sum(-1, keepdim=True)
+        result = torch.bmm(weight, _keys(v[b, h], chunk.key))
+        result /= total.masked_fill(total == 0, 1)
+        shape = (*chunk.query.shape, group)
+        picked = chunk.query[chunk.exists]
+        result = result.view(*shape, -1)[chunk.exists].transpose(0, 1)  # (G, rows, D)
+        out[b, own, picked] = result.to(out.dtype)
+        log = (top + total.log()).view(shape)[chunk.exists].transpose(0, 1)
+        lse[b, own, picked] = log.float()
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
+    unit: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `backward.attend_backward`; tiles are added up in ascending order, so it is deterministic."""
+    dim, group = q.shape[-1], q.shape[1] // k.shape[1]
+    wide = _compute_dtype(q)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.zeros(k.shape, dtype=wide)
+    dv = torch.zeros(v.shape, dtype=wide)
+    delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+    norm = lse.masked_fill(lse == -math.inf, 0).to(wide)[..., None]
+    walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 4 * dim)
+    for b, h, chunk in walk:
+        own = slice(h * group, (h + 1) * group)
+        q_rows, d_rows = _rows(q[b, own], chunk.query), _rows(dout[b, own], chunk.query)
+        k_cols, v_cols = _keys(k[b, h], chunk.key), _keys(v[b, h], chunk.key)
+        weight = _scores(q_rows, k_cols, chunk, scale, group)
+        weight = weight.sub_(_rows(norm[b, own], chunk.query)).exp_()
+        slots = chunk.key.clamp(max=k.shape[2] - 1).flatten()
+        dv[b, h].index_add_(0, slots, torch.bmm(weight.transpose(1, 2), d_rows).flatten(0, 1))
+        dscore = torch.bmm(d_rows, v_cols.transpose(1, 2))
+        dscore = dscore.sub_(_rows(delta[b, own], chunk.query)).mul_(weight).mul_(scale)
+        dk[b, h].index_add_(0, slots, torch.bmm(dscore.transpose(1, 2), q_rows).flatten(0, 1))
+        grad = torch.bmm(dscore, k_cols).view(*chunk.query.shape, group, dim)[chunk.exists]
+        dq[b, own, chunk.query[chunk.exists]] = grad.transpose(0, 1).to(dq.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -1,0 +1,139 @@
+"""Forward: exact softmax attention of every tile on the units in its list.
+
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim, T tiles, U units, L list length
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import LOG2E, load_keys, load_rows, tile_rows, unit_keys, unmasked_columns
+
+
+@triton.jit
+def _step(
+    q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale, stride_kn, stride_vn,
+    MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018)."""
+    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS)
+    k = load_keys(Kb, key, exists, stride_kn, D, BLOCK_D)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        score = tl.where(seen, score, -float("inf"))
+    elif not REGULAR:
+        score = tl.where(exists[None, :], score, -float("inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0, never NaN.
+    shift = new_top
+    if MASKED or not REGULAR:
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weight = tl.exp2(score - shift[:, None])
+    decay = tl.exp2(top - shift)
+    v = load_keys(Vb, key, exists, stride_vn, D, BLOCK_D)
+    total = total * decay + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def _forward(
+    Q, K, V, Out, Lse, Tiles, Units, Span, Index, Count,
+    scale, num_queries, num_tiles, num_units, list_length, kv_heads,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, REGULAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Late tiles of causal text have the longest lists: they start first.
+    t = (num_tiles - 1 - tl.program_id(0) // SPLITS).to(tl.int64)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    token, g, exists, low, high = tile_rows(
+        Tiles, Span, batch * num_tiles + t, tl.program_id(0) % SPLITS * ROWS, num_queries, batch,
+        GROUP, ROWS,
+    )  # fmt: skip
+    q_base = Q + batch * stride_qb + head * GROUP * stride_qh
+    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, D, BLOCK_D)
+    Kb = K + batch * stride_kb + head * stride_kh
+    Vb = V + batch * stride_vb + head * stride_vh
+    Ub = Units + batch * num_units * 2
+    row = (batch * kv_heads + head) * num_tiles + t
+    Ib = Index + row * list_length
+    count = tl.load(Count + row)
+    scale2 = scale * LOG2E
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    columns = count * UNIT
+    begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
+    for first in range(begin, end, COLS):
+        top, total, acc = _step(
+            q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
+            stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    # What lies before `begin` and from `end` on is cut by the visible range of some row.
+    cut = begin + tl.maximum(columns - end, 0)
+    for i in range(0, cut, COLS):
+        first = tl.where(i < begin, i, end + i - begin)
+        top, total, acc = _step(
+            q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
+            stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    seen = total != 0
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, top / LOG2E + tl.log(tl.where(seen, total, 1.0)), -float("inf"))
+    dim = tl.arange(0, BLOCK_D)
+    pointer = Out + batch * stride_ob + (head * GROUP + g)[:, None] * stride_oh
+    pointer += token.to(tl.int64)[:, None] * stride_on + dim[None, :]
+    tl.store(pointer, out.to(Out.dtype.element_ty), mask=exists[:, None] & (dim < D)[None, :])
+    heads = (batch * kv_heads + head) * GROUP + g
+    tl.store(Lse + heads * num_queries + token, lse, mask=exists)
+
+
+def forward_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(rows, keys) of a block, warps and stages, so that q, k and v fit in the shared memory of an A100."""
+    width = max(triton.next_power_of_2(head_dim), 16) * itemsize
+    if width <= 256:
+        cols, stages = 128, 2
+    elif width == 512:
+        cols, stages = 32, 2
+    else:
+        rows, cols, stages = min(rows, 32), 32, 1
+    return rows, cols, 8 if rows >= 64 else 4, stages
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernel; arguments as in `reference.dense_mask`.
+
+    Args:
+        tile_tokens: most query tokens in a tile.
+        unit: most key tokens in a unit.
+        regular: every unit has exactly `unit` tokens.
+    Returns:
+        out (B, H, N, D) in q's dtype, log-sum-exp (B, H, N) float32.
+    """
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_tiles = k.shape[1], tiles.shape[1]
+    group = heads // kv_heads
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    all_rows, (rows, cols, warps, stages) = rows, forward_blocks(rows, head_dim, q.element_size())
+    _forward[(num_tiles * (all_rows // rows), batch * kv_heads)](
+        q, k, v, out, lse, tiles, units, span, index, count,
+        scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        GROUP=group, ROWS=rows, COLS=cols, UNIT=unit, D=head_dim,
+        BLOCK_D=max(triton.next_power_of_2(head_dim), 16), SPLITS=all_rows // rows,
+        REGULAR=regular, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse

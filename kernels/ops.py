@@ -1,0 +1,111 @@
+"""`mm_sparse::attend` for torch: registration, autograd, and the choice of an implementation.
+
+B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T tiles, U units, L list length
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+UNITS = (16, 32, 64, 128)
+TILES = (64, 128)
+
+
+def supports(q: Tensor, k: Tensor, unit: int, backend: str = "auto") -> str | None:
+    """Why the kernels cannot serve these tensors; None if they can."""
+    on_gpu, dtypes = q.device.type == "cuda", DTYPES
+    if backend == "torch" or (backend == "auto" and q.device.type == "cpu"):
+        dtypes = (*DTYPES, torch.float64)
+        if q.device.type != "cpu":
+            return f"backend 'torch' gathers on a CPU, tensors are on {q.device}"
+    elif not on_gpu and not (q.device.type == "cpu" and interpreted()):
+        return f"backend {backend!r} needs a CUDA GPU (or TRITON_INTERPRET=1), tensors are on {q.device}"
+    if q.dtype not in dtypes:
+        return f"dtype must be one of {', '.join(map(str, dtypes))}, got {q.dtype}"
+    if unit not in UNITS:
+        return f"unit must be one of {UNITS}, got {unit}"
+    if on_gpu and not 16 <= q.shape[-1] <= 256:
+        return f"head dim must be 16 to 256, got {q.shape[-1]}"
+    if on_gpu and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "needs compute capability 8.0 (A100) or newer"
+    if k.shape[2] >= 2**31 or q.shape[2] >= 2**31:
+        return "needs fewer than 2**31 tokens"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.library.custom_op("mm_sparse::attend", mutates_args=())
+def attend_op(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
+    args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
+    if _use_triton(q, backend):
+        from .forward import attend_forward
+
+        return attend_forward(*args, regular)
+    return cpu.attend_forward(*args)
+
+
+@torch.library.custom_op("mm_sparse::attend_backward", mutates_args=())
+def attend_backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
+    unit: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `attend_op` for q, k and v; the same bit for bit in every run."""
+    args = (dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit)
+    if _use_triton(q, backend):
+        from .backward import attend_backward
+
+        return attend_backward(*args)
+    return cpu.attend_backward(*args)
+
+
+def _use_triton(q: Tensor, backend: str) -> bool:
+    return q.device.type == "cuda" or backend == "triton"
+
+
+@attend_op.register_fake
+def _(
+    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, regular, backend
+):  # fmt: skip
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@attend_backward_op.register_fake
+def _(
+    dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, backend
+):  # fmt: skip
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, _, backend = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, tiles, units, span, index, count)
+    ctx.constants = (scale, tile_tokens, unit, backend)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 13
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    grads = attend_backward_op(dout, *ctx.saved_tensors, *ctx.constants)
+    return (*grads, *(None,) * 10)
+
+
+attend_op.register_autograd(_backward, setup_context=_setup)

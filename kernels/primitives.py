@@ -1,0 +1,92 @@
+"""Pieces that more than one Triton kernel needs.
+
+R rows of a tile (tokens times query heads of a KV group), C keys of a block, D head dim (padded to a power of two)
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile_rows(
+    Tiles, Span, tile, first, num_queries, batch, GROUP: tl.constexpr, ROWS: tl.constexpr
+):
+    """Query token, head in its group, whether it exists, and visible key range of rows of a tile."""
+    start = tl.load(Tiles + tile * 2)
+    length = tl.load(Tiles + tile * 2 + 1)
+    row = first + tl.arange(0, ROWS)
+    token = start + row // GROUP
+    exists = row // GROUP < length
+    span = Span + (batch * num_queries + token) * 2
+    low = tl.load(span, mask=exists, other=0)
+    high = tl.load(span + 1, mask=exists, other=0)
+    return token, row % GROUP, exists, low, high
+
+
+@triton.jit
+def unit_keys(Index, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr):
+    """Key token of columns `first`, `first + 1`, ... when the units of a list stand side by side."""
+    column = first + tl.arange(0, COLS)
+    slot = column // UNIT
+    unit = tl.load(Index + slot, mask=slot < count, other=0).to(tl.int64)
+    start = tl.load(Units + unit * 2)
+    length = tl.load(Units + unit * 2 + 1)
+    offset = column % UNIT
+    return start + offset, (slot < count) & (offset < length)
+
+
+@triton.jit
+def load_rows(
+    Base, token, head, exists, stride_head, stride_token, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """(R, D) rows of q-like tensors; rows that do not exist are zero."""
+    dim = tl.arange(0, BLOCK_D)
+    pointer = Base + head.to(tl.int64)[:, None] * stride_head
+    pointer += token.to(tl.int64)[:, None] * stride_token + dim[None, :]
+    mask = exists[:, None]
+    if D != BLOCK_D:
+        mask = mask & (dim < D)[None, :]
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_keys(Base, key, exists, stride_token, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(C, D) rows of k-like tensors of one head; keys that do not exist are zero."""
+    dim = tl.arange(0, BLOCK_D)
+    pointer = Base + key.to(tl.int64)[:, None] * stride_token + dim[None, :]
+    mask = exists[:, None]
+    if D != BLOCK_D:
+        mask = mask & (dim < D)[None, :]
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def count_below(Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.constexpr):
+    """How many units of a list start below `bound`, or (AT_END) end at or below it."""
+    total = 0
+    for first in range(0, count, WIDTH):
+        slot = first + tl.arange(0, WIDTH)
+        listed = slot < count
+        unit = tl.load(Index + slot, mask=listed, other=0).to(tl.int64)
+        edge = tl.load(Units + unit * 2, mask=listed, other=0)
+        if AT_END:
+            edge += tl.load(Units + unit * 2 + 1, mask=listed, other=0)
+            total += tl.sum((listed & (edge <= bound)).to(tl.int32), 0)
+        else:
+            total += tl.sum((listed & (edge < bound)).to(tl.int32), 0)
+    return total
+
+
+@triton.jit
+def unmasked_columns(
+    Index, Units, count, low, high, exists, UNIT: tl.constexpr, COLS: tl.constexpr
+):
+    """Range of list columns, in whole blocks, that the visible range of no row cuts."""
+    all_from = tl.max(tl.where(exists, low, 0), 0)
+    all_to = tl.min(tl.where(exists, high, 2147483647), 0)
+    begin = count_below(Index, Units, count, all_from, False, 512) * UNIT
+    end = count_below(Index, Units, count, all_to, True, 512) * UNIT
+    begin = (begin + COLS - 1) // COLS * COLS
+    return begin, tl.maximum(begin, end // COLS * COLS)

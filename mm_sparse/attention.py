@@ -1,0 +1,111 @@
+"""Exact attention on a selection, and the three steps in one call.
+
+B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.dense import dense_attention, dense_length
+from mm_sparse.kernels.ops import attend_op, supports
+from mm_sparse.kernels.reference import attention_reference
+from mm_sparse.layout import TokenLayout
+from mm_sparse.scorers import PooledScorer, Scorer
+from mm_sparse.selection import Selection, select
+from mm_sparse.validation import check_heads, check_qkv
+
+__all__ = ["attend", "attention_reference", "sparse_attention"]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, *, scale: float | None = None
+) -> Tensor:
+    """Softmax attention under `selection.to_dense_mask()`, without ever building it.
+
+    Differentiable in q, k and v; sums run in a fixed order, so results repeat bit for bit.
+    Under autocast the inputs are cast to its dtype.
+
+    Args:
+        q: (B, H, N, D), float16, bfloat16 or float32, on a CPU also float64.
+        k, v: (B, K, M, D).
+        scale: factor on q.k, 1 / sqrt(D) if None.
+    Returns:
+        (B, H, N, D); a query that sees no kept key gets zeros and passes no gradient.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names which.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_qkv(q, k, v)
+    plan = selection.plan
+    want = (plan.tiles.shape[0], selection.num_query_heads, plan.num_queries)
+    if q.shape[:3] != want:
+        raise ValueError(
+            f"q must be (batch, heads, tokens, head dim) with {want} as the selection has, "
+            f"got {tuple(q.shape)}"
+        )
+    if k.shape[2] != plan.layout.length or k.shape[1] != selection.index.shape[1]:
+        raise ValueError(
+            f"k must have {selection.index.shape[1]} heads and {plan.layout.length} tokens as the "
+            f"selection has, got {tuple(k.shape)}"
+        )
+    if selection.index.device != q.device:
+        raise ValueError(f"selection must be on {q.device} as q is, got {selection.index.device}")
+    reason = supports(q, k, plan.unit, plan.config.backend)
+    if reason is not None:
+        raise ValueError(f"q cannot be served by the sparse kernels: {reason}")
+    if q.numel() == 0 or k.numel() == 0:
+        return (q * 0).sum(-1, keepdim=True).expand_as(q) + 0 * v.sum()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, _ = attend_op(
+        q,
+        k,
+        v,
+        plan.tiles,
+        plan.units,
+        plan.span,
+        selection.index,
+        selection.count,
+        1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        plan.tile_tokens,
+        plan.unit,
+        plan.regular,
+        plan.config.backend,
+    )
+    return out
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: TokenLayout,
+    config: SparseConfig,
+    scorer: Scorer | None = None,
+    query_offset: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Score, select, attend; dense below `config.dense_below` tokens or with backend "dense".
+
+    Args:
+        q: (B, H, N, D), the last N tokens of the layout unless `query_offset` says otherwise.
+        k, v: (B, K, M, D), one key per token of the layout.
+        scorer: `PooledScorer()` if None.
+    Returns:
+        (B, H, N, D).
+    """
+    check_heads(q, k, v, layout)
+    if layout.length < dense_length(config, q.device) or config.backend == "dense":
+        return dense_attention(
+            q, k, v, layout=layout, config=config, query_offset=query_offset, scale=scale
+        )
+    scorer = PooledScorer() if scorer is None else scorer
+    scores = scorer(q, k, layout=layout, config=config, query_offset=query_offset, scale=scale)
+    return attend(q, k, v, select(scores, layout, config), scale=scale)

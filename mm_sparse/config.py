@@ -1,0 +1,142 @@
+"""What to keep: budgets, floors, tile and unit sizes, in one frozen record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mm_sparse.modality import Modality
+
+TILES = (64, 128)
+UNITS = (16, 32, 64, 128)
+BACKENDS = ("auto", "triton", "torch", "dense")
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """How a layer chooses the keys that its queries attend to.
+
+    One budget applies: `mass` if given, else `tokens` if given, else `ratio`. What `sinks`,
+    `window` and `modality_floor` always keep counts towards it; it grows where they exceed it.
+    """
+
+    ratio: float = 0.2
+    """Share of the visible keys that a tile keeps, in (0, 1]."""
+    tokens: int | None = None
+    """Number of keys that a tile keeps, instead of a share."""
+    mass: float | None = None
+    """Share of the predicted attention mass that a tile keeps, in (0, 1], instead of a share of keys."""
+    tile: int = 128
+    """Rows (query tokens times query heads of a KV group) that share a list of keys: 64 or 128."""
+    unit: int = 16
+    """Key tokens that are kept or dropped together: 16, 32, 64 or 128."""
+    causal: bool = True
+    """Whether a token sees only what comes before it (layouts with an explicit span know better)."""
+    bidirectional: tuple[Modality, ...] = (Modality.IMAGE,)
+    """Modalities whose segments see themselves in both directions inside causal sequences."""
+    sinks: int = 64
+    """First tokens of a document, always kept."""
+    window: int = 128
+    """Tokens next to a query, always kept: before it, or half on either side if it sees both."""
+    modality_floor: float | Mapping[Modality, float] = 0.0
+    """Least share of the budget for every modality in view, one number or one per modality."""
+    subpools: int = 4
+    """Query descriptors of a tile."""
+    dense_below: int | None = None
+    """Run dense if fewer tokens are visible; None takes the measured length for the device."""
+    dense_layers: tuple[int, ...] = ()
+    """Indices of layers that stay dense."""
+    backend: str = "auto"
+    """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
+
+    def __post_init__(self) -> None:
+        _between("ratio", self.ratio)
+        if self.mass is not None:
+            _between("mass", self.mass)
+        if self.tokens is not None:
+            _count("tokens", self.tokens, least=1)
+        _one_of("tile", self.tile, TILES)
+        _one_of("unit", self.unit, UNITS)
+        _one_of("backend", self.backend, BACKENDS)
+        _count("sinks", self.sinks)
+        _count("window", self.window)
+        _count("subpools", self.subpools, least=1)
+        if self.dense_below is not None:
+            _count("dense_below", self.dense_below)
+        for name in ("causal",):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        layers = tuple(self.dense_layers)
+        for layer in layers:
+            _count("dense_layers", layer)
+        object.__setattr__(self, "dense_layers", layers)
+        object.__setattr__(
+            self, "bidirectional", tuple(_modality("bidirectional", m) for m in self.bidirectional)
+        )
+        floors = self.floors()
+        if sum(floors.values()) > 1:
+            raise ValueError(
+                f"modality_floor must add up to at most 1 over modalities, got {floors}"
+            )
+        if isinstance(self.modality_floor, Mapping):
+            object.__setattr__(self, "modality_floor", floors)
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def floors(self) -> dict[Modality, float]:
+        """Least share of the budget by modality, zeros left out."""
+        given = self.modality_floor
+        if not isinstance(given, Mapping):
+            given = dict.fromkeys(Modality, given)
+        floors = {_modality("modality_floor", m): share for m, share in given.items()}
+        for share in floors.values():
+            _between("modality_floor", share, zero=True)
+        return {m: float(share) for m, share in floors.items() if share}
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` gives an equal config back."""
+        record = asdict(self)
+        record["bidirectional"] = [m.name for m in self.bidirectional]
+        record["dense_layers"] = list(self.dense_layers)
+        if isinstance(self.modality_floor, Mapping):
+            record["modality_floor"] = {m.name: s for m, s in self.modality_floor.items()}
+        return json.dumps(record)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparseConfig:
+        """Inverse of `to_json`; unknown fields are an error."""
+        record: dict[str, Any] = json.loads(text)
+        unknown = sorted(set(record) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"text must hold fields of SparseConfig only, got also {unknown}")
+        return cls(**record)
+
+
+def _modality(name: str, value: Any) -> Modality:
+    try:
+        return Modality[value] if isinstance(value, str) else Modality(value)
+    except (KeyError, ValueError):
+        names = ", ".join(m.name for m in Modality)
+        raise ValueError(f"{name} must name modalities among {names}, got {value!r}") from None
+
+
+def _between(name: str, value: Any, zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (0 <= value <= 1 if zero else 0 < value <= 1):
+        raise ValueError(f"{name} must be in {'[0' if zero else '(0'}, 1], got {value!r}")
+
+
+def _count(name: str, value: Any, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

@@ -1,0 +1,310 @@
+"""Which token of a batch is what: modality, segment, document, padding.
+
+B batch, M tokens of a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.modality import Modality
+from mm_sparse.plan import Plan, build_plan, fill_documents, piece_edges
+
+Span = tuple[Any, ...]
+_KINDS = {m.name.lower(): m for m in Modality}
+PAD = -1
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Modality, segment and document of every token of a batch of sequences.
+
+    A segment is a run of one modality from one source; a document is what may attend to each other.
+    Documents of a row follow one another; padding may stand before, between and behind them.
+    """
+
+    modality: Tensor
+    """(B, M) int8, a `Modality`."""
+    segment: Tensor
+    """(B, M) int32, changes where a segment ends."""
+    document: Tensor
+    """(B, M) int32, non-decreasing along a row; -1 is padding."""
+    span: Tensor | None = None
+    """(B, M, 2) int32 or None: the half-open range of keys each token sees, if a model's own mask says."""
+    grids: tuple[dict[int, tuple[int, int]], ...] = ()
+    """Per row, (height, width) in tokens of image segments, by segment number."""
+    _plans: dict[Any, Plan] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("modality", "segment", "document"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dim() != 2:
+                raise ValueError(f"{name} must be a (batch, tokens) tensor, got {_shape(value)}")
+            if value.is_floating_point() or value.shape != self.modality.shape:
+                raise ValueError(
+                    f"{name} must be integers of shape {tuple(self.modality.shape)}, "
+                    f"got {value.dtype} of shape {tuple(value.shape)}"
+                )
+            if value.device != self.modality.device:
+                raise ValueError(f"{name} must be on {self.modality.device}, got {value.device}")
+        if self.span is not None and self.span.shape != (*self.modality.shape, 2):
+            raise ValueError(
+                f"span must have shape {(*self.modality.shape, 2)}, got {_shape(self.span)}"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.modality.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.modality.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layout lives."""
+        return self.modality.device
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, M) bool, False on padding."""
+        return self.document >= 0
+
+    @classmethod
+    def text(cls, batch: int, length: int, device: torch.device | str | None = None) -> TokenLayout:
+        """Rows of one text document without padding."""
+        return cls.from_spans([("text", length)], batch=batch, device=device)
+
+    @classmethod
+    def from_spans(
+        cls, spans: Sequence[Span], batch: int = 1, device: torch.device | str | None = None
+    ) -> TokenLayout:
+        """The same row, `batch` times.
+
+        Args:
+            spans: (kind, size) or (kind, size, document) in order; kind is "text", "image", "audio"
+                or "pad"; size is a number of tokens or, for an image, its (height, width) in tokens.
+        """
+        return cls.from_rows([spans] * batch, device=device)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[Sequence[Span]],
+        padding_side: str = "right",
+        device: torch.device | str | None = None,
+    ) -> TokenLayout:
+        """Rows that differ, each as in `from_spans`, padded to the longest."""
+        if padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}')
+        parsed = [_parse(row) for row in rows]
+        length = max((len(p[0]) for p in parsed), default=0)
+        columns: list[list[list[int]]] = [[], [], []]
+        for modality, segment, document, _ in parsed:
+            missing = length - len(modality)
+            # Padding on the left must not change the numbers that grids refer to.
+            for column, values, filler in zip(
+                columns, (modality, segment, document), (0, -1, PAD), strict=True
+            ):
+                pad = [filler] * missing
+                column.append(pad + values if padding_side == "left" else values + pad)
+        shape = (len(rows), length)
+        modality, segment, document = (
+            torch.tensor(c, dtype=t, device=device).view(shape)
+            for c, t in zip(columns, (torch.int8, torch.int32, torch.int32), strict=True)
+        )
+        return cls(modality, segment, document, grids=tuple(p[3] for p in parsed))
+
+    @classmethod
+    def from_input_ids(
+        cls,
+        input_ids: Tensor,
+        *,
+        image_token_id: int | Iterable[int] | None = None,
+        audio_token_id: int | Iterable[int] | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        image_grids: Sequence[tuple[int, int]] | None = None,
+    ) -> TokenLayout:
+        """Layout of a processor's output, in which placeholder ids stand for image and audio tokens.
+
+        Args:
+            input_ids: (B, M).
+            image_token_id, audio_token_id: placeholder ids.
+            attention_mask: (B, M), zero on padding.
+            document_ids: (B, M), non-decreasing along a row; negative is padding.
+            image_grids: (height, width) in tokens of every image of the batch, row by row. Without
+                them, pictures that touch are one segment.
+        """
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be a (batch, tokens) tensor, got {_shape(input_ids)}")
+        modality = torch.zeros_like(input_ids, dtype=torch.int8)
+        for ids, kind in ((image_token_id, Modality.IMAGE), (audio_token_id, Modality.AUDIO)):
+            for token in [ids] if isinstance(ids, int) else ids or ():
+                modality.masked_fill_(input_ids == token, int(kind))
+        return cls.from_modality(
+            modality,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            image_grids=image_grids,
+        )
+
+    @classmethod
+    def from_modality(
+        cls,
+        modality: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        image_grids: Sequence[tuple[int, int]] | None = None,
+        span: Tensor | None = None,
+    ) -> TokenLayout:
+        """Layout from a (B, M) tensor of modalities; other arguments as in `from_input_ids`."""
+        document = torch.zeros_like(modality, dtype=torch.int32)
+        for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+            if value is not None and value.shape != modality.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(modality.shape)}, got {_shape(value)}"
+                )
+        if document_ids is not None:
+            document = document_ids.to(torch.int32)
+            filled = fill_documents(document)
+            if bool((filled[:, 1:] < filled[:, :-1]).any()):
+                raise ValueError(
+                    "document_ids must not decrease along a row: a document is one run of tokens"
+                )
+        if attention_mask is not None:
+            document = document.masked_fill(attention_mask == 0, PAD)
+        change = torch.ones_like(modality, dtype=torch.bool)
+        change[:, 1:] = (modality[:, 1:] != modality[:, :-1]) | (
+            document[:, 1:] != document[:, :-1]
+        )
+        grids: tuple[dict[int, tuple[int, int]], ...] = tuple({} for _ in range(len(modality)))
+        heads = _image_heads(modality, document, image_grids) if image_grids is not None else []
+        for row, column, _ in heads:
+            change[row, column] = True
+        segment = change.cumsum(1).to(torch.int32) - 1
+        for row, column, grid in heads:
+            grids[row][int(segment[row, column])] = grid
+        return cls(modality.to(torch.int8), segment, document, span=span, grids=grids)
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout on another device."""
+        move = {
+            n: None if getattr(self, n) is None else getattr(self, n).to(device)
+            for n in ("modality", "segment", "document", "span")
+        }
+        return replace(self, **move, _plans={})
+
+    def visible_span(self, causal: bool, bidirectional: Sequence[Modality] = ()) -> Tensor:
+        """Half-open range of keys that each token sees: (B, M, 2) int32, empty on padding."""
+        if self.span is not None:
+            return torch.where(self.valid[..., None], self.span, 0).to(torch.int32)
+        low, high = piece_edges(fill_documents(self.document))
+        if causal:
+            high = torch.arange(1, self.length + 1, device=self.device).expand_as(high)
+            _, segment_end = piece_edges(self.segment)
+            for kind in bidirectional:
+                high = torch.where(self.modality == int(kind), segment_end.maximum(high), high)
+        span = torch.stack([low, high], -1)
+        return torch.where(self.valid[..., None], span, 0).to(torch.int32)
+
+    def plan(
+        self,
+        config: SparseConfig,
+        *,
+        num_query_heads: int,
+        num_kv_heads: int,
+        num_queries: int | None = None,
+        query_offset: int | None = None,
+    ) -> Plan:
+        """Tiles, units, visibility, floors and budgets under `config`.
+
+        Args:
+            num_queries: N, all tokens if None.
+            query_offset: position of the first query; by default the queries are the last N tokens.
+        """
+        num_queries = self.length if num_queries is None else num_queries
+        offset = self.length - num_queries if query_offset is None else query_offset
+        if num_queries < 0 or offset < 0 or offset + num_queries > self.length:
+            raise ValueError(
+                f"num_queries and query_offset must lie in a layout of {self.length} tokens, "
+                f"got {num_queries} and {offset}"
+            )
+        if num_kv_heads < 1 or num_query_heads < 1 or num_query_heads % num_kv_heads:
+            raise ValueError(
+                f"num_query_heads must be a multiple of num_kv_heads, "
+                f"got {num_query_heads} and {num_kv_heads}"
+            )
+        group = num_query_heads // num_kv_heads
+        if group > config.tile:
+            raise ValueError(
+                f"tile must hold the {group} query heads of a KV head, got {config.tile}"
+            )
+        key = (config, group, num_queries, offset)
+        # A plan is a function of the frozen layout and of this key alone.
+        if key not in self._plans:
+            self._plans[key] = build_plan(self, config, group, num_queries, offset)
+        return self._plans[key]
+
+
+def _parse(
+    row: Sequence[Span],
+) -> tuple[list[int], list[int], list[int], dict[int, tuple[int, int]]]:
+    modality: list[int] = []
+    segment: list[int] = []
+    document: list[int] = []
+    grids: dict[int, tuple[int, int]] = {}
+    for number, item in enumerate(row):
+        if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):
+            raise ValueError(f"spans must be (kind, size) or (kind, size, document), got {item!r}")
+        kind, size, doc = (*item, 0)[:3]
+        if kind != "pad" and kind not in _KINDS:
+            raise ValueError(f"kind must be one of {[*_KINDS, 'pad']}, got {kind!r}")
+        if isinstance(size, (tuple, list)):
+            if kind != "image" or len(size) != 2 or min(size) < 1:
+                raise ValueError(f"size must be (height, width) of an image, got {size!r} ({kind})")
+            grids[number] = (int(size[0]), int(size[1]))
+            size = size[0] * size[1]
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"size must be a number of tokens, got {size!r} ({kind})")
+        if kind == "pad":
+            doc = PAD
+        elif doc < max([d for d in document if d >= 0], default=0):
+            raise ValueError(f"document must not decrease along a row, got {doc} in {item!r}")
+        modality += [int(_KINDS.get(kind, 0))] * size
+        segment += [number] * size
+        document += [doc] * size
+    return modality, segment, document, grids
+
+
+def _image_heads(
+    modality: Tensor, document: Tensor, image_grids: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, tuple[int, int]]]:
+    """Row, first token and grid of every picture."""
+    sizes = [(int(h), int(w)) for h, w in image_grids]
+    found = ((modality == int(Modality.IMAGE)) & (document >= 0)).nonzero().tolist()
+    if sum(h * w for h, w in sizes) != len(found):
+        raise ValueError(
+            f"image_grids must cover the {len(found)} image tokens, got {sizes} which cover "
+            f"{sum(h * w for h, w in sizes)}"
+        )
+    heads, at = [], 0
+    for h, w in sizes:
+        if found[at][0] != found[at + h * w - 1][0]:
+            raise ValueError(f"image_grids must follow the rows, got {(h, w)} across two rows")
+        heads.append((*found[at], (h, w)))
+        at += h * w
+    return heads
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)

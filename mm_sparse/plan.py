@@ -1,0 +1,244 @@
+"""Tiles and units of a layout, what they can see, what is always kept, and how much may be kept.
+
+B batch, N query tokens, M key tokens, T tiles, U units, P pieces (tiles or units)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.modality import Modality
+
+if TYPE_CHECKING:
+    from mm_sparse.layout import TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Geometry that scorers, selection and kernels share; made by `TokenLayout.plan`."""
+
+    layout: TokenLayout
+    config: SparseConfig
+    group: int
+    """Query heads of a KV head."""
+    num_queries: int
+    query_offset: int
+    tile_tokens: int
+    """Most query tokens in a tile."""
+    tiles: Tensor
+    """(B, T, 2) int32: first query token (counted from `query_offset`) and length; length 0 is filler."""
+    units: Tensor
+    """(B, U, 2) int32: first key token and length; padding belongs to no unit."""
+    span: Tensor
+    """(B, N, 2) int32: half-open range of keys that each query sees."""
+    hull: Tensor
+    """(B, T, 2) int32: range of keys that some query of the tile sees."""
+    tile_modality: Tensor
+    """(B, T) int8, the most frequent in the tile; -1 without a valid token."""
+    unit_modality: Tensor
+    """(B, U) int8."""
+    regular: bool
+    """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
+    regular_tiles: bool
+    """The same of tiles and queries."""
+
+    @property
+    def unit(self) -> int:
+        """Most key tokens in a unit."""
+        return self.config.unit
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """(B, T, U) bool: some query of the tile sees some key of the unit."""
+        return self._overlap(self.hull[..., 0], self.hull[..., 1])
+
+    @cached_property
+    def always(self) -> Tensor:
+        """(B, T, U) bool: kept whatever the scores say (sinks of the document, local window)."""
+        config, layout = self.config, self.layout
+        first = self.tiles[..., 0] + self.query_offset
+        last = first + self.tiles[..., 1]
+        sees_ahead = self.hull[..., 1] > last
+        behind = torch.where(sees_ahead, config.window // 2, config.window)
+        low = first - behind + ~sees_ahead
+        high = torch.where(sees_ahead, last + config.window // 2, last)
+        kept = self._overlap(low, high) if config.window else torch.zeros_like(self.visible)
+        if config.sinks and layout.length:
+            start, _ = piece_edges(fill_documents(layout.document))
+            sink = start.gather(1, first.clamp(max=layout.length - 1).long())
+            kept = kept | self._overlap(sink, sink + config.sinks)
+        return kept & self.visible
+
+    @cached_property
+    def budget(self) -> Tensor:
+        """(B, T) int64: key tokens that a tile may keep, what is always kept included."""
+        seen = (self.visible * self.units[:, None, :, 1]).sum(-1)
+        config = self.config
+        if config.mass is not None:
+            return seen
+        if config.tokens is not None:
+            return seen.clamp(max=config.tokens)
+        return (seen * config.ratio).round().long().clamp(min=1).minimum(seen)
+
+    @cached_property
+    def max_kept(self) -> int:
+        """No tile keeps more units than this."""
+        num_units = self.units.shape[1]
+        if self.config.mass is not None or not self.tiles.shape[1] or not num_units:
+            return num_units
+        short = (self.visible & (self.units[:, None, :, 1] < self.unit)).sum(-1)
+        most = self.budget // self.unit + 1 + short
+        most = most.maximum(self.always.sum(-1)).amax() if most.numel() else most.sum()
+        # Floors per modality round up to a unit each.
+        return min(num_units, int(most) + len(self.config.floors()))
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """(B, T, U) int32: key tokens from the middle of a tile to the middle of a unit, signed."""
+        tile = self.tiles[..., 0] + self.query_offset + self.tiles[..., 1] // 2
+        unit = self.units[..., 0] + self.units[..., 1] // 2
+        return tile[:, :, None] - unit[:, None]
+
+    def _overlap(self, low: Tensor, high: Tensor) -> Tensor:
+        start, size = self.units[:, None].unbind(-1)
+        low = low[..., None].maximum(self.hull[..., :1])
+        high = high[..., None].minimum(self.hull[..., 1:])
+        return (start < high) & (start + size > low) & (size > 0)
+
+
+def build_plan(
+    layout: TokenLayout, config: SparseConfig, group: int, num_queries: int, offset: int
+) -> Plan:
+    """Cut queries into tiles and keys into units.
+
+    Pieces end where segments end, unless both segments are shorter than a piece: runs of such
+    segments are cut as if they were one, so that a row has at most 3 M / size + 1 pieces plus one for
+    each hole of padding, however many segments it has. What a query sees is decided per key there.
+    """
+    queries = slice(offset, offset + num_queries)
+    tile_tokens = max(config.tile // group, 1)
+    span = layout.visible_span(config.causal, config.bidirectional)[:, queries].contiguous()
+    tiles, tile_of = _cut(layout.segment[:, queries], layout.valid[:, queries], tile_tokens)
+    units, unit_of = _cut(layout.segment, layout.valid, config.unit)
+    units, unit_of = _drop_padding(units, unit_of, layout.valid)
+    low = torch.where(span[..., 0] < span[..., 1], span[..., 0], layout.length)
+    num_tiles, num_units = tiles.shape[1], units.shape[1]
+    hull = torch.stack(
+        [
+            _per_piece(low, tile_of, num_tiles, "amin", layout.length),
+            _per_piece(span[..., 1], tile_of, num_tiles, "amax", 0),
+        ],
+        -1,
+    )
+    modality = torch.where(layout.valid, layout.modality, -1)
+    return Plan(
+        layout=layout,
+        config=config,
+        group=group,
+        num_queries=num_queries,
+        query_offset=offset,
+        tile_tokens=tile_tokens,
+        tiles=tiles,
+        units=units,
+        span=span,
+        hull=hull,
+        tile_modality=_majority(modality[:, queries], tile_of, num_tiles),
+        unit_modality=_majority(modality, unit_of, num_units),
+        regular=_is_regular(units, config.unit, layout.length),
+        regular_tiles=_is_regular(tiles, tile_tokens, num_queries),
+    )
+
+
+def piece_edges(label: Tensor) -> tuple[Tensor, Tensor]:
+    """First token and end of the run of equal labels that each token is in: two (B, M) int32."""
+    batch, length = label.shape
+    position = torch.arange(length, device=label.device, dtype=torch.int32).expand(batch, -1)
+    change = torch.ones_like(label, dtype=torch.bool)
+    change[:, 1:] = label[:, 1:] != label[:, :-1]
+    return run_edges(change, position)
+
+
+def run_edges(change: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, from where runs begin."""
+    length = change.shape[1]
+    if not length:
+        return position, position
+    start = torch.where(change, position, 0).cummax(1).values
+    following = torch.full_like(position, length)
+    following[:, :-1] = torch.where(change[:, 1:], position[:, 1:], length)
+    return start, following.flip(1).cummin(1).values.flip(1)
+
+
+def fill_documents(document: Tensor) -> Tensor:
+    """Give padding the number of the document before it, so that holes do not part a document."""
+    if not document.shape[1]:
+        return document
+    position = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    last = torch.where(document >= 0, position, -1).cummax(1).values
+    return torch.where(last >= 0, document.gather(1, last.clamp(min=0)), -1)
+
+
+def _cut(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cut rows into pieces of at most `size` tokens: (B, P, 2) table and (B, M) piece of each token."""
+    batch, length = segment.shape
+    device = segment.device
+    if not length or not batch:
+        empty = torch.zeros(batch, 0, 2, dtype=torch.int32, device=device)
+        return empty, torch.zeros(batch, length, dtype=torch.int64, device=device)
+    position = torch.arange(length, device=device, dtype=torch.int32).expand(batch, -1)
+    start, end = piece_edges(segment)
+    long = (end - start) >= size
+    change = torch.ones_like(valid)
+    change[:, 1:] = (segment[:, 1:] != segment[:, :-1]) & (long[:, 1:] | long[:, :-1])
+    change[:, 1:] |= valid[:, 1:] != valid[:, :-1]
+    start, _ = run_edges(change, position)
+    first = change | ((position - start) % size == 0)
+    _, end = run_edges(first, position)
+    piece = first.cumsum(1) - 1
+    count = int(piece[:, -1].max()) + 1
+    table = torch.zeros(batch, count + 1, 2, dtype=torch.int32, device=device)
+    slot = torch.where(first, piece, count)[..., None].expand(-1, -1, 2)
+    table.scatter_(1, slot, torch.stack([position, end - position], -1))
+    return table[:, :count].contiguous(), piece
+
+
+def _drop_padding(table: Tensor, piece: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out pieces of padding: ids stay ascending in the row, fillers go last."""
+    if not table.shape[1]:
+        return table, piece
+    real = torch.zeros(table.shape[:2], dtype=torch.bool, device=table.device)
+    real.scatter_(1, piece, valid)
+    number = real.cumsum(1) - 1
+    count = int(number[:, -1].max()) + 1
+    slot = torch.where(real, number, count)
+    kept = table.new_zeros(table.shape[0], count + 1, 2)
+    kept.scatter_(1, slot[..., None].expand(-1, -1, 2), table)
+    return kept[:, :count].contiguous(), slot.gather(1, piece)
+
+
+def _per_piece(value: Tensor, piece: Tensor, count: int, reduce: str, empty: int) -> Tensor:
+    result = torch.full((len(value), count), empty, dtype=torch.int64, device=value.device)
+    result.scatter_reduce_(1, piece, value.long(), reduce, include_self=True)
+    return result.to(torch.int32)
+
+
+def _majority(modality: Tensor, piece: Tensor, count: int) -> Tensor:
+    """(B, P) int8: most frequent modality of each piece, -1 without a valid token."""
+    votes = torch.zeros(
+        len(modality), count + 1, len(Modality), dtype=torch.int32, device=modality.device
+    )
+    for kind in Modality:
+        votes[..., int(kind)].scatter_add_(1, piece, (modality == int(kind)).int())
+    votes = votes[:, :count]
+    best = votes.argmax(-1).to(torch.int8)
+    return torch.where(votes.sum(-1) > 0, best, -1).to(torch.int8)
+
+
+def _is_regular(table: Tensor, size: int, length: int) -> bool:
+    return table.shape[1] * size == length and bool((table[..., 1] == size).all())

@@ -1,0 +1,255 @@
+"""Relevance of every unit of keys for every tile of queries.
+
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, U units, S sub-pools of a tile, R rank of the learned score space
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.layout import TokenLayout
+from mm_sparse.modality import Modality
+from mm_sparse.plan import Plan
+from mm_sparse.pooling import gather_pieces, masked_extremes, masked_mean, tile_subpools
+from mm_sparse.validation import check_heads
+
+# Elements of one block of sub-pool logits; more are computed block by block.
+BLOCK_ELEMENTS = 1 << 26
+DISTANCE_BUCKETS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores and the geometry that they are scores of."""
+
+    values: Tensor
+    """(B, K, T, U): log of the predicted share of attention, up to a learned bias."""
+    plan: Plan
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of `values`."""
+        return self.values.shape
+
+
+class Scorer(nn.Module):
+    """Base of all scorers: a subclass writes `score`, most in a few lines."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        layout: TokenLayout,
+        config: SparseConfig,
+        query_offset: int | None = None,
+        scale: float | None = None,
+    ) -> Scores:
+        """Score the units of `k` for the tiles of `q`.
+
+        Args:
+            q: (B, H, N, D), the last N tokens of the layout unless `query_offset` says otherwise.
+            k: (B, K, M, D), one key per token of the layout.
+            scale: factor on q.k, 1 / sqrt(D) if None.
+        """
+        check_heads(q, k, None, layout)
+        plan = layout.plan(
+            config,
+            num_query_heads=q.shape[1],
+            num_kv_heads=k.shape[1],
+            num_queries=q.shape[2],
+            query_offset=query_offset,
+        )
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        return Scores(self.score(q, k, plan, scale), plan)
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        """(B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything."""
+        raise NotImplementedError
+
+
+class PooledScorer(Scorer):
+    """Training-free: every sub-pool of a tile spreads a softmax over the mean keys of the units.
+
+    The score is the log of the mean over sub-pools and over the query heads of the group; a unit
+    counts with its number of keys. Mean-pooled block scores follow MInference (Jiang et al., 2024).
+    """
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        tile, exists = tile_subpools(
+            q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
+        )
+        keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
+        unit = masked_mean(keys, present[:, None, ..., None], 3)
+        return share_of_units(tile * scale, unit, exists, plan)
+
+
+class RelevanceScorer(Scorer):
+    """The pooled score plus a learned one: a tower per modality into one score space, and biases.
+
+    The tile tower maps each sub-pool mean (per query head), the unit tower maps mean, maximum and
+    minimum of the keys (per KV head), each with the weights of its modality; their product of rank R
+    is added to the pooled product. The unit towers and the biases, per pair of modalities and
+    distance, start at zero: untrained, it equals `PooledScorer`.
+
+    Args:
+        num_query_heads, num_kv_heads, head_dim: H, K, D of the layer.
+        rank: R.
+    """
+
+    def __init__(
+        self, *, num_query_heads: int, num_kv_heads: int, head_dim: int, rank: int = 64
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_query_heads", num_query_heads),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("rank", rank),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if num_query_heads % num_kv_heads:
+            raise ValueError(
+                f"num_query_heads must be a multiple of num_kv_heads ({num_kv_heads}), "
+                f"got {num_query_heads}"
+            )
+        kinds = len(Modality)
+        self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
+        self.head_dim, self.rank = head_dim, rank
+        self.query_tower = nn.Parameter(torch.empty(kinds, num_query_heads, head_dim, rank))
+        self.key_tower = nn.Parameter(torch.zeros(kinds, num_kv_heads, 3 * head_dim, rank))
+        self.pair_bias = nn.Parameter(torch.zeros(num_kv_heads, kinds, kinds, DISTANCE_BUCKETS))
+        nn.init.normal_(self.query_tower, std=1 / math.sqrt(head_dim))
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        if (q.shape[1], k.shape[1], q.shape[-1]) != (
+            self.num_query_heads,
+            self.num_kv_heads,
+            self.head_dim,
+        ):
+            raise ValueError(
+                f"q and k must have {self.num_query_heads} and {self.num_kv_heads} heads of "
+                f"{self.head_dim}, got {q.shape[1]} and {k.shape[1]} heads of {q.shape[-1]}"
+            )
+        tile, exists = tile_subpools(
+            q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
+        )
+        keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
+        present = present[:, None, ..., None]
+        mean = masked_mean(keys, present, 3)
+        features = torch.cat([mean, *masked_extremes(keys, present, 3)], -1)  # (B, K, U, 3 D)
+        tile_code = _by_modality(
+            tile.flatten(2, 3),
+            self.query_tower,
+            plan.tile_modality.repeat_interleave(tile.shape[3], 1),
+        ).view(*tile.shape[:4], -1)
+        unit_code = _by_modality(features, self.key_tower, plan.unit_modality)
+        values = share_of_units(
+            torch.cat([tile * scale, tile_code], -1),
+            torch.cat([mean, unit_code], -1),
+            exists,
+            plan,
+        )
+        return values + self._bias(plan)
+
+    def _bias(self, plan: Plan) -> Tensor:
+        """(B, K, T, U); distances ahead and behind fall into buckets of powers of two."""
+        distance = plan.distance
+        bucket = (distance.abs() + 1).float().log2().long().clamp(max=DISTANCE_BUCKETS // 2 - 1)
+        bucket = torch.where(distance < 0, bucket + DISTANCE_BUCKETS // 2, bucket)
+        kinds = len(Modality)
+        pair = plan.tile_modality.long().clamp(min=0)[:, :, None] * kinds
+        pair = pair + plan.unit_modality.long().clamp(min=0)[:, None]
+        flat = self.pair_bias.flatten(1)  # (K, kinds * kinds * buckets)
+        return flat[:, pair * DISTANCE_BUCKETS + bucket].transpose(0, 1)
+
+
+def _by_modality(x: Tensor, towers: Tensor, modality: Tensor) -> Tensor:
+    """Map (B, heads, P, F) by the tower (modalities, heads, F, R) of each piece's modality."""
+    x = x.to(towers.dtype)
+    result = x.new_zeros(*x.shape[:-1], towers.shape[-1])
+    for kind in Modality:
+        mapped = x @ towers[int(kind)]
+        result = torch.where((modality == int(kind))[:, None, :, None], mapped, result)
+    return result
+
+
+def share_of_units(tile: Tensor, unit: Tensor, exists: Tensor, plan: Plan) -> Tensor:
+    """Log of the mean share that the sub-pools of a tile give to every unit.
+
+    Args:
+        tile: (B, H, T, S, F) descriptors, scale included.
+        unit: (B, K, U, F).
+        exists: (B, T, S).
+    Returns:
+        (B, K, T, U) float32.
+    """
+    batch, heads, num_tiles, subpools, width = tile.shape
+    kv_heads, num_units = unit.shape[1], unit.shape[2]
+    size = plan.units[..., 1].clamp(min=1)
+    size_bias = (size.float() / plan.unit).log()[:, None, None, None]  # (B, 1, 1, 1, U)
+    tile = tile.view(batch, kv_heads, -1, num_tiles, subpools, width)
+    unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
+    members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units))
+    blocks = []
+    for at in range(0, num_tiles, step):
+        part = slice(at, at + step)
+        rows = tile[:, :, :, part].flatten(2, 4)  # (B, K, G * t * S, F)
+        logits = (rows @ unit).float().unflatten(2, (plan.group, -1, subpools))
+        logits = (logits + size_bias).masked_fill(
+            ~plan.visible[:, None, None, part, None], -math.inf
+        )
+        logits = logits - logits.logsumexp(-1, keepdim=True).clamp(min=-1e30)
+        logits = logits.masked_fill(~exists[:, None, None, part, :, None], -math.inf)
+        # -inf everywhere would give NaN gradients; such entries are never selected.
+        share = logits.clamp(min=-1e30).logsumexp((2, 4))
+        blocks.append(share - members[:, None, part, None])
+    return torch.cat(blocks, 2) if blocks else tile.new_zeros(batch, kv_heads, 0, num_units).float()
+
+
+def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
+    """True softmax mass of every unit, mean over the rows of a tile: what scorers learn to predict.
+
+    Computed some tiles at a time; nothing of size N x M is stored.
+
+    Returns:
+        (B, K, T, U) float32; zero for a tile without a query that sees a key.
+    """
+    batch, heads, _, dim = q.shape
+    kv_heads = k.shape[1]
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    rows, exists = gather_pieces(q, plan.tiles, plan.tile_tokens, plan.regular_tiles)
+    span, _ = gather_pieces(plan.span[:, None], plan.tiles, plan.tile_tokens, plan.regular_tiles)
+    keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
+    offset = torch.arange(plan.unit, device=q.device)
+    position = (plan.units[..., :1] + offset).flatten(1)  # (B, U * unit)
+    num_units = plan.units.shape[1]
+    columns = keys.flatten(2, 3).transpose(-1, -2)[:, :, None]  # (B, K, 1, D, U * unit)
+    rows = rows.unflatten(1, (kv_heads, -1))  # (B, K, G, T, tokens, D)
+    step = max(
+        1, BLOCK_ELEMENTS // 4 // max(1, batch * heads * plan.tile_tokens * columns.shape[-1])
+    )
+    blocks = []
+    for at in range(0, rows.shape[3], step):
+        part = slice(at, at + step)
+        low, high = span[:, 0, part].unbind(-1)  # (B, t, tokens)
+        seen = (position[:, None, None] >= low[..., None]) & (
+            position[:, None, None] < high[..., None]
+        )
+        seen &= present.flatten(1)[:, None, None]
+        scores = (rows[:, :, :, part].flatten(3, 4) @ columns).float() * scale
+        scores = scores.unflatten(3, seen.shape[1:3]).masked_fill(~seen[:, None, None], -math.inf)
+        weight = torch.nan_to_num(scores.softmax(-1), 0.0)
+        live = (seen.any(-1) & exists[:, part]).float()  # (B, t, tokens)
+        mass = weight.unflatten(-1, (num_units, plan.unit)).sum(-1) * live[:, None, None, ..., None]
+        members = (live.sum(-1) * plan.group).clamp(min=1)
+        blocks.append(mass.sum((2, 4)) / members[:, None, :, None])
+    return torch.cat(blocks, 2) if blocks else q.new_zeros(batch, kv_heads, 0, num_units).float()

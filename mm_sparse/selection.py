@@ -1,0 +1,238 @@
+"""Keep the best units of every tile, under budgets and floors.
+
+B batch, H query heads, K KV heads, N query tokens, M key tokens, T tiles, U units, L list length
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.kernels.reference import dense_mask
+from mm_sparse.kernels.transpose import transpose_lists
+from mm_sparse.layout import TokenLayout
+from mm_sparse.modality import Modality
+from mm_sparse.plan import Plan
+from mm_sparse.scorers import Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """For each (batch, KV head, tile): the kept units, ascending, and their number."""
+
+    index: Tensor
+    """(B, K, T, L) int32 unit ids; -1 from `count` on."""
+    count: Tensor
+    """(B, K, T) int32."""
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        lists = (plan.tiles.shape[0], plan.tiles.shape[1])
+        for name, value, rank in (("index", self.index, 4), ("count", self.count, 3)):
+            if value.dim() != rank or value.dtype != torch.int32:
+                raise ValueError(
+                    f"{name} must be int32 with {rank} dimensions, got {value.dtype} {tuple(value.shape)}"
+                )
+            if (value.shape[0], value.shape[2]) != lists or value.shape[1] != self.index.shape[1]:
+                raise ValueError(
+                    f"{name} must have {lists[0]} rows and {lists[1]} tiles as the plan has, "
+                    f"got {tuple(value.shape)}"
+                )
+
+    @property
+    def num_query_heads(self) -> int:
+        """H."""
+        return self.index.shape[1] * self.plan.group
+
+    @classmethod
+    def from_mask(cls, kept: Tensor, plan: Plan) -> Selection:
+        """Selection of the units where `kept` (B, K, T, U) is True."""
+        num_units = plan.units.shape[1]
+        if kept.dtype != torch.bool or kept.dim() != 4 or kept.shape[3] != num_units:
+            raise ValueError(
+                f"kept must be bool (batch, KV heads, tiles, {num_units}), got {kept.dtype} {tuple(kept.shape)}"
+            )
+        count = kept.sum(-1, dtype=torch.int32)
+        ids = torch.arange(num_units, device=kept.device, dtype=torch.int32)
+        index = torch.where(kept, ids, num_units).sort(-1).values
+        index = index[..., : max(int(count.max()) if count.numel() else 0, 1)]
+        return cls(index.masked_fill(index == num_units, -1).contiguous(), count, plan)
+
+    def check(self) -> Selection:
+        """Refuse lists that are not ascending ids of units in range (reads the whole index)."""
+        slot = torch.arange(self.index.shape[-1], device=self.index.device)
+        listed = slot < self.count[..., None]
+        num_units = self.plan.units.shape[1]
+        if bool(((self.index < 0) | (self.index >= num_units)).logical_and(listed).any()):
+            raise ValueError(f"index must hold unit ids in [0, {num_units}) up to count")
+        if bool(((self.count < 0) | (self.count > self.index.shape[-1])).any()):
+            raise ValueError(f"count must be in [0, {self.index.shape[-1]}]")
+        falls = (self.index[..., 1:] <= self.index[..., :-1]) & listed[..., 1:]
+        if bool(falls.any()):
+            raise ValueError("index must ascend within each list")
+        return self
+
+    def to_dense_mask(self) -> Tensor:
+        """(B, H, N, M) bool: the law that `attend` follows. Of size N x M: for tests and small inputs."""
+        plan = self.plan
+        mask = dense_mask(
+            plan.tiles, plan.units, plan.span, self.index, self.count, plan.layout.length
+        )
+        return mask.repeat_interleave(plan.group, dim=1)
+
+    def to_block_mask(self, block_size: int = 128) -> Any:
+        """The same mask as a `BlockMask` of FlexAttention (torch.nn.attention.flex_attention)."""
+        from mm_sparse.flex import block_mask
+
+        return block_mask(self, block_size)
+
+    def transpose(self) -> tuple[Tensor, Tensor]:
+        """Tiles that keep each unit, as `kernels.transpose.transpose_lists` returns them."""
+        plan = self.plan
+        return transpose_lists(
+            plan.tiles, plan.units, plan.span, self.index, self.count, plan.tile_tokens, plan.unit
+        )
+
+    def density(self) -> float:
+        """Kept visible query-key pairs over visible pairs; 1.0 where nothing is visible."""
+        kept, seen = (x.sum().item() for x in self._pairs())
+        return kept / seen if seen else 1.0
+
+    def density_by_modality(self) -> dict[tuple[Modality, Modality], float]:
+        """The same by (query modality, key modality), for pairs that occur."""
+        kept, seen = self._pairs()
+        return {
+            (a, b): (kept[a, b] / seen[a, b]).item()
+            for a in Modality
+            for b in Modality
+            if seen[a, b] > 0
+        }
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Kept and visible query-key pairs by modality, (3, 3) float64 each, tile by tile."""
+        plan = self.plan
+        kinds = len(Modality)
+        kept = torch.zeros(kinds * kinds, dtype=torch.float64, device=self.index.device)
+        seen = torch.zeros_like(kept)
+        start, size = plan.units.unbind(-1)
+        end = start + size
+        offset = torch.arange(plan.tile_tokens, device=start.device)
+        slot = torch.arange(self.index.shape[-1], device=start.device)
+        key_kind = plan.unit_modality.long().clamp(min=0)
+        for t in range(plan.tiles.shape[1]):
+            token = plan.tiles[:, t, :1] + offset  # (B, tokens)
+            exists = offset < plan.tiles[:, t, 1:]
+            picked = token.clamp(max=max(plan.num_queries - 1, 0)).long()
+            low, high = plan.span.gather(1, picked[..., None].expand(-1, -1, 2)).unbind(-1)
+            low = low.masked_fill(~exists, 0)
+            high = high.masked_fill(~exists, 0)
+            common = high[..., None].minimum(end[:, None]) - low[..., None].maximum(start[:, None])
+            pairs = common.clamp(min=0).sum(1).double()  # (B, U)
+            cell = plan.tile_modality[:, t].long().clamp(min=0)[:, None] * kinds + key_kind
+            seen.index_add_(0, cell.flatten(), pairs.flatten() * self.index.shape[1])
+            listed = slot < self.count[:, :, t, None]  # (B, K, L)
+            ids = self.index[:, :, t].masked_fill(~listed, 0).long().flatten(1)
+            chosen = pairs.gather(1, ids) * listed.flatten(1)
+            kept.index_add_(0, cell.gather(1, ids).flatten(), chosen.flatten())
+        return kept.view(kinds, kinds), seen.view(kinds, kinds)
+
+
+def select(
+    scores: Scores | Tensor,
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    num_query_heads: int | None = None,
+    num_queries: int | None = None,
+    query_offset: int | None = None,
+) -> Selection:
+    """Keep the best units of every tile within the budget of `config`.
+
+    What is always kept (sinks, window) comes first, then the best units of each modality up to its
+    floor, then the best of the rest, while they fit to the nearest unit. Only visible units compete.
+
+    Args:
+        scores: what a scorer returned, or (B, K, T, U) values with `num_query_heads` (K if None),
+            `num_queries` and `query_offset` as in `TokenLayout.plan`.
+    """
+    if isinstance(scores, Tensor):
+        if scores.dim() != 4:
+            raise ValueError(
+                f"scores must be (batch, KV heads, tiles, units), got {tuple(scores.shape)}"
+            )
+        plan = layout.plan(
+            config,
+            num_query_heads=num_query_heads or scores.shape[1],
+            num_kv_heads=scores.shape[1],
+            num_queries=num_queries,
+            query_offset=query_offset,
+        )
+        values = scores
+    else:
+        plan, values = scores.plan, scores.values
+        if plan.layout is not layout:
+            raise ValueError("layout must be the one that scores were computed for, got another")
+        if plan.config != config:
+            raise ValueError(
+                f"config must be the one that scores were computed for, {plan.config}, got {config}"
+            )
+    want = (layout.batch, plan.tiles.shape[1], plan.units.shape[1])
+    if (values.shape[0], *values.shape[2:]) != want:
+        raise ValueError(
+            f"scores must be (batch, KV heads, tiles, units) = ({want[0]}, *, {want[1]}, {want[2]}), "
+            f"got {tuple(values.shape)}"
+        )
+    return _select(values.detach(), plan)
+
+
+def _select(values: Tensor, plan: Plan) -> Selection:
+    batch, heads, num_tiles, num_units = values.shape
+    width = plan.max_kept
+    if not width or not num_tiles or not batch:
+        index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=torch.int32)
+        return Selection(index, index.new_zeros(batch, heads, num_tiles), plan)
+    big = torch.finfo(torch.float32).max
+    finite = torch.nan_to_num(values.float(), nan=-big, posinf=big, neginf=-big)
+    visible = plan.visible[:, None]
+    ranked = finite.masked_fill(~visible, -math.inf)
+    first = plan.always[:, None] | _floors(ranked, plan)
+    ranked = ranked.masked_fill(first, math.inf)
+    top, ids = ranked.topk(width, -1)
+    size = plan.units[..., 1].long()[:, None, None].expand(-1, heads, num_tiles, -1).gather(-1, ids)
+    before = size.cumsum(-1) - size
+    kept = before + (size + 1) // 2 <= plan.budget[:, None, :, None]
+    if plan.config.mass is not None:
+        kept = _mass_before(finite, ids, plan) < plan.config.mass
+    kept[..., 0] = True
+    kept |= top == math.inf
+    kept &= top > -math.inf
+    index = torch.where(kept, ids, num_units).sort(-1).values.to(torch.int32)
+    count = kept.sum(-1, dtype=torch.int32)
+    return Selection(index.masked_fill(index == num_units, -1), count, plan)
+
+
+def _mass_before(finite: Tensor, ids: Tensor, plan: Plan) -> Tensor:
+    """Predicted share of attention of what ranks before each entry."""
+    share = finite.masked_fill(~plan.visible[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
+    share = share.gather(-1, ids)
+    # Rounding must not make a mass of 1 stop before the last unit.
+    return (share.cumsum(-1) - share) * (1 - 1e-6)
+
+
+def _floors(ranked: Tensor, plan: Plan) -> Tensor:
+    """Best units of each modality up to its least share of the budget: (B, K, T, U) bool."""
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    for kind, share in plan.config.floors().items():
+        own = (plan.unit_modality == int(kind))[:, None, None]
+        top, ids = ranked.masked_fill(~own, -math.inf).sort(-1, descending=True)
+        size = plan.units[..., 1].long()[:, None, None].expand_as(ids).gather(-1, ids)
+        before = size.cumsum(-1) - size
+        inside = (before < plan.budget[:, None, :, None] * share) & (top > -math.inf)
+        kept |= torch.zeros_like(kept).scatter_(-1, ids, inside)
+    return kept

@@ -1,0 +1,51 @@
+"""Errors that say which argument is wrong, what came and what is wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mm_sparse.layout import TokenLayout
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor | None, layout: TokenLayout) -> None:
+    """Refuse q (B, H, N, D), k and v (B, K, M, D) that do not fit each other or the layout."""
+    check_qkv(q, k, v)
+    if layout.batch != q.shape[0]:
+        raise ValueError(f"layout must have {q.shape[0]} rows as q has, got {layout.batch}")
+    if layout.length != k.shape[2]:
+        raise ValueError(f"layout must have {k.shape[2]} tokens as k has, got {layout.length}")
+    if layout.device != q.device:
+        raise ValueError(f"layout must be on {q.device} as q is, got {layout.device}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """Refuse q, k and v whose ranks, shapes, dtypes or devices do not fit."""
+    named = [("q", q), ("k", k)] + ([("v", v)] if v is not None else [])
+    for name, x in named:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be (batch, heads, tokens, head dim), got {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    for name, x in named[1:]:
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
+            raise ValueError(
+                f"{name} must have q's batch {q.shape[0]} and head dim {q.shape[3]}, "
+                f"got {tuple(x.shape)}"
+            )
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]} heads"
+        )
