@@ -6,11 +6,18 @@ B pictures, P patches, C width, h x w grid of patches (P = h * w, row by row)
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 
 class VisionTower(nn.Module):
-    """A timm transformer without its head; it returns patches, no class or register tokens."""
+    """A timm transformer without its head; it returns patches, no class or register tokens.
+
+    It takes pictures in [0, 1] and applies the mean and deviation that the weights were made with.
+    """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -21,6 +28,10 @@ class VisionTower(nn.Module):
                     f"got {type(backbone).__name__} without it"
                 )
         self.backbone: Any = backbone
+        settings = getattr(backbone, "pretrained_cfg", None) or {}
+        for name, default in (("mean", 0.5), ("std", 0.5)):
+            value = torch.tensor(settings.get(name) or [default] * 3).view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     @property
     def width(self) -> int:
@@ -38,11 +49,11 @@ class VisionTower(nn.Module):
         return int(rows), int(columns)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, 3, H, W) -> tokens (B, P, C) and their grid (h, w)."""
+        """(B, 3, H, W) in [0, 1] -> tokens (B, P, C) and their grid (h, w)."""
         if pictures.ndim != 4:
             raise ValueError(f"pictures must be (B, 3, H, W), got shape {tuple(pictures.shape)}")
         h, w = self.grid(pictures.shape[-2], pictures.shape[-1])
-        tokens = self.backbone.forward_features(pictures)
+        tokens = self.backbone.forward_features((pictures - self.mean) / self.std)
         if tokens.ndim != 3 or tokens.shape[1] != self.prefix + h * w:
             raise ValueError(
                 f"backbone {type(self.backbone).__name__} must give (B, {self.prefix + h * w}, C) "

@@ -97,8 +97,8 @@ class Batch(TypedDict):
     """(B, L) int64: which answer of the batch a label belongs to, -1 elsewhere."""
     pixel_values: Tensor
     """(I, 3, height, width) in [0, 1]: the pictures of row 0, then of row 1, ... (I may be 0)."""
-    image_grids: list[list[tuple[int, int]]]
-    """Per row, (h, w) of its pictures in order."""
+    image_grids: list[tuple[int, int]]
+    """(h, w) of every picture, in the order of `pixel_values`."""
     dropped: int
     """Samples that were left out because they were too long; B may be 0."""
 
@@ -219,6 +219,6 @@ class Collator:
             attention_mask=attention_mask,
             answer_index=answer_index,
             pixel_values=torch.stack(pictures) if pictures else torch.zeros(0, 3, 0, 0),
-            image_grids=[row.grids for row in rows],
+            image_grids=[grid for row in rows for grid in row.grids],
             dropped=dropped,
         )

@@ -42,14 +42,14 @@ def test_collator_places_images_and_supervises_answers_only():
     learned = batch["labels"] != -100
     assert torch.equal(learned, batch["answer_index"] >= 0)
     assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
-    assert batch["image_grids"] == [[(1, 2), (1, 2)], []]
+    assert batch["image_grids"] == [(1, 2), (1, 2)]
     assert torch.equal(batch["pixel_values"], torch.stack(one.pictures))
 
 
 def test_text_only_batch_has_no_pictures():
     batch = collate(sample(Turn(("a",), answer=True)))
     assert batch["pixel_values"].shape[:2] == (0, 3)
-    assert batch["image_grids"] == [[]]
+    assert batch["image_grids"] == []
 
 
 def test_template_surrounds_turns_and_is_not_learned():
