@@ -1,8 +1,12 @@
-"""Backward: dQ by tile over its list of units, dK and dV by unit over its list of tiles; no atomics.
+"""Backward: dQ by tile over its units, dK and dV by unit over its tiles; no atomics.
 
-B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim, T tiles, U units, L list length
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, U units, L list length
 """
 
+# Triton launches are subscripts of a jit function, which pyright cannot follow.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
 import torch
 import triton
 import triton.language as tl
@@ -175,16 +179,24 @@ def _backward_keys(
     tl.store(Dv + pointer, dv.to(Dv.dtype.element_ty), mask=mask)
 
 
-def backward_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(rows, keys) of a block, warps and stages; keys are capped by the unit where lists are by unit."""
-    width = max(triton.next_power_of_2(head_dim), 16) * itemsize
+def query_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(rows, keys) of a block, warps and stages of the kernel for dQ."""
+    width = max(triton.next_power_of_2(head_dim), 16)
+    if itemsize == 4:
+        return min(rows, 32 if width <= 128 else 16), 16, 4, 1
     if width <= 128:
-        return min(rows, 64), 128, 4 if rows < 64 else 8, 2
-    if width <= 256:
-        return min(rows, 64), 128, 4 if rows < 64 else 8, 2
-    if width == 512:
-        return min(rows, 32), 32, 4, 2
-    return min(rows, 16), 16, 4, 1
+        return rows, 64, 8 if rows >= 64 else 4, 2
+    return min(rows, 32), 32, 4, 2
+
+
+def key_blocks(rows: int, unit: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """The same for dK and dV, which hold two accumulators and one unit (or a part of it)."""
+    width = max(triton.next_power_of_2(head_dim), 16)
+    if itemsize == 4:
+        return min(rows, 32 if width <= 128 else 16), 16, 4, 1
+    if width <= 128:
+        return min(rows, 64), unit, 8 if rows >= 64 and unit >= 64 else 4, 2
+    return min(rows, 32), min(unit, 32), 4, 2
 
 
 def attend_backward(
@@ -198,12 +210,8 @@ def attend_backward(
         dq, dk, dv, contiguous, in the dtypes of q, k, v; keys that belong to no unit get zeros.
     """
     batch, heads, num_queries, head_dim = q.shape
-    kv_heads, num_keys, num_tiles, num_units = (
-        k.shape[1],
-        k.shape[2],
-        tiles.shape[1],
-        units.shape[1],
-    )
+    kv_heads, num_keys = k.shape[1:3]
+    num_tiles, num_units = tiles.shape[1], units.shape[1]
     group = heads // kv_heads
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
@@ -215,24 +223,24 @@ def attend_backward(
         D=head_dim, BLOCK_D=block_d, ROWS=64,
     )  # fmt: skip
     all_rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
-    rows, cols, warps, stages = backward_blocks(all_rows, head_dim, q.element_size())
+    rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size())
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    constants = dict(
-        GROUP=group, UNIT=unit, D=head_dim, BLOCK_D=block_d, num_warps=warps, num_stages=stages,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
-    # dQ keeps one accumulator where dK and dV keep two: it affords all rows of a tile at once.
-    q_rows = all_rows if head_dim * q.element_size() <= 256 else rows
-    _backward_queries[(num_tiles * (all_rows // q_rows), batch * kv_heads)](
+    constants = {
+        "GROUP": group, "UNIT": unit, "D": head_dim, "BLOCK_D": block_d,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    _backward_queries[(num_tiles * (all_rows // rows), batch * kv_heads)](
         q, k, v, dout, lse, delta, dq, tiles, units, span, index, count,
         scale, num_queries, num_tiles, num_units, index.shape[-1], kv_heads, *strides,
-        ROWS=q_rows, COLS=min(cols, 64), SPLITS=all_rows // q_rows, **constants,
+        ROWS=rows, COLS=cols, SPLITS=all_rows // rows, num_warps=warps, num_stages=stages,
+        **constants,
     )  # fmt: skip
     lists = transpose_lists(tiles, units, span, index, count, tile_tokens, unit)
-    key_cols = min(cols, unit)
-    _backward_keys[(num_units * (unit // key_cols), batch * kv_heads)](
+    rows, cols, warps, stages = key_blocks(all_rows, unit, head_dim, q.element_size())
+    _backward_keys[(num_units * (unit // cols), batch * kv_heads)](
         q, k, v, dout, lse, delta, dk, dv, tiles, units, span, *lists,
         scale, num_queries, num_keys, num_tiles, num_units, kv_heads, *strides,
-        ROWS=rows, COLS=key_cols, SPLITS=all_rows // rows, **constants,
+        ROWS=rows, COLS=cols, SPLITS=all_rows // rows, num_warps=warps, num_stages=stages,
+        **constants,
     )  # fmt: skip
     return dq, dk, dv

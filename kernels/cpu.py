@@ -71,7 +71,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _keys(x: Tensor, key: Tensor) -> Tensor:
-    """(M, D) and (C, S) -> (C, S, D); a slot beyond the last key reads the last key and is hidden."""
+    """(M, D) and (C, S) -> (C, S, D); slots beyond the last key are hidden."""
     flat = key.clamp(max=x.shape[0] - 1).flatten()
     return x.index_select(0, flat).view(*key.shape, -1).to(_compute_dtype(x))
 
@@ -119,7 +119,7 @@ def attend_backward(
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
     unit: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `backward.attend_backward`; tiles are added up in ascending order, so it is deterministic."""
+    """As `backward.attend_backward`; tiles add up in ascending order, so it repeats."""
     dim, group = q.shape[-1], q.shape[1] // k.shape[1]
     wide = _compute_dtype(q)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

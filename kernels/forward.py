@@ -1,8 +1,12 @@
 """Forward: exact softmax attention of every tile on the units in its list.
 
-B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim, T tiles, U units, L list length
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, U units, L list length
 """
 
+# Triton launches are subscripts of a jit function, which pyright cannot follow.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
 import torch
 import triton
 import triton.language as tl
@@ -96,14 +100,15 @@ def _forward(
 
 
 def forward_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(rows, keys) of a block, warps and stages, so that q, k and v fit in the shared memory of an A100."""
-    width = max(triton.next_power_of_2(head_dim), 16) * itemsize
-    if width <= 256:
+    """(rows, keys) of a block, warps and stages; q, k, v fit in the shared memory of an A100."""
+    width = max(triton.next_power_of_2(head_dim), 16)
+    if itemsize == 4:
+        # Products of float32 run on the vector units, out of registers: small blocks.
+        rows, cols, stages = min(rows, 32 if width > 128 else 64), 32, 1
+    elif width <= 128:
         cols, stages = 128, 2
-    elif width == 512:
-        cols, stages = 32, 2
     else:
-        rows, cols, stages = min(rows, 32), 32, 1
+        cols, stages = 32, 2
     return rows, cols, 8 if rows >= 64 else 4, stages
 
 

@@ -1,6 +1,7 @@
 """`mm_sparse::attend` for torch: registration, autograd, and the choice of an implementation.
 
-B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T tiles, U units, L list length
+B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T tiles,
+U units, L list length
 """
 
 import os
@@ -23,7 +24,10 @@ def supports(q: Tensor, k: Tensor, unit: int, backend: str = "auto") -> str | No
         if q.device.type != "cpu":
             return f"backend 'torch' gathers on a CPU, tensors are on {q.device}"
     elif not on_gpu and not (q.device.type == "cpu" and interpreted()):
-        return f"backend {backend!r} needs a CUDA GPU (or TRITON_INTERPRET=1), tensors are on {q.device}"
+        return (
+            f"backend {backend!r} needs a CUDA GPU (or TRITON_INTERPRET=1), "
+            f"tensors are on {q.device}"
+        )
     if q.dtype not in dtypes:
         return f"dtype must be one of {', '.join(map(str, dtypes))}, got {q.dtype}"
     if unit not in UNITS:
@@ -53,7 +57,8 @@ def attend_op(
         from .forward import attend_forward
 
         return attend_forward(*args, regular)
-    return cpu.attend_forward(*args)
+    with torch.autocast("cpu", enabled=False):
+        return cpu.attend_forward(*args)
 
 
 @torch.library.custom_op("mm_sparse::attend_backward", mutates_args=())
@@ -68,7 +73,8 @@ def attend_backward_op(
         from .backward import attend_backward
 
         return attend_backward(*args)
-    return cpu.attend_backward(*args)
+    with torch.autocast("cpu", enabled=False):
+        return cpu.attend_backward(*args)
 
 
 def _use_triton(q: Tensor, backend: str) -> bool:

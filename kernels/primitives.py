@@ -1,6 +1,7 @@
 """Pieces that more than one Triton kernel needs.
 
-R rows of a tile (tokens times query heads of a KV group), C keys of a block, D head dim (padded to a power of two)
+R rows of a tile (tokens times query heads of a KV group), C keys of a block,
+D head dim (padded to a power of two)
 """
 
 import triton
@@ -13,7 +14,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def tile_rows(
     Tiles, Span, tile, first, num_queries, batch, GROUP: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Query token, head in its group, whether it exists, and visible key range of rows of a tile."""
+    """Query token, head in its group, existence and visible key range of rows of a tile."""
     start = tl.load(Tiles + tile * 2)
     length = tl.load(Tiles + tile * 2 + 1)
     row = first + tl.arange(0, ROWS)
@@ -27,7 +28,7 @@ def tile_rows(
 
 @triton.jit
 def unit_keys(Index, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr):
-    """Key token of columns `first`, `first + 1`, ... when the units of a list stand side by side."""
+    """Key token of columns `first`, `first + 1`, ... of the units of a list side by side."""
     column = first + tl.arange(0, COLS)
     slot = column // UNIT
     unit = tl.load(Index + slot, mask=slot < count, other=0).to(tl.int64)

@@ -1,6 +1,7 @@
 """Attention in plain PyTorch: what every kernel of this folder must equal, forward and gradients.
 
-B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim, T tiles, U units, L list length
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, U units, L list length
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention under a mask, in the inputs' own precision; a query that sees nothing gets zeros.
+    """Softmax attention under a mask, in the inputs' precision; a query that sees nothing gets 0.
 
     Args:
         q: (B, H, N, D).
@@ -83,7 +84,7 @@ def attend_reference(
     count: Tensor,
     scale: float,
 ) -> Tensor:
-    """`attention_reference` under `dense_mask`; autograd gives the gradients that the kernels must equal."""
+    """`attention_reference` under `dense_mask`; autograd gives the gradients to be equalled."""
     mask = dense_mask(tiles, units, span, index, count, k.shape[2])
     return attention_reference(
         q, k, v, mask=mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1), scale=scale

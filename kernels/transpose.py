@@ -9,7 +9,7 @@ from torch import Tensor
 
 def tile_bounds(tiles: Tensor, span: Tensor, tile_tokens: int) -> Tensor:
     """Range of keys that every query of a tile sees: (B, T, 2) [largest low, smallest high)."""
-    batch, num_tiles = tiles.shape[:2]
+    batch = tiles.shape[0]
     offset = torch.arange(tile_tokens, device=tiles.device)
     exists = offset < tiles[..., 1:]  # (B, T, tile_tokens)
     token = (tiles[..., :1] + offset).clamp(max=max(span.shape[1] - 1, 0)).long()

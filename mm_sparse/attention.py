@@ -17,7 +17,7 @@ from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
 from mm_sparse.scorers import PooledScorer, Scorer
 from mm_sparse.selection import Selection, select
-from mm_sparse.validation import check_heads, check_qkv
+from mm_sparse.validation import autocast_inputs, check_heads, check_qkv
 
 __all__ = ["attend", "attention_reference", "sparse_attention"]
 
@@ -39,9 +39,7 @@ def attend(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names which.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
     plan = selection.plan
     want = (plan.tiles.shape[0], selection.num_query_heads, plan.num_queries)
@@ -101,6 +99,7 @@ def sparse_attention(
     Returns:
         (B, H, N, D).
     """
+    q, k, v = autocast_inputs(q, k, v)
     check_heads(q, k, v, layout)
     if layout.length < dense_length(config, q.device) or config.backend == "dense":
         return dense_attention(

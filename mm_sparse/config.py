@@ -27,13 +27,13 @@ class SparseConfig:
     tokens: int | None = None
     """Number of keys that a tile keeps, instead of a share."""
     mass: float | None = None
-    """Share of the predicted attention mass that a tile keeps, in (0, 1], instead of a share of keys."""
+    """Share of the predicted attention mass that a tile keeps, in (0, 1], instead of `ratio`."""
     tile: int = 128
     """Rows (query tokens times query heads of a KV group) that share a list of keys: 64 or 128."""
     unit: int = 16
     """Key tokens that are kept or dropped together: 16, 32, 64 or 128."""
     causal: bool = True
-    """Whether a token sees only what comes before it (layouts with an explicit span know better)."""
+    """Whether a token sees only what comes before it (an explicit span of a layout overrules)."""
     bidirectional: tuple[Modality, ...] = (Modality.IMAGE,)
     """Modalities whose segments see themselves in both directions inside causal sequences."""
     sinks: int = 64

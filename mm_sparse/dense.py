@@ -5,6 +5,8 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
 
-# Visible tokens below which dense SDPA was faster than score + select + attend (docs/kernel-notes.md).
+# Tokens below which dense SDPA was faster than score + select + attend (docs/kernel-notes.md).
 BREAK_EVEN = {"cpu": 2048, "cuda": 8192}
 
 
@@ -41,7 +43,7 @@ def dense_attention(
     span = span[:, offset : offset + num_queries]
     position = torch.arange(layout.length, device=q.device)
     end = position[offset : offset + num_queries] + 1
-    options = dict(scale=scale, enable_gqa=group > 1)
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": group > 1}
     whole = bool(layout.valid.all() & (span[..., 0] == 0).all())
     if whole and bool((span[..., 1] == layout.length).all()):
         return scaled_dot_product_attention(q, k, v, **options)

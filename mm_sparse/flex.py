@@ -23,7 +23,7 @@ def block_mask(selection: Selection, block_size: int = 128) -> Any:
 
     plan = selection.plan
     num_queries, num_keys = plan.num_queries, plan.layout.length
-    num_tiles, num_units = plan.tiles.shape[1], plan.units.shape[1]
+    num_units = plan.units.shape[1]
     tile_of = _piece_of(plan.tiles, num_queries)
     unit_of = _piece_of(plan.units, num_keys)
     slot = torch.arange(selection.index.shape[-1], device=selection.index.device)
@@ -44,7 +44,7 @@ def block_mask(selection: Selection, block_size: int = 128) -> Any:
     )
     blocks = blocks.repeat_interleave(group, 1)
     count = blocks.sum(-1, dtype=torch.int32)
-    order = blocks.int().argsort(-1, descending=True, stable=True).to(torch.int32)
+    order = blocks.int().sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
     return BlockMask.from_kv_blocks(
         count,
         order,

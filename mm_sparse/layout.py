@@ -36,7 +36,7 @@ class TokenLayout:
     document: Tensor
     """(B, M) int32, non-decreasing along a row; -1 is padding."""
     span: Tensor | None = None
-    """(B, M, 2) int32 or None: the half-open range of keys each token sees, if a model's own mask says."""
+    """(B, M, 2) int32 or None: half-open range of keys each token sees, by a model's mask."""
     grids: tuple[dict[int, tuple[int, int]], ...] = ()
     """Per row, (height, width) in tokens of image segments, by segment number."""
     _plans: dict[Any, Plan] = field(default_factory=dict, repr=False)
@@ -90,10 +90,12 @@ class TokenLayout:
         """The same row, `batch` times.
 
         Args:
-            spans: (kind, size) or (kind, size, document) in order; kind is "text", "image", "audio"
-                or "pad"; size is a number of tokens or, for an image, its (height, width) in tokens.
+            spans: (kind, size) or (kind, size, document) in order; kind is "text", "image",
+                "audio" or "pad"; size is a number of tokens or the (height, width) of an image.
         """
-        return cls.from_rows([spans] * batch, device=device)
+        row = cls.from_rows([spans], device=device)
+        fields = (x.repeat(batch, 1) for x in (row.modality, row.segment, row.document))
+        return cls(*fields, grids=row.grids * batch)
 
     @classmethod
     def from_rows(
@@ -134,7 +136,7 @@ class TokenLayout:
         document_ids: Tensor | None = None,
         image_grids: Sequence[tuple[int, int]] | None = None,
     ) -> TokenLayout:
-        """Layout of a processor's output, in which placeholder ids stand for image and audio tokens.
+        """Layout of a processor's output: placeholder ids stand for image and audio tokens.
 
         Args:
             input_ids: (B, M).
@@ -266,7 +268,8 @@ def _parse(
     for number, item in enumerate(row):
         if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):
             raise ValueError(f"spans must be (kind, size) or (kind, size, document), got {item!r}")
-        kind, size, doc = (*item, 0)[:3]
+        kind, size = item[0], item[1]
+        doc: Any = item[2] if len(item) == 3 else 0
         if kind != "pad" and kind not in _KINDS:
             raise ValueError(f"kind must be one of {[*_KINDS, 'pad']}, got {kind!r}")
         if isinstance(size, (tuple, list)):

@@ -32,7 +32,7 @@ class Plan:
     tile_tokens: int
     """Most query tokens in a tile."""
     tiles: Tensor
-    """(B, T, 2) int32: first query token (counted from `query_offset`) and length; length 0 is filler."""
+    """(B, T, 2) int32: first query token, counted from `query_offset`, and length (0 is filler)."""
     units: Tensor
     """(B, U, 2) int32: first key token and length; padding belongs to no unit."""
     span: Tensor
@@ -118,8 +118,8 @@ def build_plan(
     """Cut queries into tiles and keys into units.
 
     Pieces end where segments end, unless both segments are shorter than a piece: runs of such
-    segments are cut as if they were one, so that a row has at most 3 M / size + 1 pieces plus one for
-    each hole of padding, however many segments it has. What a query sees is decided per key there.
+    segments are cut as if they were one, so a row has at most 3 M / size + 1 pieces plus two for
+    each hole of padding, however many segments it has. Visibility is decided per key there.
     """
     queries = slice(offset, offset + num_queries)
     tile_tokens = max(config.tile // group, 1)
@@ -185,7 +185,7 @@ def fill_documents(document: Tensor) -> Tensor:
 
 
 def _cut(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Cut rows into pieces of at most `size` tokens: (B, P, 2) table and (B, M) piece of each token."""
+    """Cut rows into pieces of at most `size` tokens: (B, P, 2) table, (B, M) piece of a token."""
     batch, length = segment.shape
     device = segment.device
     if not length or not batch:

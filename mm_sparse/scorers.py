@@ -93,9 +93,9 @@ class PooledScorer(Scorer):
 class RelevanceScorer(Scorer):
     """The pooled score plus a learned one: a tower per modality into one score space, and biases.
 
-    The tile tower maps each sub-pool mean (per query head), the unit tower maps mean, maximum and
-    minimum of the keys (per KV head), each with the weights of its modality; their product of rank R
-    is added to the pooled product. The unit towers and the biases, per pair of modalities and
+    The tile tower maps each sub-pool mean (per query head), the unit tower mean, maximum and minimum
+    of the keys (per KV head), each with the weights of its modality; their product of rank R is
+    added to the pooled product. The unit towers and the biases, per pair of modalities and
     distance, start at zero: untrained, it equals `PooledScorer`.
 
     Args:
@@ -194,8 +194,8 @@ def share_of_units(tile: Tensor, unit: Tensor, exists: Tensor, plan: Plan) -> Te
     batch, heads, num_tiles, subpools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]
     size = plan.units[..., 1].clamp(min=1)
-    size_bias = (size.float() / plan.unit).log()[:, None, None, None]  # (B, 1, 1, 1, U)
-    tile = tile.view(batch, kv_heads, -1, num_tiles, subpools, width)
+    size_bias = (size.float() / plan.unit).log()[:, None, None, None, None]  # (B, 1, 1, 1, 1, U)
+    tile = tile.view(batch, kv_heads, plan.group, num_tiles, subpools, width)
     unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
     members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
     step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units))

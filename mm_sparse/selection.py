@@ -37,7 +37,8 @@ class Selection:
         for name, value, rank in (("index", self.index, 4), ("count", self.count, 3)):
             if value.dim() != rank or value.dtype != torch.int32:
                 raise ValueError(
-                    f"{name} must be int32 with {rank} dimensions, got {value.dtype} {tuple(value.shape)}"
+                    f"{name} must be int32 with {rank} dimensions, "
+                    f"got {value.dtype} {tuple(value.shape)}"
                 )
             if (value.shape[0], value.shape[2]) != lists or value.shape[1] != self.index.shape[1]:
                 raise ValueError(
@@ -56,7 +57,8 @@ class Selection:
         num_units = plan.units.shape[1]
         if kept.dtype != torch.bool or kept.dim() != 4 or kept.shape[3] != num_units:
             raise ValueError(
-                f"kept must be bool (batch, KV heads, tiles, {num_units}), got {kept.dtype} {tuple(kept.shape)}"
+                f"kept must be bool (batch, KV heads, tiles, {num_units}), "
+                f"got {kept.dtype} {tuple(kept.shape)}"
             )
         count = kept.sum(-1, dtype=torch.int32)
         ids = torch.arange(num_units, device=kept.device, dtype=torch.int32)
@@ -79,7 +81,7 @@ class Selection:
         return self
 
     def to_dense_mask(self) -> Tensor:
-        """(B, H, N, M) bool: the law that `attend` follows. Of size N x M: for tests and small inputs."""
+        """(B, H, N, M) bool: the law that `attend` follows; for tests and small inputs."""
         plan = self.plan
         mask = dense_mask(
             plan.tiles, plan.units, plan.span, self.index, self.count, plan.layout.length
@@ -154,8 +156,8 @@ def select(
 ) -> Selection:
     """Keep the best units of every tile within the budget of `config`.
 
-    What is always kept (sinks, window) comes first, then the best units of each modality up to its
-    floor, then the best of the rest, while they fit to the nearest unit. Only visible units compete.
+    What is always kept (sinks, window) comes first, then the best units of each modality up to
+    its floor, then the best of the rest, to the nearest unit. Only visible units compete.
 
     Args:
         scores: what a scorer returned, or (B, K, T, U) values with `num_query_heads` (K if None),
@@ -185,8 +187,8 @@ def select(
     want = (layout.batch, plan.tiles.shape[1], plan.units.shape[1])
     if (values.shape[0], *values.shape[2:]) != want:
         raise ValueError(
-            f"scores must be (batch, KV heads, tiles, units) = ({want[0]}, *, {want[1]}, {want[2]}), "
-            f"got {tuple(values.shape)}"
+            f"scores must be (batch, KV heads, tiles, units) = "
+            f"({want[0]}, *, {want[1]}, {want[2]}), got {tuple(values.shape)}"
         )
     return _select(values.detach(), plan)
 

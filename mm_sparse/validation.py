@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from mm_sparse.layout import TokenLayout
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the dtype of autocast where it is on, as torch's own attention does."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in tensors)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor | None, layout: TokenLayout) -> None:
