@@ -1,0 +1,152 @@
+"""The layout of one attention call, from its mask and from what its tokens are.
+
+B batch, N query tokens, M key tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse.hf_modality import ModalityTracker
+from mm_sparse.layout import TokenLayout
+from mm_sparse.masks import LazyMask, layout_from_spans, spans_from_dense
+from mm_sparse.modality import Modality
+
+# Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
+PLAIN_LAYOUTS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A layout of M keys, and the place of the first query among them."""
+
+    layout: TokenLayout
+    first: int
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where the layouts of a layer come from."""
+
+    tracker: ModalityTracker
+    modality: Modality | None
+    """What all tokens are; None where the tracker knows."""
+    plain: dict[Any, Placed]
+
+    def place(
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
+    ) -> Placed:
+        """Layout of a call; layers that share a mask share it.
+
+        Raises:
+            ValueError: the mask is not one range of keys per query, or does not fit.
+        """
+        packed = options.get("cu_seq_lens_q")
+        cuts = None if packed is None else tuple(packed.tolist())
+        causal, window = is_causal(module, options), options.get("sliding_window")
+        key = (self.modality, q.shape[0], q.device, cuts)
+        if mask is None:
+            key += (q.shape[2], k.shape[2], causal, window)
+        memo = self._memo(mask)
+        if key not in memo:
+            rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+            start = 0
+            if isinstance(mask, LazyMask):
+                span, valid = mask.recipe.spans()
+                first, start = mask.recipe.first, mask.recipe.offsets[1]
+            elif isinstance(mask, Tensor):
+                span, valid, first = _from_tensor(mask, queries, keys)
+            elif mask is None:
+                span, valid, first = _without_mask(queries, keys, causal, window)
+            else:
+                raise ValueError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+            span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
+            if cuts is not None:
+                span = _cut(span, cuts, keys)
+            kinds = self._kinds(rows, start, keys, first + queries, q.device)
+            memo[key] = Placed(layout_from_spans(span, valid, first, kinds), first)
+        return memo[key]
+
+    def _memo(self, mask: Any) -> dict[Any, Placed]:
+        if isinstance(mask, LazyMask):
+            return mask.recipe.layouts
+        now = self.tracker.current
+        if mask is None:
+            while len(self.plain) > PLAIN_LAYOUTS:
+                self.plain.pop(next(iter(self.plain)))
+            return self.plain if now is None or self.modality is not None else {}
+        # When a checkpoint computes again, the forward is over and the tracker says nothing.
+        held = getattr(mask, "_mm_sparse_layouts", None)
+        if held is None or held[0] != mask._version or (now is not None and held[1] is not now):
+            held = mask._mm_sparse_layouts = (mask._version, now, {})
+        return held[2]
+
+    def _kinds(
+        self, rows: int, start: int, keys: int, written: int, device: torch.device
+    ) -> Tensor:
+        """(B, M) int8."""
+        if self.modality is not None:
+            return torch.full((rows, keys), int(self.modality), dtype=torch.int8, device=device)
+        kinds = torch.zeros(rows, keys, dtype=torch.int8, device=device)
+        known = self.tracker.current
+        if known is None:
+            return kinds
+        if len(known) != rows or known.shape[1] < start + written:
+            raise ValueError(
+                f"the modality of {rows} rows of {start + written} tokens must be known, it is of "
+                f"{tuple(known.shape)}; give it with `retrofit.given_modality`"
+            )
+        known = known[:, start : start + keys]
+        kinds[:, : known.shape[1]] = known
+        return kinds
+
+
+def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether a call without a mask is causal."""
+    given = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _from_tensor(mask: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, int]:
+    span, valid = spans_from_dense(mask)
+    if span.shape[1] != queries or valid.shape[1] < keys:
+        raise ValueError(
+            f"attention_mask must be for {queries} x {keys} tokens, got {tuple(mask.shape)}"
+        )
+    span, valid = span.clamp(max=keys), valid[:, :keys]
+    # A cache may have slots behind the last query, which nobody sees.
+    first = max(int(span[..., 1].max()) - queries, 0) if queries < keys else 0
+    return span, valid, first
+
+
+def _without_mask(
+    queries: int, keys: int, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """As SDPA reads it: one query sees all; causal queries start with the first key."""
+    own = torch.arange(queries)
+    low, high = torch.zeros_like(own), torch.full_like(own, keys)
+    first = keys - queries
+    if causal and queries > 1:
+        first, high = 0, own + 1
+    if causal and window:
+        low = (own + first - window + 1).clamp(min=0)
+    valid = torch.arange(keys) < (int(high.max()) if queries else 0)
+    return torch.stack([low, high], -1).to(torch.int32)[None], valid[None], first
+
+
+def _cut(span: Tensor, cuts: tuple[int, ...], keys: int) -> Tensor:
+    """Keep ranges inside the sequences of a packed row: `cuts` are their bounds."""
+    if len(span) != 1 or span.shape[1] != keys or cuts[0] != 0 or cuts[-1] != keys:
+        raise ValueError(
+            f"cu_seq_lens_q must cut one row of {keys} tokens, got {len(span)} rows and {cuts}"
+        )
+    bounds = torch.tensor(cuts, device=span.device)
+    own = torch.arange(keys, device=span.device)
+    piece = torch.searchsorted(bounds, own, right=True) - 1
+    low = span[0, :, 0].maximum(bounds[piece])
+    high = span[0, :, 1].minimum(bounds[piece + 1])
+    return torch.stack([low, high], -1).to(torch.int32)[None]

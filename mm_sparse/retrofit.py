@@ -1,0 +1,267 @@
+"""Put sparse attention into an existing model, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.hf import LAYER, NAME, Call, Layer, Shared, register
+from mm_sparse.hf_layers import dispatches, find_layers, scorer_shape
+from mm_sparse.hf_modality import ModalityTracker
+from mm_sparse.scorer_files import read_scorers, write_scorers
+from mm_sparse.scorers import RelevanceScorer, Scorer
+
+M = TypeVar("M", bound=nn.Module)
+STATE = "_mm_sparse"
+
+
+@dataclass(eq=False)
+class State:
+    """What `sparsify` did to a model."""
+
+    shared: Shared
+    layers: dict[str, Layer]
+    trackers: list[ModalityTracker]
+    handles: list[Any] = field(default_factory=list)
+    before: list[tuple[Any, str]] = field(default_factory=list)
+    """Configs and the attention implementation that each named."""
+
+
+def sparsify(
+    model: M,
+    config: SparseConfig | None = None,
+    *,
+    strict: bool = True,
+    scorer: str | Callable[..., Scorer] | None = None,
+) -> M:
+    """Make a transformers model attend sparsely; its weights and their names stay as they are.
+
+    Args:
+        model: a transformers model, or a module that contains some.
+        config: what to keep; `SparseConfig()` if None.
+        strict: refuse a layer that cannot be served; else it runs as before and `report` says so.
+        scorer: None for the training-free score, "relevance" for a `RelevanceScorer` per layer, or
+            a class or function called with num_query_heads, num_kv_heads and head_dim. On a
+            sparsified model None keeps the scorers that are there.
+    Returns:
+        The model itself.
+    Raises:
+        ValueError: a layer cannot be served; the message names it, its class and what is missing.
+    """
+    config = SparseConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, SparseConfig):
+        raise TypeError(f"config must be a SparseConfig, got {type(config).__name__}")
+    if not (scorer is None or scorer == "relevance" or callable(scorer)):
+        raise ValueError(f'scorer must be None, "relevance" or a callable, got {scorer!r}')
+    kept = {}
+    if STATE in vars(model):
+        kept = {name: layer.scorer for name, layer in _state(model).layers.items()}
+    previous = vars(model).get(STATE)
+    if previous is not None:
+        densify(model)
+    try:
+        state = _prepare(model, config, strict)
+        for name, layer in state.layers.items():
+            if layer.known_mode()[0] == "sparse":
+                layer.scorer = _scorer(layer, scorer, kept.get(name), strict)
+    except ValueError:
+        if previous is not None:
+            _attach(model, previous)
+        raise
+    _attach(model, state)
+    return model
+
+
+def densify(model: M) -> M:
+    """Undo `sparsify`: the model is as it was, and its scorers are gone unless they were saved."""
+    state = vars(model).get(STATE)
+    if state is None:
+        return model
+    for handle in state.handles:
+        handle.remove()
+    state.handles.clear()
+    for config, name in state.before:
+        config._attn_implementation_internal = name
+    for layer in state.layers.values():
+        vars(layer.module).pop(LAYER, None)
+    del vars(model)[STATE]
+    return model
+
+
+@contextmanager
+def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iterator[M]:
+    """`sparsify` around a block; afterwards the model is as before, sparse or not."""
+    previous = vars(model).get(STATE)
+    sparsify(model, config, **options)
+    try:
+        yield model
+    finally:
+        densify(model)
+        if previous is not None:
+            _attach(model, previous)
+
+
+def layers(model: nn.Module) -> dict[str, Layer]:
+    """The attention layers of a sparsified model by name."""
+    return dict(_state(model).layers)
+
+
+def scorers(model: nn.Module) -> nn.ModuleDict:
+    """The scorers of a sparsified model; "/" stands for "." in the names of layers."""
+    found = {n: la.scorer for n, la in _state(model).layers.items() if la.scorer is not None}
+    return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in found.items()})
+
+
+def scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What an optimizer trains when only scorers are trained."""
+    return scorers(model).parameters()
+
+
+@contextmanager
+def given_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
+    """Say what each position is where no ids do (`inputs_embeds`), or instead of them.
+
+    Args:
+        modality: (B, M) of `Modality` values, from the first token of the sequence on; tokens
+            behind are what their ids say, or text.
+    """
+    if not isinstance(modality, Tensor) or modality.dim() != 2 or modality.is_floating_point():
+        raise ValueError(f"modality must be a (batch, tokens) tensor of integers, got {modality!r}")
+    trackers = _state(model).trackers
+    for tracker in trackers:
+        tracker.given = modality
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker.given = None
+
+
+@contextmanager
+def watch(
+    model: nn.Module, watcher: Callable[[Call], None], *, timed: bool = False
+) -> Iterator[None]:
+    """Call `watcher` after every attention call, with q, k, v, scores and selection.
+
+    Scores carry their graph then, so that a loss on them trains the scorers. A layer under gradient
+    checkpointing is called once more in the backward pass: gather there and losses count double.
+    """
+    shared = _state(model).shared
+    shared.watchers.append(watcher)
+    before, shared.timed = shared.timed, timed or shared.timed
+    try:
+        yield
+    finally:
+        shared.watchers.remove(watcher)
+        shared.timed = before
+
+
+def save_scorers(model: nn.Module, folder: str | Path) -> None:
+    """Write the scorers of a sparsified model: safetensors, and JSON with one entry per layer."""
+    state = _state(model)
+    write_scorers(state.layers, state.shared.config, Path(folder))
+
+
+def load_scorers(model: M, folder: str | Path) -> M:
+    """Read what `save_scorers` wrote; a model that is not sparsified is, with the stored config.
+
+    Raises:
+        ValueError: the files are missing, or are of another model's layers.
+    """
+    stored = read_scorers(Path(folder))
+    if STATE not in vars(model):
+        sparsify(model, stored.config)
+    stored.install(_state(model).layers)
+    return model
+
+
+def _state(model: nn.Module) -> State:
+    state = vars(model).get(STATE)
+    if state is None:
+        raise ValueError(f"model must be sparsified, got a {type(model).__name__} that is not")
+    return state
+
+
+def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
+    """Find the layers and check them; changes nothing."""
+    found = find_layers(model)
+    name = type(model).__name__
+    refused = [f for f in found if f.refusal is not None]
+    if not any(f.refusal is None and not f.cross for f in found) and (strict or not found):
+        what = refused[0] if refused else None
+        raise ValueError(
+            f"model must have attention layers that dispatch through transformers' attention "
+            f"interface, got {name}"
+            + (
+                f", whose {what.name} ({type(what.module).__name__}): {what.refusal}"
+                if what
+                else ""
+            )
+        )
+    if strict and refused:
+        first = refused[0]
+        raise ValueError(
+            f"{first.name} ({type(first.module).__name__}) cannot run sparse: {first.refusal}; "
+            f"{len(refused)} of {len(found)} layers of {name} are like that, strict=False leaves "
+            "them as they are"
+        )
+    taken = [f.name for f in found if LAYER in vars(f.module)]
+    if taken:
+        raise ValueError(f"model must not be sparsified already as a part of another: {taken[0]}")
+    shared = Shared(config, strict)
+    trackers: dict[int, ModalityTracker] = {}
+    served: dict[str, Layer] = {}
+    before: list[tuple[Any, str]] = []
+    for item in found:
+        if id(item.root) not in trackers:
+            trackers[id(item.root)] = ModalityTracker(item.root)
+        tracker = trackers[id(item.root)]
+        served[item.name] = Layer(item, shared, tracker)
+        if item.modality is None:
+            tracker.follow(item.owners)
+        if dispatches(type(item.module)):
+            # The models around a layer make its masks, under the name in their own config.
+            for owner in (item.module, *item.owners):
+                part = getattr(owner, "config", None)
+                if part is not None and all(part is not config for config, _ in before):
+                    before.append((part, part._attn_implementation))
+    return State(shared, served, list(trackers.values()), before=before)
+
+
+def _scorer(
+    layer: Layer, scorer: str | Callable[..., Scorer] | None, kept: Scorer | None, strict: bool
+) -> Scorer | None:
+    if scorer is None:
+        return kept
+    if scorer == "relevance" and isinstance(kept, RelevanceScorer):
+        return kept
+    make = RelevanceScorer if isinstance(scorer, str) else scorer
+    try:
+        heads, kv_heads, dim = scorer_shape(layer.module)
+    except ValueError as error:
+        if strict:
+            raise layer.error(error) from None
+        return None
+    made = make(num_query_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+    weight = next(layer.module.parameters(), None)
+    return made if weight is None else made.to(weight.device)
+
+
+def _attach(model: nn.Module, state: State) -> None:
+    register()
+    for layer in state.layers.values():
+        if dispatches(type(layer.module)):
+            setattr(layer.module, LAYER, layer)
+    for config, _ in state.before:
+        config._attn_implementation_internal = NAME
+    for tracker in state.trackers:
+        state.handles += tracker.attach()
+    setattr(model, STATE, state)
