@@ -207,9 +207,12 @@ class TokenLayout:
         return replace(self, **move, _plans={})
 
     def visible_span(self, causal: bool, bidirectional: Sequence[Modality] = ()) -> Tensor:
-        """Half-open range of keys that each token sees: (B, M, 2) int32, empty on padding."""
+        """Half-open range of keys that each token sees: (B, M, 2) int32.
+
+        Empty on padding, unless an explicit span says that padding looks at something.
+        """
         if self.span is not None:
-            return torch.where(self.valid[..., None], self.span, 0).to(torch.int32)
+            return self.span.to(torch.int32)
         low, high = piece_edges(fill_documents(self.document))
         if causal:
             high = torch.arange(1, self.length + 1, device=self.device).expand_as(high)
