@@ -22,7 +22,7 @@ from mm_sparse.hf_layers import DISPATCH, UNSERVED, Found, defining_class
 from mm_sparse.hf_layouts import Placed, Source, is_causal
 from mm_sparse.hf_modality import ModalityTracker
 from mm_sparse.kernels.ops import supports
-from mm_sparse.masks import LazyMask, lazy_mask
+from mm_sparse.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mm_sparse.hf_modality import ModalityTracker
 from mm_sparse.layout import TokenLayout
-from mm_sparse.masks import LazyMask, layout_from_spans, spans_from_dense
+from mm_sparse.lazy_mask import LazyMask
+from mm_sparse.masks import layout_from_spans, spans_from_dense
 from mm_sparse.modality import Modality
 
 # Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
