@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Gathered keys of a chunk stay within a core's share of the last-level cache (float32 elements).
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class _Chunk:
     query: Tensor  # (C, tokens) query token of each row, clamped
     exists: Tensor  # (C, tokens)
     key: Tensor  # (C, S) key token of each slot, clamped
-    hidden: Tensor | None  # (C, tokens, 1, S), True where a query must not see a slot
+    hidden: Tensor  # (C, tokens, 1, S - cut), True where a query must not see a slot
+    cut: int  # slots before it are seen by all
 
 
 def _chunks(
@@ -53,10 +54,14 @@ def _chunks(
                 exists = token < tiles[b, chosen, 1:]
                 query = query.clamp(max=span.shape[1] - 1).long()
                 low, high = span[b, query].unbind(-1)
-                seen = (key[:, None] >= low[..., None]) & (key[:, None] < high[..., None])
-                seen &= real[:, None] & exists[..., None]
-                hidden = None if bool(seen.all()) else ~seen[:, :, None]
-                yield b, h, _Chunk(query, exists, key.clamp_(min=0).long(), hidden)
+                # Slots before `cut` are seen by every query of the chunk: most are, and ids ascend.
+                whole = real & (key >= low.amax(1, True)) & (key < high.amin(1, True))
+                whole = whole.all(0) & exists.all()
+                cut = int(whole.int().cumprod(0).sum())
+                rest = key[:, None, cut:]
+                seen = (rest >= low[..., None]) & (rest < high[..., None])
+                seen &= real[:, None, cut:] & exists[..., None]
+                yield b, h, _Chunk(query, exists, key.long(), ~seen[:, :, None], cut)
 
 
 def _rows(x: Tensor, query: Tensor) -> Tensor:
@@ -78,9 +83,8 @@ def _keys(x: Tensor, key: Tensor) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, chunk: _Chunk, scale: float, group: int) -> Tensor:
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (C, R, S)
-    if chunk.hidden is not None:
-        c, r, s = scores.shape
-        scores.view(c, r // group, group, s).masked_fill_(chunk.hidden, -math.inf)
+    c, r, s = scores.shape
+    scores.view(c, r // group, group, s)[..., chunk.cut :].masked_fill_(chunk.hidden, -math.inf)
     return scores
 
 

@@ -55,9 +55,11 @@ def test_gpu_every_unit_tile_and_head_dim(unit: int, tile: int, dim: int) -> Non
         [("text", 301), ("image", (13, 17)), ("text", 190)],
         [("text", 333, 0), ("text", 99, 1)],
     ]
-    for group in (1, 3, 8):
-        case = Case("x", rows, group, 2, dim, unit, tile, padding="left")
-        assert_within(errors_and_bounds(*case.make(torch.bfloat16, device="cuda", seed=group)))
+    group = (
+        {16: 1, 32: 3, 64: 8, 128: 4}[unit] if tile == 128 else {16: 8, 32: 1, 64: 3, 128: 2}[unit]
+    )
+    case = Case("x", rows, group, 2, dim, unit, tile, padding="left")
+    assert_within(errors_and_bounds(*case.make(torch.bfloat16, device="cuda")))
 
 
 @pytest.mark.gpu
