@@ -253,7 +253,9 @@ def run_stock(
     from transformers import AttentionInterface
 
     interface = home.get(DISPATCH) or AttentionInterface()
-    function = interface.get_interface(name, home.get("eager_attention_forward"))
+    function: Any = home.get("eager_attention_forward")
+    if name != "eager" or function is None:
+        function = interface.get_interface("sdpa" if name == "eager" else name, function)
     return function(module, q, k, v, mask, **options)
 
 

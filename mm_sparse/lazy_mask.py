@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mm_sparse.masks import MaskRecipe
 
@@ -38,9 +39,7 @@ class LazyMask(Tensor):
             return args[0]
         if name == "__getitem__" and _takes_all(args[0], args[1]):
             return args[0]
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            LazyMask, lambda mask: mask.recipe.dense(), (args, kwargs)
-        )
+        args, kwargs = tree_map_only(LazyMask, lambda mask: mask.recipe.dense(), (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mm_sparse as mms
+
 TEXT = {
     "vocab_size": 120,
     "hidden_size": 32,
@@ -30,7 +32,11 @@ VISION = {
     "patch_size": 4,
     "num_channels": 3,
 }
-IMAGE, AUDIO = 100, 101
+# What a layer keeps, in tests that want it sparse.
+SPARSE = mms.SparseConfig(ratio=0.3, dense_below=0, sinks=0, window=16)
+WHOLE = mms.SparseConfig(ratio=1.0, dense_below=0)
+ATTENTION = "model.layers.0.self_attn"
+IMAGE, AUDIO, VIDEO, VISION_START = 100, 101, 99, 98
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Case:
         """Two rows of different length: text, placeholders, text."""
         generator = torch.Generator().manual_seed(1)
         head = torch.randint(3, 99, (2, 5), generator=generator)
+        head[:, -1] = VISION_START
         tail = torch.randint(3, 99, (2, 12), generator=generator)
         middle = torch.full((2, self.placeholders), self.token)
         ids = torch.cat([head, middle, tail], 1)
@@ -98,7 +105,7 @@ def llava_onevision() -> Case:
         text_config={**TEXT, "model_type": "qwen2"},
         vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
         image_token_index=IMAGE,
-        video_token_index=99,
+        video_token_index=VIDEO,
         image_grid_pinpoints=[[24, 24]],
     )
     extra = {
@@ -121,8 +128,8 @@ def qwen2_5_vl() -> Case:
             "out_hidden_size": 32, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
         },
         image_token_id=IMAGE,
-        video_token_id=99,
-        vision_start_token_id=98,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
         vision_end_token_id=97,
     )  # fmt: skip
     extra = {
@@ -200,3 +207,8 @@ def build(name: str) -> Case:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
     return case
+
+
+def long_ids(length: int = 600) -> Tensor:
+    """Two rows of text."""
+    return torch.randint(3, 99, (2, length), generator=torch.Generator().manual_seed(5))

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from tests.mm_sparse.small_models import MODELS, build
+from tests.mm_sparse.small_models import MODELS, WHOLE, build
 
 pytest.importorskip("transformers")
 
-WHOLE = mms.SparseConfig(ratio=1.0, dense_below=0)
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
