@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -245,18 +246,23 @@ def run_stock(
     """The call as the model makes it without us, with the mask that it makes then."""
     if any(options.get(n) is not None for n in ("softcap", "s_aux", "head_mask")):
         name = "eager"  # SDPA would leave them out in silence
-    home = vars(import_module(defining_class(type(module)).__module__))
     if isinstance(mask, LazyMask):
         mask = mask.recipe.stock(name)
     elif name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return _stock_function(type(module), name)(module, q, k, v, mask, **options)
+
+
+@cache
+def _stock_function(cls: type, name: str) -> Any:
     from transformers import AttentionInterface
 
+    home = vars(import_module(defining_class(cls).__module__))
+    eager = home.get("eager_attention_forward")
+    if name == "eager" and eager is not None:
+        return eager
     interface = home.get(DISPATCH) or AttentionInterface()
-    function: Any = home.get("eager_attention_forward")
-    if name != "eager" or function is None:
-        function = interface.get_interface("sdpa" if name == "eager" else name, function)
-    return function(module, q, k, v, mask, **options)
+    return interface["sdpa" if name == "eager" else name]
 
 
 def register() -> None:

@@ -172,7 +172,8 @@ def scorer_shape(module: nn.Module) -> tuple[int, int, int]:
     projected = getattr(getattr(module, "q_proj", None), "out_features", None)
     if dim is None and heads and (projected or width):
         dim = (projected or width or 0) // heads
-    if projected and dim:
+    # A gate may be part of the projection: what the module or config says comes first.
+    if heads is None and projected and dim:
         heads = projected // dim
     keys = getattr(getattr(module, "k_proj", None), "out_features", None)
     kv_heads = keys // dim if keys and dim else first("num_key_value_heads", "num_kv_heads")

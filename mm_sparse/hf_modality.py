@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -51,12 +50,17 @@ class ModalityTracker:
         self.given: Tensor | None = None
         """What the caller said instead."""
         self._models: list[nn.Module] = []
+        self._parameters: dict[type, list[str]] = {}
         self._depth = 0
         self._from_ids = False
 
     def follow(self, models: Iterable[nn.Module]) -> None:
         """Also know what goes on when these, inside the root or itself, are called alone."""
-        self._models += [m for m in models if all(m is not other for other in self._models)]
+        for model in models:
+            if all(model is not other for other in self._models):
+                self._models.append(model)
+                names = list(inspect.signature(type(model).forward).parameters)[1:]
+                self._parameters[type(model)] = names
 
     def attach(self) -> list[Any]:
         """Set the hooks; returns their handles."""
@@ -75,11 +79,11 @@ class ModalityTracker:
             self.current, self._from_ids = None, False
         if not self.tokens and self.given is None:
             return
-        ids = _argument(module, args, kwargs, "input_ids")
-        embeds = _argument(module, args, kwargs, "inputs_embeds")
+        ids = self._argument(module, args, kwargs, "input_ids")
+        embeds = self._argument(module, args, kwargs, "inputs_embeds")
         if self._from_ids or (ids is None and (embeds is None or self.current is not None)):
             return
-        cached = _argument(module, args, kwargs, "past_key_values")
+        cached = self._argument(module, args, kwargs, "past_key_values")
         past = int(cached.get_seq_length()) if hasattr(cached, "get_seq_length") else 0
         self._from_ids = ids is not None
         fresh = self._look_up(ids, embeds)
@@ -102,6 +106,13 @@ class ModalityTracker:
         if cached is not None and self.current is not None:
             setattr(cached, CARRIED, self.current)
         self.current = None
+
+    def _argument(self, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        names = self._parameters[type(module)]
+        at = names.index(name) if name in names else len(args)
+        return args[at] if at < len(args) else None
 
     def _look_up(self, ids: Tensor | None, embeds: Any) -> Tensor:
         if ids is None:
@@ -133,16 +144,3 @@ class ModalityTracker:
                 f"group of copies, got {len(known)} in {self.name}"
             )
         return known.repeat_interleave(rows // len(known), 0)
-
-
-def _argument(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
-    if name in kwargs:
-        return kwargs[name]
-    names = _parameters(type(module))
-    at = names.index(name) if name in names else len(args)
-    return args[at] if at < len(args) else None
-
-
-@cache
-def _parameters(cls: type) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]

@@ -63,6 +63,7 @@ _ABOUT = frozenset(
         "is_complex",
         "data_ptr",
         "storage_offset",
+        "_is_view",
         "untyped_storage",
         "is_contiguous",
         "requires_grad_",

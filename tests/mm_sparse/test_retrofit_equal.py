@@ -43,6 +43,20 @@ def test_other_caches_equal_stock(cache: str) -> None:
 
 
 @torch.no_grad()
+def test_compiled_model_equals_stock() -> None:
+    case = build("gemma3")
+    inputs = case.inputs("left")
+    shown = inputs["attention_mask"].bool()
+    logits = case.model(**inputs).logits
+    mms.sparsify(case.model, WHOLE)
+    found = torch.compile(case.model, backend="eager")(**inputs).logits
+    torch.testing.assert_close(found[shown], logits[shown], atol=1e-5, rtol=0)
+    row = mms.report(case.model).rows[-1]
+    assert row.pair_density is not None
+    assert (mms.Modality.TEXT, mms.Modality.IMAGE) in row.pair_density
+
+
+@torch.no_grad()
 def test_prompt_in_pieces_equals_whole() -> None:
     case = build("llama")
     ids = case.inputs("none")["input_ids"]
