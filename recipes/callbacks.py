@@ -1,0 +1,93 @@
+"""What is logged beside loss and exact match: speed, density, dropped samples; the progress bar."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
+
+import mm_sparse as mms
+from mm_sparse.modality import Modality
+from mm_sparse.recipes.samples import Batch
+
+Pair = tuple[Modality, Modality]
+
+
+def progress_bar() -> Callback:
+    """Rich in a terminal; a plain one that prints now and then elsewhere."""
+    if sys.stdout.isatty():
+        return RichProgressBar()
+    return TQDMProgressBar(refresh_rate=50)
+
+
+class Speed(Callback):
+    """`train/tokens_per_second` of the steps between two log lines, and `train/dropped` so far.
+
+    Tokens are those of text and pictures; time is the whole step, data included.
+    """
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._tokens, self._since = 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dropped": self.dropped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.dropped = state_dict["dropped"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.dropped += batch["dropped"]
+        self._tokens += int(batch["attention_mask"].sum())
+        if (batch_idx + 1) % trainer.log_every_n_steps:
+            return
+        now = time.perf_counter()
+        pl_module.log("train/tokens_per_second", self._tokens / max(now - self._since, 1e-9))
+        pl_module.log("train/dropped", float(self.dropped))
+        self._tokens, self._since = 0, now
+
+
+class Density(Callback):
+    """`density/all` and `density/TEXT>IMAGE` and so on, query first: mean over the layers.
+
+    Read from the last forward pass before every `every`-th step and at the end of a validation.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % self.every == 0:
+            pl_module.log_dict({f"density/{n}": d for n, d in densities(pl_module).items()})
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        found = densities(pl_module).items()
+        pl_module.log_dict({f"validation/density/{n}": d for n, d in found}, sync_dist=True)
+
+
+def densities(model: Any) -> dict[str, float]:
+    """Kept over visible query-key pairs in the last forward pass of a `VLM`; 1 if it is dense."""
+    if model.sparse_config is None:
+        return {"all": 1.0}
+    report = mms.report(model.language)
+    found = {} if report.density is None else {"all": report.density}
+    pairs: dict[Pair, list[float]] = {}
+    for row in report.rows:
+        for pair, density in (row.pair_density or {}).items():
+            pairs.setdefault(pair, []).append(density)
+    for (query, key), values in sorted(pairs.items()):
+        found[f"{query.name}>{key.name}"] = sum(values) / len(values)
+    return found

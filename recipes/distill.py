@@ -1,0 +1,96 @@
+"""Teach scorers where a model's attention goes.
+
+B batch, K KV heads, T tiles, U units
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse import unit_mass
+from mm_sparse.hf import Call
+from mm_sparse.plan import Plan
+from mm_sparse.retrofit import layers, watch
+from mm_sparse.scorers import Scorer, Scores
+
+TINY = 1e-6
+
+
+def scorer_loss(scores: Scores, mass: Tensor) -> Tensor:
+    """KL(true || predicted) over the units that are a matter of choice, mean over heads and tiles.
+
+    A tile chooses among units that it sees and that are not kept anyway (`plan.always`): mass on
+    sinks and window would drown the rest. Both distributions are renormalised over those.
+
+    Args:
+        scores: what a scorer predicted.
+        mass: (B, K, T, U) true share of attention, as `mm_sparse.unit_mass` gives it.
+    """
+    if mass.shape != scores.values.shape:
+        raise ValueError(
+            f"mass must be {tuple(scores.values.shape)} as the scores are, got {tuple(mass.shape)}"
+        )
+    plan = scores.plan
+    open_units = (plan.visible & ~plan.always)[:, None]
+    mass = mass.detach().float() * open_units
+    total = mass.sum(-1, keepdim=True)
+    chosen = (total[..., 0] > TINY) & (open_units.sum(-1) > 1)
+    if not bool(chosen.any()):
+        return scores.values.sum() * 0
+    target = mass / total.clamp(min=TINY)
+    # A large negative number, not -inf: no gradient may become NaN.
+    predicted = scores.values.float().masked_fill(~open_units, -1e9).log_softmax(-1)
+    gap = torch.special.xlogy(target, target) - target * predicted
+    loss = gap.masked_fill(~open_units, 0).sum(-1)
+    return loss[chosen].mean()
+
+
+@dataclass
+class Lessons:
+    """Losses of the layers of a forward pass, by name of the layer."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean(self) -> Tensor:
+        """Mean over layers; zero where no layer with a scorer ran sparse."""
+        if not self.losses:
+            return torch.zeros(())
+        return torch.stack(list(self.losses.values())).mean()
+
+
+@contextmanager
+def lessons(model: nn.Module) -> Iterator[Lessons]:
+    """Gather `scorer_loss` of every layer that runs inside; gradients reach the scorers only.
+
+    The truth is the full attention of each layer's own queries and keys, computed tile by tile.
+    """
+    found, served = Lessons(), layers(model)
+
+    def learn(call: Call) -> None:
+        scorer = served[call.name].scorer
+        if scorer is None or call.scores is None or next(scorer.parameters(), None) is None:
+            return
+        found.losses[call.name] = _lesson(call, call.scores.plan, scorer)
+
+    with watch(model, learn):
+        yield found
+
+
+def _lesson(call: Call, plan: Plan, scorer: Scorer) -> Tensor:
+    q, k = call.q.detach(), call.k.detach()
+    with torch.no_grad():
+        mass = unit_mass(q, k, plan, call.scale)
+    # The model itself may run without gradients.
+    with torch.enable_grad():
+        own = scorer(
+            q,
+            k,
+            layout=plan.layout,
+            config=plan.config,
+            query_offset=plan.query_offset,
+            scale=call.scale,
+        )
+        return scorer_loss(own, mass)

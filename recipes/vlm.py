@@ -1,0 +1,284 @@
+"""A vision-language model with sparse attention, as a LightningModule.
+
+    python -m mm_sparse.recipes.vlm fit --config recipes/vlm_digits.yaml
+
+Pictures go through a tower and a projector, and take the places of image tokens among the text. The
+language model runs sparse if `sparse` is given, dense if not; all else is the same.
+
+B rows, L tokens, I pictures, A answers, E width of the language model
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import mm_sparse as mms
+from mm_sparse.recipes.distill import lessons
+from mm_sparse.recipes.parts import (
+    LanguagePart,
+    LoraPart,
+    OptimizerPart,
+    ProjectorPart,
+    VisionPart,
+)
+from mm_sparse.recipes.samples import IGNORED, Batch
+from mm_sparse.recipes.vocabulary import Tokenizer
+from mm_sparse.retrofit import given_modality, scorers
+
+Part = Literal["vision", "projector", "language", "scorers"]
+PARTS: tuple[Part, ...] = ("vision", "projector", "language", "scorers")
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What the model is trained for; terms with a weight of 0 are not computed."""
+
+    language: float = 1.0
+    """Weight of the loss on answers."""
+    scorers: float = 0.0
+    """Weight of the scorers' divergence from the true attention (`recipes.distill`)."""
+    scorers_every: int = 1
+    """Steps between two lessons of the scorers."""
+    teacher: Literal["sparse", "dense"] = "sparse"
+    """Whose attention scorers learn from: the sparse run's own, or that of a run that keeps all."""
+
+    def __post_init__(self) -> None:
+        if min(self.language, self.scorers) < 0 or not (self.language or self.scorers):
+            raise ValueError(
+                "language and scorers must be weights of at least 0, one of them above, "
+                f"got {self.language} and {self.scorers}"
+            )
+        if self.scorers_every < 1:
+            raise ValueError(f"scorers_every must be at least 1, got {self.scorers_every}")
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the model said where it was asked."""
+
+    loss: Tensor
+    exact: Tensor
+    """(A,) bool: every token of the answer was the likeliest one, given those before it."""
+
+
+class VLM(L.LightningModule):
+    """Tower, projector, language model; what is trained, and what is logged."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vision: VisionPart | None = None,
+        language: LanguagePart | None = None,
+        projector: ProjectorPart | None = None,
+        sparse: mms.SparseConfig | None = None,
+        scorer: Literal["pooled", "relevance"] = "relevance",
+        objectives: Objectives | None = None,
+        optimizer: OptimizerPart | None = None,
+        freeze: tuple[Part, ...] = (),
+        lora: LoraPart | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            tokenizer: size of the vocabulary and id of the image token.
+            sparse: what the language model's layers keep; None runs them dense.
+            scorer: what ranks the keys: the training-free score, or one that learns.
+            freeze: parts that are not trained.
+            lora: adapters on the language model, whose own weights are then frozen.
+            checkpointing: recompute the language model's layers in the backward pass.
+        """
+        super().__init__()
+        unknown = [part for part in freeze if part not in PARTS]
+        if unknown:
+            raise ValueError(f"freeze must name parts among {PARTS}, got {unknown[0]!r}")
+        self.objectives = objectives or Objectives()
+        if self.objectives.scorers and (sparse is None or scorer != "relevance"):
+            raise ValueError(
+                "objectives.scorers must be 0 unless the model is sparse with scorer='relevance', "
+                f"got {self.objectives.scorers}"
+            )
+        if self.objectives.scorers and checkpointing:
+            raise ValueError("checkpointing must be off while scorers learn, got True")
+        self.image_id, self.pad_id = tokenizer.image_id, tokenizer.pad_id
+        self.sparse_config = sparse
+        self.optimizer_part = optimizer or OptimizerPart()
+        self.vision = (vision or VisionPart()).build()
+        self.language: Any = (language or LanguagePart()).build(tokenizer.size)
+        self.projector = (projector or ProjectorPart()).build(
+            self.vision.width, self.language.get_input_embeddings().embedding_dim
+        )
+        self.frozen = tuple(part for part in freeze if part != "scorers")
+        for part in self.frozen:
+            getattr(self, part).requires_grad_(False)
+        if lora is not None:
+            self.language.requires_grad_(False)
+            lora.apply(self.language)
+        if checkpointing:
+            self.language.gradient_checkpointing_enable({"use_reentrant": False})
+        self.scorers = nn.ModuleDict()
+        if sparse is not None:
+            learned = "relevance" if scorer == "relevance" else None
+            mms.sparsify(self.language, sparse, scorer=learned)
+            self.scorers = scorers(self.language)
+            # Only a lesson gives scorers a gradient: selection itself passes none.
+            learns = self.objectives.scorers > 0 and "scorers" not in freeze
+            self.scorers.requires_grad_(learns)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, L, E): embeddings of the text, pictures in place of the image tokens."""
+        ids, pictures = batch["input_ids"], batch["pixel_values"]
+        places = ids == self.image_id
+        # The image token may lie behind the table; its own row is never used.
+        embedded = self.language.get_input_embeddings()(ids.masked_fill(places, self.pad_id))
+        if not len(pictures):
+            return embedded + 0 * sum(p.sum() for p in self.projector.parameters())
+        tokens, _ = self.projector(*self.vision(pictures))
+        if tokens.shape[0] * tokens.shape[1] != int(places.sum()):
+            raise ValueError(
+                f"batch must have an image token per patch, {tokens.shape[0]} pictures of "
+                f"{tokens.shape[1]}, got {int(places.sum())}"
+            )
+        return embedded.masked_scatter(places[..., None], tokens.to(embedded.dtype))
+
+    @contextmanager
+    def context(self, batch: Batch) -> Iterator[None]:
+        """The language model runs inside: its layers learn there which tokens are pictures."""
+        with ExitStack() as stack:
+            if self.sparse_config is not None:
+                modality = (batch["input_ids"] == self.image_id).to(torch.int8)
+                stack.enter_context(given_modality(self.language, modality))
+            yield
+
+    def run(self, batch: Batch, **options: Any) -> Any:
+        """The language model's output on a batch."""
+        mask = batch["attention_mask"]
+        with self.context(batch):
+            return self.language(
+                inputs_embeds=self.embed(batch),
+                attention_mask=None if bool(mask.all()) else mask.long(),
+                use_cache=False,
+                **options,
+            )
+
+    def forward(self, batch: Batch) -> Verdict:
+        """Teacher forcing: every token of an answer is predicted from the true ones before it."""
+        labels, answer = batch["labels"][:, 1:], batch["answer_index"][:, 1:]
+        if not labels.numel() or not bool((labels != IGNORED).any()):
+            nothing = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
+            return Verdict(torch.as_tensor(nothing), labels.new_zeros(0, dtype=torch.bool))
+        # Logits of all positions of a long picture would not fit for a large vocabulary.
+        columns = (labels != IGNORED).any(0).nonzero().flatten()
+        logits = self.run(batch, logits_to_keep=columns).logits
+        labels, answer = labels[:, columns], answer[:, columns]
+        asked = labels != IGNORED
+        logits, labels, answer = logits[asked].float(), labels[asked], answer[asked]
+        exact = torch.ones(int(answer.max()) + 1, dtype=torch.int8, device=labels.device)
+        right = (logits.argmax(-1) == labels).to(torch.int8)
+        exact = exact.scatter_reduce(0, answer, right, "amin")
+        return Verdict(cross_entropy(logits, labels), exact.bool())
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        goals, loss = self.objectives, torch.zeros((), device=self.device)
+        lesson_due = goals.scorers > 0 and self.global_step % goals.scorers_every == 0
+        own_lesson = lesson_due and goals.teacher == "sparse"
+        if goals.language or own_lesson:
+            with ExitStack() as stack:
+                learned = stack.enter_context(lessons(self.language)) if own_lesson else None
+                verdict = self(batch)
+            loss = loss + goals.language * verdict.loss
+            self.log_all("train", verdict, batch)
+            if learned is not None:
+                loss = loss + self.taught(learned.mean())
+        if lesson_due and goals.teacher == "dense":
+            loss = loss + self.taught(self.dense_lesson(batch))
+        return loss
+
+    def dense_lesson(self, batch: Batch) -> Tensor:
+        """The scorers' divergence from the attention of a run that keeps everything."""
+        if self.sparse_config is None:
+            raise ValueError("sparse must be given for the scorers to learn, got None")
+        everything = replace(self.sparse_config, ratio=1.0, tokens=None, mass=None)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(mms.sparse(self.language, everything))
+            learned = stack.enter_context(lessons(self.language))
+            self.run(batch, logits_to_keep=1)
+        return learned.mean()
+
+    def train(self, mode: bool = True) -> "VLM":
+        """Frozen parts stay as in evaluation: their statistics must not drift either."""
+        super().train(mode)
+        for part in self.frozen:
+            getattr(self, part).eval()
+        return self
+
+    def taught(self, divergence: Tensor) -> Tensor:
+        """Weighted and logged."""
+        self.log("train/scorer_kl", divergence.detach(), prog_bar=True)
+        return self.objectives.scorers * divergence
+
+    def log_all(self, stage: str, verdict: Verdict, batch: Batch) -> None:
+        answers = len(verdict.exact)
+        if not answers:
+            return
+        whole = stage != "train"
+        values = {"loss": verdict.loss.detach(), "exact_match": verdict.exact.float().mean()}
+        for name, value in values.items():
+            self.log(
+                f"{stage}/{name}",
+                value,
+                prog_bar=True,
+                on_step=not whole,
+                on_epoch=whole,
+                batch_size=answers,
+                sync_dist=whole,
+            )
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self.log_all("validation", self(batch), batch)
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        self.log_all("test", self(batch), batch)
+
+    def configure_optimizers(self) -> Any:
+        part = self.optimizer_part
+        of_scorers = {id(p) for p in self.scorers.parameters()}
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": part.weight_decay},
+            {"params": [], "weight_decay": 0.0},
+            {"params": [], "weight_decay": 0.0, "lr": part.scorer_lr or part.lr},
+        ]
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                kind = 2 if id(parameter) in of_scorers else int(parameter.ndim < 2)
+                groups[kind]["params"].append(parameter)
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise ValueError(f"freeze must leave something to train, got all of {PARTS}")
+        optimizer = torch.optim.AdamW(groups, lr=part.lr, betas=part.betas)
+        steps = max(int(self.trainer.estimated_stepping_batches), 1)
+
+        def rate(step: int) -> float:
+            if step < part.warmup:
+                return (step + 1) / part.warmup
+            done = min((step - part.warmup) / max(steps - part.warmup, 1), 1.0)
+            return part.final + (1 - part.final) * (1 + math.cos(math.pi * done)) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+if __name__ == "__main__":
+    from mm_sparse.recipes.cli import main
+
+    main()
