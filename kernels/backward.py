@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LOG2E, load_keys, load_rows, tile_rows, unit_keys, unmasked_columns
+from .primitives import (
+    LOG2E,
+    load_keys,
+    load_rows,
+    row_span,
+    tile_rows,
+    unit_keys,
+    unmasked_columns,
+)
 from .transpose import transpose_lists
 
 
@@ -26,8 +34,12 @@ def _row_dots(
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     exists = token < num_queries
-    o = load_keys(Out + batch * stride_ob + head * stride_oh, token, exists, stride_on, D, BLOCK_D)
-    d = load_keys(Dout + batch * stride_db + head * stride_dh, token, exists, stride_dn, D, BLOCK_D)
+    o = load_keys(
+        Out + batch * stride_ob + head * stride_oh, token, exists, stride_on, False, D, BLOCK_D
+    )
+    d = load_keys(
+        Dout + batch * stride_db + head * stride_dh, token, exists, stride_dn, False, D, BLOCK_D
+    )
     delta = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
     tl.store(Delta + (batch * heads + head) * num_queries + token, delta, mask=exists)
 
@@ -35,12 +47,13 @@ def _row_dots(
 @triton.jit
 def _query_step(
     q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn, stride_vn,
-    MASKED: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS)
-    k = load_keys(Kb, key, exists, stride_kn, D, BLOCK_D)
-    v = load_keys(Vb, key, exists, stride_vn, D, BLOCK_D)
+    ALL: tl.constexpr = REGULAR and not MASKED
+    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS, REGULAR)
+    k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
+    v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
     weight = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse[:, None])
     if MASKED:
         seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
@@ -57,20 +70,22 @@ def _backward_queries(
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = (num_tiles - 1 - tl.program_id(0) // SPLITS).to(tl.int64)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    token, g, exists, low, high = tile_rows(
-        Tiles, Span, batch * num_tiles + t, tl.program_id(0) % SPLITS * ROWS, num_queries, batch,
-        GROUP, ROWS,
+    token, g, exists = tile_rows(
+        Tiles, (batch * num_tiles + t, t), tl.program_id(0) % SPLITS * ROWS, GROUP, ROWS, TOKENS,
+        REGULAR_TILES,
     )  # fmt: skip
+    low, high = row_span(Span, token, exists, num_queries, batch)
     q_base = Q + batch * stride_qb + head * GROUP * stride_qh
     d_base = Dout + batch * stride_db + head * GROUP * stride_dh
-    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, D, BLOCK_D)
-    do = load_rows(d_base, token, g, exists, stride_dh, stride_dn, D, BLOCK_D)
+    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, False, D, BLOCK_D)
+    do = load_rows(d_base, token, g, exists, stride_dh, stride_dn, False, D, BLOCK_D)
     heads = (batch * kv_heads + head) * GROUP + g
     lse = tl.load(Lse + heads * num_queries + token, mask=exists, other=float("inf")) * LOG2E
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
@@ -87,14 +102,14 @@ def _backward_queries(
     for first in range(begin, end, COLS):
         acc = _query_step(
             q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
-            stride_vn, False, UNIT, COLS, D, BLOCK_D, PRECISION,
+            stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     cut = begin + tl.maximum(count * UNIT - end, 0)
     for i in range(0, cut, COLS):
         first = tl.where(i < begin, i, end + i - begin)
         acc = _query_step(
             q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
-            stride_vn, True, UNIT, COLS, D, BLOCK_D, PRECISION,
+            stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     pointer = Dq + (heads * num_queries + token)[:, None] * D + dim[None, :]
@@ -107,22 +122,29 @@ def _backward_queries(
 def _key_step(
     k, v, key, in_unit, dk, dv, entry, Q, Dout, Lse, Delta, Tiles, Span, TileIds, head, batch,
     scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh, stride_dn,
-    MASKED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    SPLITS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REGULAR_TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of one tile against one unit, keys down and queries across: (C, R)."""
+    ALL: tl.constexpr = REGULAR_TILES and TOKENS * GROUP == ROWS * SPLITS
     t = tl.load(TileIds + entry // SPLITS).to(tl.int64)
-    token, g, exists, low, high = tile_rows(
-        Tiles, Span, batch * num_tiles + t, entry % SPLITS * ROWS, num_queries, batch, GROUP, ROWS
-    )
-    q = load_rows(Q, token, g, exists, stride_qh, stride_qn, D, BLOCK_D)
-    do = load_rows(Dout, token, g, exists, stride_dh, stride_dn, D, BLOCK_D)
+    token, g, exists = tile_rows(
+        Tiles, (batch * num_tiles + t, t), entry % SPLITS * ROWS, GROUP, ROWS, TOKENS,
+        REGULAR_TILES,
+    )  # fmt: skip
+    q = load_rows(Q, token, g, exists, stride_qh, stride_qn, ALL, D, BLOCK_D)
+    do = load_rows(Dout, token, g, exists, stride_dh, stride_dn, ALL, D, BLOCK_D)
     rows = ((batch * kv_heads + head) * GROUP + g) * num_queries + token
-    lse = tl.load(Lse + rows, mask=exists, other=float("inf")) * LOG2E
-    lse = tl.where(lse == -float("inf"), float("inf"), lse)
-    delta = tl.load(Delta + rows, mask=exists, other=0.0)
+    if ALL:
+        lse = tl.load(Lse + rows) * LOG2E
+        delta = tl.load(Delta + rows)
+    else:
+        lse = tl.load(Lse + rows, mask=exists, other=float("inf")) * LOG2E
+        delta = tl.load(Delta + rows, mask=exists, other=0.0)
     weight = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2 - lse[None, :])
     if MASKED:
+        low, high = row_span(Span, token, exists, num_queries, batch)
         seen = in_unit[:, None] & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
         weight = tl.where(seen, weight, 0.0)
     dv = tl.dot(weight.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -137,8 +159,9 @@ def _backward_keys(
     scale, num_queries, num_keys, num_tiles, num_units, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = UNIT // COLS
     u = (tl.program_id(0) // PARTS).to(tl.int64)
@@ -148,8 +171,12 @@ def _backward_keys(
     length = tl.load(Units + (batch * num_units + u) * 2 + 1)
     offset = tl.program_id(0) % PARTS * COLS + tl.arange(0, COLS)
     key, in_unit = start + offset, offset < length
-    k = load_keys(K + batch * stride_kb + head * stride_kh, key, in_unit, stride_kn, D, BLOCK_D)
-    v = load_keys(V + batch * stride_vb + head * stride_vh, key, in_unit, stride_vn, D, BLOCK_D)
+    k = load_keys(
+        K + batch * stride_kb + head * stride_kh, key, in_unit, stride_kn, False, D, BLOCK_D
+    )
+    v = load_keys(
+        V + batch * stride_vb + head * stride_vh, key, in_unit, stride_vn, False, D, BLOCK_D
+    )
     Qb = Q + batch * stride_qb + head * GROUP * stride_qh
     Db = Dout + batch * stride_db + head * GROUP * stride_dh
     scale2 = scale * LOG2E
@@ -163,13 +190,13 @@ def _backward_keys(
         dk, dv = _key_step(
             k, v, key, in_unit, dk, dv, entry, Qb, Db, Lse, Delta, Tiles, Span, TileIds, head,
             batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh,
-            stride_dn, False, GROUP, ROWS, SPLITS, D, BLOCK_D, PRECISION,
+            stride_dn, False, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES, PRECISION,
         )  # fmt: skip
     for entry in range(cut, end):
         dk, dv = _key_step(
             k, v, key, in_unit, dk, dv, entry, Qb, Db, Lse, Delta, Tiles, Span, TileIds, head,
             batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh,
-            stride_dn, True, GROUP, ROWS, SPLITS, D, BLOCK_D, PRECISION,
+            stride_dn, True, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES, PRECISION,
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     row = (batch * kv_heads + head) * num_keys + key
@@ -202,7 +229,7 @@ def key_blocks(rows: int, unit: int, head_dim: int, itemsize: int) -> tuple[int,
 def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int,
+    unit: int, regular: bool, regular_tiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward kernels; arguments as in `forward.attend_forward`.
 
@@ -226,7 +253,8 @@ def attend_backward(
     rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size())
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     constants = {
-        "GROUP": group, "UNIT": unit, "D": head_dim, "BLOCK_D": block_d,
+        "GROUP": group, "TOKENS": tile_tokens, "UNIT": unit, "REGULAR": regular,
+        "REGULAR_TILES": regular_tiles, "D": head_dim, "BLOCK_D": block_d,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     _backward_queries[(num_tiles * (all_rows // rows), batch * kv_heads)](

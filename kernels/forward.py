@@ -12,32 +12,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LOG2E, load_keys, load_rows, tile_rows, unit_keys, unmasked_columns
+from .primitives import (
+    LOG2E,
+    load_keys,
+    load_rows,
+    row_span,
+    tile_rows,
+    unit_keys,
+    unmasked_columns,
+)
 
 
 @triton.jit
 def _step(
-    q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale, stride_kn, stride_vn,
+    q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn, stride_vn,
     MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018)."""
-    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS)
-    k = load_keys(Kb, key, exists, stride_kn, D, BLOCK_D)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    ALL: tl.constexpr = REGULAR and not MASKED
+    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS, REGULAR)
+    k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         score = tl.where(seen, score, -float("inf"))
     elif not REGULAR:
         score = tl.where(exists[None, :], score, -float("inf"))
-    new_top = tl.maximum(top, tl.max(score, 1))
+    new_top = tl.maximum(top, tl.max(score, 1) * scale2)
     # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0, never NaN.
     shift = new_top
-    if MASKED or not REGULAR:
+    if not ALL:
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weight = tl.exp2(score - shift[:, None])
+    weight = tl.exp2(score * scale2 - shift[:, None])
     decay = tl.exp2(top - shift)
-    v = load_keys(Vb, key, exists, stride_vn, D, BLOCK_D)
+    v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
     total = total * decay + tl.sum(weight, 1)
     acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return new_top, total, acc
@@ -49,20 +58,22 @@ def _forward(
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, REGULAR: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CUT_COLS: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Late tiles of causal text have the longest lists: they start first.
     t = (num_tiles - 1 - tl.program_id(0) // SPLITS).to(tl.int64)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    token, g, exists, low, high = tile_rows(
-        Tiles, Span, batch * num_tiles + t, tl.program_id(0) % SPLITS * ROWS, num_queries, batch,
-        GROUP, ROWS,
+    token, g, exists = tile_rows(
+        Tiles, (batch * num_tiles + t, t), tl.program_id(0) % SPLITS * ROWS, GROUP, ROWS, TOKENS,
+        REGULAR_TILES,
     )  # fmt: skip
+    low, high = row_span(Span, token, exists, num_queries, batch)
     q_base = Q + batch * stride_qb + head * GROUP * stride_qh
-    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, D, BLOCK_D)
+    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, False, D, BLOCK_D)
     Kb = K + batch * stride_kb + head * stride_kh
     Vb = V + batch * stride_vb + head * stride_vh
     Ub = Units + batch * num_units * 2
@@ -73,7 +84,6 @@ def _forward(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    columns = count * UNIT
     begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
     for first in range(begin, end, COLS):
         top, total, acc = _step(
@@ -81,12 +91,12 @@ def _forward(
             stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     # What lies before `begin` and from `end` on is cut by the visible range of some row.
-    cut = begin + tl.maximum(columns - end, 0)
-    for i in range(0, cut, COLS):
+    cut = begin + tl.maximum(count * UNIT - end, 0)
+    for i in range(0, cut, CUT_COLS):
         first = tl.where(i < begin, i, end + i - begin)
         top, total, acc = _step(
             q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
-            stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+            stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     seen = total != 0
     out = acc / tl.where(seen, total, 1.0)[:, None]
@@ -114,14 +124,15 @@ def forward_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, i
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, regular_tiles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; arguments as in `reference.dense_mask`.
 
     Args:
         tile_tokens: most query tokens in a tile.
         unit: most key tokens in a unit.
-        regular: every unit has exactly `unit` tokens.
+        regular: unit u is exactly the keys [u * unit, (u + 1) * unit).
+        regular_tiles: the same of tiles and queries.
     Returns:
         out (B, H, N, D) in q's dtype, log-sum-exp (B, H, N) float32.
     """
@@ -136,9 +147,11 @@ def attend_forward(
         q, k, v, out, lse, tiles, units, span, index, count,
         scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        GROUP=group, ROWS=rows, COLS=cols, UNIT=unit, D=head_dim,
+        GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, CUT_COLS=min(cols, 64),
+        UNIT=unit, D=head_dim,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16), SPLITS=all_rows // rows,
-        REGULAR=regular, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        REGULAR=regular, REGULAR_TILES=regular_tiles,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse

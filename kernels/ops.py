@@ -49,14 +49,15 @@ def interpreted() -> bool:
 @torch.library.custom_op("mm_sparse::attend", mutates_args=())
 def attend_op(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, backend: str,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, regular_tiles: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
     args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
         from .forward import attend_forward
 
-        return attend_forward(*args, regular)
+        return attend_forward(*args, regular, regular_tiles)
     with torch.autocast("cpu", enabled=False):
         return cpu.attend_forward(*args)
 
@@ -65,14 +66,14 @@ def attend_op(
 def attend_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, backend: str,
+    unit: int, regular: bool, regular_tiles: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `attend_op` for q, k and v; the same bit for bit in every run."""
     args = (dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
         from .backward import attend_backward
 
-        return attend_backward(*args)
+        return attend_backward(*args, regular, regular_tiles)
     with torch.autocast("cpu", enabled=False):
         return cpu.attend_backward(*args)
 
@@ -83,7 +84,8 @@ def _use_triton(q: Tensor, backend: str) -> bool:
 
 @attend_op.register_fake
 def _(
-    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, regular, backend
+    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, regular, regular_tiles,
+    backend,
 ):  # fmt: skip
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -91,27 +93,28 @@ def _(
 
 @attend_backward_op.register_fake
 def _(
-    dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, backend
+    dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, regular,
+    regular_tiles, backend,
 ):  # fmt: skip
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, _, backend = inputs
+    q, k, v, tiles, units, span, index, count, *constants = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, tiles, units, span, index, count)
-    ctx.constants = (scale, tile_tokens, unit, backend)
+    ctx.constants = constants
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 13
+        return (None,) * 14
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     grads = attend_backward_op(dout, *ctx.saved_tensors, *ctx.constants)
-    return (*grads, *(None,) * 10)
+    return (*grads, *(None,) * 11)
 
 
 attend_op.register_autograd(_backward, setup_context=_setup)

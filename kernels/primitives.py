@@ -12,53 +12,78 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def tile_rows(
-    Tiles, Span, tile, first, num_queries, batch, GROUP: tl.constexpr, ROWS: tl.constexpr
-):
-    """Query token, head in its group, existence and visible key range of rows of a tile."""
-    start = tl.load(Tiles + tile * 2)
-    length = tl.load(Tiles + tile * 2 + 1)
+    Tiles, tile, first, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, REGULAR: tl.constexpr,
+):  # fmt: skip
+    """Query token, head in its group and existence of rows of a tile.
+
+    `tile` is (row of the table, number in its batch row); regular tiles need no look-up.
+    """
     row = first + tl.arange(0, ROWS)
-    token = start + row // GROUP
-    exists = row // GROUP < length
-    span = Span + (batch * num_queries + token) * 2
-    low = tl.load(span, mask=exists, other=0)
-    high = tl.load(span + 1, mask=exists, other=0)
-    return token, row % GROUP, exists, low, high
+    if REGULAR:
+        token = tile[1] * TOKENS + row // GROUP
+        return token, row % GROUP, row < TOKENS * GROUP
+    start = tl.load(Tiles + tile[0] * 2)
+    length = tl.load(Tiles + tile[0] * 2 + 1)
+    return start + row // GROUP, row % GROUP, row // GROUP < length
 
 
 @triton.jit
-def unit_keys(Index, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr):
+def row_span(Span, token, exists, num_queries, batch):
+    """Half-open range of keys that each row sees."""
+    span = Span + (batch * num_queries + token) * 2
+    low = tl.load(span, mask=exists, other=0)
+    return low, tl.load(span + 1, mask=exists, other=0)
+
+
+@triton.jit
+def unit_keys(
+    Index, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr, REGULAR: tl.constexpr
+):
     """Key token of columns `first`, `first + 1`, ... of the units of a list side by side."""
-    column = first + tl.arange(0, COLS)
-    slot = column // UNIT
-    unit = tl.load(Index + slot, mask=slot < count, other=0).to(tl.int64)
-    start = tl.load(Units + unit * 2)
-    length = tl.load(Units + unit * 2 + 1)
-    offset = column % UNIT
-    return start + offset, (slot < count) & (offset < length)
+    if COLS >= UNIT:
+        slot = first // UNIT + tl.arange(0, COLS) // UNIT
+        offset = tl.arange(0, COLS) % UNIT
+    else:
+        slot = first // UNIT + tl.zeros([COLS], tl.int32)
+        offset = first % UNIT + tl.arange(0, COLS)
+    listed = slot < count
+    unit = tl.load(Index + slot, mask=listed, other=0)
+    if REGULAR:
+        return unit * UNIT + offset, listed
+    start = tl.load(Units + unit.to(tl.int64) * 2)
+    length = tl.load(Units + unit.to(tl.int64) * 2 + 1)
+    return start + offset, listed & (offset < length)
 
 
 @triton.jit
 def load_rows(
-    Base, token, head, exists, stride_head, stride_token, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """(R, D) rows of q-like tensors; rows that do not exist are zero."""
+    Base, token, head, exists, stride_head, stride_token,
+    ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(R, D) rows of q-like tensors; rows that do not exist (none if ALL) are zero."""
     dim = tl.arange(0, BLOCK_D)
     pointer = Base + head.to(tl.int64)[:, None] * stride_head
     pointer += token.to(tl.int64)[:, None] * stride_token + dim[None, :]
-    mask = exists[:, None]
-    if D != BLOCK_D:
-        mask = mask & (dim < D)[None, :]
-    return tl.load(pointer, mask=mask, other=0.0)
+    return _load(pointer, exists, dim, ALL, D, BLOCK_D)
 
 
 @triton.jit
-def load_keys(Base, key, exists, stride_token, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(C, D) rows of k-like tensors of one head; keys that do not exist are zero."""
+def load_keys(
+    Base, key, exists, stride_token, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """(C, D) rows of k-like tensors of one head; keys that do not exist (none if ALL) are zero."""
     dim = tl.arange(0, BLOCK_D)
     pointer = Base + key.to(tl.int64)[:, None] * stride_token + dim[None, :]
-    mask = exists[:, None]
-    if D != BLOCK_D:
+    return _load(pointer, exists, dim, ALL, D, BLOCK_D)
+
+
+@triton.jit
+def _load(pointer, exists, dim, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    if ALL and D == BLOCK_D:
+        return tl.load(pointer)
+    mask = (dim < D)[None, :] if ALL else exists[:, None]
+    if not ALL and D != BLOCK_D:
         mask = mask & (dim < D)[None, :]
     return tl.load(pointer, mask=mask, other=0.0)
 

@@ -30,7 +30,8 @@ def transpose_lists(
     whatever the machine does: gradients are the same bit for bit in every run.
 
     Returns:
-        tile ids (E,) int32, and offsets into them (B * K * U * 2 + 1,) int32: the list of unit u of
+        tile ids (B * K * T * L,) int32, of which the first E count, and offsets into them
+        (B * K * U * 2 + 1,) int32: the list of unit u of
         batch b and head h is [offsets[2 i], offsets[2 i + 2]), cut at offsets[2 i + 1],
         with i = (b K + h) U + u.
     """
@@ -43,10 +44,11 @@ def transpose_lists(
     start, size = units[rows, ids].unbind(-1)
     partial = (size < unit) | (start < bounds[..., 0]) | (start + size > bounds[..., 1])
     group = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
-    slot = ((group * num_units + ids) * 2 + partial).masked_select(listed)
-    tile = torch.arange(num_tiles, device=device, dtype=torch.int32)[:, None]
-    tile = tile.expand_as(index).masked_select(listed)
     slots = batch * heads * num_units * 2
-    slot, order = slot.to(torch.int32 if slots < 2**31 else torch.int64).sort(stable=True)
-    edges = torch.arange(slots + 1, device=device, dtype=slot.dtype)
-    return tile[order], torch.searchsorted(slot, edges, out_int32=True)
+    # Places behind `count` sort behind every list; nothing here waits for the device.
+    slot = ((group * num_units + ids) * 2 + partial).masked_fill(~listed, slots)
+    wide = torch.int32 if slots < 2**31 - 1 else torch.int64
+    slot, order = slot.flatten().to(wide).sort(stable=True)
+    edges = torch.arange(slots + 1, device=device, dtype=wide)
+    tile = (order // length % num_tiles).to(torch.int32)
+    return tile, torch.searchsorted(slot, edges, out_int32=True)

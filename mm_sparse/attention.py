@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
@@ -74,6 +73,7 @@ def attend(
         plan.tile_tokens,
         plan.unit,
         plan.regular,
+        plan.regular_tiles,
         plan.config.backend,
     )
     return out
