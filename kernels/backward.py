@@ -21,27 +21,7 @@ from .primitives import (
     unit_keys,
     unmasked_columns,
 )
-from .transpose import transpose_lists
-
-
-@triton.jit
-def _row_dots(
-    Out, Dout, Delta, num_queries, heads, stride_ob, stride_oh, stride_on,
-    stride_db, stride_dh, stride_dn, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Delta = sum over D of out * dout: what the softmax takes off every score's gradient."""
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    exists = token < num_queries
-    o = load_keys(
-        Out + batch * stride_ob + head * stride_oh, token, exists, stride_on, False, D, BLOCK_D
-    )
-    d = load_keys(
-        Dout + batch * stride_db + head * stride_dh, token, exists, stride_dn, False, D, BLOCK_D
-    )
-    delta = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
-    tl.store(Delta + (batch * heads + head) * num_queries + token, delta, mask=exists)
+from .transpose_triton import transpose_lists
 
 
 @triton.jit
@@ -66,10 +46,11 @@ def _query_step(
 
 @triton.jit
 def _backward_queries(
-    Q, K, V, Dout, Lse, Delta, Dq, Tiles, Units, Span, Index, Count,
+    Q, K, V, Out, Dout, Lse, Delta, Dq, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
+    stride_ob, stride_oh, stride_on,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr,
@@ -89,7 +70,11 @@ def _backward_queries(
     heads = (batch * kv_heads + head) * GROUP + g
     lse = tl.load(Lse + heads * num_queries + token, mask=exists, other=float("inf")) * LOG2E
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
-    delta = tl.load(Delta + heads * num_queries + token, mask=exists, other=0.0)
+    # What the softmax takes off every score's gradient; the kernel for dK and dV reads it too.
+    o_base = Out + batch * stride_ob + head * GROUP * stride_oh
+    out = load_rows(o_base, token, g, exists, stride_oh, stride_on, False, D, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(Delta + heads * num_queries + token, delta, mask=exists)
     Kb = K + batch * stride_kb + head * stride_kh
     Vb = V + batch * stride_vb + head * stride_vh
     Ub = Units + batch * num_units * 2
@@ -211,9 +196,7 @@ def query_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int
     width = max(triton.next_power_of_2(head_dim), 16)
     if itemsize == 4:
         return min(rows, 32 if width <= 128 else 16), 16, 4, 1
-    if width <= 128:
-        return rows, 64, 8 if rows >= 64 else 4, 2
-    return min(rows, 32), 32, 4, 2
+    return (min(rows, 64), 64, 4, 2) if width <= 128 else (min(rows, 32), 32, 4, 2)
 
 
 def key_blocks(rows: int, unit: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
@@ -222,7 +205,7 @@ def key_blocks(rows: int, unit: int, head_dim: int, itemsize: int) -> tuple[int,
     if itemsize == 4:
         return min(rows, 32 if width <= 128 else 16), 16, 4, 1
     if width <= 128:
-        return min(rows, 64), unit, 8 if rows >= 64 and unit >= 64 else 4, 2
+        return min(rows, 64), min(unit, 64), 4 if unit > 16 else 2, 2
     return min(rows, 32), min(unit, 32), 4, 2
 
 
@@ -245,10 +228,6 @@ def attend_backward(
     dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
     delta = torch.empty_like(lse)
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    _row_dots[(triton.cdiv(num_queries, 64), batch * heads)](
-        out, dout, delta, num_queries, heads, *out.stride()[:3], *dout.stride()[:3],
-        D=head_dim, BLOCK_D=block_d, ROWS=64,
-    )  # fmt: skip
     all_rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size())
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
@@ -258,8 +237,9 @@ def attend_backward(
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     _backward_queries[(num_tiles * (all_rows // rows), batch * kv_heads)](
-        q, k, v, dout, lse, delta, dq, tiles, units, span, index, count,
+        q, k, v, out, dout, lse, delta, dq, tiles, units, span, index, count,
         scale, num_queries, num_tiles, num_units, index.shape[-1], kv_heads, *strides,
+        *out.stride()[:3],
         ROWS=rows, COLS=cols, SPLITS=all_rows // rows, num_warps=warps, num_stages=stages,
         **constants,
     )  # fmt: skip

@@ -116,7 +116,8 @@ def forward_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, i
         # Products of float32 run on the vector units, out of registers: small blocks.
         rows, cols, stages = min(rows, 32 if width > 128 else 64), 32, 1
     elif width <= 128:
-        cols, stages = 128, 2
+        # Four warps and small blocks leave room for two programs on a multiprocessor.
+        return rows, 128 if width <= 64 else 64, 4, 2
     else:
         cols, stages = 32, 2
     return rows, cols, 8 if rows >= 64 else 4, stages

@@ -21,10 +21,11 @@ def tile_rows(
     """
     row = first + tl.arange(0, ROWS)
     if REGULAR:
-        token = tile[1] * TOKENS + row // GROUP
-        return token, row % GROUP, row < TOKENS * GROUP
-    start = tl.load(Tiles + tile[0] * 2)
-    length = tl.load(Tiles + tile[0] * 2 + 1)
+        start = (tile[1] * TOKENS).to(tl.int32)
+        length = TOKENS
+    else:
+        start = tl.load(Tiles + tile[0] * 2)
+        length = tl.load(Tiles + tile[0] * 2 + 1)
     return start + row // GROUP, row % GROUP, row // GROUP < length
 
 
@@ -50,10 +51,11 @@ def unit_keys(
     listed = slot < count
     unit = tl.load(Index + slot, mask=listed, other=0)
     if REGULAR:
-        return unit * UNIT + offset, listed
-    start = tl.load(Units + unit.to(tl.int64) * 2)
-    length = tl.load(Units + unit.to(tl.int64) * 2 + 1)
-    return start + offset, listed & (offset < length)
+        start = unit * UNIT
+    else:
+        start = tl.load(Units + unit.to(tl.int64) * 2)
+        listed = listed & (offset < tl.load(Units + unit.to(tl.int64) * 2 + 1))
+    return start + offset, listed
 
 
 @triton.jit
@@ -81,11 +83,14 @@ def load_keys(
 @triton.jit
 def _load(pointer, exists, dim, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     if ALL and D == BLOCK_D:
-        return tl.load(pointer)
-    mask = (dim < D)[None, :] if ALL else exists[:, None]
-    if not ALL and D != BLOCK_D:
-        mask = mask & (dim < D)[None, :]
-    return tl.load(pointer, mask=mask, other=0.0)
+        rows = tl.load(pointer)
+    elif ALL:
+        rows = tl.load(pointer, mask=(dim < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        rows = tl.load(pointer, mask=exists[:, None], other=0.0)
+    else:
+        rows = tl.load(pointer, mask=exists[:, None] & (dim < D)[None, :], other=0.0)
+    return rows
 
 
 @triton.jit

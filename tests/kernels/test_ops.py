@@ -103,6 +103,19 @@ def test_transposed_lists_hold_every_kept_pair_once(case: Case) -> None:
     assert got == want
 
 
+@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def test_triton_builds_the_same_transposed_lists(case: Case) -> None:
+    from mm_sparse.kernels.transpose_triton import transpose_lists as by_triton
+
+    *_, selection = case.make(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    plan = selection.plan
+    lists = (plan.tiles, plan.units, plan.span, selection.index, selection.count)
+    tiles, offsets = transpose_lists(*lists, plan.tile_tokens, plan.unit)
+    got_tiles, got_offsets = by_triton(*lists, plan.tile_tokens, plan.unit)
+    assert torch.equal(got_offsets, offsets)
+    assert torch.equal(got_tiles[: offsets[-1]], tiles[: offsets[-1]])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

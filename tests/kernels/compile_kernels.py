@@ -1,0 +1,84 @@
+"""Compile the kernels for GPUs that are not here, and print registers, stack and shared memory.
+
+`python -m tests.kernels.compile_kernels [sm ...]`; shows type errors that the interpreter hides.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mm_sparse.kernels import backward, forward
+
+POINTERS = {"Q", "K", "V", "Out", "Dout", "Dq", "Dk", "Dv"}
+FLOATS = {"Lse", "Delta"}
+SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
+def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, stages: int) -> str:
+    """One kernel with every pointer and stride aligned to 16, as contiguous tensors have them."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in POINTERS:
+            signature[name] = f"*{dtype}"
+        elif name in FLOATS:
+            signature[name] = "*fp32"
+        elif name[0].isupper():
+            signature[name] = "*i32"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if signature[name][0] == "*" or name.startswith("stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    own = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    source = ASTSource(kernel, signature, own, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (re.search(f"{n}:(\\d+)", usage)[1] for n in ("REG", "STACK"))
+    if built.metadata.shared > SHARED[target]:
+        raise SystemExit(f"sm_{target} has {SHARED[target]} B of shared memory, {built.metadata}")
+    return f"registers {registers}, stack {stack} B, shared {built.metadata.shared} B"
+
+
+def main(targets: list[int]) -> None:
+    """A plain and an awkward problem for each kernel and GPU."""
+    for target in targets:
+        for name, dim, unit, rows, group, regular, dtype, size in (
+            ("D128", 128, 128, 128, 1, True, "bf16", 2),
+            ("D80 G3 ragged", 80, 16, 64, 3, False, "fp16", 2),
+            ("D64 fp32", 64, 16, 64, 1, True, "fp32", 4),
+        ):
+            constants = {
+                "GROUP": group, "TOKENS": rows // group, "UNIT": unit, "D": dim,
+                "BLOCK_D": triton.next_power_of_2(dim), "REGULAR": regular,
+                "REGULAR_TILES": regular, "PRECISION": "ieee" if size == 4 else "tf32",
+            }  # fmt: skip
+            for kernel, (r, c, warps, stages) in (
+                (forward._forward, forward.forward_blocks(rows, dim, size)),
+                (backward._backward_queries, backward.query_blocks(rows, dim, size)),
+                (backward._backward_keys, backward.key_blocks(rows, unit, dim, size)),
+            ):
+                blocks = {"ROWS": r, "COLS": c, "CUT_COLS": min(c, 64), "SPLITS": rows // r}
+                usage = compile_one(kernel, dtype, {**constants, **blocks}, target, warps, stages)
+                print(f"sm_{target} {name} {kernel.__name__} {r}x{c}: {usage}", flush=True)
+
+
+if __name__ == "__main__":
+    main([int(x) for x in sys.argv[1:]] or [80, 90])
