@@ -57,7 +57,7 @@ class Speed(Callback):
 
 
 class Density(Callback):
-    """`density/all` and `density/TEXT>IMAGE` and so on, query first: mean over the layers.
+    """`density/all` and `density/TEXT>IMAGE` and so on, query first: see `densities`.
 
     Read from the last forward pass before every `every`-th step and at the end of a validation.
     """
@@ -79,15 +79,19 @@ class Density(Callback):
 
 
 def densities(model: Any) -> dict[str, float]:
-    """Kept over visible query-key pairs in the last forward pass of a `VLM`; 1 if it is dense."""
-    if model.sparse_config is None:
+    """Kept over visible query-key pairs in the last forward pass of a `VLM`, 1 if it is dense.
+
+    Mean over the layers that ran sparse, in all and by modalities of query and key.
+    """
+    rows = [] if model.sparse_config is None else mms.report(model.language).rows
+    rows = [row for row in rows if row.mode == "sparse" and row.density is not None]
+    if not rows:
         return {"all": 1.0}
-    report = mms.report(model.language)
-    found = {} if report.density is None else {"all": report.density}
     pairs: dict[Pair, list[float]] = {}
-    for row in report.rows:
+    for row in rows:
         for pair, density in (row.pair_density or {}).items():
             pairs.setdefault(pair, []).append(density)
+    found = {"all": sum(row.density or 0.0 for row in rows) / len(rows)}
     for (query, key), values in sorted(pairs.items()):
         found[f"{query.name}>{key.name}"] = sum(values) / len(values)
     return found

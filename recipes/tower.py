@@ -3,8 +3,7 @@
     python -m mm_sparse.recipes.tower --config recipes/vlm_digits.yaml      # 2 CPU cores, 20 s
 
 A vision-language model starts from a tower that has learned elsewhere. With nothing to download,
-this one learns to name the digit whose cell each patch lies in; the classifier is thrown away. It
-reads pictures of the training split only.
+this one learns to name the digit whose cell each patch lies in. It sees the training split only.
 """
 
 import argparse
@@ -16,12 +15,11 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mm_sparse.encoders.vision import VisionTower
 from mm_sparse.recipes.digits import DigitCanvases
-from mm_sparse.recipes.parts import VisionPart
+from mm_sparse.recipes.parts import NamingTower, VisionPart
 
 
 def patch_labels(
@@ -39,20 +37,18 @@ def patch_labels(
 
 
 def teach(
-    tower: VisionTower, data: DigitCanvases, *, steps: int, batch: int = 16, lr: float = 3e-3
+    tower: NamingTower, data: DigitCanvases, *, steps: int, batch: int = 16, lr: float = 3e-3
 ) -> float:
     """Train the tower in place; returns the share of patches of the last batch named right."""
-    head = nn.Linear(tower.width, 10)
-    weights = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     side = data.cell * data.scale
-    grid = tower.grid(data.rows * side, data.columns * side)
+    grid = tower.tower.grid(data.rows * side, data.columns * side)
     right = 0.0
     tower.train()
     for step in range(steps):
         pictures, labels = patch_labels(data, range(step * batch, (step + 1) * batch), grid)
-        logits = head(tower(pictures)[0])
+        logits, _ = tower.name(pictures)
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -73,12 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
     path = Path(vision.pop("weights"))
     torch.manual_seed(recipe.get("seed_everything") or 0)
     tower = VisionPart(**vision).build()
+    if not isinstance(tower, NamingTower):
+        raise ValueError(f"classes of model.vision must be above 0 in {options.config}, got 0")
     # Canvases that the finetuning will not meet.
     samples = {**recipe["data"]["train"].get("init_args", {}), "seed": 1, "length": 10**6}
     start = time.perf_counter()
     right = teach(tower, DigitCanvases(**samples), steps=options.steps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tower.backbone.state_dict(), path)
+    save_file(tower.tower.backbone.state_dict(), path)
     seconds = time.perf_counter() - start
     print(f"tower: {right:.1%} of training patches named, {seconds:.0f} s, {path}")
 
