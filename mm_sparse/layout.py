@@ -15,10 +15,7 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan, build_plan, fill_documents, piece_edges
-
-Span = tuple[Any, ...]
-_KINDS = {m.name.lower(): m for m in Modality}
-PAD = -1
+from mm_sparse.spans import PAD, Span, image_heads, parse_row, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +42,7 @@ class TokenLayout:
         for name in ("modality", "segment", "document"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dim() != 2:
-                raise ValueError(f"{name} must be a (batch, tokens) tensor, got {_shape(value)}")
+                raise ValueError(f"{name} must be a (batch, tokens) tensor, got {shape_of(value)}")
             if value.is_floating_point() or value.shape != self.modality.shape:
                 raise ValueError(
                     f"{name} must be integers of shape {tuple(self.modality.shape)}, "
@@ -55,7 +52,7 @@ class TokenLayout:
                 raise ValueError(f"{name} must be on {self.modality.device}, got {value.device}")
         if self.span is not None and self.span.shape != (*self.modality.shape, 2):
             raise ValueError(
-                f"span must have shape {(*self.modality.shape, 2)}, got {_shape(self.span)}"
+                f"span must have shape {(*self.modality.shape, 2)}, got {shape_of(self.span)}"
             )
 
     @property
@@ -107,7 +104,7 @@ class TokenLayout:
         """Rows that differ, each as in `from_spans`, padded to the longest."""
         if padding_side not in ("left", "right"):
             raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}')
-        parsed = [_parse(row) for row in rows]
+        parsed = [parse_row(row) for row in rows]
         length = max((len(p[0]) for p in parsed), default=0)
         columns: list[list[list[int]]] = [[], [], []]
         for modality, segment, document, _ in parsed:
@@ -147,7 +144,9 @@ class TokenLayout:
                 them, pictures that touch are one segment.
         """
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            raise ValueError(f"input_ids must be a (batch, tokens) tensor, got {_shape(input_ids)}")
+            raise ValueError(
+                f"input_ids must be a (batch, tokens) tensor, got {shape_of(input_ids)}"
+            )
         modality = torch.zeros_like(input_ids, dtype=torch.int8)
         for ids, kind in ((image_token_id, Modality.IMAGE), (audio_token_id, Modality.AUDIO)):
             for token in [ids] if isinstance(ids, int) else ids or ():
@@ -174,7 +173,7 @@ class TokenLayout:
         for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
             if value is not None and value.shape != modality.shape:
                 raise ValueError(
-                    f"{name} must have shape {tuple(modality.shape)}, got {_shape(value)}"
+                    f"{name} must have shape {tuple(modality.shape)}, got {shape_of(value)}"
                 )
         if document_ids is not None:
             document = document_ids.to(torch.int32)
@@ -190,7 +189,7 @@ class TokenLayout:
             document[:, 1:] != document[:, :-1]
         )
         grids: tuple[dict[int, tuple[int, int]], ...] = tuple({} for _ in range(len(modality)))
-        heads = _image_heads(modality, document, image_grids) if image_grids is not None else []
+        heads = image_heads(modality, document, image_grids) if image_grids is not None else []
         for row, column, _ in heads:
             change[row, column] = True
         segment = change.cumsum(1).to(torch.int32) - 1
@@ -259,58 +258,3 @@ class TokenLayout:
         if key not in self._plans:
             self._plans[key] = build_plan(self, config, group, num_queries, offset)
         return self._plans[key]
-
-
-def _parse(
-    row: Sequence[Span],
-) -> tuple[list[int], list[int], list[int], dict[int, tuple[int, int]]]:
-    modality: list[int] = []
-    segment: list[int] = []
-    document: list[int] = []
-    grids: dict[int, tuple[int, int]] = {}
-    for number, item in enumerate(row):
-        if not isinstance(item, (tuple, list)) or len(item) not in (2, 3):
-            raise ValueError(f"spans must be (kind, size) or (kind, size, document), got {item!r}")
-        kind, size = item[0], item[1]
-        doc: Any = item[2] if len(item) == 3 else 0
-        if kind != "pad" and kind not in _KINDS:
-            raise ValueError(f"kind must be one of {[*_KINDS, 'pad']}, got {kind!r}")
-        if isinstance(size, (tuple, list)):
-            if kind != "image" or len(size) != 2 or min(size) < 1:
-                raise ValueError(f"size must be (height, width) of an image, got {size!r} ({kind})")
-            grids[number] = (int(size[0]), int(size[1]))
-            size = size[0] * size[1]
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(f"size must be a number of tokens, got {size!r} ({kind})")
-        if kind == "pad":
-            doc = PAD
-        elif doc < max([d for d in document if d >= 0], default=0):
-            raise ValueError(f"document must not decrease along a row, got {doc} in {item!r}")
-        modality += [int(_KINDS.get(kind, 0))] * size
-        segment += [number] * size
-        document += [doc] * size
-    return modality, segment, document, grids
-
-
-def _image_heads(
-    modality: Tensor, document: Tensor, image_grids: Sequence[tuple[int, int]]
-) -> list[tuple[int, int, tuple[int, int]]]:
-    """Row, first token and grid of every picture."""
-    sizes = [(int(h), int(w)) for h, w in image_grids]
-    found = ((modality == int(Modality.IMAGE)) & (document >= 0)).nonzero().tolist()
-    if sum(h * w for h, w in sizes) != len(found):
-        raise ValueError(
-            f"image_grids must cover the {len(found)} image tokens, got {sizes} which cover "
-            f"{sum(h * w for h, w in sizes)}"
-        )
-    heads, at = [], 0
-    for h, w in sizes:
-        if found[at][0] != found[at + h * w - 1][0]:
-            raise ValueError(f"image_grids must follow the rows, got {(h, w)} across two rows")
-        heads.append((*found[at], (h, w)))
-        at += h * w
-    return heads
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
