@@ -173,9 +173,14 @@ class Bench:
     def sparse(self, unit: int, ratio: float = 0.2) -> None:
         """attend on random units, FlexAttention on the same, and the whole of score to attend."""
         q, k, v = self.q, self.k, self.v
-        floors = {"sinks": 64, "window": 128} if self.shape.causal else {"sinks": 0, "window": 0}
+        sinks, window = (64, 128) if self.shape.causal else (0, 0)
         config = SparseConfig(
-            ratio=ratio, unit=unit, causal=self.shape.causal, dense_below=0, **floors
+            ratio=ratio,
+            unit=unit,
+            causal=self.shape.causal,
+            dense_below=0,
+            sinks=sinks,
+            window=window,
         )
         selection = random_selection(self.shape, config, self.device)
         density = selection.density()

@@ -94,8 +94,8 @@ class RelevanceScorer(Scorer):
     """The pooled score plus a learned one: a tower per modality into one score space, and biases.
 
     The tile tower maps each sub-pool mean (per query head), the unit tower mean, maximum and
-    minimum of the keys (per KV head), each with the weights of its modality; their product of rank R is
-    added to the pooled product. The unit towers and the biases, per pair of modalities and
+    minimum of the keys (per KV head), each with the weights of its modality; their product of
+    rank R is added to the pooled product. The unit towers and the biases, per pair of modalities and
     distance, start at zero: untrained, it equals `PooledScorer`.
 
     Args:
