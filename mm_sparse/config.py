@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -68,12 +68,13 @@ class SparseConfig:
         for name in ("causal",):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        layers = tuple(self.dense_layers)
+        layers = _sequence("dense_layers", self.dense_layers, "ints")
         for layer in layers:
             _count("dense_layers", layer)
         object.__setattr__(self, "dense_layers", layers)
+        kinds = _sequence("bidirectional", self.bidirectional, "modalities")
         object.__setattr__(
-            self, "bidirectional", tuple(_modality("bidirectional", m) for m in self.bidirectional)
+            self, "bidirectional", tuple(_modality("bidirectional", m) for m in kinds)
         )
         floors = self.floors()
         if sum(floors.values()) > 1:
@@ -84,7 +85,10 @@ class SparseConfig:
             object.__setattr__(self, "modality_floor", floors)
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if isinstance(self.modality_floor, Mapping):
+            values["modality_floor"] = frozenset(self.modality_floor.items())
+        return hash(tuple(values.values()))
 
     def floors(self) -> dict[Modality, float]:
         """Least share of the budget by modality, zeros left out."""
@@ -108,7 +112,9 @@ class SparseConfig:
     @classmethod
     def from_json(cls, text: str) -> SparseConfig:
         """Inverse of `to_json`; unknown fields are an error."""
-        record: dict[str, Any] = json.loads(text)
+        record: Any = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError(f"text must hold a JSON object, got {record!r}")
         unknown = sorted(set(record) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"text must hold fields of SparseConfig only, got also {unknown}")
@@ -137,6 +143,12 @@ def _count(name: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def _sequence(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of {what}, got {value!r}")
+    return tuple(value)
+
+
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, type(choices[0])) or value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
