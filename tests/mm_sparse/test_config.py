@@ -1,0 +1,172 @@
+"""The record of what to keep: what it refuses, and that it survives JSON."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mm_sparse as mms
+from mm_sparse import Modality, SparseConfig
+from tests.mm_sparse.layouts import FEW, configs
+
+MODALITIES = "modalities among TEXT, IMAGE, AUDIO"
+
+
+@given(configs(), st.sampled_from(["auto", "triton", "torch", "dense"]), st.integers(1, 9))
+@FEW
+def test_json_gives_an_equal_config_back(config: SparseConfig, backend: str, subpools: int) -> None:
+    config = dataclasses.replace(
+        config, backend=backend, subpools=subpools, dense_layers=(0, 3), dense_below=None
+    )
+    back = SparseConfig.from_json(config.to_json())
+    assert back == config
+    assert hash(back) == hash(config)
+    assert back.floors() == config.floors()
+    assert all(isinstance(m, Modality) for m in back.bidirectional)
+
+
+def test_json_is_one_line_of_plain_names() -> None:
+    config = SparseConfig(modality_floor={Modality.IMAGE: 0.25}, bidirectional=(Modality.AUDIO,))
+    text = config.to_json()
+    assert "\n" not in text
+    record = json.loads(text)
+    assert record["modality_floor"] == {"IMAGE": 0.25}
+    assert record["bidirectional"] == ["AUDIO"]
+    assert set(record) == {f.name for f in dataclasses.fields(SparseConfig)}
+
+
+def test_json_with_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("SparseConfig only, got also ['ratoi']")):
+        SparseConfig.from_json('{"ratoi": 0.2}')
+
+
+def test_json_of_a_bad_value_is_refused_with_the_name_of_the_field() -> None:
+    with pytest.raises(ValueError, match=re.escape("ratio must be in (0, 1], got 2")):
+        SparseConfig.from_json('{"ratio": 2}')
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"ratio"'])
+def test_json_that_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="text must hold a JSON object"):
+        SparseConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind", "message"),
+    [
+        ("ratio", 0, ValueError, "ratio must be in (0, 1], got 0"),
+        ("ratio", 1.5, ValueError, "ratio must be in (0, 1], got 1.5"),
+        ("ratio", -0.1, ValueError, "ratio must be in (0, 1], got -0.1"),
+        ("ratio", float("nan"), ValueError, "ratio must be in (0, 1], got nan"),
+        ("ratio", "0.2", TypeError, "ratio must be a number, got '0.2'"),
+        ("ratio", True, TypeError, "ratio must be a number, got True"),
+        ("ratio", None, TypeError, "ratio must be a number, got None"),
+        ("mass", 0.0, ValueError, "mass must be in (0, 1], got 0.0"),
+        ("mass", 1.01, ValueError, "mass must be in (0, 1], got 1.01"),
+        ("mass", "all", TypeError, "mass must be a number, got 'all'"),
+        ("tokens", 0, ValueError, "tokens must be at least 1, got 0"),
+        ("tokens", 12.0, TypeError, "tokens must be an int, got 12.0"),
+        ("tokens", True, TypeError, "tokens must be an int, got True"),
+        ("tile", 32, ValueError, "tile must be one of (64, 128), got 32"),
+        ("tile", 64.0, ValueError, "tile must be one of (64, 128), got 64.0"),
+        ("unit", 8, ValueError, "unit must be one of (16, 32, 64, 128), got 8"),
+        ("causal", 1, TypeError, "causal must be a bool, got 1"),
+        ("bidirectional", (7,), ValueError, f"bidirectional must name {MODALITIES}, got 7"),
+        ("bidirectional", ("VIDEO",), ValueError, f"{MODALITIES}, got 'VIDEO'"),
+        ("bidirectional", 1, TypeError, "bidirectional must be a sequence of modalities, got 1"),
+        ("bidirectional", "IMAGE", TypeError, "must be a sequence of modalities, got 'IMAGE'"),
+        ("sinks", -1, ValueError, "sinks must be at least 0, got -1"),
+        ("sinks", 4.5, TypeError, "sinks must be an int, got 4.5"),
+        ("window", -8, ValueError, "window must be at least 0, got -8"),
+        ("window", "all", TypeError, "window must be an int, got 'all'"),
+        ("modality_floor", -0.1, ValueError, "modality_floor must be in [0, 1], got -0.1"),
+        ("modality_floor", 0.4, ValueError, "modality_floor must add up to at most 1"),
+        ("modality_floor", "0.1", TypeError, "modality_floor must be a number, got '0.1'"),
+        ("modality_floor", {"IMAGE": 2}, ValueError, "modality_floor must be in [0, 1], got 2"),
+        ("modality_floor", {"SMELL": 0.1}, ValueError, f"{MODALITIES}, got 'SMELL'"),
+        (
+            "modality_floor",
+            {"IMAGE": 0.6, "TEXT": 0.6},
+            ValueError,
+            "modality_floor must add up to at most 1 over modalities",
+        ),
+        ("subpools", 0, ValueError, "subpools must be at least 1, got 0"),
+        ("subpools", 2.0, TypeError, "subpools must be an int, got 2.0"),
+        ("dense_below", -1, ValueError, "dense_below must be at least 0, got -1"),
+        ("dense_below", 1.0, TypeError, "dense_below must be an int, got 1.0"),
+        ("dense_layers", (0, -1), ValueError, "dense_layers must be at least 0, got -1"),
+        ("dense_layers", ("0",), TypeError, "dense_layers must be an int, got '0'"),
+        ("dense_layers", 3, TypeError, "dense_layers must be a sequence of ints, got 3"),
+        (
+            "backend",
+            "cuda",
+            ValueError,
+            "backend must be one of ('auto', 'triton', 'torch', 'dense'), got 'cuda'",
+        ),
+    ],
+    ids=lambda x: repr(x) if not isinstance(x, (type, str)) else None,
+)
+def test_a_bad_field_is_refused_by_name(
+    field: str, value: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        SparseConfig(**{field: value})
+
+
+def test_one_floor_holds_for_every_modality() -> None:
+    assert SparseConfig(modality_floor=0.2).floors() == dict.fromkeys(Modality, 0.2)
+
+
+def test_floors_by_modality_take_names_numbers_and_members() -> None:
+    for key in ("IMAGE", 1, Modality.IMAGE):
+        assert SparseConfig(modality_floor={key: 0.5}).floors() == {Modality.IMAGE: 0.5}
+
+
+def test_floors_of_zero_are_left_out() -> None:
+    assert SparseConfig().floors() == {}
+    assert SparseConfig(modality_floor={Modality.TEXT: 0, Modality.AUDIO: 0.3}).floors() == {
+        Modality.AUDIO: 0.3
+    }
+
+
+def test_bidirectional_takes_names() -> None:
+    assert SparseConfig(bidirectional=["IMAGE", 2]).bidirectional == (
+        Modality.IMAGE,
+        Modality.AUDIO,
+    )
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SparseConfig().ratio = 0.5  # type: ignore[misc]
+
+
+def test_a_mapping_given_as_floor_is_copied() -> None:
+    floor = {Modality.IMAGE: 0.5}
+    config = SparseConfig(modality_floor=floor)
+    before = hash(config)
+    floor[Modality.IMAGE] = 0.9
+    assert config.floors() == {Modality.IMAGE: 0.5}
+    assert hash(config) == before
+
+
+def test_equal_configs_are_one_key_of_a_dict() -> None:
+    some = {SparseConfig(ratio=0.3, modality_floor={"TEXT": 0.1}): 1}
+    assert some[SparseConfig(ratio=0.3, modality_floor={Modality.TEXT: 0.1})] == 1
+    assert SparseConfig(ratio=0.4) not in some
+
+
+def test_numbers_that_are_equal_hash_alike() -> None:
+    assert SparseConfig(ratio=1) == SparseConfig(ratio=1.0)
+    assert hash(SparseConfig(ratio=1)) == hash(SparseConfig(ratio=1.0))
+    one, other = ({"TEXT": 0.1, "IMAGE": 0.2}, {"IMAGE": 0.2, "TEXT": 0.1})
+    assert SparseConfig(modality_floor=one) == SparseConfig(modality_floor=other)
+    assert hash(SparseConfig(modality_floor=one)) == hash(SparseConfig(modality_floor=other))
+
+
+def test_modalities_keep_their_numbers() -> None:
+    assert {m.name: int(m) for m in mms.Modality} == {"TEXT": 0, "IMAGE": 1, "AUDIO": 2}
