@@ -95,7 +95,7 @@ class RelevanceScorer(Scorer):
 
     The tile tower maps each sub-pool mean (per query head), the unit tower mean, maximum and
     minimum of the keys (per KV head), each with the weights of its modality; their product of
-    rank R is added to the pooled product. The unit towers and the biases, per pair of modalities and
+    rank R is added to the pooled one. The unit towers and the biases, per pair of modalities and
     distance, start at zero: untrained, it equals `PooledScorer`.
 
     Args:
