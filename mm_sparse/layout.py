@@ -50,10 +50,9 @@ class TokenLayout:
                 )
             if value.device != self.modality.device:
                 raise ValueError(f"{name} must be on {self.modality.device}, got {value.device}")
-        if self.span is not None and self.span.shape != (*self.modality.shape, 2):
-            raise ValueError(
-                f"span must have shape {(*self.modality.shape, 2)}, got {shape_of(self.span)}"
-            )
+        want = (*self.modality.shape, 2)
+        if self.span is not None and getattr(self.span, "shape", None) != want:
+            raise ValueError(f"span must have shape {want}, got {shape_of(self.span)}")
 
     @property
     def batch(self) -> int:
@@ -131,7 +130,7 @@ class TokenLayout:
         audio_token_id: int | Iterable[int] | None = None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
-        image_grids: Sequence[tuple[int, int]] | None = None,
+        image_grids: Sequence[tuple[int, int]] | Tensor | None = None,
     ) -> TokenLayout:
         """Layout of a processor's output: placeholder ids stand for image and audio tokens.
 
@@ -147,6 +146,8 @@ class TokenLayout:
             raise ValueError(
                 f"input_ids must be a (batch, tokens) tensor, got {shape_of(input_ids)}"
             )
+        if input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
         modality = torch.zeros_like(input_ids, dtype=torch.int8)
         for ids, kind in ((image_token_id, Modality.IMAGE), (audio_token_id, Modality.AUDIO)):
             for token in [ids] if isinstance(ids, int) else ids or ():
@@ -165,13 +166,23 @@ class TokenLayout:
         *,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
-        image_grids: Sequence[tuple[int, int]] | None = None,
+        image_grids: Sequence[tuple[int, int]] | Tensor | None = None,
         span: Tensor | None = None,
     ) -> TokenLayout:
         """Layout from a (B, M) tensor of modalities; other arguments as in `from_input_ids`."""
+        if not isinstance(modality, Tensor) or modality.dim() != 2:
+            raise ValueError(f"modality must be a (batch, tokens) tensor, got {shape_of(modality)}")
+        if modality.is_floating_point():
+            raise ValueError(f"modality must be integers, got {modality.dtype}")
+        unknown = (modality < 0) | (modality >= len(Modality))
+        if bool(unknown.any()):
+            raise ValueError(
+                f"modality must hold numbers of {[m.name for m in Modality]}, "
+                f"got {modality[unknown][0].item()}"
+            )
         document = torch.zeros_like(modality, dtype=torch.int32)
         for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-            if value is not None and value.shape != modality.shape:
+            if value is not None and getattr(value, "shape", None) != modality.shape:
                 raise ValueError(
                     f"{name} must have shape {tuple(modality.shape)}, got {shape_of(value)}"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +29,12 @@ def parse_row(
             raise ValueError(f"spans must be (kind, size) or (kind, size, document), got {item!r}")
         kind, size = item[0], item[1]
         doc: Any = item[2] if len(item) == 3 else 0
-        if kind != "pad" and kind not in _KINDS:
+        if kind not in (*_KINDS, "pad"):
             raise ValueError(f"kind must be one of {[*_KINDS, 'pad']}, got {kind!r}")
         if isinstance(size, (tuple, list)):
-            if kind != "image" or len(size) != 2 or min(size) < 1:
+            if kind != "image" or not _is_grid(size):
                 raise ValueError(f"size must be (height, width) of an image, got {size!r} ({kind})")
-            grids[number] = (int(size[0]), int(size[1]))
+            grids[number] = (size[0], size[1])
             size = size[0] * size[1]
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"size must be a number of tokens, got {size!r} ({kind})")
@@ -50,10 +51,14 @@ def parse_row(
 
 
 def image_heads(
-    modality: Tensor, document: Tensor, image_grids: Sequence[tuple[int, int]]
+    modality: Tensor, document: Tensor, image_grids: Sequence[tuple[int, int]] | Tensor
 ) -> list[tuple[int, int, tuple[int, int]]]:
     """Row, first token and grid of every picture."""
-    sizes = [(int(h), int(w)) for h, w in image_grids]
+    sizes = []
+    for grid in image_grids.tolist() if isinstance(image_grids, Tensor) else image_grids:
+        if not _is_grid(grid):
+            raise ValueError(f"image_grids must be (height, width) of at least 1, got {grid!r}")
+        sizes.append((int(grid[0]), int(grid[1])))
     found = ((modality == int(Modality.IMAGE)) & (document >= 0)).nonzero().tolist()
     if sum(h * w for h, w in sizes) != len(found):
         raise ValueError(
@@ -62,11 +67,22 @@ def image_heads(
         )
     heads, at = [], 0
     for h, w in sizes:
-        if found[at][0] != found[at + h * w - 1][0]:
+        (row, first), (last_row, last) = found[at], found[at + h * w - 1]
+        if last_row != row:
             raise ValueError(f"image_grids must follow the rows, got {(h, w)} across two rows")
-        heads.append((*found[at], (h, w)))
+        if last - first != h * w - 1:
+            raise ValueError(
+                f"image_grids must be of pictures without a break, got {(h, w)} for the image "
+                f"tokens from {first} to {last} of row {row}"
+            )
+        heads.append((row, first, (h, w)))
         at += h * w
     return heads
+
+
+def _is_grid(size: Any) -> bool:
+    sides = list(size) if isinstance(size, (tuple, list)) else []
+    return len(sides) == 2 and all(isinstance(x, Integral) and x >= 1 for x in sides)
 
 
 def shape_of(value: Any) -> str:
