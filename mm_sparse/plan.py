@@ -69,10 +69,14 @@ class Plan:
         low = first - behind + ~sees_ahead
         high = torch.where(sees_ahead, last + config.window // 2, last)
         kept = self._overlap(low, high) if config.window else torch.zeros_like(self.visible)
-        if config.sinks and layout.length:
+        if config.sinks:
             start, _ = piece_edges(fill_documents(layout.document))
-            sink = start.gather(1, first.clamp(max=layout.length - 1).long())
-            kept = kept | self._overlap(sink, sink + config.sinks)
+            position = torch.arange(layout.length, device=start.device)
+            sink = (position - start < config.sinks) & layout.valid
+            # A tile of short documents has sinks in each of them, so units are asked, not tiles.
+            before = torch.nn.functional.pad(sink.cumsum(1), (1, 0))
+            edges = self.units.long().cumsum(-1).unbind(-1)
+            kept = kept | (before.gather(1, edges[1]) > before.gather(1, edges[0]))[:, None]
         return kept & self.visible
 
     @cached_property
