@@ -229,6 +229,11 @@ class TokenLayout:
             _, segment_end = piece_edges(self.segment)
             for kind in bidirectional:
                 high = torch.where(self.modality == int(kind), segment_end.maximum(high), high)
+        elif self.length:
+            # A document ends with its last token, whatever padding follows.
+            position = torch.arange(self.length, device=self.device)
+            latest = torch.where(self.valid, position, -1).cummax(1).values
+            high = latest.gather(1, (high - 1).long()) + 1
         span = torch.stack([low, high], -1)
         return torch.where(self.valid[..., None], span, 0).to(torch.int32)
 
