@@ -223,6 +223,14 @@ def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> T
     Returns:
         (B, K, T, U) float32; zero for a tile without a query that sees a key.
     """
+    check_heads(q, k, None, plan.layout)
+    if q.shape[1] != plan.group * k.shape[1]:
+        raise ValueError(
+            f"q must have {plan.group} heads for each of k's as the plan has, "
+            f"got {q.shape[1]} and {k.shape[1]}"
+        )
+    if q.shape[2] != plan.num_queries:
+        raise ValueError(f"q must have {plan.num_queries} tokens as the plan has, got {q.shape[2]}")
     batch, heads, _, dim = q.shape
     kv_heads = k.shape[1]
     scale = 1 / math.sqrt(dim) if scale is None else scale
