@@ -106,6 +106,16 @@ def test_a_hole_of_padding_does_not_part_a_document() -> None:
     assert (high[~layout.valid[0]] == 0).all()
 
 
+def test_what_a_token_sees_does_not_depend_on_padding_behind_it() -> None:
+    row = [("text", 20, 0), ("image", 5, 1)]
+    alone = TokenLayout.from_spans(row).visible_span(causal=False)
+    padded = TokenLayout.from_spans([*row, ("pad", 9)]).visible_span(causal=False)
+    assert torch.equal(padded[:, :25], alone)
+    held = TokenLayout.from_spans([row[0], ("pad", 9), row[1]]).visible_span(causal=False)
+    assert held[0, 0].tolist() == [0, 20]
+    assert held[0, -1].tolist() == [29, 34]
+
+
 def test_an_explicit_span_decides_alone() -> None:
     span = torch.tensor([[[0, 3], [1, 2], [0, 0]]])
     layout = TokenLayout.from_modality(torch.tensor([[0, 1, 0]]), span=span)
@@ -149,7 +159,7 @@ def test_zeros_of_the_attention_mask_are_padding(side: str) -> None:
 def test_document_ids_part_a_packed_row() -> None:
     documents = torch.tensor([[0, 0, 3, 3, 3, -1]])
     layout = TokenLayout.from_input_ids(torch.zeros(1, 6).long(), document_ids=documents)
-    assert layout.visible_span(causal=False)[0].tolist() == [[0, 2]] * 2 + [[2, 6]] * 3 + [[0, 0]]
+    assert layout.visible_span(causal=False)[0].tolist() == [[0, 2]] * 2 + [[2, 5]] * 3 + [[0, 0]]
     assert runs(layout.segment[0]) == [2, 3, 1]
 
 

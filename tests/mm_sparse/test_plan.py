@@ -203,6 +203,16 @@ def test_the_window_of_an_encoder_lies_on_both_sides() -> None:
     assert plan.always[0, 4].nonzero().flatten().tolist() == [15, 16, 17, 18, 19, 20]
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
+def test_padding_behind_a_row_does_not_change_what_is_always_kept(causal: bool) -> None:
+    config = SparseConfig(sinks=4, window=40, tile=64, unit=16, causal=causal)
+    alone = plan_of(([[("audio", 150)]], "right"), config)
+    padded = plan_of(([[("audio", 150)], [("audio", 400)]], "right"), config)
+    tiles, units = alone.always.shape[1:]
+    assert torch.equal(padded.always[0, :tiles, :units], alone.always[0])
+    assert not padded.always[0, :, units:].any()
+
+
 @given(batches(), configs())
 @FEW
 def test_budgets_follow_the_visible_keys(batch: Batch, config: SparseConfig) -> None:
