@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from mm_sparse.encoders.vision import VisionTower, create_vision_tower
 from mm_sparse.recipes import pretrained
@@ -111,8 +112,8 @@ class LanguagePart:
 class Projector(nn.Module):
     """Patches of the tower to image tokens of the language model: an MLP, and where the patch is.
 
-    `stack` x `stack` neighbours become one token. `positions` adds a learned vector per row and per
-    column of up to `positions` each; 0 leaves that to the tower.
+    `stack` x `stack` neighbours become one token. `positions` adds learned vectors for rows and for
+    columns, so many from edge to edge, interpolated to the grid; 0 leaves that to the tower.
     """
 
     def __init__(self, width: int, out: int, *, stack: int = 1, positions: int = 0) -> None:
@@ -137,13 +138,16 @@ class Projector(nn.Module):
         tokens = self.mlp(tokens.transpose(2, 3).flatten(3))  # (B, h / n, w / n, E)
         h, w = h // n, w // n
         if self.places is not None:
-            if max(h, w) > self.places.shape[1]:
-                raise ValueError(
-                    f"positions must be at least {max(h, w)} for a grid of {h} x {w}, "
-                    f"got {self.places.shape[1]}"
-                )
-            tokens = tokens + self.places[0, :h, None] + self.places[1, None, :w]
+            rows, columns = (_spread(x, n) for x, n in zip(self.places, (h, w), strict=True))
+            tokens = tokens + rows[:, None] + columns
         return tokens.flatten(1, 2), (h, w)
+
+
+def _spread(places: Tensor, count: int) -> Tensor:
+    """(positions, E) -> (count, E), linear between neighbours; the same where the counts agree."""
+    if len(places) == count:
+        return places
+    return interpolate(places.T[None], size=count, mode="linear", align_corners=False)[0].T
 
 
 @dataclass(frozen=True)

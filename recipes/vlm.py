@@ -10,7 +10,7 @@ B rows, L tokens, I pictures, A answers, E width of the language model
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class Objectives:
     """Steps between two lessons of the scorers."""
     teacher: Literal["sparse", "dense"] = "sparse"
     """Whose attention scorers learn from: the sparse run's own, or that of a run that keeps all."""
+    dense_steps: int = 0
+    """Steps at the start in which a sparse model attends densely while its scorers learn."""
 
     def __post_init__(self) -> None:
         if min(self.language, self.scorers) < 0 or not (self.language or self.scorers):
@@ -55,8 +57,9 @@ class Objectives:
                 "language and scorers must be weights of at least 0, one of them above, "
                 f"got {self.language} and {self.scorers}"
             )
-        if self.scorers_every < 1:
-            raise ValueError(f"scorers_every must be at least 1, got {self.scorers_every}")
+        for name, low in (("scorers_every", 1), ("dense_steps", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +107,10 @@ class VLM(L.LightningModule):
                 "objectives.scorers must be 0 unless the model is sparse with scorer='relevance', "
                 f"got {self.objectives.scorers}"
             )
-        if self.objectives.scorers and checkpointing:
-            raise ValueError("checkpointing must be off while scorers learn, got True")
+        if checkpointing and (self.objectives.scorers or self.objectives.dense_steps):
+            raise ValueError(
+                "checkpointing must be off while scorers learn or dense_steps are taken, got True"
+            )
         self.image_id, self.pad_id = tokenizer.image_id, tokenizer.pad_id
         self.sparse_config = sparse
         self.optimizer_part = optimizer or OptimizerPart()
@@ -157,12 +162,14 @@ class VLM(L.LightningModule):
             yield
 
     def run(self, batch: Batch, **options: Any) -> Any:
-        """The language model's output on a batch."""
+        """The language model's output on a batch, padded on the right."""
         mask = batch["attention_mask"]
+        # No token that counts sees padding behind it: without a mask dense attention is at its best.
+        behind = bool((mask[:, 1:] <= mask[:, :-1]).all())
         with self.context(batch):
             return self.language(
                 inputs_embeds=self.embed(batch),
-                attention_mask=None if bool(mask.all()) else mask.long(),
+                attention_mask=None if behind else mask.long(),
                 use_cache=False,
                 **options,
             )
@@ -186,28 +193,36 @@ class VLM(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         goals, loss = self.objectives, torch.zeros((), device=self.device)
-        lesson_due = goals.scorers > 0 and self.global_step % goals.scorers_every == 0
-        own_lesson = lesson_due and goals.teacher == "sparse"
-        if goals.language or own_lesson:
+        dense = self.sparse_config is not None and self.global_step < goals.dense_steps
+        due = goals.scorers > 0 and self.global_step % goals.scorers_every == 0
+        from_dense = due and (dense or goals.teacher == "dense")
+        if goals.language or (due and not from_dense):
             with ExitStack() as stack:
-                learned = stack.enter_context(lessons(self.language)) if own_lesson else None
+                if dense:
+                    stack.enter_context(self.keeping(backend="dense"))
+                learned = None
+                if due and not from_dense:
+                    learned = stack.enter_context(lessons(self.language))
                 verdict = self(batch)
             loss = loss + goals.language * verdict.loss
             self.log_all("train", verdict, batch)
             if learned is not None:
                 loss = loss + self.taught(learned.mean())
-        if lesson_due and goals.teacher == "dense":
+        if from_dense:
             loss = loss + self.taught(self.dense_lesson(batch))
         return loss
 
+    def keeping(self, **changes: Any) -> AbstractContextManager[Any]:
+        """The language model with another config of its sparse attention, for a while."""
+        if self.sparse_config is None:
+            raise ValueError("sparse must be given for the model to run sparse, got None")
+        return mms.sparse(self.language, replace(self.sparse_config, **changes))
+
     def dense_lesson(self, batch: Batch) -> Tensor:
         """The scorers' divergence from the attention of a run that keeps everything."""
-        if self.sparse_config is None:
-            raise ValueError("sparse must be given for the scorers to learn, got None")
-        everything = replace(self.sparse_config, ratio=1.0, tokens=None, mass=None)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(mms.sparse(self.language, everything))
+            stack.enter_context(self.keeping(ratio=1.0, tokens=None, mass=None))
             learned = stack.enter_context(lessons(self.language))
             self.run(batch, logits_to_keep=1)
         return learned.mean()

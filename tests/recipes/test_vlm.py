@@ -252,7 +252,8 @@ def test_stack_joins_the_four_neighbours_of_a_token():
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     def fit(steps, path=None):
-        data = VLMData(canvases(4), DigitTokenizer(), patch_size=4, batch_size=2)
+        # One batch: which batches follow a checkpoint inside an epoch is Lightning's affair.
+        data = VLMData(canvases(2), DigitTokenizer(), patch_size=4, batch_size=2)
         data.train_dataloader = lambda: data.loader(data.train)
         vlm = model(SPARSE, objectives=Objectives(scorers=0.1))
         trainer = L.Trainer(
@@ -274,8 +275,6 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     trainer, _ = fit(2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     _, resumed = fit(4, tmp_path / "half.ckpt")
-    for (name, a), b in zip(
-        whole.state_dict().items(), resumed.state_dict().values(), strict=True
-    ):
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert any(name.startswith("scorers.") for name in whole.state_dict())
