@@ -97,10 +97,13 @@ class Plan:
         if self.config.mass is not None or not self.tiles.shape[1] or not num_units:
             return num_units
         short = (self.visible & (self.units[:, None, :, 1] < self.unit)).sum(-1)
-        most = self.budget // self.unit + 1 + short
-        most = most.maximum(self.always.sum(-1)).amax() if most.numel() else most.sum()
-        # Floors per modality round up to a unit each.
-        return min(num_units, int(most) + len(self.config.floors()))
+        most, always = self.budget // self.unit + 1 + short, self.always.sum(-1)
+        if floors := self.config.floors():
+            # Each rounds up to a unit, and all may lie outside of what is always kept.
+            share = (self.budget * sum(floors.values()) / self.unit).long()
+            always = always + share + short + len(floors)
+        most = most.maximum(always)
+        return min(num_units, int(most.amax()) if most.numel() else 0)
 
     @cached_property
     def distance(self) -> Tensor:

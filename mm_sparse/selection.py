@@ -35,16 +35,22 @@ class Selection:
         plan = self.plan
         lists = (plan.tiles.shape[0], plan.tiles.shape[1])
         for name, value, rank in (("index", self.index, 4), ("count", self.count, 3)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             if value.dim() != rank or value.dtype != torch.int32:
                 raise ValueError(
                     f"{name} must be int32 with {rank} dimensions, "
                     f"got {value.dtype} {tuple(value.shape)}"
                 )
-            if (value.shape[0], value.shape[2]) != lists or value.shape[1] != self.index.shape[1]:
+            if (value.shape[0], value.shape[2]) != lists:
                 raise ValueError(
                     f"{name} must have {lists[0]} rows and {lists[1]} tiles as the plan has, "
                     f"got {tuple(value.shape)}"
                 )
+        if self.count.shape[1] != self.index.shape[1]:
+            raise ValueError(
+                f"count must have index's {self.index.shape[1]} heads, got {self.count.shape[1]}"
+            )
 
     @property
     def num_query_heads(self) -> int:
@@ -127,7 +133,7 @@ class Selection:
         offset = torch.arange(plan.tile_tokens, device=start.device)
         slot = torch.arange(self.index.shape[-1], device=start.device)
         key_kind = plan.unit_modality.long().clamp(min=0)
-        for t in range(plan.tiles.shape[1]):
+        for t in range(plan.tiles.shape[1] if plan.units.shape[1] else 0):
             token = plan.tiles[:, t, :1] + offset  # (B, tokens)
             exists = offset < plan.tiles[:, t, 1:]
             picked = token.clamp(max=max(plan.num_queries - 1, 0)).long()
@@ -176,6 +182,8 @@ def select(
             query_offset=query_offset,
         )
         values = scores
+    elif not isinstance(scores, Scores):
+        raise TypeError(f"scores must be Scores or a tensor, got {type(scores).__name__}")
     else:
         plan, values = scores.plan, scores.values
         if plan.layout is not layout:
@@ -190,6 +198,8 @@ def select(
             f"scores must be (batch, KV heads, tiles, units) = "
             f"({want[0]}, *, {want[1]}, {want[2]}), got {tuple(values.shape)}"
         )
+    if values.device != layout.device:
+        raise ValueError(f"scores must be on {layout.device} as layout is, got {values.device}")
     return _select(values.detach(), plan)
 
 
