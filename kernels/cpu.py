@@ -21,7 +21,8 @@ class _Chunk:
 
     query: Tensor  # (C, tokens) query token of each row, clamped
     exists: Tensor  # (C, tokens)
-    key: Tensor  # (C, S) key token of each slot, clamped
+    key: Tensor  # (C, S) key token of each slot
+    missing: Tensor | None  # (C, S) slots without a key, if a list of the chunk is empty
     hidden: Tensor  # (C, tokens, 1, S - cut), True where a query must not see a slot
     cut: int  # slots before it are seen by all
 
@@ -44,12 +45,16 @@ def _chunks(
                         break
                     longest, last = grown, last + 1
                 chosen = slice(first, last)
+                empty = 0 in counts[b][h][chosen]
                 first = last
                 ids = index[b, h, chosen, :longest]
                 listed = torch.arange(ids.shape[1]) < count[b, h, chosen, None]
-                table = units[b][ids.masked_fill(~listed, 0).long()]  # (C, L, 2)
-                key = (table[..., :1] + within).flatten(1)
-                real = ((within < table[..., 1:]) & listed[..., None]).flatten(1)
+                # Slots behind a short list or unit repeat a key of the same list, so that not even
+                # a NaN of a key that is not kept can pass.
+                ids = torch.where(listed, ids, ids[:, :1]).clamp(min=0).long()
+                start, size = units[b][ids][..., None].unbind(-2)  # (C, L, 1)
+                key = (start + within.minimum((size - 1).clamp(min=0))).flatten(1)
+                real = ((within < size) & listed[..., None]).flatten(1)
                 query = tiles[b, chosen, :1] + token
                 exists = token < tiles[b, chosen, 1:]
                 query = query.clamp(max=span.shape[1] - 1).long()
@@ -61,7 +66,8 @@ def _chunks(
                 rest = key[:, None, cut:]
                 seen = (rest >= low[..., None]) & (rest < high[..., None])
                 seen &= real[:, None, cut:] & exists[..., None]
-                yield b, h, _Chunk(query, exists, key.long(), ~seen[:, :, None], cut)
+                missing = ~real if empty else None
+                yield b, h, _Chunk(query, exists, key.long(), missing, ~seen[:, :, None], cut)
 
 
 def _rows(x: Tensor, query: Tensor) -> Tensor:
@@ -75,10 +81,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _keys(x: Tensor, key: Tensor) -> Tensor:
-    """(M, D) and (C, S) -> (C, S, D); slots beyond the last key are hidden."""
-    flat = key.clamp(max=x.shape[0] - 1).flatten()
-    return x.index_select(0, flat).view(*key.shape, -1).to(_compute_dtype(x))
+def _keys(x: Tensor, chunk: _Chunk) -> Tensor:
+    """(M, D) -> (C, S, D)."""
+    rows = x.index_select(0, chunk.key.flatten()).view(*chunk.key.shape, -1).to(_compute_dtype(x))
+    return _cleared(rows, chunk)
+
+
+def _cleared(rows: Tensor, chunk: _Chunk) -> Tensor:
+    """Zero (C, S, D) where a slot has no key, for tiles that keep none at all."""
+    if chunk.missing is not None:
+        rows[chunk.missing] = 0
+    return rows
 
 
 def _scores(q: Tensor, k: Tensor, chunk: _Chunk, scale: float, group: int) -> Tensor:
@@ -100,14 +113,12 @@ def attend_forward(
     walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 2 * dim)
     for b, h, chunk in walk:
         own = slice(h * group, (h + 1) * group)
-        scores = _scores(
-            _rows(q[b, own], chunk.query), _keys(k[b, h], chunk.key), chunk, scale, group
-        )
+        scores = _scores(_rows(q[b, own], chunk.query), _keys(k[b, h], chunk), chunk, scale, group)
         top = scores.amax(-1, keepdim=True)
         top.masked_fill_(top == -math.inf, 0)
         weight = scores.sub_(top).exp_()
         total = weight.sum(-1, keepdim=True)
-        result = torch.bmm(weight, _keys(v[b, h], chunk.key))
+        result = torch.bmm(weight, _keys(v[b, h], chunk))
         result /= total.masked_fill(total == 0, 1)
         shape = (*chunk.query.shape, group)
         picked = chunk.query[chunk.exists]
@@ -135,14 +146,16 @@ def attend_backward(
     for b, h, chunk in walk:
         own = slice(h * group, (h + 1) * group)
         q_rows, d_rows = _rows(q[b, own], chunk.query), _rows(dout[b, own], chunk.query)
-        k_cols, v_cols = _keys(k[b, h], chunk.key), _keys(v[b, h], chunk.key)
+        k_cols, v_cols = _keys(k[b, h], chunk), _keys(v[b, h], chunk)
         weight = _scores(q_rows, k_cols, chunk, scale, group)
         weight = weight.sub_(_rows(norm[b, own], chunk.query)).exp_()
-        slots = chunk.key.clamp(max=k.shape[2] - 1).flatten()
-        dv[b, h].index_add_(0, slots, torch.bmm(weight.transpose(1, 2), d_rows).flatten(0, 1))
+        slots = chunk.key.flatten()
+        grad = _cleared(torch.bmm(weight.transpose(1, 2), d_rows), chunk)
+        dv[b, h].index_add_(0, slots, grad.flatten(0, 1))
         dscore = torch.bmm(d_rows, v_cols.transpose(1, 2))
         dscore = dscore.sub_(_rows(delta[b, own], chunk.query)).mul_(weight).mul_(scale)
-        dk[b, h].index_add_(0, slots, torch.bmm(dscore.transpose(1, 2), q_rows).flatten(0, 1))
+        grad = _cleared(torch.bmm(dscore.transpose(1, 2), q_rows), chunk)
+        dk[b, h].index_add_(0, slots, grad.flatten(0, 1))
         grad = torch.bmm(dscore, k_cols).view(*chunk.query.shape, group, dim)[chunk.exists]
         dq[b, own, chunk.query[chunk.exists]] = grad.transpose(0, 1).to(dq.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
