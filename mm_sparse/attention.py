@@ -40,6 +40,8 @@ def attend(
     """
     q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection must be a Selection, got {type(selection).__name__}")
     plan = selection.plan
     want = (plan.tiles.shape[0], selection.num_query_heads, plan.num_queries)
     if q.shape[:3] != want:
@@ -101,6 +103,8 @@ def sparse_attention(
     """
     q, k, v = autocast_inputs(q, k, v)
     check_heads(q, k, v, layout)
+    if not isinstance(config, SparseConfig):
+        raise TypeError(f"config must be a SparseConfig, got {type(config).__name__}")
     if layout.length < dense_length(config, q.device) or config.backend == "dense":
         return dense_attention(
             q, k, v, layout=layout, config=config, query_offset=query_offset, scale=scale

@@ -37,7 +37,7 @@ def dense_attention(
 ) -> Tensor:
     """Attention on all visible keys through torch's SDPA; a query that sees nothing gets zeros."""
     num_queries = q.shape[2]
-    offset = layout.length - num_queries if query_offset is None else query_offset
+    offset = layout.first_query(num_queries, query_offset)
     span = layout.visible_span(config.causal, config.bidirectional)
     group = q.shape[1] // k.shape[1]
     span = span[:, offset : offset + num_queries]

@@ -237,6 +237,16 @@ class TokenLayout:
         span = torch.stack([low, high], -1)
         return torch.where(self.valid[..., None], span, 0).to(torch.int32)
 
+    def first_query(self, num_queries: int, query_offset: int | None = None) -> int:
+        """Position of the first of N queries: `query_offset`, or so that they are the last."""
+        offset = self.length - num_queries if query_offset is None else query_offset
+        if num_queries < 0 or offset < 0 or offset + num_queries > self.length:
+            raise ValueError(
+                f"num_queries and query_offset must lie in a layout of {self.length} tokens, "
+                f"got {num_queries} and {offset}"
+            )
+        return offset
+
     def plan(
         self,
         config: SparseConfig,
@@ -252,13 +262,10 @@ class TokenLayout:
             num_queries: N, all tokens if None.
             query_offset: position of the first query; by default the queries are the last N tokens.
         """
+        if not isinstance(config, SparseConfig):
+            raise TypeError(f"config must be a SparseConfig, got {type(config).__name__}")
         num_queries = self.length if num_queries is None else num_queries
-        offset = self.length - num_queries if query_offset is None else query_offset
-        if num_queries < 0 or offset < 0 or offset + num_queries > self.length:
-            raise ValueError(
-                f"num_queries and query_offset must lie in a layout of {self.length} tokens, "
-                f"got {num_queries} and {offset}"
-            )
+        offset = self.first_query(num_queries, query_offset)
         if num_kv_heads < 1 or num_query_heads < 1 or num_query_heads % num_kv_heads:
             raise ValueError(
                 f"num_query_heads must be a multiple of num_kv_heads, "

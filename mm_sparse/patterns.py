@@ -16,6 +16,7 @@ from mm_sparse.layout import TokenLayout
 from mm_sparse.plan import Plan
 from mm_sparse.scorers import Scorer, Scores
 from mm_sparse.selection import Selection, select
+from mm_sparse.validation import check_qkv
 
 
 class Pattern(Scorer):
@@ -105,10 +106,9 @@ class Linformer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """(B, H, N, D), (B, K, M, D) twice -> (B, H, N, D)."""
-        if k.shape[2] != self.length or v.shape[2] != self.length:
-            raise ValueError(
-                f"k and v must have {self.length} tokens, got {k.shape[2]} and {v.shape[2]}"
-            )
+        check_qkv(q, k, v)
+        if k.shape[2] != self.length:
+            raise ValueError(f"k and v must have {self.length} tokens, got {k.shape[2]}")
         keys = self.project_keys.to(k.dtype) @ k
         values = self.project_values.to(v.dtype) @ v
         return scaled_dot_product_attention(

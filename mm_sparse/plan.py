@@ -216,13 +216,16 @@ def _cut(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _drop_padding(table: Tensor, piece: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out pieces of padding: ids stay ascending in the row, fillers go last."""
+    """Leave out pieces of padding: ids stay ascending in the row, fillers go last.
+
+    One filler at least stays, so that a batch of padding alone has a unit that nobody keeps.
+    """
     if not table.shape[1]:
         return table, piece
     real = torch.zeros(table.shape[:2], dtype=torch.bool, device=table.device)
     real.scatter_(1, piece, valid)
     number = real.cumsum(1) - 1
-    count = int(number[:, -1].max()) + 1
+    count = max(int(number[:, -1].max()) + 1, 1)
     slot = torch.where(real, number, count)
     kept = table.new_zeros(table.shape[0], count + 1, 2)
     kept.scatter_(1, slot[..., None].expand(-1, -1, 2), table)

@@ -58,7 +58,7 @@ class Scorer(nn.Module):
             k: (B, K, M, D), one key per token of the layout.
             scale: factor on q.k, 1 / sqrt(D) if None.
         """
-        check_heads(q, k, None, layout)
+        check_heads(q, k, k, layout)
         plan = layout.plan(
             config,
             num_query_heads=q.shape[1],
@@ -223,7 +223,7 @@ def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> T
     Returns:
         (B, K, T, U) float32; zero for a tile without a query that sees a key.
     """
-    check_heads(q, k, None, plan.layout)
+    check_heads(q, k, k, plan.layout)
     if q.shape[1] != plan.group * k.shape[1]:
         raise ValueError(
             f"q must have {plan.group} heads for each of k's as the plan has, "

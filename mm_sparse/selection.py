@@ -133,7 +133,7 @@ class Selection:
         offset = torch.arange(plan.tile_tokens, device=start.device)
         slot = torch.arange(self.index.shape[-1], device=start.device)
         key_kind = plan.unit_modality.long().clamp(min=0)
-        for t in range(plan.tiles.shape[1] if plan.units.shape[1] else 0):
+        for t in range(plan.tiles.shape[1]):
             token = plan.tiles[:, t, :1] + offset  # (B, tokens)
             exists = offset < plan.tiles[:, t, 1:]
             picked = token.clamp(max=max(plan.num_queries - 1, 0)).long()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mm_sparse.layout import TokenLayout
+from mm_sparse.layout import TokenLayout
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -20,9 +17,11 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in tensors)
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor | None, layout: TokenLayout) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
     """Refuse q (B, H, N, D), k and v (B, K, M, D) that do not fit each other or the layout."""
     check_qkv(q, k, v)
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"layout must be a TokenLayout, got {type(layout).__name__}")
     if layout.batch != q.shape[0]:
         raise ValueError(f"layout must have {q.shape[0]} rows as q has, got {layout.batch}")
     if layout.length != k.shape[2]:
@@ -31,9 +30,9 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor | None, layout: TokenLayout) -> 
         raise ValueError(f"layout must be on {q.device} as q is, got {layout.device}")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse q, k and v whose ranks, shapes, dtypes or devices do not fit."""
-    named = [("q", q), ("k", k)] + ([("v", v)] if v is not None else [])
+    named = [("q", q), ("k", k), ("v", v)]
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -53,9 +52,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
                 f"{name} must have q's batch {q.shape[0]} and head dim {q.shape[3]}, "
                 f"got {tuple(x.shape)}"
             )
-    if v is not None and v.shape != k.shape:
+    if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]} heads"
         )
