@@ -291,7 +291,9 @@ def test_empty_batches_and_rows_have_empty_plans() -> None:
         assert plan.max_kept == 0 or plan.units.shape[1] >= plan.max_kept
 
 
-def test_a_batch_of_padding_alone_has_no_unit() -> None:
+def test_a_batch_of_padding_alone_has_one_unit_that_nobody_sees() -> None:
     plan = plan_of(([[("pad", 20)]], "right"), SparseConfig())
-    assert plan.units.shape[1] == 0
-    assert plan.visible.shape == (1, 1, 0)
+    assert plan.units.tolist() == [[[0, 0]]]
+    assert plan.visible.shape == (1, 1, 1)
+    assert not plan.visible.any()
+    assert not plan.regular
