@@ -34,8 +34,8 @@ def parse_row(
         if isinstance(size, (tuple, list)):
             if kind != "image" or not _is_grid(size):
                 raise ValueError(f"size must be (height, width) of an image, got {size!r} ({kind})")
-            grids[number] = (size[0], size[1])
-            size = size[0] * size[1]
+            grids[number] = (int(size[0]), int(size[1]))
+            size = int(size[0]) * int(size[1])
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"size must be a number of tokens, got {size!r} ({kind})")
         if kind == "pad":
@@ -82,7 +82,7 @@ def image_heads(
 
 def _is_grid(size: Any) -> bool:
     sides = list(size) if isinstance(size, (tuple, list)) else []
-    return len(sides) == 2 and all(isinstance(x, Integral) and x >= 1 for x in sides)
+    return len(sides) == 2 and all(isinstance(x, Integral) and int(x) >= 1 for x in sides)
 
 
 def shape_of(value: Any) -> str:
