@@ -29,6 +29,21 @@ PACKED: Row = [
 HOLE: Row = [("text", 25), ("pad", 9), ("image", 20), ("pad", 1), ("text", 18)]
 SHORT: Row = [("text", 1), ("image", 1), ("audio", 2)] * 12
 
+BATCHES: dict[str, tuple[list[Row], str]] = {
+    "text": ([TEXT], "right"),
+    "texts": ([TEXT, TEXT], "right"),
+    "picture": ([[("image", (9, 11))]], "right"),
+    "mixed": ([MIXED, MIXED], "right"),
+    "padded-left": ([MIXED, TEXT], "left"),
+    "padded-right": ([MIXED, TEXT], "right"),
+    "packed": ([PACKED], "right"),
+    "hole": ([HOLE], "right"),
+    "short-segments": ([SHORT], "right"),
+}
+IDS = list(BATCHES)
+# Query heads and KV heads.
+GROUPS = [(1, 1), (8, 1), (6, 2)]
+
 KINDS = {"text": 0, "image": 1, "audio": 2}
 
 
@@ -142,3 +157,23 @@ def random_qk(
     shape = (layout.length, dim)
     q = torch.randn(layout.batch, heads, *shape, generator=make)
     return q, torch.randn(layout.batch, kv_heads, *shape, generator=make)
+
+
+def small_config(**fields: Any) -> mms.SparseConfig:
+    """Small enough to leave something out of short rows; never dense unless asked."""
+    return mms.SparseConfig(**{"tile": 64, "sinks": 4, "window": 8, "dense_below": 0, **fields})
+
+
+def layout_of(name: str) -> mms.TokenLayout:
+    some, side = BATCHES[name]
+    return mms.TokenLayout.from_rows(some, padding_side=side)
+
+
+def inputs(
+    name: str, heads: int = 3, kv_heads: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[mms.TokenLayout, Tensor, Tensor, Tensor]:
+    """A layout, and q, k, v that want gradients."""
+    layout = layout_of(name)
+    q, k = random_qk(layout, heads, kv_heads)
+    _, v = random_qk(layout, heads, kv_heads, seed=1)
+    return layout, *(x.to(dtype).requires_grad_() for x in (q, k, v))

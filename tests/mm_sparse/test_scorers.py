@@ -1,46 +1,23 @@
-"""Scores against slow loops, the learned scorer against the training-free one, and true mass."""
+"""Scores against slow loops, and the learned scorer against the training-free one."""
 
 import math
-import re
 
 import pytest
 import torch
 from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse import Modality, PooledScorer, RelevanceScorer, SparseConfig, TokenLayout
+from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
 from mm_sparse.plan import Plan
 from tests.mm_sparse.layouts import (
-    HOLE,
+    GROUPS,
+    IDS,
     MIXED,
-    PACKED,
-    SHORT,
-    TEXT,
     Row,
+    layout_of,
     random_qk,
-    seen_batch,
+    small_config,
 )
-
-BATCHES: dict[str, tuple[list[Row], str]] = {
-    "text": ([TEXT], "right"),
-    "mixed": ([MIXED, MIXED], "right"),
-    "padded-left": ([MIXED, TEXT], "left"),
-    "padded-right": ([TEXT, MIXED], "right"),
-    "packed": ([PACKED], "right"),
-    "hole": ([HOLE], "right"),
-    "short-segments": ([SHORT], "right"),
-}
-IDS = list(BATCHES)
-GROUPS = [(1, 1), (3, 1), (8, 1), (6, 2)]
-
-
-def config(**fields: object) -> SparseConfig:
-    return SparseConfig(**{"tile": 64, "sinks": 4, "window": 8, **fields})
-
-
-def layout_of(name: str) -> TokenLayout:
-    rows, side = BATCHES[name]
-    return TokenLayout.from_rows(rows, padding_side=side)
 
 
 def pooled_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
@@ -71,26 +48,6 @@ def pooled_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
     return values
 
 
-def mass_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
-    """(B, K, T, U) from the whole matrix of attention weights."""
-    layout = plan.layout
-    low, high = plan.span.unbind(-1)
-    key = torch.arange(layout.length)
-    seen = (key >= low[..., None]) & (key < high[..., None]) & layout.valid[:, None]
-    scores = q @ k.repeat_interleave(plan.group, 1).transpose(-1, -2) / math.sqrt(q.shape[-1])
-    weight = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
-    mass = torch.zeros(q.shape[0], k.shape[1], plan.tiles.shape[1], plan.units.shape[1])
-    for b in range(q.shape[0]):
-        for t, (start, size) in enumerate(plan.tiles[b].tolist()):
-            rows = torch.arange(start, start + size)
-            rows = rows[seen[b, rows].any(-1)]
-            for u, (first, count) in enumerate(plan.units[b].tolist()):
-                if len(rows):
-                    part = weight[b][:, rows, first : first + count].sum(-1).mean(-1)  # (H,)
-                    mass[b, :, t, u] = part.view(k.shape[1], plan.group).mean(-1)
-    return mass
-
-
 def assert_equal_where_visible(got: Tensor, want: Tensor, plan: Plan, tolerance: float) -> None:
     seen = plan.visible[:, None].expand_as(got)
     torch.testing.assert_close(
@@ -105,7 +62,7 @@ def test_pooled_scores_equal_a_loop_over_tiles_and_units(
 ) -> None:
     layout = layout_of(name)
     q, k = random_qk(layout, heads, kv_heads)
-    scores = PooledScorer()(q, k, layout=layout, config=config())
+    scores = PooledScorer()(q, k, layout=layout, config=small_config())
     assert (
         scores.values.shape
         == scores.shape
@@ -118,14 +75,14 @@ def test_pooled_scores_equal_a_loop_over_tiles_and_units(
 def test_any_number_of_subpools_is_served(subpools: int) -> None:
     layout = layout_of("mixed")
     q, k = random_qk(layout, 3, 1)
-    scores = PooledScorer()(q, k, layout=layout, config=config(subpools=subpools))
+    scores = PooledScorer()(q, k, layout=layout, config=small_config(subpools=subpools))
     assert_equal_where_visible(scores.values, pooled_by_hand(q, k, scores.plan), scores.plan, 1e-4)
 
 
 def test_pooled_shares_of_a_tile_add_up_to_one() -> None:
     layout = layout_of("padded-left")
     q, k = random_qk(layout, 6, 2)
-    scores = PooledScorer()(q, k, layout=layout, config=config())
+    scores = PooledScorer()(q, k, layout=layout, config=small_config())
     seen = scores.plan.visible[:, None]
     total = scores.values.exp().masked_fill(~seen, 0).sum(-1)
     live = seen.any(-1).expand_as(total)
@@ -141,19 +98,19 @@ def test_an_untrained_scorer_equals_the_training_free_one(
     layout = layout_of(name)
     q, k = (x.to(dtype) for x in random_qk(layout, heads, kv_heads))
     learned = RelevanceScorer(num_query_heads=heads, num_kv_heads=kv_heads, head_dim=8, rank=5)
-    got = learned(q, k, layout=layout, config=config())
-    want = PooledScorer()(q, k, layout=layout, config=config())
+    got = learned(q, k, layout=layout, config=small_config())
+    want = PooledScorer()(q, k, layout=layout, config=small_config())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert_equal_where_visible(got.values, want.values, want.plan, tolerance)
     if dtype == torch.float32:
-        pick = [mms.select(s, layout, config()).index for s in (got, want)]
+        pick = [mms.select(s, layout, small_config()).index for s in (got, want)]
         assert torch.equal(*pick)
 
 
 def test_queries_of_a_chunk_are_scored_as_in_the_whole() -> None:
     layout = TokenLayout.text(2, 256)
     q, k = random_qk(layout, 3, 1)
-    options = {"layout": layout, "config": config(tile=128, subpools=2)}
+    options = {"layout": layout, "config": small_config(tile=128, subpools=2)}
     for scorer in (
         PooledScorer(),
         RelevanceScorer(num_query_heads=3, num_kv_heads=1, head_dim=8, rank=5),
@@ -174,7 +131,7 @@ def trained_step(rows: list[Row]) -> RelevanceScorer:
     scorer = RelevanceScorer(num_query_heads=6, num_kv_heads=2, head_dim=8, rank=5)
     step = torch.optim.SGD(scorer.parameters(), lr=0.5)
     for turn in range(2):
-        scores = scorer(q, k, layout=layout, config=config())
+        scores = scorer(q, k, layout=layout, config=small_config())
         seen = scores.plan.visible[:, None].expand(-1, 2, -1, -1)
         truth = mms.unit_mass(q, k, scores.plan)
         loss = -(truth * scores.values.masked_fill(~seen, -math.inf).log_softmax(-1))[seen].sum()
@@ -215,10 +172,10 @@ def test_a_bias_moves_the_pair_of_modalities_that_it_belongs_to() -> None:
     layout = layout_of("mixed")
     q, k = random_qk(layout)
     scorer = RelevanceScorer(num_query_heads=1, num_kv_heads=1, head_dim=8)
-    before = scorer(q, k, layout=layout, config=config())
+    before = scorer(q, k, layout=layout, config=small_config())
     with torch.no_grad():
         scorer.pair_bias[:, Modality.AUDIO, Modality.IMAGE] += 2.0
-    after = scorer(q, k, layout=layout, config=config())
+    after = scorer(q, k, layout=layout, config=small_config())
     plan = before.plan
     pair = (plan.tile_modality == 2)[:, :, None] & (plan.unit_modality == 1)[:, None]
     assert (pair & plan.visible).any()
@@ -232,7 +189,7 @@ def test_a_bias_knows_distance_and_side() -> None:
     scorer = RelevanceScorer(num_query_heads=1, num_kv_heads=1, head_dim=8)
     with torch.no_grad():
         scorer.pair_bias.copy_(torch.arange(scorer.pair_bias.numel()).view_as(scorer.pair_bias))
-    options = {"layout": layout, "config": config(causal=False)}
+    options = {"layout": layout, "config": small_config(causal=False)}
     moved = scorer(q, k, **options).values - PooledScorer()(q, k, **options).values
     moved, distance = moved.round()[0, 0], PooledScorer()(q, k, **options).plan.distance[0]
     for d in (8, -8, 24, 500, -500):
@@ -248,7 +205,7 @@ def test_scorers_keep_their_parameters_in_a_state_dict() -> None:
     other.load_state_dict(scorer.state_dict())
     layout = layout_of("mixed")
     q, k = random_qk(layout, 6, 2)
-    a, b = (s(q, k, layout=layout, config=config()).values for s in (scorer, other))
+    a, b = (s(q, k, layout=layout, config=small_config()).values for s in (scorer, other))
     assert torch.equal(a, b)
 
 
@@ -262,181 +219,8 @@ def test_a_scorer_of_five_lines_works() -> None:
     q, k = random_qk(layout, 6, 2)
     v = torch.randn_like(k)
     out = mms.sparse_attention(
-        q, k, v, layout=layout, config=config(dense_below=0, ratio=0.4), scorer=Peak()
+        q, k, v, layout=layout, config=small_config(ratio=0.4), scorer=Peak()
     )
-    scores = Peak()(q, k, layout=layout, config=config(dense_below=0, ratio=0.4))
+    scores = Peak()(q, k, layout=layout, config=small_config(ratio=0.4))
     mask = mms.select(scores, layout, scores.plan.config).to_dense_mask()
     torch.testing.assert_close(out, mms.attention_reference(q, k, v, mask=mask))
-
-
-# What scorers learn to predict.
-
-
-@pytest.mark.parametrize("name", IDS)
-@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS, ids=lambda x: str(x))
-def test_unit_mass_is_the_softmax_mass_of_all_rows(name: str, heads: int, kv_heads: int) -> None:
-    layout = layout_of(name)
-    q, k = random_qk(layout, heads, kv_heads)
-    plan = layout.plan(config(), num_query_heads=heads, num_kv_heads=kv_heads)
-    mass = mms.unit_mass(q, k, plan)
-    torch.testing.assert_close(mass, mass_by_hand(q, k, plan), rtol=1e-4, atol=1e-6)
-
-
-def test_unit_mass_of_a_tile_adds_up_to_one_and_padding_has_none() -> None:
-    rows, side = BATCHES["padded-left"]
-    layout = layout_of("padded-left")
-    q, k = random_qk(layout, 3, 1)
-    plan = layout.plan(config(), num_query_heads=3, num_kv_heads=1)
-    total = mms.unit_mass(q, k, plan).sum(-1)[:, 0]
-    live = plan.visible.any(-1)
-    assert live.any()
-    assert not live.all()
-    torch.testing.assert_close(total[live], torch.ones_like(total[live]))
-    assert (total[~live] == 0).all()
-    assert seen_batch(rows, side, config()).any()
-
-
-def test_unit_mass_in_blocks_equals_unit_mass_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = layout_of("padded-left")
-    q, k = random_qk(layout, 6, 2)
-    plan = layout.plan(config(), num_query_heads=6, num_kv_heads=2)
-    mass = mms.unit_mass(q, k, plan)
-    scores = PooledScorer()(q, k, layout=layout, config=config()).values
-    monkeypatch.setattr("mm_sparse.scorers.BLOCK_ELEMENTS", 1)
-    torch.testing.assert_close(mms.unit_mass(q, k, plan), mass)
-    again = PooledScorer()(q, k, layout=layout, config=config())
-    assert_equal_where_visible(again.values, scores, plan, 1e-6)
-
-
-def test_unit_mass_takes_a_scale() -> None:
-    layout = layout_of("text")
-    q, k = random_qk(layout)
-    plan = layout.plan(config(), num_query_heads=1, num_kv_heads=1)
-    doubled = mms.unit_mass(2 * q, k, plan, 1 / math.sqrt(8))
-    torch.testing.assert_close(mms.unit_mass(q, k, plan, 2 / math.sqrt(8)), doubled)
-
-
-# Values that are not finite.
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-def test_a_bad_key_counts_as_zero_and_spoils_no_other_score(bad: float) -> None:
-    layout = layout_of("mixed")
-    q, k = random_qk(layout, 3, 1)
-    zeroed, spoiled = k.clone(), k.clone()
-    zeroed[0, 0, 40], spoiled[0, 0, 40] = 0.0, bad
-    for scorer in (
-        PooledScorer(),
-        RelevanceScorer(num_query_heads=3, num_kv_heads=1, head_dim=8, rank=5),
-    ):
-        got = scorer(q, spoiled, layout=layout, config=config()).values
-        assert torch.equal(got, scorer(q, zeroed, layout=layout, config=config()).values)
-        clean = scorer(q, k, layout=layout, config=config()).values
-        assert torch.equal(got[1], clean[1]), "another row of the batch"
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-def test_a_bad_query_spoils_no_other_tile(bad: float) -> None:
-    layout = layout_of("mixed")
-    q, k = random_qk(layout, 3, 1)
-    spoiled = q.clone()
-    spoiled[0, 1, 40] = bad
-    got = PooledScorer()(spoiled, k, layout=layout, config=config())
-    want = PooledScorer()(q, k, layout=layout, config=config()).values
-    start, size = got.plan.tiles[0].unbind(-1)
-    others = ~((start <= 40) & (start + size > 40))
-    assert torch.equal(got.values[0, :, others], want[0, :, others])
-    assert not got.values.isnan().any()
-
-
-def test_keys_of_padding_do_not_matter() -> None:
-    layout = layout_of("padded-left")
-    q, k = random_qk(layout, 3, 1)
-    spoiled = k.masked_fill(~layout.valid[:, None, :, None], math.nan)
-    for scorer in (
-        PooledScorer(),
-        RelevanceScorer(num_query_heads=3, num_kv_heads=1, head_dim=8, rank=5),
-    ):
-        got, want = (scorer(q, x, layout=layout, config=config()).values for x in (spoiled, k))
-        assert torch.equal(got, want)
-
-
-# Bad input.
-
-
-def test_heads_that_a_scorer_was_not_made_for_are_refused() -> None:
-    layout = layout_of("text")
-    scorer = RelevanceScorer(num_query_heads=4, num_kv_heads=2, head_dim=8)
-    for heads, kv_heads, dim in ((2, 2, 8), (4, 1, 8), (4, 2, 16)):
-        message = f"q and k must have 4 and 2 heads of 8, got {heads} and {kv_heads} heads of {dim}"
-        q, k = random_qk(layout, heads, kv_heads, dim)
-        with pytest.raises(ValueError, match=re.escape(message)):
-            scorer(q, k, layout=layout, config=config())
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"num_query_heads": 0}, "num_query_heads must be a positive int, got 0"),
-        ({"num_kv_heads": 2.0}, "num_kv_heads must be a positive int, got 2.0"),
-        ({"head_dim": -8}, "head_dim must be a positive int, got -8"),
-        ({"rank": 0}, "rank must be a positive int, got 0"),
-        (
-            {"num_query_heads": 3},
-            "num_query_heads must be a multiple of num_kv_heads (2), got 3",
-        ),
-    ],
-    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
-)
-def test_a_scorer_of_impossible_sizes_is_refused(given: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        RelevanceScorer(**{"num_query_heads": 4, "num_kv_heads": 2, "head_dim": 8, **given})
-
-
-def test_tensors_that_do_not_fit_the_layout_are_refused() -> None:
-    layout = layout_of("text")
-    q, k = random_qk(layout, 4, 2)
-    for args, kind, message in (
-        ((q[0], k), ValueError, "q must be (batch, heads, tokens, head dim), got (4, 70, 8)"),
-        ((q, k[..., :1]), ValueError, "k must have q's batch 1 and head dim 8, got (1, 2, 70, 1)"),
-        ((q, k.double()), TypeError, "k must have q's dtype torch.float32, got torch.float64"),
-        ((q.long(), k.long()), TypeError, "q must be floating point, got torch.int64"),
-        ((q, None), TypeError, "k must be a tensor, got NoneType"),
-        ((q[:, :3], k), ValueError, "q must have a multiple of k's 2 heads, got 3 heads"),
-        ((q, k[:, :, 1:]), ValueError, "layout must have 69 tokens as k has, got 70"),
-        (
-            (q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1)),
-            ValueError,
-            "layout must have 2 rows as q has, got 1",
-        ),
-        ((q.to("meta"), k.to("meta")), ValueError, "layout must be on meta as q is, got cpu"),
-        (
-            (torch.cat([q, q], 2), k),
-            ValueError,
-            "num_queries and query_offset must lie in a layout of 70 tokens, got 140 and -70",
-        ),
-    ):
-        with pytest.raises(kind, match=re.escape(message)):
-            PooledScorer()(*args, layout=layout, config=config())
-
-
-def test_unit_mass_refuses_tensors_that_do_not_fit_the_plan() -> None:
-    layout = layout_of("text")
-    q, k = random_qk(layout, 4, 2)
-    plan = layout.plan(config(), num_query_heads=4, num_kv_heads=2)
-    for args, message in (
-        ((q[0], k), "q must be (batch, heads, tokens, head dim), got (4, 70, 8)"),
-        ((q[:, :2], k), "q must have 2 heads for each of k's as the plan has, got 2 and 2"),
-        ((q[:, :, 1:], k), "q must have 70 tokens as the plan has, got 69"),
-        ((q, k[:, :, 1:]), "layout must have 69 tokens as k has, got 70"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            mms.unit_mass(*args, plan)
-
-
-def test_empty_batches_and_rows_score_nothing() -> None:
-    for layout in (TokenLayout.text(0, 10), TokenLayout.text(2, 0)):
-        q, k = random_qk(layout, 4, 2)
-        scores = PooledScorer()(q, k, layout=layout, config=config())
-        assert scores.values.numel() == 0
-        assert mms.unit_mass(q, k, scores.plan).numel() == 0

@@ -1,66 +1,25 @@
-"""What is kept: budgets, floors, order, density, and the same selection in other forms."""
+"""What is kept: budgets, floors and order, against slow loops."""
 
 import dataclasses
 import math
-import re
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import mm_sparse as mms
-from mm_sparse import Modality, Scores, Selection, SparseConfig, TokenLayout
+from mm_sparse import Modality, Scores, SparseConfig, TokenLayout
 from mm_sparse.plan import Plan
 from tests.mm_sparse.layouts import (
     FEW,
-    HOLE,
     MIXED,
-    PACKED,
-    SHORT,
     TEXT,
-    Row,
     batches,
     configs,
-    members,
     seen_batch,
 )
-
-Batch = tuple[list[Row], str]
-ROWS = {"mixed": MIXED, "packed": PACKED, "hole": HOLE, "short-segments": SHORT, "text": TEXT}
-
-
-def random_scores(
-    layout: TokenLayout, config: SparseConfig, kv_heads: int = 1, group: int = 1, seed: int = 0
-) -> Scores:
-    """Different values for all units, so that no order is left to chance."""
-    plan = layout.plan(config, num_query_heads=kv_heads * group, num_kv_heads=kv_heads)
-    shape = (layout.batch, kv_heads, plan.tiles.shape[1], plan.units.shape[1])
-    make = torch.Generator().manual_seed(seed)
-    rank = torch.randperm(math.prod(shape), generator=make).view(shape)
-    return Scores(rank.float() / max(rank.numel(), 1) * 8 - 4, plan)
-
-
-def keep(batch: Batch, config: SparseConfig, **heads: int) -> tuple[Selection, Tensor]:
-    """A checked selection, and the scores that it was made from."""
-    layout = TokenLayout.from_rows(batch[0], padding_side=batch[1])
-    scores = random_scores(layout, config, **heads)
-    return mms.select(scores, layout, config).check(), scores.values
-
-
-def one_row(row: Row, **fields: object) -> SparseConfig:
-    return SparseConfig(**{"tile": 64, "sinks": 4, "window": 8, **fields})
-
-
-def kept_units(selection: Selection) -> Tensor:
-    """(B, K, T, U) bool."""
-    plan, index = selection.plan, selection.index
-    kept = torch.zeros(*index.shape[:3], plan.units.shape[1], dtype=torch.bool)
-    for b, h, t in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
-        kept[b, h, t, index[b, h, t, : selection.count[b, h, t]].long()] = True
-    return kept
+from tests.mm_sparse.selections import Batch, keep, kept_units, one_row, random_scores
 
 
 def kept_by_hand(values: Tensor, plan: Plan) -> Tensor:
@@ -92,9 +51,6 @@ def kept_by_hand(values: Tensor, plan: Plan) -> Tensor:
                 held += size[u]
             kept[b, h, t, u] = u in first or fits or place == 0
     return kept
-
-
-# Which units.
 
 
 @given(batches(), configs(), st.sampled_from([(1, 1), (2, 1), (1, 3)]))
@@ -244,273 +200,6 @@ def test_plain_values_select_as_scores_do() -> None:
     assert torch.equal(got.index, want.index)
     assert got.plan is want.plan
     assert got.num_query_heads == 6
-
-
-# Density.
-
-
-@given(batches(), configs(), st.sampled_from([(1, 1), (2, 3)]))
-@FEW
-def test_density_counts_pairs_of_the_dense_mask(
-    batch: Batch, config: SparseConfig, heads: tuple[int, int]
-) -> None:
-    selection, _ = keep(batch, config, kv_heads=heads[0], group=heads[1])
-    seen = int(seen_batch(*batch, config).sum()) * heads[0] * heads[1]
-    kept = int(selection.to_dense_mask().sum())
-    assert selection.density() == pytest.approx(kept / seen if seen else 1.0)
-
-
-@given(batches(), configs())
-@FEW
-def test_the_dense_mask_is_what_is_kept_and_seen(batch: Batch, config: SparseConfig) -> None:
-    selection, _ = keep(batch, config)
-    plan = selection.plan
-    tiles = members(plan.tiles, plan.num_queries).float()
-    units = members(plan.units, plan.layout.length).float()
-    kept = torch.einsum("btn,bhtu,bum->bhnm", tiles, kept_units(selection).float(), units) > 0
-    want = kept & seen_batch(*batch, config)[:, None]
-    assert torch.equal(selection.to_dense_mask(), want)
-
-
-def test_density_by_modality_counts_pairs_of_the_dense_mask() -> None:
-    row: Row = [("text", 96), ("image", (8, 16)), ("text", 64), ("audio", 130), ("text", 64)]
-    selection, _ = keep(([row], "right"), one_row(row, ratio=0.3), kv_heads=2)
-    kept = selection.to_dense_mask().sum(1)[0].double()
-    config = selection.plan.config
-    seen = seen_batch([row], "right", config)[0].double() * 2
-    modality = selection.plan.layout.modality[0]
-    got = selection.density_by_modality()
-    assert set(got) == {
-        (a, b) for a in Modality for b in Modality if seen[modality == a][:, modality == b].any()
-    }
-    for (a, b), density in got.items():
-        part = [x[modality == a][:, modality == b].sum() for x in (kept, seen)]
-        assert density == pytest.approx(float(part[0] / part[1]))
-        assert isinstance(a, Modality)
-
-
-@given(batches(), configs())
-@FEW
-def test_density_lies_between_those_of_the_modalities(batch: Batch, config: SparseConfig) -> None:
-    selection, _ = keep(batch, config)
-    parts = selection.density_by_modality().values()
-    if parts:
-        assert min(parts) - 1e-9 <= selection.density() <= max(parts) + 1e-9
-
-
-def test_density_of_nothing_visible_is_one() -> None:
-    selection, _ = keep(([[("pad", 30)]], "right"), one_row(TEXT))
-    assert selection.density() == 1.0
-    assert selection.density_by_modality() == {}
-    assert not selection.to_dense_mask().any()
-
-
-# Other forms.
-
-
-@given(batches(), configs(), st.sampled_from([(1, 1), (2, 3)]), st.sampled_from([16, 64, 128]))
-@FEW
-def test_the_block_mask_is_the_dense_mask(
-    batch: Batch, config: SparseConfig, heads: tuple[int, int], block: int
-) -> None:
-    selection, _ = keep(batch, config, kv_heads=heads[0], group=heads[1])
-    plan = selection.plan
-    if not plan.layout.length:
-        return
-    assert_is_block_mask(selection, block)
-
-
-def assert_is_block_mask(selection: Selection, block: int) -> None:
-    plan, want = selection.plan, selection.to_dense_mask()
-    mask = selection.to_block_mask(block)
-    size = (plan.layout.batch, selection.num_query_heads, plan.num_queries, plan.layout.length)
-    assert torch.equal(create_mask(mask.mask_mod, *size, device="cpu"), want)
-    assert mask.seq_lengths == size[2:]
-    listed = mask.to_dense().bool()
-    rows, columns = -(-size[2] // block), -(-size[3] // block)
-    assert listed.shape == (*size[:2], rows, columns)
-    pad = (0, columns * block - size[3], 0, rows * block - size[2])
-    blocks = torch.nn.functional.pad(want, pad).unflatten(3, (columns, block))
-    blocks = blocks.unflatten(2, (rows, block)).any(3).any(-1)
-    assert not (blocks & ~listed).any(), "a block with a kept pair is not listed"
-
-
-def test_the_block_mask_of_a_chunk_of_queries_is_the_dense_mask() -> None:
-    layout, config = TokenLayout.from_rows([MIXED, TEXT], "left"), one_row(MIXED)
-    plan = layout.plan(config, num_query_heads=3, num_kv_heads=1, num_queries=37)
-    values = torch.randn(2, 1, plan.tiles.shape[1], plan.units.shape[1])
-    assert_is_block_mask(mms.select(Scores(values, plan), layout, config), 32)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-def test_flex_attention_under_the_block_mask_is_attend() -> None:
-    layout, config = TokenLayout.from_spans(MIXED), one_row(MIXED, ratio=0.4)
-    selection, _ = keep(([MIXED], "right"), config, kv_heads=2, group=3)
-    q = torch.randn(1, 6, layout.length, 16)
-    k, v = torch.randn(2, 1, 2, layout.length, 16)
-    want = flex_attention(q, k, v, block_mask=selection.to_block_mask(), enable_gqa=True)
-    torch.testing.assert_close(mms.attend(q, k, v, selection), want)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_mask_of_units_makes_the_same_selection_again(name: str) -> None:
-    row = ROWS[name]
-    selection, _ = keep(([row, TEXT], "right"), one_row(row, ratio=0.4), kv_heads=2)
-    again = Selection.from_mask(kept_units(selection), selection.plan).check()
-    assert torch.equal(again.count, selection.count)
-    length = again.index.shape[-1]
-    assert length == max(int(selection.count.max()), 1)
-    assert torch.equal(again.index, selection.index[..., :length])
-
-
-def test_a_mask_of_nothing_keeps_nothing() -> None:
-    plan = TokenLayout.text(1, 100).plan(SparseConfig(), num_query_heads=1, num_kv_heads=1)
-    nothing = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
-    selection = Selection.from_mask(nothing, plan).check()
-    assert (selection.count == 0).all()
-    assert not selection.to_dense_mask().any()
-
-
-@given(batches(), configs(), st.sampled_from([1, 2]))
-@FEW
-def test_the_transposed_lists_hold_the_tiles_of_every_unit(
-    batch: Batch, config: SparseConfig, kv_heads: int
-) -> None:
-    selection, _ = keep(batch, config, kv_heads=kv_heads)
-    tiles, offsets = selection.transpose()
-    kept, plan = kept_units(selection), selection.plan
-    num_units = plan.units.shape[1]
-    seen = seen_batch(*batch, config)
-    of_tile, of_unit = (members(x, plan.layout.length) for x in (plan.tiles, plan.units))
-    assert offsets[-1] == kept.sum()
-    for b, h, u in torch.cartesian_prod(*map(torch.arange, (len(seen), kv_heads, num_units))):
-        at = 2 * int((b * kv_heads + h) * num_units + u)
-        start, cut, end = offsets[at : at + 3].tolist()
-        assert sorted(tiles[start:end].tolist()) == kept[b, h, :, u].nonzero().flatten().tolist()
-        for part in (tiles[start:cut], tiles[cut:end]):
-            assert part.tolist() == sorted(part.tolist())
-        for t in tiles[start:cut].tolist():
-            pairs = seen[b][of_tile[b, t]][:, of_unit[b, u]]
-            assert pairs.all()
-            assert int(plan.units[b, u, 1]) == plan.unit
-
-
-# Bad input.
-
-
-def good_selection() -> Selection:
-    return keep(([[("text", 256)]], "right"), one_row(TEXT, ratio=0.5, tokens=64))[0]
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        ((0, 0, 3, 0), 16, "index must hold unit ids in [0, 16) up to count"),
-        ((0, 0, 3, 1), -1, "index must hold unit ids in [0, 16) up to count"),
-        ((0, 0, 3, 1), 0, "index must ascend within each list"),
-    ],
-    ids=["too-large", "negative", "twice"],
-)
-def test_lists_that_are_not_ascending_units_are_refused(
-    place: tuple[int, ...], value: int, message: str
-) -> None:
-    selection = good_selection()
-    index = selection.index.clone()
-    index[place[:3]] = torch.arange(index.shape[-1], dtype=torch.int32)
-    index[place] = value
-    count = torch.full_like(selection.count, 3)
-    index[..., 3:] = -1
-    index[:, :, :3] = torch.arange(index.shape[-1], dtype=torch.int32)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Selection(index, count, selection.plan).check()
-
-
-@pytest.mark.parametrize("count", [-1, 99])
-def test_counts_that_the_lists_do_not_hold_are_refused(count: int) -> None:
-    selection = good_selection()
-    length = selection.index.shape[-1]
-    index = torch.arange(length, dtype=torch.int32).expand_as(selection.index)
-    wrong = selection.count.clone()
-    wrong[0, 0, 1] = count
-    with pytest.raises(ValueError, match=re.escape(f"count must be in [0, {length}]")):
-        Selection(index, wrong, selection.plan).check()
-
-
-def test_what_stands_behind_count_is_not_read() -> None:
-    selection = good_selection()
-    slot = torch.arange(selection.index.shape[-1])
-    junk = selection.index.masked_fill(slot >= selection.count[..., None], 10**6)
-    other = Selection(junk, selection.count, selection.plan).check()
-    assert torch.equal(other.to_dense_mask(), selection.to_dense_mask())
-    assert other.density() == selection.density()
-
-
-def test_tensors_that_are_no_lists_of_the_plan_are_refused() -> None:
-    selection = good_selection()
-    index, count, plan = selection.index, selection.count, selection.plan
-    tiles = plan.tiles.shape[1]
-    for args, message in (
-        ((index.long(), count), "index must be int32 with 4 dimensions, got torch.int64"),
-        ((index[0], count), "index must be int32 with 4 dimensions, got torch.int32"),
-        ((index, count[..., None]), "count must be int32 with 3 dimensions, got torch.int32"),
-        ((index, count.float()), "count must be int32 with 3 dimensions, got torch.float32"),
-        ((index[:, :, 1:], count), f"index must have 1 rows and {tiles} tiles as the plan has"),
-        ((index, count.repeat(2, 1, 1)), f"count must have 1 rows and {tiles} tiles as the plan"),
-        ((index, count.repeat(1, 2, 1)), "count must have index's 1 heads, got 2"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            Selection(*args, plan)
-    with pytest.raises(TypeError, match="index must be a tensor, got list"):
-        Selection([[1]], count, plan)  # type: ignore[arg-type]
-
-
-def test_a_mask_that_is_none_of_units_is_refused() -> None:
-    plan = good_selection().plan
-    tiles = plan.tiles.shape[1]
-    message = "kept must be bool (batch, KV heads, tiles, 16), got"
-    for bad in (
-        torch.ones(1, 1, tiles, 16),
-        torch.ones(1, tiles, 16).bool(),
-        torch.ones(1, 1, tiles, 15).bool(),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            Selection.from_mask(bad, plan)
-
-
-def test_scores_of_another_layout_or_config_are_refused() -> None:
-    layout, config = TokenLayout.text(1, 256), one_row(TEXT)
-    scores = random_scores(layout, config)
-    with pytest.raises(ValueError, match="layout must be the one that scores were computed for"):
-        mms.select(scores, TokenLayout.text(1, 256), config)
-    other = dataclasses.replace(config, ratio=0.5)
-    message = f"config must be the one that scores were computed for, {config}, got {other}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        mms.select(scores, layout, other)
-
-
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 4, 16), (1, 1, 3, 16), (1, 1, 4, 17)], ids=["batch", "tiles", "units"]
-)
-def test_scores_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    layout, config = TokenLayout.text(1, 256), one_row(TEXT)
-    plan = random_scores(layout, config).plan
-    message = f"scores must be (batch, KV heads, tiles, units) = (1, *, 4, 16), got {shape}"
-    for scores in (torch.zeros(shape), Scores(torch.zeros(shape), plan)):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            mms.select(scores, layout, config)
-
-
-def test_values_that_are_no_scores_are_refused() -> None:
-    layout, config = TokenLayout.text(1, 256), one_row(TEXT)
-    message = "scores must be (batch, KV heads, tiles, units), got (4, 16)"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        mms.select(torch.zeros(4, 16), layout, config)
-    with pytest.raises(TypeError, match="scores must be Scores or a tensor, got list"):
-        mms.select([[0.0]], layout, config)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="scores must be on cpu as layout is, got meta"):
-        mms.select(torch.zeros(1, 1, 4, 16, device="meta"), layout, config)
-    with pytest.raises(ValueError, match="num_query_heads must be a multiple of num_kv_heads"):
-        mms.select(torch.zeros(1, 2, 4, 16), layout, config, num_query_heads=3)
 
 
 def test_empty_batches_and_rows_select_nothing() -> None:
