@@ -25,15 +25,15 @@ from mm_sparse.viz import kept_patches
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "recipes" / "vlm_digits.yaml")
 DENSE = ["--model.sparse=null", "--model.objectives.scorers=0"]
+RUNS = {"sparse": [], "dense": DENSE}
 
 
-def finetune(name: str, folder: Path, options: list[str]) -> tuple[Any, Any, float]:
-    """Trainer, model and data of the recipe after its last step, and the seconds it took."""
-    print(f"finetuning, {name} attention", flush=True)
+def finetune(name: str, options: list[str]) -> tuple[Any, float]:
+    """The recipe's trainer, model and data after the last step, and the seconds it took."""
+    print(f"finetuning with {name} attention", flush=True)
     start = time.perf_counter()
-    place = [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
-    cli = recipe(["fit", f"--config={CONFIG}", *place, *options])
-    return cli, cli.model, time.perf_counter() - start
+    cli = recipe(["fit", f"--config={CONFIG}", *options])
+    return cli, time.perf_counter() - start
 
 
 def held_out(cli: Any, length: int) -> dict[str, float]:
@@ -100,8 +100,8 @@ def main() -> None:
     start = time.perf_counter()
     tower.main(["--config", CONFIG])
     rows = {}
-    for name, extra in (("sparse", []), ("dense", DENSE)):
-        cli, _, seconds = finetune(name, options.out / name, [*extra, *more])
+    for name, extra in RUNS.items():
+        cli, seconds = finetune(name, [*extra, *more])
         rows[name] = {"seconds": seconds, **held_out(cli, options.canvases)}
         if name == "sparse":
             question = draw(cli, options.out / "kept_patches.png")

@@ -185,10 +185,9 @@ class Bench:
         selection = random_selection(self.shape, config, self.device)
         density = selection.density()
         self.add(f"attend unit {unit}", lambda: attend(q, k, v, selection), density)
-        if self.device == "cuda" and unit >= 64 and not self.shape.causal:
-            # Its backward has no configuration for blocks of 64 keys (torch 2.11).
-            run = flex_runner(selection, q, k, v)
-            self.add(f"flex blocks {unit}", run, density, backward=unit >= 128)
+        if self.device == "cuda" and unit >= 128 and not self.shape.causal:
+            # Of smaller blocks it has no backward, or nothing at head dim 64 (torch 2.11).
+            self.add(f"flex blocks {unit}", flex_runner(selection, q, k, v), density)
         layout, scorer = selection.plan.layout, PooledScorer()
 
         def whole() -> Tensor:

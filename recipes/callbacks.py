@@ -48,7 +48,7 @@ class Speed(Callback):
     ) -> None:
         self.dropped += batch["dropped"]
         self._tokens += int(batch["attention_mask"].sum())
-        if (batch_idx + 1) % trainer.log_every_n_steps:
+        if (batch_idx + 1) % getattr(trainer, "log_every_n_steps", 1):
             return
         now = time.perf_counter()
         pl_module.log("train/tokens_per_second", self._tokens / max(now - self._since, 1e-9))

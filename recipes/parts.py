@@ -104,7 +104,7 @@ class LanguagePart:
             path, file = pretrained.smollm2()
             options.setdefault("gguf_file", file)
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-        if vocabulary > model.get_input_embeddings().num_embeddings:
+        if vocabulary > model.get_input_embeddings().weight.shape[0]:  # type: ignore[union-attr]
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
         return model
 

@@ -77,7 +77,7 @@ def load_vit_small(backbone: nn.Module) -> nn.Module:
 
     Its position embeddings (37 x 37, for 518 pixels) are resampled to the backbone's grid.
     """
-    from timm.layers import resample_abs_pos_embed
+    from timm.layers.pos_embed import resample_abs_pos_embed
 
     weights = read_vit_small()
     wanted = getattr(backbone, "pos_embed", None)
@@ -88,7 +88,7 @@ def load_vit_small(backbone: nn.Module) -> nn.Module:
             f"got {type(backbone).__name__}"
         )
     weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], list(grid))
-    backbone.load_state_dict(weights)
+    nn.Module.load_state_dict(backbone, weights)
     return backbone
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
 from mm_sparse.recipes.distill import lessons
+from mm_sparse.recipes.objectives import Objectives
 from mm_sparse.recipes.parts import (
     LanguagePart,
     LoraPart,
@@ -34,32 +35,6 @@ from mm_sparse.retrofit import given_modality, scorers
 
 Part = Literal["vision", "projector", "language", "scorers"]
 PARTS: tuple[Part, ...] = ("vision", "projector", "language", "scorers")
-
-
-@dataclass(frozen=True)
-class Objectives:
-    """What the model is trained for; terms with a weight of 0 are not computed."""
-
-    language: float = 1.0
-    """Weight of the loss on answers."""
-    scorers: float = 0.0
-    """Weight of the scorers' divergence from the true attention (`recipes.distill`)."""
-    scorers_every: int = 1
-    """Steps between two lessons of the scorers."""
-    teacher: Literal["sparse", "dense"] = "sparse"
-    """Whose attention scorers learn from: the sparse run's own, or that of a run that keeps all."""
-    dense_steps: int = 0
-    """Steps at the start in which a sparse model attends densely while its scorers learn."""
-
-    def __post_init__(self) -> None:
-        if min(self.language, self.scorers) < 0 or not (self.language or self.scorers):
-            raise ValueError(
-                "language and scorers must be weights of at least 0, one of them above, "
-                f"got {self.language} and {self.scorers}"
-            )
-        for name, low in (("scorers_every", 1), ("dense_steps", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +82,9 @@ class VLM(L.LightningModule):
                 "objectives.scorers must be 0 unless the model is sparse with scorer='relevance', "
                 f"got {self.objectives.scorers}"
             )
-        if checkpointing and (self.objectives.scorers or self.objectives.dense_steps):
+        if checkpointing and (self.objectives.scorers or self.objectives.changing_steps):
             raise ValueError(
-                "checkpointing must be off while scorers learn or dense_steps are taken, got True"
+                "checkpointing must be off while scorers learn or the ratio changes, got True"
             )
         self.image_id, self.pad_id = tokenizer.image_id, tokenizer.pad_id
         self.sparse_config = sparse
@@ -164,7 +139,7 @@ class VLM(L.LightningModule):
     def run(self, batch: Batch, **options: Any) -> Any:
         """The language model's output on a batch, padded on the right."""
         mask = batch["attention_mask"]
-        # No token that counts sees padding behind it: without a mask dense attention is at its best.
+        # No token that counts sees padding behind it: without a mask dense attention is fastest.
         behind = bool((mask[:, 1:] <= mask[:, :-1]).all())
         with self.context(batch):
             return self.language(
@@ -193,13 +168,14 @@ class VLM(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         goals, loss = self.objectives, torch.zeros((), device=self.device)
-        dense = self.sparse_config is not None and self.global_step < goals.dense_steps
+        changes = goals.changes(self.sparse_config, self.global_step)
+        dense = changes.get("backend") == "dense"
         due = goals.scorers > 0 and self.global_step % goals.scorers_every == 0
         from_dense = due and (dense or goals.teacher == "dense")
         if goals.language or (due and not from_dense):
             with ExitStack() as stack:
-                if dense:
-                    stack.enter_context(self.keeping(backend="dense"))
+                if changes:
+                    stack.enter_context(self.keeping(**changes))
                 learned = None
                 if due and not from_dense:
                     learned = stack.enter_context(lessons(self.language))

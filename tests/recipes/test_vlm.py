@@ -237,8 +237,9 @@ def test_projector_stacks_neighbours_and_refuses_odd_grids():
     assert grid == (2, 3)
     with pytest.raises(ValueError, match="stack must divide the grid 3 x 6, got 2"):
         projector(torch.randn(2, 18, 8), (3, 6))
-    with pytest.raises(ValueError, match="positions must be at least 4"):
-        projector(torch.randn(1, 64, 8), (8, 8))
+    more, grid = projector(torch.randn(1, 64, 8), (8, 8))
+    assert more.shape == (1, 16, 16)
+    assert grid == (4, 4)
 
 
 def test_stack_joins_the_four_neighbours_of_a_token():
