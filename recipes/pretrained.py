@@ -87,7 +87,7 @@ def load_vit_small(backbone: nn.Module) -> nn.Module:
             "backbone must be timm's vit_small_patch14_dinov2 (384 channels, class token), "
             f"got {type(backbone).__name__}"
         )
-    weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], list(grid))
+    weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], list(grid))  # pyright: ignore
     nn.Module.load_state_dict(backbone, weights)
     return backbone
 
