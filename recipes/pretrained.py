@@ -94,8 +94,11 @@ def load_vit_small(backbone: nn.Module) -> nn.Module:
 
 def read_vit_small() -> dict[str, Tensor]:
     """The backbone's weights under timm's names."""
-    import onnx
-    from onnx import numpy_helper
+    try:
+        import onnx  # pyright: ignore[reportMissingImports]
+        from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("reading the ViT's file needs onnx: `pip install onnx`") from error
 
     graph: Any = onnx.load(str(wheel_file(*VIT))).graph
     arrays = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
