@@ -11,6 +11,7 @@ from mm_sparse.modality import Modality
 
 TILES = (64, 128)
 UNITS = (16, 32, 64, 128)
+REDUCTIONS = ("mean", "max")
 BACKENDS = ("auto", "triton", "torch", "dense")
 
 
@@ -44,6 +45,9 @@ class SparseConfig:
     """Least share of the budget for every modality in view, one number or one per modality."""
     subpools: int = 4
     """Query descriptors of a tile."""
+    reduce: str = "mean"
+    """How queries of a tile decide together: by their "mean" share of attention to a unit, or by
+    the largest ("max"), so that one query with a sharp need is heard among many without."""
     dense_below: int | None = None
     """Run dense if fewer tokens are visible; None takes the measured length for the device."""
     dense_layers: tuple[int, ...] = ()
@@ -59,6 +63,7 @@ class SparseConfig:
             _count("tokens", self.tokens, least=1)
         _one_of("tile", self.tile, TILES)
         _one_of("unit", self.unit, UNITS)
+        _one_of("reduce", self.reduce, REDUCTIONS)
         _one_of("backend", self.backend, BACKENDS)
         _count("sinks", self.sinks)
         _count("window", self.window)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.descriptors import fused, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
-from mm_sparse.pooling import gather_pieces, masked_extremes, masked_mean, tile_subpools
+from mm_sparse.pooling import gather_pieces
 from mm_sparse.validation import check_heads
 
 # Elements of one block of sub-pool logits; more are computed block by block.
@@ -77,16 +78,14 @@ class Scorer(nn.Module):
 class PooledScorer(Scorer):
     """Training-free: every sub-pool of a tile spreads a softmax over the mean keys of the units.
 
-    The score is the log of the mean over sub-pools and over the query heads of the group; a unit
-    counts with its number of keys. Mean-pooled block scores follow MInference (Jiang et al., 2024).
+    The score is the log of the mean (or maximum, `SparseConfig.reduce`) over sub-pools and query
+    heads of the group; a unit counts with its number of keys. Mean-pooled block scores follow
+    MInference (Jiang et al., 2024).
     """
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        tile, exists = tile_subpools(
-            q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
-        )
-        keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
-        unit = masked_mean(keys, present[:, None, ..., None], 3)
+        tile, exists = tile_descriptors(q, plan)
+        (unit,) = unit_descriptors(k, plan, extremes=False)
         return share_of_units(tile * scale, unit, exists, plan)
 
 
@@ -138,37 +137,22 @@ class RelevanceScorer(Scorer):
                 f"q and k must have {self.num_query_heads} and {self.num_kv_heads} heads of "
                 f"{self.head_dim}, got {q.shape[1]} and {k.shape[1]} heads of {q.shape[-1]}"
             )
-        tile, exists = tile_subpools(
-            q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
-        )
-        keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
-        present = present[:, None, ..., None]
-        mean = masked_mean(keys, present, 3)
-        features = torch.cat([mean, *masked_extremes(keys, present, 3)], -1)  # (B, K, U, 3 D)
+        tile, exists = tile_descriptors(q, plan)
+        described = unit_descriptors(k, plan, extremes=True)
+        mean, features = described[0], torch.cat(described, -1)  # (B, K, U, 3 D)
         tile_code = _by_modality(
             tile.flatten(2, 3),
             self.query_tower,
             plan.tile_modality.repeat_interleave(tile.shape[3], 1),
         ).view(*tile.shape[:4], -1)
         unit_code = _by_modality(features, self.key_tower, plan.unit_modality)
-        values = share_of_units(
+        return share_of_units(
             torch.cat([tile * scale, tile_code], -1),
             torch.cat([mean, unit_code], -1),
             exists,
             plan,
+            self.pair_bias,
         )
-        return values + self._bias(plan)
-
-    def _bias(self, plan: Plan) -> Tensor:
-        """(B, K, T, U); distances ahead and behind fall into buckets of powers of two."""
-        distance = plan.distance
-        bucket = (distance.abs() + 1).float().log2().long().clamp(max=DISTANCE_BUCKETS // 2 - 1)
-        bucket = torch.where(distance < 0, bucket + DISTANCE_BUCKETS // 2, bucket)
-        kinds = len(Modality)
-        pair = plan.tile_modality.long().clamp(min=0)[:, :, None] * kinds
-        pair = pair + plan.unit_modality.long().clamp(min=0)[:, None]
-        flat = self.pair_bias.flatten(1)  # (K, kinds * kinds * buckets)
-        return flat[:, pair * DISTANCE_BUCKETS + bucket].transpose(0, 1)
 
 
 def _by_modality(x: Tensor, towers: Tensor, modality: Tensor) -> Tensor:
@@ -181,16 +165,47 @@ def _by_modality(x: Tensor, towers: Tensor, modality: Tensor) -> Tensor:
     return result
 
 
-def share_of_units(tile: Tensor, unit: Tensor, exists: Tensor, plan: Plan) -> Tensor:
-    """Log of the mean share that the sub-pools of a tile give to every unit.
+def pair_biases(table: Tensor, plan: Plan) -> Tensor:
+    """(B, K, T, U) from (K, kinds, kinds, buckets) by distance in powers of two."""
+    distance = plan.distance
+    bucket = (distance.abs() + 1).float().log2().long().clamp(max=DISTANCE_BUCKETS // 2 - 1)
+    bucket = torch.where(distance < 0, bucket + DISTANCE_BUCKETS // 2, bucket)
+    kinds = len(Modality)
+    pair = plan.tile_modality.long().clamp(min=0)[:, :, None] * kinds
+    pair = pair + plan.unit_modality.long().clamp(min=0)[:, None]
+    return table.flatten(1)[:, pair * DISTANCE_BUCKETS + bucket].transpose(0, 1)
+
+
+def share_of_units(
+    tile: Tensor, unit: Tensor, exists: Tensor, plan: Plan, bias: Tensor | None = None
+) -> Tensor:
+    """Log of the share that the sub-pools of a tile give to every unit, as `config.reduce` says.
 
     Args:
         tile: (B, H, T, S, F) descriptors, scale included.
         unit: (B, K, U, F).
         exists: (B, T, S).
+        bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
     Returns:
         (B, K, T, U) float32.
     """
+    if not torch.is_grad_enabled() and fused(tile, plan):
+        from mm_sparse.kernels.score import share_of_units as kernel
+
+        return kernel(
+            tile,
+            unit.to(tile.dtype),
+            exists,
+            plan.tiles,
+            plan.hull,
+            plan.units,
+            plan.unit,
+            largest=plan.config.reduce == "max",
+            bias=bias,
+            tile_kind=plan.tile_modality,
+            unit_kind=plan.unit_modality,
+            query_offset=plan.query_offset,
+        )
     batch, heads, num_tiles, subpools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]
     size = plan.units[..., 1].clamp(min=1)
@@ -210,13 +225,18 @@ def share_of_units(tile: Tensor, unit: Tensor, exists: Tensor, plan: Plan) -> Te
         logits = logits - logits.logsumexp(-1, keepdim=True).clamp(min=-1e30)
         logits = logits.masked_fill(~exists[:, None, None, part, :, None], -math.inf)
         # -inf everywhere would give NaN gradients; such entries are never selected.
-        share = logits.clamp(min=-1e30).logsumexp((2, 4))
-        blocks.append(share - members[:, None, part, None])
-    return torch.cat(blocks, 2) if blocks else tile.new_zeros(batch, kv_heads, 0, num_units).float()
+        logits = logits.clamp(min=-1e30)
+        if plan.config.reduce == "max":
+            blocks.append(logits.amax((2, 4)))
+        else:
+            blocks.append(logits.logsumexp((2, 4)) - members[:, None, part, None])
+    empty = tile.new_zeros(batch, kv_heads, 0, num_units).float()
+    values = torch.cat(blocks, 2) if blocks else empty
+    return values if bias is None else values + pair_biases(bias, plan)
 
 
 def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
-    """True softmax mass of every unit, mean over the rows of a tile: what scorers learn to predict.
+    """True softmax mass of every unit, `config.reduce` of a tile's rows: what scorers learn.
 
     Computed some tiles at a time; nothing of size N x M is stored.
 
@@ -258,6 +278,9 @@ def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> T
         weight = torch.nan_to_num(scores.softmax(-1), 0.0)
         live = (seen.any(-1) & exists[:, part]).float()  # (B, t, tokens)
         mass = weight.unflatten(-1, (num_units, plan.unit)).sum(-1) * live[:, None, None, ..., None]
+        if plan.config.reduce == "max":
+            blocks.append(mass.amax((2, 4)))
+            continue
         members = (live.sum(-1) * plan.group).clamp(min=1)
         blocks.append(mass.sum((2, 4)) / members[:, None, :, None])
     return torch.cat(blocks, 2) if blocks else q.new_zeros(batch, kv_heads, 0, num_units).float()

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.descriptors import fused
 from mm_sparse.kernels.reference import dense_mask
 from mm_sparse.kernels.transpose import transpose_lists
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
 from mm_sparse.scorers import Scores
+
+# Units of a row that the kernel's registers hold.
+MOST_UNITS = 16384
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +213,8 @@ def _select(values: Tensor, plan: Plan) -> Selection:
     if not width or not num_tiles or not batch:
         index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=torch.int32)
         return Selection(index, index.new_zeros(batch, heads, num_tiles), plan)
+    if plan.config.mass is None and fused(values, plan) and num_units <= MOST_UNITS:
+        return _select_fused(values.float(), plan, width)
     big = torch.finfo(torch.float32).max
     finite = torch.nan_to_num(values.float(), nan=-big, posinf=big, neginf=-big)
     visible = plan.visible[:, None]
@@ -227,6 +233,25 @@ def _select(values: Tensor, plan: Plan) -> Selection:
     index = torch.where(kept, ids, num_units).sort(-1).values.to(torch.int32)
     count = kept.sum(-1, dtype=torch.int32)
     return Selection(index.masked_fill(index == num_units, -1), count, plan)
+
+
+def _select_fused(values: Tensor, plan: Plan, width: int) -> Selection:
+    """The same by a kernel, ties to the lowest id."""
+    from mm_sparse.kernels.select import keep_best
+
+    shares = plan.config.floors()
+    floors = [shares.get(kind, 0.0) for kind in Modality]
+    index, count = keep_best(
+        values,
+        plan.always,
+        plan.hull,
+        plan.units,
+        plan.budget,
+        width,
+        unit_kind=plan.unit_modality,
+        floors=torch.tensor(floors, device=values.device) if shares else None,
+    )
+    return Selection(index, count, plan)
 
 
 def _mass_before(finite: Tensor, ids: Tensor, plan: Plan) -> Tensor:

@@ -96,6 +96,7 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ),
         ("subpools", 0, ValueError, "subpools must be at least 1, got 0"),
         ("subpools", 2.0, TypeError, "subpools must be an int, got 2.0"),
+        ("reduce", "sum", ValueError, "reduce must be one of ('mean', 'max'), got 'sum'"),
         ("dense_below", -1, ValueError, "dense_below must be at least 0, got -1"),
         ("dense_below", 1.0, TypeError, "dense_below must be an int, got 1.0"),
         ("dense_layers", (0, -1), ValueError, "dense_layers must be at least 0, got -1"),

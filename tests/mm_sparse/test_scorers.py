@@ -44,7 +44,9 @@ def pooled_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
                             key = k[b, h, first : first + count].double().mean(0)
                             logits.append(query @ key / math.sqrt(q.shape[-1]) + math.log(count))
                         shares.append(torch.stack(logits).softmax(0))
-                values[b, h, t, units] = torch.stack(shares).mean(0).log()
+                stacked = torch.stack(shares)
+                best = plan.config.reduce == "max"
+                values[b, h, t, units] = (stacked.amax(0) if best else stacked.mean(0)).log()
     return values
 
 
@@ -57,12 +59,13 @@ def assert_equal_where_visible(got: Tensor, want: Tensor, plan: Plan, tolerance:
 
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPS, ids=lambda x: str(x))
+@pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_pooled_scores_equal_a_loop_over_tiles_and_units(
-    name: str, heads: int, kv_heads: int
+    name: str, heads: int, kv_heads: int, reduce: str
 ) -> None:
     layout = layout_of(name)
     q, k = random_qk(layout, heads, kv_heads)
-    scores = PooledScorer()(q, k, layout=layout, config=small_config())
+    scores = PooledScorer()(q, k, layout=layout, config=small_config(reduce=reduce))
     assert (
         scores.values.shape
         == scores.shape

@@ -36,8 +36,10 @@ def mass_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
             rows = rows[seen[b, rows].any(-1)]
             for u, (first, count) in enumerate(plan.units[b].tolist()):
                 if len(rows):
-                    part = weight[b][:, rows, first : first + count].sum(-1).mean(-1)  # (H,)
-                    mass[b, :, t, u] = part.view(k.shape[1], plan.group).mean(-1)
+                    part = weight[b][:, rows, first : first + count].sum(-1)  # (H, rows)
+                    part = part.view(k.shape[1], -1)
+                    best = plan.config.reduce == "max"
+                    mass[b, :, t, u] = part.amax(-1) if best else part.mean(-1)
     return mass
 
 
@@ -50,10 +52,14 @@ def assert_equal_where_visible(got: Tensor, want: Tensor, plan: Plan, tolerance:
 
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPS, ids=lambda x: str(x))
-def test_unit_mass_is_the_softmax_mass_of_all_rows(name: str, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_unit_mass_is_the_softmax_mass_of_all_rows(
+    name: str, heads: int, kv_heads: int, reduce: str
+) -> None:
     layout = layout_of(name)
     q, k = random_qk(layout, heads, kv_heads)
-    plan = layout.plan(small_config(), num_query_heads=heads, num_kv_heads=kv_heads)
+    config = small_config(reduce=reduce)
+    plan = layout.plan(config, num_query_heads=heads, num_kv_heads=kv_heads)
     mass = mms.unit_mass(q, k, plan)
     torch.testing.assert_close(mass, mass_by_hand(q, k, plan), rtol=1e-4, atol=1e-6)
 

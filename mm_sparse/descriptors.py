@@ -1,0 +1,58 @@
+"""Descriptors of the tiles and units of a plan, by a kernel where nobody needs their gradients.
+
+B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T tiles, U units,
+S sub-pools of a tile
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm_sparse.kernels.ops import DTYPES, interpreted
+from mm_sparse.plan import Plan
+from mm_sparse.pooling import gather_pieces, masked_extremes, masked_mean, tile_subpools
+
+# Rows of a tile (sub-pools times query heads of a group) that the kernel takes.
+MOST_ROWS = 128
+
+
+def fused(x: Tensor, plan: Plan) -> bool:
+    """Whether kernels score and select: on a GPU, or where a config asks for the interpreter."""
+    if plan.config.backend == "torch" or x.dtype not in DTYPES or not x.numel():
+        return False
+    if x.device.type != "cuda" and not (plan.config.backend == "triton" and interpreted()):
+        return False
+    return plan.group * min(plan.config.subpools, plan.tile_tokens) <= MOST_ROWS
+
+
+def tile_descriptors(q: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Means of the sub-pools of every tile (B, H, T, S, D), and which exist (B, T, S)."""
+    if torch.is_grad_enabled() or not fused(q, plan):
+        return tile_subpools(
+            q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
+        )
+    from mm_sparse.kernels.score import pool
+
+    parts = min(plan.config.subpools, plan.tile_tokens)
+    width = -(-plan.tile_tokens // parts)
+    first = torch.arange(0, parts * width, width, device=q.device)
+    (mean,) = pool(_last_contiguous(q), plan.tiles, plan.tile_tokens, parts)
+    return mean, first < plan.tiles[..., 1:]
+
+
+def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...]:
+    """Means of the keys of every unit (B, K, U, D), and their largest and smallest if asked."""
+    if torch.is_grad_enabled() or not fused(k, plan):
+        keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
+        present = present[:, None, ..., None]
+        mean = masked_mean(keys, present, 3)
+        return (mean, *masked_extremes(keys, present, 3)) if extremes else (mean,)
+    from mm_sparse.kernels.score import pool
+
+    found = pool(_last_contiguous(k), plan.units, plan.unit, extremes=extremes)
+    return tuple(x.squeeze(3) for x in found)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
