@@ -161,8 +161,12 @@ def _share(
         if not LARGEST:
             shift = tl.where(best == -float("inf"), 0.0, best)
             summed = tl.sum(tl.exp(share - shift[:, None, :]), 1)
-            value = shift + tl.log(summed) - tl.log(tl.maximum(members, 1.0))[:, None]
-        value = tl.maximum(value, -1e30)
+            value = (
+                shift
+                + tl.log(tl.maximum(summed, 1e-30))
+                - tl.log(tl.maximum(members, 1.0))[:, None]
+            )
+        value = tl.where(best == -float("inf"), -1e30, value)
         unit = first + tl.arange(0, COLS)
         mask = (own < num_tiles)[:, None] & (unit < num_units)[None, :]
         if BIASED:
@@ -188,6 +192,12 @@ def _share(
         tl.store(Out + out, value, mask=mask)
 
 
+def share_blocks(tile_rows: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Tiles and units of a block; float32 runs out of registers and takes small ones."""
+    rows = 64 if itemsize == 2 else 16
+    return max(rows // tile_rows, 1), 16 if itemsize == 4 else 64 if width <= 128 else 32
+
+
 def share_of_units(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
@@ -209,19 +219,18 @@ def share_of_units(
     kv_heads, num_units = keys.shape[1:3]
     group = heads // kv_heads
     tile_rows = triton.next_power_of_2(group * subpools)
-    # 64 rows of float32 descriptors are the most that fit.
-    together = max(1, 64 // tile_rows)
+    # The interpreter has no registers to run out of, and is slow on small blocks.
+    itemsize = rows.element_size() if rows.is_cuda else 2
+    together, cols = share_blocks(tile_rows, width, itemsize)
     out = rows.new_empty(batch, kv_heads, num_tiles, num_units, dtype=torch.float32)
     if not out.numel():
         return out
     table = out if bias is None else bias.contiguous()
-    while together * tile_rows < 16:
-        together *= 2
     _share[(triton.cdiv(num_tiles, together), batch * kv_heads)](
         rows.contiguous(), keys.contiguous(), exists.contiguous(), hull, units, out, table,
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
         tiles, num_tiles, num_units, kv_heads, query_offset,
-        GROUP=group, SUBPOOLS=subpools, TILE_ROWS=tile_rows, TILES=together, COLS=64, F=width,
+        GROUP=group, SUBPOOLS=subpools, TILE_ROWS=tile_rows, TILES=together, COLS=cols, F=width,
         BLOCK_F=max(triton.next_power_of_2(width), 16), UNIT=unit,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
         LARGEST=largest, BIASED=bias is not None,

@@ -71,7 +71,7 @@ def _keep(
             before = tl.sum(tl.where(above, size, 0), 0)
             before += tl.cumsum(tl.where(tied, size, 0), 0) - tl.where(tied, size, 0)
             inside = above | (tied & (before.to(tl.float32) < least))
-            floors = floors | (inside & (share > 0))
+            floors = floors | inside
         first = floors
     order = tl.where(first, 2147483647, order)
     cut = _crossing(order, size, seen, budget)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
@@ -110,5 +111,7 @@ def sparse_attention(
             q, k, v, layout=layout, config=config, query_offset=query_offset, scale=scale
         )
     scorer = PooledScorer() if scorer is None else scorer
-    scores = scorer(q, k, layout=layout, config=config, query_offset=query_offset, scale=scale)
+    # Selection passes no gradient.
+    with torch.no_grad():
+        scores = scorer(q, k, layout=layout, config=config, query_offset=query_offset, scale=scale)
     return attend(q, k, v, select(scores, layout, config), scale=scale)

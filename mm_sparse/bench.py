@@ -191,7 +191,8 @@ class Bench:
         layout, scorer = selection.plan.layout, PooledScorer()
 
         def whole() -> Tensor:
-            scores = scorer(q, k, layout=layout, config=config)
+            with torch.no_grad():
+                scores = scorer(q, k, layout=layout, config=config)
             return attend(q, k, v, select(scores, layout, config))
 
         self.add(f"score + select + attend unit {unit}", whole, density, backward=False)

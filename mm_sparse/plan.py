@@ -106,6 +106,16 @@ class Plan:
         return min(num_units, int(most.amax()) if most.numel() else 0)
 
     @cached_property
+    def members(self) -> Tensor:
+        """(B, T) int64: queries of a tile that see a key."""
+        keys = torch.nn.functional.pad(self.layout.valid.cumsum(1), (1, 0))
+        low, high = self.span.long().unbind(-1)
+        live = keys.gather(1, high.maximum(low)) > keys.gather(1, low)
+        before = torch.nn.functional.pad(live.cumsum(1), (1, 0))
+        edges = self.tiles.long().cumsum(-1).unbind(-1)
+        return before.gather(1, edges[1]) - before.gather(1, edges[0])
+
+    @cached_property
     def distance(self) -> Tensor:
         """(B, T, U) int32: key tokens from the middle of a tile to the middle of a unit, signed."""
         tile = self.tiles[..., 0] + self.query_offset + self.tiles[..., 1] // 2

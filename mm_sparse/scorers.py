@@ -146,6 +146,9 @@ class RelevanceScorer(Scorer):
             plan.tile_modality.repeat_interleave(tile.shape[3], 1),
         ).view(*tile.shape[:4], -1)
         unit_code = _by_modality(features, self.key_tower, plan.unit_modality)
+        if not torch.is_grad_enabled():
+            # Whoever only ranks does so in the precision of the attention itself.
+            tile_code, unit_code = tile_code.to(tile.dtype), unit_code.to(mean.dtype)
         return share_of_units(
             torch.cat([tile * scale, tile_code], -1),
             torch.cat([mean, unit_code], -1),
@@ -157,12 +160,11 @@ class RelevanceScorer(Scorer):
 
 def _by_modality(x: Tensor, towers: Tensor, modality: Tensor) -> Tensor:
     """Map (B, heads, P, F) by the tower (modalities, heads, F, R) of each piece's modality."""
-    x = x.to(towers.dtype)
-    result = x.new_zeros(*x.shape[:-1], towers.shape[-1])
-    for kind in Modality:
-        mapped = x @ towers[int(kind)]
-        result = torch.where((modality == int(kind))[:, None, :, None], mapped, result)
-    return result
+    kinds, heads, _, rank = towers.shape
+    mapped = x.to(towers.dtype) @ towers.permute(1, 2, 0, 3).flatten(2)  # all towers in one product
+    own = modality.long().clamp(min=0)[:, None, :, None, None].expand(-1, heads, -1, 1, rank)
+    result = mapped.unflatten(-1, (kinds, rank)).gather(3, own).squeeze(3)
+    return result.masked_fill((modality < 0)[:, None, :, None], 0)
 
 
 def pair_biases(table: Tensor, plan: Plan) -> Tensor:
@@ -254,6 +256,8 @@ def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> T
     batch, heads, _, dim = q.shape
     kv_heads = k.shape[1]
     scale = 1 / math.sqrt(dim) if scale is None else scale
+    if fused(q, plan) and k.numel():
+        return _unit_mass_fused(q.detach(), k.detach(), plan, scale)
     rows, exists = gather_pieces(q, plan.tiles, plan.tile_tokens, plan.regular_tiles)
     span, _ = gather_pieces(plan.span[:, None], plan.tiles, plan.tile_tokens, plan.regular_tiles)
     keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
@@ -284,3 +288,13 @@ def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> T
         members = (live.sum(-1) * plan.group).clamp(min=1)
         blocks.append(mass.sum((2, 4)) / members[:, None, :, None])
     return torch.cat(blocks, 2) if blocks else q.new_zeros(batch, kv_heads, 0, num_units).float()
+
+
+def _unit_mass_fused(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+    from mm_sparse.kernels.mass import unit_mass as kernel
+
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    largest = plan.config.reduce == "max"
+    args = (plan.tiles, plan.units, plan.span, scale, plan.tile_tokens, plan.unit, largest)
+    mass = kernel(q, k, *args)
+    return mass if largest else mass / (plan.members * plan.group).clamp(min=1)[:, None, :, None]

@@ -197,9 +197,13 @@ class OptimizerPart:
     final: float = 0.01
     scorer_lr: float | None = None
     """Learning rate of the scorers, `lr` if None."""
+    projector_lr: float | None = None
+    """Learning rate of the projector, which starts from scratch; `lr` if None."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or (self.scorer_lr is not None and self.scorer_lr <= 0):
-            raise ValueError(f"lr and scorer_lr must be positive, got {self.lr}, {self.scorer_lr}")
+        for name in ("lr", "scorer_lr", "projector_lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be at least 0, got {self.warmup}")

@@ -240,16 +240,16 @@ class VLM(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         part = self.optimizer_part
-        of_scorers = {id(p) for p in self.scorers.parameters()}
-        groups: list[dict[str, Any]] = [
-            {"params": [], "weight_decay": part.weight_decay},
-            {"params": [], "weight_decay": 0.0},
-            {"params": [], "weight_decay": 0.0, "lr": part.scorer_lr or part.lr},
-        ]
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                kind = 2 if id(parameter) in of_scorers else int(parameter.ndim < 2)
-                groups[kind]["params"].append(parameter)
+        rates = {"scorers": part.scorer_lr, "projector": part.projector_lr}
+        groups: list[dict[str, Any]] = []
+        for name in PARTS:
+            own = [p for p in getattr(self, name).parameters() if p.requires_grad]
+            speed = rates.get(name) or part.lr
+            # Matrices decay; norms, biases and whatever ranks keys do not.
+            decays = [p for p in own if p.ndim > 1 and name != "scorers"]
+            rest = [p for p in own if p.ndim < 2 or name == "scorers"]
+            groups.append({"params": decays, "weight_decay": part.weight_decay, "lr": speed})
+            groups.append({"params": rest, "weight_decay": 0.0, "lr": speed})
         groups = [group for group in groups if group["params"]]
         if not groups:
             raise ValueError(f"freeze must leave something to train, got all of {PARTS}")

@@ -16,10 +16,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mm_sparse.kernels import backward, forward
+from mm_sparse.kernels import backward, forward, mass, score, select
 
-POINTERS = {"Q", "K", "V", "Out", "Dout", "Dq", "Dk", "Dv"}
-FLOATS = {"Lse", "Delta"}
+POINTERS = {
+    "Q",
+    "K",
+    "V",
+    "Out",
+    "Dout",
+    "Dq",
+    "Dk",
+    "Dv",
+    "X",
+    "Mean",
+    "High",
+    "Low",
+    "Rows",
+    "Keys",
+}
+FLOATS = {"Lse", "Delta", "Values", "Bias", "Floor"}
+NARROW = {"Exists": "i1", "Always": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
@@ -30,10 +46,12 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in POINTERS:
-            signature[name] = f"*{dtype}"
-        elif name in FLOATS:
+        if name in FLOATS or (name == "Out" and kernel in (mass._mass, score._share)):
             signature[name] = "*fp32"
+        elif name in POINTERS:
+            signature[name] = f"*{dtype}"
+        elif name in NARROW:
+            signature[name] = f"*{NARROW[name]}"
         elif name[0].isupper():
             signature[name] = "*i32"
         else:
@@ -57,6 +75,29 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
     return f"registers {registers}, stack {stack} B, shared {built.metadata.shared} B"
 
 
+def scoring(constants: dict) -> list[tuple]:
+    """The kernels around attention, learned scores with codes of rank 64."""
+    dim, unit, group = constants["D"], constants["UNIT"], constants["GROUP"]
+    wide = dim + 64
+    rows = triton.next_power_of_2(group * 4)
+    size = 4 if constants["PRECISION"] == "ieee" else 2
+    tiles, cols = score.share_blocks(rows, wide, size)
+    pool = {"SIZE": unit, "WIDTH": unit, "BLOCK_W": unit, "EXTREMES": True}
+    share = {
+        "SUBPOOLS": 4, "TILE_ROWS": rows, "TILES": tiles, "COLS": cols, "F": wide,
+        "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
+        "BIASED": True,
+    }  # fmt: skip
+    true_mass = {
+        "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
+        "COLS": max(64 if size == 2 else 16, unit),
+    }  # fmt: skip
+    keep = {"KINDS": 3, "BLOCK_U": 1024}
+    return [
+        (score._pool, pool), (score._share, share), (mass._mass, true_mass), (select._keep, keep)
+    ]  # fmt: skip
+
+
 def main(targets: list[int]) -> None:
     """A plain and an awkward problem for each kernel and GPU."""
     for target in targets:
@@ -78,6 +119,9 @@ def main(targets: list[int]) -> None:
                 blocks = {"ROWS": r, "COLS": c, "CUT_COLS": min(c, 64), "SPLITS": rows // r}
                 usage = compile_one(kernel, dtype, {**constants, **blocks}, target, warps, stages)
                 print(f"sm_{target} {name} {kernel.__name__} {r}x{c}: {usage}", flush=True)
+            for kernel, more in scoring(constants):
+                usage = compile_one(kernel, dtype, {**constants, **more}, target, 4, 2)
+                print(f"sm_{target} {name} {kernel.__name__}: {usage}", flush=True)
 
 
 if __name__ == "__main__":

