@@ -21,7 +21,7 @@ def _finite(x):
 @triton.jit
 def _pool(
     X, Table, Mean, High, Low, pieces, parts, heads, stride_b, stride_h, stride_n,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_W: tl.constexpr,
+    WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr,
 ):  # fmt: skip
     """One part (WIDTH tokens) of one piece: its mean and, if asked, largest and smallest."""
@@ -75,7 +75,7 @@ def pool(
     if mean.numel():
         _pool[(pieces * parts, batch * heads)](
             x, table, mean, high, low, pieces, parts, heads, *x.stride()[:3],
-            SIZE=size, WIDTH=width, D=dim, BLOCK_W=triton.next_power_of_2(width),
+            WIDTH=width, D=dim, BLOCK_W=triton.next_power_of_2(width),
             BLOCK_D=triton.next_power_of_2(dim), EXTREMES=extremes, num_warps=4,
         )  # fmt: skip
     return results
@@ -83,7 +83,7 @@ def pool(
 
 @triton.jit
 def _logits(
-    Rows, Units, Hull, tile, row, exists, first, num_units, num_tiles, batch, u_base,
+    row, low, high, Units, first, num_units, batch, u_base,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,9 +99,6 @@ def _logits(
     table = Units + (batch * num_units + unit) * 2
     start = tl.load(table, mask=there, other=0)
     size = tl.load(table + 1, mask=there, other=0)
-    hull = Hull + (batch * num_tiles + tile) * 2
-    low = tl.load(hull, mask=exists, other=0)
-    high = tl.load(hull + 1, mask=exists, other=0)
     seen = (start[None, :] < high[:, None]) & ((start + size)[None, :] > low[:, None])
     seen &= (size > 0)[None, :]
     bias = tl.log(tl.maximum(size, 1).to(tl.float32) / UNIT)
@@ -134,12 +131,15 @@ def _share(
         Rows + (place * SUBPOOLS + s)[:, None] * F + dim[None, :],
         mask=exists[:, None] & (dim < F)[None, :], other=0.0,
     )  # fmt: skip
+    hull = Hull + (batch * num_tiles + tile) * 2
+    low = tl.load(hull, mask=exists, other=0)
+    high = tl.load(hull + 1, mask=exists, other=0)
     u_base = Keys + (batch * kv_heads + head) * num_units * F
     top = tl.full([TILES * TILE_ROWS], -float("inf"), tl.float32)
     total = tl.zeros([TILES * TILE_ROWS], tl.float32)
     for first in range(0, num_units, COLS):
         logits = _logits(
-            Rows, Units, Hull, tile, row, exists, first, num_units, num_tiles, batch, u_base,
+            row, low, high, Units, first, num_units, batch, u_base,
             F, BLOCK_F, UNIT, COLS, PRECISION,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -151,7 +151,7 @@ def _share(
     members = tl.sum(tl.reshape(exists.to(tl.float32), (TILES, TILE_ROWS)), 1)
     for first in range(0, num_units, COLS):
         logits = _logits(
-            Rows, Units, Hull, tile, row, exists, first, num_units, num_tiles, batch, u_base,
+            row, low, high, Units, first, num_units, batch, u_base,
             F, BLOCK_F, UNIT, COLS, PRECISION,
         )  # fmt: skip
         share = tl.where(exists[:, None], logits - lse[:, None], -float("inf"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.descriptors import fused, tile_descriptors, unit_descriptors
+from mm_sparse.descriptors import fused, last_contiguous, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
@@ -293,7 +293,7 @@ def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> T
 def _unit_mass_fused(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
     from mm_sparse.kernels.mass import unit_mass as kernel
 
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = last_contiguous(q), last_contiguous(k)
     largest = plan.config.reduce == "max"
     args = (plan.tiles, plan.units, plan.span, scale, plan.tile_tokens, plan.unit, largest)
     mass = kernel(q, k, *args)

@@ -82,7 +82,7 @@ def scoring(constants: dict) -> list[tuple]:
     rows = triton.next_power_of_2(group * 4)
     size = 4 if constants["PRECISION"] == "ieee" else 2
     tiles, cols = score.share_blocks(rows, wide, size)
-    pool = {"SIZE": unit, "WIDTH": unit, "BLOCK_W": unit, "EXTREMES": True}
+    pool = {"WIDTH": unit, "BLOCK_W": unit, "EXTREMES": True}
     share = {
         "SUBPOOLS": 4, "TILE_ROWS": rows, "TILES": tiles, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,

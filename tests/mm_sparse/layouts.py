@@ -177,3 +177,11 @@ def inputs(
     q, k = random_qk(layout, heads, kv_heads)
     _, v = random_qk(layout, heads, kv_heads, seed=1)
     return layout, *(x.to(dtype).requires_grad_() for x in (q, k, v))
+
+
+def assert_equal_where_visible(got: Tensor, want: Tensor, plan: Plan, tolerance: float) -> None:
+    """What a tile does not see may hold anything."""
+    seen = plan.visible[:, None].expand_as(got)
+    torch.testing.assert_close(
+        got[seen].double(), want[seen].double(), rtol=tolerance, atol=tolerance
+    )

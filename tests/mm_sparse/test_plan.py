@@ -23,8 +23,7 @@ from tests.mm_sparse.layouts import (
     seen_batch,
     sees_unit,
 )
-
-Batch = tuple[list[Row], str]
+from tests.mm_sparse.selections import Batch
 
 
 def plan_of(batch: Batch, config: SparseConfig, group: int = 1, **queries: int) -> Plan:

@@ -14,6 +14,7 @@ from tests.mm_sparse.layouts import (
     IDS,
     MIXED,
     Row,
+    assert_equal_where_visible,
     layout_of,
     random_qk,
     small_config,
@@ -48,13 +49,6 @@ def pooled_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
                 best = plan.config.reduce == "max"
                 values[b, h, t, units] = (stacked.amax(0) if best else stacked.mean(0)).log()
     return values
-
-
-def assert_equal_where_visible(got: Tensor, want: Tensor, plan: Plan, tolerance: float) -> None:
-    seen = plan.visible[:, None].expand_as(got)
-    torch.testing.assert_close(
-        got[seen].double(), want[seen].double(), rtol=tolerance, atol=tolerance
-    )
 
 
 @pytest.mark.parametrize("name", IDS)

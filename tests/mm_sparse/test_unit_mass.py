@@ -14,6 +14,7 @@ from tests.mm_sparse.layouts import (
     BATCHES,
     GROUPS,
     IDS,
+    assert_equal_where_visible,
     layout_of,
     random_qk,
     seen_batch,
@@ -41,13 +42,6 @@ def mass_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
                     best = plan.config.reduce == "max"
                     mass[b, :, t, u] = part.amax(-1) if best else part.mean(-1)
     return mass
-
-
-def assert_equal_where_visible(got: Tensor, want: Tensor, plan: Plan, tolerance: float) -> None:
-    seen = plan.visible[:, None].expand_as(got)
-    torch.testing.assert_close(
-        got[seen].double(), want[seen].double(), rtol=tolerance, atol=tolerance
-    )
 
 
 @pytest.mark.parametrize("name", IDS)
