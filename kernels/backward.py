@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .primitives import (
     LOG2E,
+    describe,
+    listed_units,
+    load_block,
     load_keys,
     load_rows,
     row_span,
@@ -26,14 +29,20 @@ from .transpose_triton import transpose_lists
 
 @triton.jit
 def _query_step(
-    q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn, stride_vn,
-    MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    q, do, lse, delta, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high, scale2,
+    stride_kn, stride_vn, MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr,
+    COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = REGULAR and not MASKED
-    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS, REGULAR)
-    k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
-    v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
+    key, exists = unit_keys(unit, Ub, first, count, UNIT, COLS, REGULAR)
+    if ALL and Kd is not None:
+        k = load_block(Kd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
+    if ALL and Vd is not None:
+        v = load_block(Vd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
     weight = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse[:, None])
     if MASKED:
         seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
@@ -46,7 +55,7 @@ def _query_step(
 
 @triton.jit
 def _backward_queries(
-    Q, K, V, Out, Dout, Lse, Delta, Dq, Tiles, Units, Span, Index, Count,
+    Q, K, V, Kd, Vd, Out, Dout, Lse, Delta, Dq, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
@@ -84,17 +93,21 @@ def _backward_queries(
     scale2 = scale * LOG2E
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
+    ahead = listed_units(Ib, begin, count, UNIT, COLS)
     for first in range(begin, end, COLS):
+        unit = ahead
+        ahead = listed_units(Ib, first + COLS, count, UNIT, COLS)
         acc = _query_step(
-            q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
-            stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+            q, do, lse, delta, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
+            scale2, stride_kn, stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     cut = begin + tl.maximum(count * UNIT - end, 0)
     for i in range(0, cut, COLS):
         first = tl.where(i < begin, i, end + i - begin)
+        unit = listed_units(Ib, first, count, UNIT, COLS)
         acc = _query_step(
-            q, do, lse, delta, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
-            stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+            q, do, lse, delta, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
+            scale2, stride_kn, stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     pointer = Dq + (heads * num_queries + token)[:, None] * D + dim[None, :]
@@ -105,7 +118,7 @@ def _backward_queries(
 
 @triton.jit
 def _key_step(
-    k, v, key, in_unit, dk, dv, entry, Q, Dout, Lse, Delta, Tiles, Span, TileIds, head, batch,
+    k, v, key, in_unit, dk, dv, tile, part, Qd, Dd, Q, Dout, Lse, Delta, Tiles, Span, head, batch,
     scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh, stride_dn,
     MASKED: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     SPLITS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REGULAR_TILES: tl.constexpr,
@@ -113,13 +126,18 @@ def _key_step(
 ):  # fmt: skip
     """Rows of one tile against one unit, keys down and queries across: (C, R)."""
     ALL: tl.constexpr = REGULAR_TILES and TOKENS * GROUP == ROWS * SPLITS
-    t = tl.load(TileIds + entry // SPLITS).to(tl.int64)
+    t = tile.to(tl.int64)
     token, g, exists = tile_rows(
-        Tiles, (batch * num_tiles + t, t), entry % SPLITS * ROWS, GROUP, ROWS, TOKENS,
-        REGULAR_TILES,
-    )  # fmt: skip
-    q = load_rows(Q, token, g, exists, stride_qh, stride_qn, ALL, D, BLOCK_D)
-    do = load_rows(Dout, token, g, exists, stride_dh, stride_dn, ALL, D, BLOCK_D)
+        Tiles, (batch * num_tiles + t, t), part * ROWS, GROUP, ROWS, TOKENS, REGULAR_TILES
+    )
+    if ALL and not MASKED and Qd is not None:
+        q = load_block(Qd, batch, head, tile * TOKENS + part * ROWS, ROWS, BLOCK_D)
+    else:
+        q = load_rows(Q, token, g, exists, stride_qh, stride_qn, ALL, D, BLOCK_D)
+    if ALL and not MASKED and Dd is not None:
+        do = load_block(Dd, batch, head, tile * TOKENS + part * ROWS, ROWS, BLOCK_D)
+    else:
+        do = load_rows(Dout, token, g, exists, stride_dh, stride_dn, ALL, D, BLOCK_D)
     rows = ((batch * kv_heads + head) * GROUP + g) * num_queries + token
     if ALL:
         lse = tl.load(Lse + rows) * LOG2E
@@ -140,7 +158,7 @@ def _key_step(
 
 @triton.jit
 def _backward_keys(
-    Q, K, V, Dout, Lse, Delta, Dk, Dv, Tiles, Units, Span, TileIds, Offsets,
+    Q, K, V, Qd, Dd, Dout, Lse, Delta, Dk, Dv, Tiles, Units, Span, TileIds, Offsets,
     scale, num_queries, num_keys, num_tiles, num_units, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
@@ -171,17 +189,23 @@ def _backward_keys(
     begin = tl.load(Offsets + group) * SPLITS
     cut = tl.load(Offsets + group + 1) * SPLITS
     end = tl.load(Offsets + group + 2) * SPLITS
+    ahead = tl.load(TileIds + begin // SPLITS, mask=begin < end, other=0)
     for entry in range(begin, cut):
+        tile = ahead
+        ahead = tl.load(TileIds + (entry + 1) // SPLITS, mask=entry + 1 < end, other=0)
         dk, dv = _key_step(
-            k, v, key, in_unit, dk, dv, entry, Qb, Db, Lse, Delta, Tiles, Span, TileIds, head,
-            batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh,
-            stride_dn, False, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES, PRECISION,
+            k, v, key, in_unit, dk, dv, tile, entry % SPLITS, Qd, Dd, Qb, Db, Lse, Delta, Tiles,
+            Span, head, batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn,
+            stride_dh, stride_dn, False, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES,
+            PRECISION,
         )  # fmt: skip
     for entry in range(cut, end):
+        tile = tl.load(TileIds + entry // SPLITS)
         dk, dv = _key_step(
-            k, v, key, in_unit, dk, dv, entry, Qb, Db, Lse, Delta, Tiles, Span, TileIds, head,
-            batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn, stride_dh,
-            stride_dn, True, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES, PRECISION,
+            k, v, key, in_unit, dk, dv, tile, entry % SPLITS, Qd, Dd, Qb, Db, Lse, Delta, Tiles,
+            Span, head, batch, scale2, num_queries, num_tiles, kv_heads, stride_qh, stride_qn,
+            stride_dh, stride_dn, True, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES,
+            PRECISION,
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     row = (batch * kv_heads + head) * num_keys + key
@@ -230,6 +254,7 @@ def attend_backward(
     block_d = max(triton.next_power_of_2(head_dim), 16)
     all_rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size())
+    whole = regular and cols <= unit
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     constants = {
         "GROUP": group, "TOKENS": tile_tokens, "UNIT": unit, "REGULAR": regular,
@@ -237,7 +262,8 @@ def attend_backward(
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     _backward_queries[(num_tiles * (all_rows // rows), batch * kv_heads)](
-        q, k, v, out, dout, lse, delta, dq, tiles, units, span, index, count,
+        q, k, v, *(describe(x, cols, block_d) if whole else None for x in (k, v)),
+        out, dout, lse, delta, dq, tiles, units, span, index, count,
         scale, num_queries, num_tiles, num_units, index.shape[-1], kv_heads, *strides,
         *out.stride()[:3],
         ROWS=rows, COLS=cols, SPLITS=all_rows // rows, num_warps=warps, num_stages=stages,
@@ -245,8 +271,10 @@ def attend_backward(
     )  # fmt: skip
     lists = transpose_lists(tiles, units, span, index, count, tile_tokens, unit)
     rows, cols, warps, stages = key_blocks(all_rows, unit, head_dim, q.element_size())
+    whole = regular_tiles and group == 1
     _backward_keys[(num_units * (unit // cols), batch * kv_heads)](
-        q, k, v, dout, lse, delta, dk, dv, tiles, units, span, *lists,
+        q, k, v, *(describe(x, rows, block_d) if whole else None for x in (q, dout)),
+        dout, lse, delta, dk, dv, tiles, units, span, *lists,
         scale, num_queries, num_keys, num_tiles, num_units, kv_heads, *strides,
         ROWS=rows, COLS=cols, SPLITS=all_rows // rows, num_warps=warps, num_stages=stages,
         **constants,

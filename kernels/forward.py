@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .primitives import (
     LOG2E,
+    describe,
+    listed_units,
+    load_block,
     load_keys,
     load_rows,
     row_span,
@@ -25,14 +28,17 @@ from .primitives import (
 
 @triton.jit
 def _step(
-    q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn, stride_vn,
-    MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high, scale2,
+    stride_kn, stride_vn, MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr,
+    COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018)."""
     ALL: tl.constexpr = REGULAR and not MASKED
-    key, exists = unit_keys(Ib, Ub, first, count, UNIT, COLS, REGULAR)
-    k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
+    key, exists = unit_keys(unit, Ub, first, count, UNIT, COLS, REGULAR)
+    if ALL and Kd is not None:
+        k = load_block(Kd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
@@ -46,7 +52,10 @@ def _step(
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     weight = tl.exp2(score * scale2 - shift[:, None])
     decay = tl.exp2(top - shift)
-    v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
+    if ALL and Vd is not None:
+        v = load_block(Vd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
     total = total * decay + tl.sum(weight, 1)
     acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return new_top, total, acc
@@ -54,7 +63,7 @@ def _step(
 
 @triton.jit
 def _forward(
-    Q, K, V, Out, Lse, Tiles, Units, Span, Index, Count,
+    Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
@@ -85,18 +94,23 @@ def _forward(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
+    # The next units are looked up a step ahead, so that loads of keys need not wait for them.
+    ahead = listed_units(Ib, begin, count, UNIT, COLS)
     for first in range(begin, end, COLS):
+        unit = ahead
+        ahead = listed_units(Ib, first + COLS, count, UNIT, COLS)
         top, total, acc = _step(
-            q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
-            stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
+            scale2, stride_kn, stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     # What lies before `begin` and from `end` on is cut by the visible range of some row.
     cut = begin + tl.maximum(count * UNIT - end, 0)
     for i in range(0, cut, CUT_COLS):
         first = tl.where(i < begin, i, end + i - begin)
+        unit = listed_units(Ib, first, count, UNIT, CUT_COLS)
         top, total, acc = _step(
-            q, top, total, acc, Kb, Vb, Ib, Ub, first, count, low, high, scale2, stride_kn,
-            stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D, PRECISION,
+            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
+            scale2, stride_kn, stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
     seen = total != 0
     out = acc / tl.where(seen, total, 1.0)[:, None]
@@ -144,13 +158,16 @@ def attend_forward(
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     all_rows, (rows, cols, warps, stages) = rows, forward_blocks(rows, head_dim, q.element_size())
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    whole = regular and cols <= unit
     _forward[(num_tiles * (all_rows // rows), batch * kv_heads)](
-        q, k, v, out, lse, tiles, units, span, index, count,
+        q, k, v, *(describe(x, cols, block_d) if whole else None for x in (k, v)),
+        out, lse, tiles, units, span, index, count,
         scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, CUT_COLS=min(cols, 64),
         UNIT=unit, D=head_dim,
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 16), SPLITS=all_rows // rows,
+        BLOCK_D=block_d, SPLITS=all_rows // rows,
         REGULAR=regular, REGULAR_TILES=regular_tiles,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,

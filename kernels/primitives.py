@@ -4,8 +4,11 @@ R rows of a tile (tokens times query heads of a KV group), C keys of a block,
 D head dim (padded to a power of two)
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -38,24 +41,34 @@ def row_span(Span, token, exists, num_queries, batch):
 
 
 @triton.jit
+def listed_units(Index, first, count, UNIT: tl.constexpr, COLS: tl.constexpr):
+    """Unit of columns `first`, `first + 1`, ... of a list; one number if all are of one unit."""
+    slot = first // UNIT
+    if COLS > UNIT:
+        slot += tl.arange(0, COLS) // UNIT
+    return tl.load(Index + slot, mask=slot < count, other=0)
+
+
+@triton.jit
 def unit_keys(
-    Index, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr, REGULAR: tl.constexpr
+    unit, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr, REGULAR: tl.constexpr
 ):
-    """Key token of columns `first`, `first + 1`, ... of the units of a list side by side."""
-    if COLS >= UNIT:
-        slot = first // UNIT + tl.arange(0, COLS) // UNIT
-        offset = tl.arange(0, COLS) % UNIT
-    else:
-        slot = first // UNIT + tl.zeros([COLS], tl.int32)
-        offset = first % UNIT + tl.arange(0, COLS)
-    listed = slot < count
-    unit = tl.load(Index + slot, mask=listed, other=0)
+    """Key token of columns `first`, `first + 1`, ..., whose units are `unit`; which exist."""
+    column = first + tl.arange(0, COLS)
+    listed = column // UNIT < count
     if REGULAR:
         start = unit * UNIT
     else:
         start = tl.load(Units + unit.to(tl.int64) * 2)
-        listed = listed & (offset < tl.load(Units + unit.to(tl.int64) * 2 + 1))
-    return start + offset, listed
+        listed = listed & (column % UNIT < tl.load(Units + unit.to(tl.int64) * 2 + 1))
+    return start + column % UNIT, listed
+
+
+@triton.jit
+def load_block(Described, batch, head, token, LENGTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(LENGTH, D) rows from `token` on of a tensor that `describe` described; zeros behind it."""
+    block = Described.load([batch.to(tl.int32), head.to(tl.int32), token, 0])
+    return tl.reshape(block, (LENGTH, BLOCK_D))
 
 
 @triton.jit
@@ -121,3 +134,12 @@ def unmasked_columns(
     end = count_below(Index, Units, count, all_to, True, 512) * UNIT
     begin = (begin + COLS - 1) // COLS * COLS
     return begin, tl.maximum(begin, end // COLS * COLS)
+
+
+def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
+    """For loads of (rows, D) at once by the copy engine of Hopper and later; None if it cannot."""
+    able = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    if not able or not aligned or x.data_ptr() % 16 or x.element_size() == 4 or not x.numel():
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_d])

@@ -36,6 +36,7 @@ POINTERS = {
 }
 FLOATS = {"Lse", "Delta", "Values", "Bias", "Floor"}
 NARROW = {"Exists": "i1", "Always": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
+DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
@@ -45,6 +46,10 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+            continue
+        if name in DESCRIBED:
+            rows = constants["COLS" if DESCRIBED[name] == "keys" else "ROWS"]
+            signature[name] = f"tensordesc<{dtype}[1, 1, {rows}, {constants['BLOCK_D']}]>"
             continue
         if name in FLOATS or (name == "Out" and kernel in (mass._mass, score._share)):
             signature[name] = "*fp32"
@@ -117,6 +122,8 @@ def main(targets: list[int]) -> None:
                 (backward._backward_keys, backward.key_blocks(rows, unit, dim, size)),
             ):
                 blocks = {"ROWS": r, "COLS": c, "CUT_COLS": min(c, 64), "SPLITS": rows // r}
+                if target < 90 or size == 4 or not regular:
+                    blocks |= dict.fromkeys(DESCRIBED)
                 usage = compile_one(kernel, dtype, {**constants, **blocks}, target, warps, stages)
                 print(f"sm_{target} {name} {kernel.__name__} {r}x{c}: {usage}", flush=True)
             for kernel, more in scoring(constants):
