@@ -15,6 +15,7 @@ from torch import Tensor
 from .primitives import (
     LOG2E,
     describe,
+    generation,
     listed_units,
     load_block,
     load_keys,
@@ -215,22 +216,29 @@ def _backward_keys(
     tl.store(Dv + pointer, dv.to(Dv.dtype.element_ty), mask=mask)
 
 
-def query_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(rows, keys) of a block, warps and stages of the kernel for dQ."""
+def query_blocks(rows: int, head_dim: int, itemsize: int, major: int) -> tuple[int, int, int, int]:
+    """(rows, keys) of a block, warps and stages of the kernel for dQ, as measured."""
     width = max(triton.next_power_of_2(head_dim), 16)
     if itemsize == 4:
         return min(rows, 32 if width <= 128 else 16), 16, 4, 1
-    return (min(rows, 64), 64, 4, 2) if width <= 128 else (min(rows, 32), 32, 4, 2)
+    if width > 128:
+        return min(rows, 32), 32, 4, 2
+    if major in (9, 10) and rows >= 128:
+        return 128, 64, 4 if width <= 64 else 8, 3
+    return min(rows, 64), 64, 4, 2
 
 
-def key_blocks(rows: int, unit: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+def key_blocks(
+    rows: int, unit: int, head_dim: int, itemsize: int, major: int
+) -> tuple[int, int, int, int]:
     """The same for dK and dV, which hold two accumulators and one unit (or a part of it)."""
     width = max(triton.next_power_of_2(head_dim), 16)
     if itemsize == 4:
         return min(rows, 32 if width <= 128 else 16), 16, 4, 1
-    if width <= 128:
-        return min(rows, 64), min(unit, 64), 4 if unit > 16 else 2, 2
-    return min(rows, 32), min(unit, 32), 4, 2
+    if width > 128:
+        return min(rows, 32), min(unit, 32), 4, 2
+    most = 128 if width <= 64 and major in (9, 10) else 64
+    return min(rows, most), min(unit, 64), 4 if unit > 16 else 2, 2
 
 
 def attend_backward(
@@ -248,12 +256,13 @@ def attend_backward(
     num_tiles, num_units = tiles.shape[1], units.shape[1]
     group = heads // kv_heads
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
-    dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    # Regular units cover every key; keys outside all units have no gradient.
+    blank = torch.empty_like if regular else torch.zeros_like
+    dk, dv = (blank(x, memory_format=torch.contiguous_format) for x in (k, v))
     delta = torch.empty_like(lse)
-    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_d, major = max(triton.next_power_of_2(head_dim), 16), generation(q)
     all_rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
-    rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size())
+    rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size(), major)
     whole = regular and cols <= unit
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     constants = {
@@ -270,7 +279,7 @@ def attend_backward(
         **constants,
     )  # fmt: skip
     lists = transpose_lists(tiles, units, span, index, count, tile_tokens, unit)
-    rows, cols, warps, stages = key_blocks(all_rows, unit, head_dim, q.element_size())
+    rows, cols, warps, stages = key_blocks(all_rows, unit, head_dim, q.element_size(), major)
     whole = regular_tiles and group == 1
     _backward_keys[(num_units * (unit // cols), batch * kv_heads)](
         q, k, v, *(describe(x, rows, block_d) if whole else None for x in (q, dout)),

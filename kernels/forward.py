@@ -15,6 +15,7 @@ from torch import Tensor
 from .primitives import (
     LOG2E,
     describe,
+    generation,
     listed_units,
     load_block,
     load_keys,
@@ -123,15 +124,22 @@ def _forward(
     tl.store(Lse + heads * num_queries + token, lse, mask=exists)
 
 
-def forward_blocks(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(rows, keys) of a block, warps and stages; q, k, v fit in the shared memory of an A100."""
+def forward_blocks(
+    rows: int, unit: int, head_dim: int, itemsize: int, major: int
+) -> tuple[int, int, int, int]:
+    """(rows, keys) of a block, warps and stages, as measured (docs/kernel-notes.md).
+
+    q, k, v fit in the shared memory of the GPU's generation.
+    """
     width = max(triton.next_power_of_2(head_dim), 16)
     if itemsize == 4:
         # Products of float32 run on the vector units, out of registers: small blocks.
         rows, cols, stages = min(rows, 32 if width > 128 else 64), 32, 1
     elif width <= 128:
         # Four warps and small blocks leave room for two programs on a multiprocessor.
-        return rows, 128 if width <= 64 else 64, 4, 2
+        if width > 64 or unit == 64:
+            return rows, 64, 4, 3 if width <= 64 and major in (9, 10) else 2
+        return rows, 128, 4, 3 if major in (9, 10) else 2
     else:
         cols, stages = 32, 2
     return rows, cols, 8 if rows >= 64 else 4, stages
@@ -157,7 +165,8 @@ def attend_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
-    all_rows, (rows, cols, warps, stages) = rows, forward_blocks(rows, head_dim, q.element_size())
+    all_rows, major = rows, generation(q)
+    rows, cols, warps, stages = forward_blocks(rows, unit, head_dim, q.element_size(), major)
     block_d = max(triton.next_power_of_2(head_dim), 16)
     whole = regular and cols <= unit
     _forward[(num_tiles * (all_rows // rows), batch * kv_heads)](

@@ -136,10 +136,17 @@ def unmasked_columns(
     return begin, tl.maximum(begin, end // COLS * COLS)
 
 
+def generation(x: Tensor) -> int:
+    """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell, 12 its desktop kind."""
+    # What the interpreter runs is what Hopper would.
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
 def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
     """For loads of (rows, D) at once by the copy engine of Hopper and later; None if it cannot."""
-    able = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
     aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    if not able or not aligned or x.data_ptr() % 16 or x.element_size() == 4 or not x.numel():
+    if generation(x) < 9 or x.element_size() == 4 or not x.numel():
+        return None
+    if not aligned or x.data_ptr() % 16:
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_d])

@@ -117,9 +117,9 @@ def main(targets: list[int]) -> None:
                 "REGULAR_TILES": regular, "PRECISION": "ieee" if size == 4 else "tf32",
             }  # fmt: skip
             for kernel, (r, c, warps, stages) in (
-                (forward._forward, forward.forward_blocks(rows, dim, size)),
-                (backward._backward_queries, backward.query_blocks(rows, dim, size)),
-                (backward._backward_keys, backward.key_blocks(rows, unit, dim, size)),
+                (forward._forward, forward.forward_blocks(rows, unit, dim, size, target // 10)),
+                (backward._backward_queries, backward.query_blocks(rows, dim, size, target // 10)),
+                (backward._backward_keys, backward.key_blocks(rows, unit, dim, size, target // 10)),
             ):
                 blocks = {"ROWS": r, "COLS": c, "CUT_COLS": min(c, 64), "SPLITS": rows // r}
                 if target < 90 or size == 4 or not regular:

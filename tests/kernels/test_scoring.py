@@ -160,7 +160,7 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     index, count = keep_best(values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept)
     kept = torch.zeros(shape, dtype=torch.bool, device="cuda")
     listed = torch.arange(index.shape[-1], device="cuda") < count[..., None]
-    kept.scatter_(-1, index.clamp(min=0).long(), listed)
+    kept.scatter_reduce_(-1, index.clamp(min=0).long(), listed, "amax")
     ranked = values.masked_fill(~plan.visible[:, None], -1).masked_fill(plan.always[:, None], 1e9)
     least = ranked.masked_fill(~kept, 1e9).amin(-1)
     most = ranked.masked_fill(kept, -1).amax(-1)
