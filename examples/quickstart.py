@@ -19,13 +19,12 @@ from mm_sparse.modality import Modality
 from mm_sparse.recipes import tower
 from mm_sparse.recipes.callbacks import densities
 from mm_sparse.recipes.cli import main as recipe
+from mm_sparse.recipes.compare import RUNS
 from mm_sparse.recipes.digits import DigitCanvases
 from mm_sparse.retrofit import watch
 from mm_sparse.viz import kept_patches
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "recipes" / "vlm_digits.yaml")
-DENSE = ["--model.sparse=null", "--model.objectives.scorers=0"]
-RUNS = {"sparse": [], "dense": DENSE}
 
 
 def finetune(name: str, options: list[str]) -> tuple[Any, float]:

@@ -15,7 +15,7 @@ from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
 
 # Tokens below which dense SDPA was faster than score + select + attend (docs/kernel-notes.md).
-BREAK_EVEN = {"cpu": 2048, "cuda": 8192}
+BREAK_EVEN = {"cpu": 3072, "cuda": 8192}
 
 
 def dense_length(config: SparseConfig, device: torch.device) -> int:

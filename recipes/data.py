@@ -3,7 +3,8 @@
     VLMData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test", 512), patch_size=4)
 
 Any `Samples` can be read: `digits.DigitCanvases`, `pictures.StampGrids`, `pictures.StampCaptions`,
-`llava.LlavaJson`, or one of your own. In YAML each is a `class_path` with its `init_args`.
+`llava.LlavaJson`, `samples.Course` (sets one after the other), or one of your own. In YAML each is
+a `class_path` with its `init_args`.
 """
 
 from typing import Any
@@ -31,10 +32,11 @@ class VLMData(L.LightningDataModule):
         max_length: int = 2048,
         batch_size: int = 16,
         workers: int = 0,
+        shuffle: bool = True,
     ) -> None:
         """
         Args:
-            train: what is learned from, shuffled.
+            train: what is learned from.
             tokenizer: words to ids; the model takes its size and special ids from here.
             patch_size: pixels that one image token covers, each way.
             validation: what is scored after an epoch.
@@ -43,6 +45,7 @@ class VLMData(L.LightningDataModule):
             max_length: a sample with more tokens is dropped whole, counted and logged.
             batch_size: samples of a step.
             workers: processes that prepare batches.
+            shuffle: whether training draws samples at random; off for a `samples.Course`.
         """
         super().__init__()
         for name, value, low in (("batch_size", batch_size, 1), ("workers", workers, 0)):
@@ -50,7 +53,7 @@ class VLMData(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         self.train, self.validation, self.test = train, validation, test
         self.tokenizer = tokenizer
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
         self.collator = Collator(
             tokenizer, patch_size=patch_size, max_length=max_length, template=template
         )
@@ -69,7 +72,7 @@ class VLMData(L.LightningDataModule):
         return loader
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self.loader(self.train, shuffle=True)
+        return self.loader(self.train, shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         return self.loader(self.validation) if self.validation is not None else []

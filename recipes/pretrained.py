@@ -69,7 +69,12 @@ class SmolLM2Tokenizer(HFTokenizer):
 
     def __init__(self) -> None:
         folder, file = smollm2()
-        super().__init__(folder, options={"gguf_file": file})
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        # As transformers reads the file, the start of a turn would be the end of the text.
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+        super().__init__(tokenizer)
 
 
 def load_vit_small(backbone: nn.Module) -> nn.Module:

@@ -5,7 +5,9 @@ B rows, L tokens of the longest row, I pictures of all rows, h x w grid of image
 
 import logging
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TypedDict
 
 import torch
@@ -62,6 +64,29 @@ class Samples(Dataset[Sample], ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class Course(Samples):
+    """Samples of several sets, one set after the other: what is easy first.
+
+    For `VLMData(shuffle=False)`. Sizes of pictures may differ from set to set if every set but the
+    last fills whole batches.
+    """
+
+    def __init__(self, parts: list[Samples]) -> None:
+        if not parts:
+            raise ValueError("parts must hold at least one set of samples, got none")
+        self.parts = parts
+        self.ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        number = bisect_right(self.ends, index)
+        return self.parts[number][index - (self.ends[number - 1] if number else 0)]
 
 
 @dataclass(frozen=True)

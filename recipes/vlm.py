@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -62,6 +63,7 @@ class VLM(L.LightningModule):
         freeze: tuple[Part, ...] = (),
         lora: LoraPart | None = None,
         checkpointing: bool = False,
+        weights: str | None = None,
     ) -> None:
         """
         Args:
@@ -71,6 +73,8 @@ class VLM(L.LightningModule):
             freeze: parts that are not trained.
             lora: adapters on the language model, whose own weights are then frozen.
             checkpointing: recompute the language model's layers in the backward pass.
+            weights: checkpoint of an earlier run to start from, dense or sparse; step, optimizer
+                and, where it has none, scorers start anew.
         """
         super().__init__()
         unknown = [part for part in freeze if part not in PARTS]
@@ -110,6 +114,8 @@ class VLM(L.LightningModule):
             # Only a lesson gives scorers a gradient: selection itself passes none.
             learns = self.objectives.scorers > 0 and "scorers" not in freeze
             self.scorers.requires_grad_(learns)
+        if weights is not None:
+            load_weights(self, weights)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, L, E): embeddings of the text, pictures in place of the image tokens."""
@@ -267,6 +273,22 @@ class VLM(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def load_weights(model: VLM, path: str) -> None:
+    """Weights of a checkpoint of the same model; scorers that it lacks stay as they are."""
+    if not Path(path).is_file():
+        raise ValueError(f"weights must be a checkpoint, got {path!r}, which is no file")
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    if not model.scorers:
+        found = {name: value for name, value in found.items() if not name.startswith("scorers.")}
+    missing, unknown = model.load_state_dict(found, strict=False)
+    missing = [name for name in missing if not name.startswith("scorers.")]
+    if missing or unknown:
+        raise ValueError(
+            f"weights must be of a model with the same parts, {path} lacks {missing[:3]} "
+            f"and has {unknown[:3]} beside"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from mm_sparse.recipes.data import VLMData
 from mm_sparse.recipes.digits import SPLITS, DigitCanvases, DigitTokenizer, digit_pictures
 from mm_sparse.recipes.llava import LlavaJson
 from mm_sparse.recipes.pictures import StampCaptions, StampGrids, stamps
+from mm_sparse.recipes.samples import Course
 
 
 def test_no_digit_picture_is_in_two_splits():
@@ -239,3 +240,30 @@ def test_data_module_without_held_out_samples():
         data.test_dataloader()
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         VLMData(DigitCanvases(), DigitTokenizer(), patch_size=4, batch_size=0)
+
+
+def test_a_course_reads_its_sets_one_after_the_other_unless_shuffled():
+    parts = [DigitCanvases("train", n, rows=n, columns=n, questions=1) for n in (2, 3)]
+    course = Course([*parts])
+    assert len(course) == 5
+    assert [course[i].name for i in range(5)] == [s.name for part in parts for s in part_of(part)]
+    with pytest.raises(IndexError, match=r"index must be in \[0, 5\), got 5"):
+        course[5]
+    data = VLMData(
+        Course([DigitCanvases("train", n, rows=n, columns=n, questions=1) for n in (2, 4)]),
+        DigitTokenizer(),
+        patch_size=4,
+        batch_size=2,
+        shuffle=False,
+    )
+    sides = [batch["pixel_values"].shape[-1] for batch in data.train_dataloader()]
+    assert sides == [24, 48, 48]
+
+
+def part_of(samples):
+    return [samples[i] for i in range(len(samples))]
+
+
+def test_a_course_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="parts must hold at least one set of samples, got none"):
+        Course([])

@@ -1,5 +1,6 @@
 """The command line of the recipe, its YAML files, logs and pictures."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 import mm_sparse as mms
-from mm_sparse.recipes import pretrained, tower
+from mm_sparse.recipes import compare, pretrained, tower
 from mm_sparse.recipes.callbacks import densities
 from mm_sparse.recipes.cli import main
 from mm_sparse.recipes.pictures import STAMPS
@@ -71,6 +72,9 @@ def test_a_recipe_says_its_command_and_what_it_needs_first(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_settings_of_a_recipe_are_known(path):
     record = yaml.safe_load(path.read_text())
+    if record["model"]["sparse"] is None:  # a dense start, for the sparse recipe of its name
+        assert path.with_name(path.name.replace("_warm", "")) in set(RECIPES) - {path}
+        return
     sparse = dict(record["model"]["sparse"])
     sparse["bidirectional"] = tuple(sparse.get("bidirectional", ()))
     assert mms.SparseConfig(**sparse).ratio < 0.5
@@ -114,6 +118,23 @@ def test_a_run_logs_what_the_recipe_promises_and_resumes(tmp_path):
     last = next(tmp_path.rglob("last*.ckpt"))
     again = fit(tmp_path, f"--ckpt_path={last}", "--trainer.max_steps=5")
     assert again.trainer.global_step == 5
+
+
+def test_compare_writes_figures_of_both_runs(tmp_path, monkeypatch):
+    out = tmp_path / "results" / "both.json"
+    more = [*FEW, f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]
+    more.append("--trainer.callbacks=mm_sparse.recipes.callbacks.Density")
+    monkeypatch.setattr(sys, "argv", ["compare", f"--config={DIGITS}", f"--out={out}", *more])
+    compare.main()
+    record = json.loads(out.read_text())
+    assert record["machine"]["torch"] == torch.__version__
+    assert record["options"] == more
+    for name in ("sparse", "dense"):
+        assert record[name]["steps"] == 4
+        assert record[name]["median_step_s"] > 0
+        assert 0 <= record[name]["validation/exact_match"] <= 1
+    assert record["dense"]["validation/density/all"] == 1.0
+    assert record["sparse"]["validation/density/all"] < 0.5
 
 
 def test_density_is_that_of_the_layers_that_ran_sparse():

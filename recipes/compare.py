@@ -1,0 +1,104 @@
+"""Run a vision-language recipe sparse and dense, the same steps of both, and write what came out.
+
+    python -m mm_sparse.recipes.compare --config recipes/vlm_smollm2.yaml --out results.json
+
+More arguments go to both runs, `--trainer.max_steps=50` for one.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+DENSE = ["--model.sparse=null", "--model.objectives.scorers=0"]
+RUNS: dict[str, list[str]] = {"sparse": [], "dense": DENSE}
+
+
+class StepTimes(Callback):
+    """Seconds from the end of one training step to the end of the next, data included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._since: float | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._since is not None:
+            self.seconds.append(now - self._since)
+        self._since = now
+
+
+def run(name: str, config: str, options: list[str]) -> dict[str, Any]:
+    """Train as a config file says; figures of the run and of a validation after its last step.
+
+    Checkpoints go to a folder called `name` in the folder that the config gives them.
+    """
+    from mm_sparse.recipes.cli import main as recipe
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    cli = recipe([f"--config={config}", *options], run=False)
+    for checkpoint in cli.trainer.checkpoint_callbacks:
+        # Each run keeps its own.
+        found: Any = checkpoint
+        found.dirpath = str(Path(found.dirpath or cli.trainer.default_root_dir) / name)
+    times = StepTimes()
+    cli.trainer.callbacks.append(times)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    seconds = time.perf_counter() - start
+    (scores,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return {
+        "steps": cli.trainer.global_step,
+        "seconds": round(seconds, 1),
+        "median_step_s": round(statistics.median(times.seconds), 4) if times.seconds else None,
+        "peak_gib": None if peak is None else round(peak, 2),
+        **{name: round(value, 4) for name, value in scores.items()},
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
+    return {"device": name, "torch": torch.__version__, "lightning": L.__version__}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--only", choices=RUNS, default=None, help="one run instead of both")
+    args, more = parser.parse_known_args()
+    # LightningCLI warns of a command line beside the arguments that it is given.
+    sys.argv = sys.argv[:1]
+    record: dict[str, Any] = {"machine": machine(), "config": args.config, "options": more}
+    for name in [args.only] if args.only else RUNS:
+        record[name] = run(name, args.config, [*RUNS[name], *more])
+        print(name, json.dumps(record[name]), flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
