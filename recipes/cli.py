@@ -18,7 +18,9 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
-            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), progress_bar()]
+            # What is passed here replaces the callbacks of the config, so they are passed on.
+            given = self._get(self.config_init, "trainer.callbacks") or []
+            kwargs["callbacks"] = [*given, *(kwargs.get("callbacks") or []), progress_bar()]
         return super().instantiate_trainer(**kwargs)
 
 

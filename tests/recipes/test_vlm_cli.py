@@ -120,6 +120,15 @@ def test_a_run_logs_what_the_recipe_promises_and_resumes(tmp_path):
     assert again.trainer.global_step == 5
 
 
+def test_callbacks_of_a_recipe_run_beside_the_progress_bar():
+    bar = FEW.index("--trainer.enable_progress_bar=false")
+    cli = main([f"--config={DIGITS}", *FEW[:bar], *FEW[bar + 1 :]], run=False)
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    for name in ("ModelCheckpoint", "Speed", "Density", "TQDMProgressBar"):
+        assert names.count(name) == 1
+    assert cli.trainer.checkpoint_callback.dirpath.endswith("runs/digits/checkpoints")
+
+
 def test_compare_writes_figures_of_both_runs(tmp_path, monkeypatch):
     out = tmp_path / "results" / "both.json"
     more = [*FEW, f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]
