@@ -17,49 +17,12 @@ from .primitives import (
     describe,
     generation,
     listed_units,
-    load_block,
-    load_keys,
     load_rows,
     row_span,
+    softmax_step,
     tile_rows,
-    unit_keys,
     unmasked_columns,
 )
-
-
-@triton.jit
-def _step(
-    q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high, scale2,
-    stride_kn, stride_vn, MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr,
-    COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018)."""
-    ALL: tl.constexpr = REGULAR and not MASKED
-    key, exists = unit_keys(unit, Ub, first, count, UNIT, COLS, REGULAR)
-    if ALL and Kd is not None:
-        k = load_block(Kd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
-    else:
-        k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
-        seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        score = tl.where(seen, score, -float("inf"))
-    elif not REGULAR:
-        score = tl.where(exists[None, :], score, -float("inf"))
-    new_top = tl.maximum(top, tl.max(score, 1) * scale2)
-    # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0, never NaN.
-    shift = new_top
-    if not ALL:
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weight = tl.exp2(score * scale2 - shift[:, None])
-    decay = tl.exp2(top - shift)
-    if ALL and Vd is not None:
-        v = load_block(Vd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
-    else:
-        v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
-    total = total * decay + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return new_top, total, acc
 
 
 @triton.jit
@@ -100,7 +63,7 @@ def _forward(
     for first in range(begin, end, COLS):
         unit = ahead
         ahead = listed_units(Ib, first + COLS, count, UNIT, COLS)
-        top, total, acc = _step(
+        top, total, acc = softmax_step(
             q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
             scale2, stride_kn, stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
@@ -109,7 +72,7 @@ def _forward(
     for i in range(0, cut, CUT_COLS):
         first = tl.where(i < begin, i, end + i - begin)
         unit = listed_units(Ib, first, count, UNIT, CUT_COLS)
-        top, total, acc = _step(
+        top, total, acc = softmax_step(
             q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
             scale2, stride_kn, stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D, PRECISION,
         )  # fmt: skip
@@ -162,9 +125,9 @@ def attend_forward(
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_tiles = k.shape[1], tiles.shape[1]
     group = heads // kv_heads
+    rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     all_rows, major = rows, generation(q)
     rows, cols, warps, stages = forward_blocks(rows, unit, head_dim, q.element_size(), major)
     block_d = max(triton.next_power_of_2(head_dim), 16)

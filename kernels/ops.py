@@ -55,7 +55,7 @@ def attend_op(
     """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
     args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
-        from .forward import attend_forward
+        from .launch import attend_forward
 
         return attend_forward(*args, regular, regular_tiles)
     with torch.autocast("cpu", enabled=False):

@@ -107,6 +107,41 @@ def _load(pointer, exists, dim, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
+def softmax_step(
+    q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high, scale2,
+    stride_kn, stride_vn, MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr,
+    COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018)."""
+    ALL: tl.constexpr = REGULAR and not MASKED
+    key, exists = unit_keys(unit, Ub, first, count, UNIT, COLS, REGULAR)
+    if ALL and Kd is not None:
+        k = load_block(Kd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        score = tl.where(seen, score, -float("inf"))
+    elif not REGULAR:
+        score = tl.where(exists[None, :], score, -float("inf"))
+    new_top = tl.maximum(top, tl.max(score, 1) * scale2)
+    # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0, never NaN.
+    shift = new_top
+    if not ALL:
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weight = tl.exp2(score * scale2 - shift[:, None])
+    decay = tl.exp2(top - shift)
+    if ALL and Vd is not None:
+        v = load_block(Vd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
+    total = total * decay + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
 def count_below(Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.constexpr):
     """How many units of a list start below `bound`, or (AT_END) end at or below it."""
     total = 0
@@ -142,9 +177,14 @@ def generation(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Of the GPU that holds x; the interpreter counts as an H100."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
 def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
     """For loads of (rows, D) at once by the copy engine of Hopper and later; None if it cannot."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
     if generation(x) < 9 or x.element_size() == 4 or not x.numel():
         return None
     if not aligned or x.data_ptr() % 16:

@@ -1,0 +1,403 @@
+"""Forward for Hopper: warp-specialised, with `wgmma` and the copy engine, written in Gluon.
+
+One warp copies the listed units into shared memory, box by box; two warpgroups of 64 rows each do
+the products and the softmax, each step's scores issued before the last step's values are used
+(the schedule of FlashAttention-3: Shah et al., 2024). A program serves one tile after the other.
+
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, U units, L list length
+"""
+
+# Triton launches are subscripts of a jit function, which pyright cannot follow.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .primitives import multiprocessors, row_span, tile_rows
+
+LOG2E = gl.constexpr(1.4426950408889634)
+ROWS = 128
+COLS = 128
+STAGES = 2
+
+
+@triton.jit
+def _sort_lists(
+    Order, Inner, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
+    kv_heads, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    REGULAR_TILES: tl.constexpr,
+):  # fmt: skip
+    """A list's units that need no mask from the front, the others from the back of its places."""
+    t = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    batch = group // kv_heads
+    token, _, exists = tile_rows(
+        Tiles, (batch * num_tiles + t, t), 0, 1, LENGTH, TOKENS, REGULAR_TILES
+    )
+    low, high = row_span(Span, token, exists, num_queries, batch)
+    all_from = tl.max(tl.where(exists, low, 0), 0)
+    all_to = tl.min(tl.where(exists, high, 2147483647), 0)
+    list_ = group * num_tiles + t
+    count = tl.load(Count + list_)
+    inner, others = 0, 0
+    for first in range(0, count, WIDTH):
+        slot = first + tl.arange(0, WIDTH)
+        listed = slot < count
+        unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0)
+        table = Units + (batch * num_units + unit) * 2
+        start = tl.load(table, mask=listed, other=0)
+        size = tl.load(table + 1, mask=listed, other=0)
+        whole = listed & (size == UNIT) & (start >= all_from) & (start + size <= all_to)
+        cut = listed & ~whole
+        front = inner + tl.cumsum(whole.to(tl.int32), 0) - 1
+        back = list_length - others - tl.cumsum(cut.to(tl.int32), 0)
+        tl.store(Order + list_ * list_length + tl.where(whole, front, back), unit, mask=listed)
+        inner += tl.sum(whole.to(tl.int32), 0)
+        others += tl.sum(cut.to(tl.int32), 0)
+    tl.store(Inner + list_, inner)
+
+
+@gluon.jit
+def _list(item, Inner, Count, num_tiles, UNIT: gl.constexpr, COLS: gl.constexpr):
+    """List of a work item, its units without a mask, blocks of those, all blocks, all units."""
+    # Late tiles of causal text have the longest lists: they start first.
+    list_ = (item // num_tiles) * num_tiles + num_tiles - 1 - item % num_tiles
+    inner = gl.load(Inner + list_)
+    count = gl.load(Count + list_)
+    main = inner * UNIT // COLS
+    left = count * UNIT - main * COLS
+    return list_.to(gl.int64), inner, main, main + (left + COLS - 1) // COLS, count
+
+
+@gluon.jit
+def _place(slot, inner, count, list_length):
+    """Where the unit of a slot stands: those that need a mask come from the back."""
+    return gl.where(slot < inner, slot, list_length - 1 - (slot - inner))
+
+
+@gluon.jit
+def _copy(
+    Described, batch, head, rows, ready, pieces, first, PIECES: gl.constexpr, HALVES: gl.constexpr,
+    SIZE: gl.constexpr,
+):  # fmt: skip
+    """A block of keys or values, a box for every unit and 64 columns of the head dim."""
+    mbarrier.expect(ready, SIZE)
+    for p in gl.static_range(PIECES):
+        for h in gl.static_range(HALVES):
+            tma.async_copy_global_to_shared(
+                Described, [batch, head, rows[p], h * 64], ready,
+                pieces.index(first + h * PIECES + p),
+            )  # fmt: skip
+
+
+@gluon.jit
+def _produce(
+    Kd, Vd, k_pieces, v_pieces, k_ready, k_free, v_ready, v_free, Order, Inner, Count, Units,
+    items, num_tiles, num_units, num_keys, list_length, kv_heads, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGULAR: gl.constexpr,
+):  # fmt: skip
+    PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
+    PIECES: gl.constexpr = COLS // PIECE
+    HALVES: gl.constexpr = D // 64
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        list_, inner, _, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
+        batch = item // num_tiles // kv_heads
+        head = item // num_tiles % kv_heads
+        for j in range(total):
+            slot = j * COLS // UNIT
+            rows = ()
+            for p in gl.static_range(PIECES):
+                listed = slot + p < count
+                place = _place(slot + p, inner, count, list_length)
+                unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
+                if REGULAR:
+                    start = unit * UNIT
+                else:
+                    start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+                # What lies behind the last key arrives as zeros.
+                row = gl.where(listed, start + j * COLS % UNIT, num_keys)
+                rows = rows + (row,)  # noqa: RUF005
+            stage = step % STAGES
+            phase = step // STAGES % 2 ^ 1
+            mbarrier.wait(k_free.index(stage), phase)
+            _copy(
+                Kd, batch, head, rows, k_ready.index(stage), k_pieces, stage * HALVES * PIECES,
+                PIECES, HALVES, COLS * D * 2,
+            )  # fmt: skip
+            mbarrier.wait(v_free.index(stage), phase)
+            _copy(
+                Vd, batch, head, rows, v_ready.index(stage), v_pieces, stage * HALVES * PIECES,
+                PIECES, HALVES, COLS * D * 2,
+            )  # fmt: skip
+            step += 1
+
+
+@gluon.jit
+def _tile(
+    Tiles, batch, num_tiles, t, row, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    REGULAR_TILES: gl.constexpr,
+):  # fmt: skip
+    """As `primitives.tile_rows`, for rows of any layout."""
+    if REGULAR_TILES:
+        start = t * TOKENS
+        length = TOKENS
+    else:
+        start = gl.load(Tiles + (batch * num_tiles + t) * 2)
+        length = gl.load(Tiles + (batch * num_tiles + t) * 2 + 1)
+    return (start + row // GROUP).to(gl.int64), row % GROUP, row // GROUP < length
+
+
+@gluon.jit
+def _consume(
+    w: gl.constexpr, Q, q_smem, k_smem, v_smem, k_ready, k_free, v_ready, v_free, Out, Lse, Tiles,
+    Units, Span, Order, Inner, Count, items, scale2, num_queries, num_tiles, num_units,
+    list_length, kv_heads, stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """64 rows of every tile."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    whole: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    rows_w: gl.constexpr = gl.SliceLayout(1, whole)
+    dtype: gl.constexpr = q_smem.dtype
+    q = q_smem.index(w)
+    dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        list_, inner, main, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
+        batch = (item // num_tiles // kv_heads).to(gl.int64)
+        head = item // num_tiles % kv_heads
+        t = num_tiles - 1 - item % num_tiles
+        row = w * 64 + gl.arange(0, 64, rows_w)
+        token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
+        base = batch * stride_qb + (head * GROUP + g) * stride_qh + token * stride_qn
+        q.store(gl.load(Q + base[:, None] + dim, mask=exists[:, None], other=0.0))
+        fence_async_shared()
+        top = gl.full([64], -float("inf"), gl.float32, rows_s)
+        weight = gl.zeros([64], gl.float32, rows_s)
+        acc = gl.zeros([64, D], gl.float32, o_layout)
+        if main > 0:
+            stage = step % STAGES
+            mbarrier.wait(k_ready.index(stage), step // STAGES % 2)
+            s = gl.zeros([64, COLS], gl.float32, s_layout)
+            s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), s, use_acc=False)
+            mbarrier.arrive(k_free.index(stage))
+            top = gl.max(s, 1) * scale2
+            s = gl.exp2(s * scale2 - top[:, None])
+            weight = gl.sum(s, 1)
+            mbarrier.wait(v_ready.index(stage), step // STAGES % 2)
+            mbarrier.wait(
+                k_ready.index((step + 1) % STAGES), (step + 1) // STAGES % 2, pred=main > 1
+            )
+            for j in range(1, main):
+                before = step % STAGES
+                stage = (step + 1) % STAGES
+                # Carried in float32: of 16-bit numbers each would take a register of its own.
+                p = gl.convert_layout(s.to(dtype), p_layout)
+                s_next = warpgroup_mma(
+                    q, k_smem.index(stage).permute((1, 0)), s, use_acc=False, is_async=True
+                )
+                acc_next = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s_next,))
+                mbarrier.arrive(k_free.index(stage))
+                new_top = gl.maximum(top, gl.max(s, 1) * scale2)
+                decay = gl.exp2(top - new_top)
+                s = gl.exp2(s * scale2 - new_top[:, None])
+                weight = weight * decay + gl.sum(s, 1)
+                top = new_top
+                # Between softmax and product: the branches of these waits keep the compiler from
+                # waiting for the product first.
+                mbarrier.wait(
+                    k_ready.index((step + 2) % STAGES), (step + 2) // STAGES % 2, pred=j + 1 < main
+                )
+                mbarrier.wait(v_ready.index(stage), (step + 1) // STAGES % 2)
+                acc, p, s = warpgroup_mma_wait(0, deps=(acc_next, p, s))
+                mbarrier.arrive(v_free.index(before))
+                acc = acc * gl.convert_layout(decay, rows_o)[:, None]
+                step += 1
+            stage = step % STAGES
+            p = gl.convert_layout(s.to(dtype), p_layout)
+            acc = warpgroup_mma(p, v_smem.index(stage), acc)
+            mbarrier.arrive(v_free.index(stage))
+            step += 1
+        row = w * 64 + gl.arange(0, 64, rows_s)
+        token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
+        if main < total:
+            span = Span + (batch * num_queries + token) * 2
+            low = gl.load(span, mask=exists, other=0)[:, None]
+            high = gl.load(span + 1, mask=exists, other=0)[:, None]
+            for j in range(main, total):
+                stage = step % STAGES
+                phase = step // STAGES % 2
+                mbarrier.wait(k_ready.index(stage), phase)
+                s = gl.zeros([64, COLS], gl.float32, s_layout)
+                s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), s, use_acc=False)
+                mbarrier.arrive(k_free.index(stage))
+                column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s_layout))
+                key, there = _keys(
+                    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT
+                )
+                key = key[None, :]
+                seen = there[None, :] & (key >= low) & (key < high)
+                s = gl.where(seen, s, -float("inf"))
+                new_top = gl.maximum(top, gl.max(s, 1) * scale2)
+                # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0.
+                shift = gl.where(new_top == -float("inf"), 0.0, new_top)
+                decay = gl.exp2(top - shift)
+                s = gl.exp2(s * scale2 - shift[:, None])
+                weight = weight * decay + gl.sum(s, 1)
+                top = new_top
+                acc = acc * gl.convert_layout(decay, rows_o)[:, None]
+                p = gl.convert_layout(s.to(dtype), p_layout)
+                mbarrier.wait(v_ready.index(stage), phase)
+                # A short unit's box holds keys of the next one, and 0 x NaN is NaN.
+                column = j * COLS + gl.arange(0, COLS, rows_w)
+                _, there = _keys(
+                    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT
+                )
+                v = v_smem.index(stage).load(whole)
+                v_smem.index(stage).store(gl.where(there[:, None], v, 0.0))
+                fence_async_shared()
+                acc = warpgroup_mma(p, v_smem.index(stage), acc)
+                mbarrier.arrive(v_free.index(stage))
+                step += 1
+        some = weight != 0
+        weight = gl.where(some, weight, 1.0)
+        lse = gl.where(some, top / LOG2E + gl.log(weight), -float("inf"))
+        heads = (batch * kv_heads + head) * GROUP + g
+        gl.store(Lse + heads * num_queries + token, lse, mask=exists)
+        acc = acc * gl.convert_layout(1 / weight, rows_o)[:, None]
+        # Through shared memory, where q was, so that rows are written whole.
+        q.store(acc.to(dtype))
+        row = w * 64 + gl.arange(0, 64, rows_w)
+        token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
+        base = batch * stride_ob + (head * GROUP + g) * stride_oh + token * stride_on
+        gl.store(Out + base[:, None] + dim, q.load(whole), mask=exists[:, None])
+
+
+@gluon.jit
+def _keys(
+    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT: gl.constexpr
+):
+    """Key token of columns of a list, and which exist."""
+    slot = column // UNIT
+    listed = slot < count
+    place = _place(slot, inner, count, list_length)
+    unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
+    table = Units + (batch * num_units + unit) * 2
+    start = gl.load(table, mask=listed, other=0)
+    size = gl.load(table + 1, mask=listed, other=0)
+    return start + column % UNIT, column % UNIT < size
+
+
+@gluon.jit
+def _forward(
+    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, scale, items, num_queries,
+    num_keys, num_tiles, num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn,
+    stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    REGULAR: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
+    BOXES: gl.constexpr = STAGES * (D // 64) * (COLS // PIECE)
+    dtype: gl.constexpr = Q.dtype.element_ty
+    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    boxed: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 64, D], flat)
+    k_pieces = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, PIECE, 64], boxed)
+    v_pieces = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, PIECE, 64], boxed)
+    # 64 columns of all units of a block lie together, as the layout of the whole block has them.
+    k_smem = k_pieces._reinterpret(dtype, [STAGES, COLS, D], flat)
+    v_smem = v_pieces._reinterpret(dtype, [STAGES, COLS, D], flat)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    scale2 = scale * LOG2E
+    # Literal tuples: constants kept in a variable would become numbers of the kernel.
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    0, Q, q_smem, k_smem, v_smem, k_ready, k_free, v_ready, v_free, Out, Lse,
+                    Tiles, Units, Span, Order, Inner, Count, items, scale2, num_queries, num_tiles,
+                    num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn, stride_ob,
+                    stride_oh, stride_on, GROUP, TOKENS, REGULAR_TILES, UNIT, COLS, D, STAGES,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    1, Q, q_smem, k_smem, v_smem, k_ready, k_free, v_ready, v_free, Out, Lse,
+                    Tiles, Units, Span, Order, Inner, Count, items, scale2, num_queries, num_tiles,
+                    num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn, stride_ob,
+                    stride_oh, stride_on, GROUP, TOKENS, REGULAR_TILES, UNIT, COLS, D, STAGES,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    Kd, Vd, k_pieces, v_pieces, k_ready, k_free, v_ready, v_free, Order, Inner,
+                    Count, Units, items, num_tiles, num_units, num_keys, list_length, kv_heads,
+                    UNIT, COLS, D, STAGES, REGULAR,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, regular_tiles: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `forward.attend_forward`, where `serves` says so."""
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_keys = k.shape[1:3]
+    num_tiles, num_units, list_length = tiles.shape[1], units.shape[1], index.shape[-1]
+    group = heads // kv_heads
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    order, inner = torch.empty_like(index), torch.empty_like(count)
+    _sort_lists[(num_tiles, batch * kv_heads)](
+        order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
+        list_length, kv_heads, TOKENS=tile_tokens, LENGTH=triton.next_power_of_2(tile_tokens),
+        UNIT=unit, WIDTH=min(triton.next_power_of_2(list_length), 1024),
+        REGULAR_TILES=regular_tiles,
+    )  # fmt: skip
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
+    box = [1, 1, min(unit, COLS), 64]
+    described = [TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout) for x in (k, v)]
+    items = num_tiles * batch * kv_heads
+    _forward[(min(items, multiprocessors(q)),)](
+        q, *described, out, lse, tiles, units, span, order, inner, count, scale, items,
+        num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, *q.stride()[:3],
+        *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, REGULAR=regular,
+        REGULAR_TILES=regular_tiles, UNIT=unit, COLS=COLS, D=head_dim, STAGES=STAGES, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,47 @@
+"""Which of the forward kernels serves a call.
+
+B batch, H query heads, K KV heads, N query tokens, D head dim, T tiles, L list length
+"""
+
+import triton
+from torch import Tensor
+
+from . import decode, forward
+from .primitives import describe, generation, multiprocessors
+
+
+def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
+    """Whether the kernel of `hopper` serves: faster at a head dim of 128, and for full tiles only.
+
+    Gluon's names change from release to release: it is written for those of Triton 3.6.
+    """
+    return (
+        q.is_cuda
+        and generation(q) == 9
+        and triton.__version__.startswith("3.6.")
+        and q.shape[-1] == rows == 128
+        and q.element_size() == 2
+        and all(describe(x, 16, 64) is not None for x in (k, v))
+    )
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, regular_tiles: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `forward.attend_forward`, by the fastest kernel: out (B, H, N, D), lse (B, H, N)."""
+    args = (
+        q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, regular, regular_tiles
+    )  # fmt: skip
+    batch, kv_heads, num_tiles, list_length = index.shape
+    rows = triton.next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // kv_heads))
+    lists = num_tiles * batch * kv_heads
+    parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q))
+    if parts > 1 and rows <= decode.MOST_ROWS:
+        return decode.attend_forward(*args, parts)
+    if on_hopper(q, k, v, rows):
+        # Imported here: other releases of Triton may lack what it needs.
+        from . import hopper
+
+        return hopper.attend_forward(*args)
+    return forward.attend_forward(*args)

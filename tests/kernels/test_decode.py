@@ -1,0 +1,66 @@
+"""Few queries on long lists: parts of lists, and how they are merged."""
+
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse.kernels import decode
+from tests.kernels.cases import Case, errors_and_bounds
+from tests.kernels.test_attend import assert_within
+
+LONG = [[("text", 1500)], [("text", 900)]]
+MIXED = [[("text", 400), ("image", (20, 31)), ("text", 333)]]
+SHAPES = [
+    Case("one-token", LONG, 4, 1, 64, 16, 64, padding="left", queries=1, config={"ratio": 0.6}),
+    Case(
+        "five-tokens-G3", LONG, 3, 2, 80, 32, 64, padding="left", queries=5, config={"ratio": 0.6}
+    ),
+    Case("all-kept", MIXED, 1, 1, 32, 64, 64, queries=1, config={"ratio": 1.0}),
+    Case("tile-of-64-rows", MIXED, 8, 1, 128, 16, 64, queries=16, config={"ratio": 0.6}),
+]
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills up with the parts that each call cuts its lists into."""
+    found, asked = [], decode.parts_of_lists
+    monkeypatch.setattr(decode, "parts_of_lists", lambda *a: found.append(asked(*a)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_equals_dense_attention_under_its_mask(
+    case: Case, dtype: torch.dtype, parts: list[int]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU; the gpu tests run the kernel")
+    assert_within(errors_and_bounds(*case.make(dtype, backend="triton")))
+    assert parts[0] > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gpu_equals_dense_attention_under_its_mask(
+    case: Case, dtype: torch.dtype, parts: list[int]
+) -> None:
+    assert_within(errors_and_bounds(*case.make(dtype, device="cuda")))
+    assert parts[0] > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gpu_a_long_cache(dim: int, parts: list[int]) -> None:
+    case = Case("x", [[("text", 20001)]] * 2, 4, 2, dim, 16, 64, queries=1)
+    q, k, v, selection = case.make(torch.bfloat16, device="cuda")
+    assert_within(errors_and_bounds(q, k, v, selection))
+    assert torch.equal(mms.attend(q, k, v, selection), mms.attend(q, k, v, selection))
+    assert parts[0] > 8
+
+
+def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
+    assert decode.parts_of_lists(64, 16384, 132) == 8
+    assert decode.parts_of_lists(64, 512, 132) == 2
+    assert decode.parts_of_lists(8, 100, 132) == 1
+    assert decode.parts_of_lists(128, 16384, 132) == 1

@@ -1,0 +1,103 @@
+"""The kernel for Hopper: its sorting of lists in the interpreter, all else on such a GPU."""
+
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse.kernels import launch
+from tests.kernels.cases import MIXED, Case, errors_and_bounds
+from tests.kernels.test_attend import assert_within
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+LONG = [[("text", 4096)], [("text", 4096)]]
+ODD = [("text", 301), ("image", (13, 17)), ("text", 190), ("audio", 77), ("text", 2000)]
+SHAPES = [
+    Case("regular", LONG, 1, 4, 128, 128, 128, config={"causal": False}),
+    Case("causal", LONG, 1, 4, 128, 16, 128),
+    Case("G3", LONG, 3, 2, 128, 32, 128),
+    Case("G8", LONG, 8, 1, 128, 64, 128),
+    Case("short-units", [ODD, [("text", 700)]], 4, 2, 128, 16, 128, padding="left"),
+    Case("padded-right", [ODD, MIXED], 1, 2, 128, 64, 128),
+    Case("documents", [[("text", 60, 0), ("text", 3, 1), ("text", 900, 2)]], 2, 2, 128, 16, 128),
+    Case("chunk", [[("text", 3000)]], 4, 2, 128, 16, 128, queries=333),
+    Case("all-kept", [ODD], 1, 2, 128, 16, 128, config={"ratio": 1.0}),
+    Case("few-keys", [[("text", 130)]], 1, 2, 128, 16, 128),
+]
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Fills up with what each call of the forward decided."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    found, asked = [], launch.on_hopper
+    monkeypatch.setattr(launch, "on_hopper", lambda *a: found.append(asked(*a)) or found[-1])
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gpu_equals_dense_attention_under_its_mask(
+    case: Case, dtype: torch.dtype, used: list[bool]
+) -> None:
+    assert_within(errors_and_bounds(*case.make(dtype, device="cuda")))
+    assert used == [True]
+
+
+@pytest.mark.gpu
+def test_gpu_strided_inputs_give_the_same(used: list[bool]) -> None:
+    q, k, v, selection = SHAPES[4].make(torch.bfloat16, device="cuda")
+    want = mms.attend(q, k, v, selection)
+    moved = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(mms.attend(*moved, selection), want)
+    assert used == [True, True]
+
+
+@pytest.mark.gpu
+def test_gpu_nan_behind_a_short_unit_stays_where_it_is(used: list[bool]) -> None:
+    """A copy of 16 keys from a unit of 5 brings keys of the next one along."""
+    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
+    config = mms.SparseConfig(unit=16, tile=128, causal=False, sinks=0, window=0)
+    plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
+    assert plan.units[0, :4].tolist() == [[0, 16], [16, 16], [32, 5], [37, 16]]
+    kept = torch.zeros(1, 2, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
+    kept[..., :3] = True
+    selection = mms.Selection.from_mask(kept.cuda(), plan)
+    q, k, v = torch.randn(3, 1, 2, 293, 128, device="cuda", dtype=torch.bfloat16)
+    want = mms.attend(q, k, v, selection)
+    k[:, :, 37:], v[:, :, 37:] = float("nan"), float("nan")
+    assert torch.equal(mms.attend(q, k, v, selection), want)
+    assert used == [True, True]
+
+
+def test_lists_are_sorted_by_whether_a_unit_needs_a_mask() -> None:
+    hopper = pytest.importorskip("mm_sparse.kernels.hopper")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    case = Case("x", [ODD[:4], [("text", 400)]], 4, 2, 16, 16, 128, padding="left")
+    *_, selection = case.make(torch.float32, backend="torch")
+    plan, index, count = selection.plan, selection.index, selection.count
+    order, inner = torch.full_like(index, -1), torch.full_like(count, -1)
+    batch, heads, tiles, length = index.shape
+    hopper._sort_lists[(tiles, batch * heads)](
+        order, inner, plan.tiles, plan.units, plan.span, index, count, plan.num_queries, tiles,
+        plan.units.shape[1], length, heads, TOKENS=plan.tile_tokens, LENGTH=32, UNIT=16, WIDTH=16,
+        REGULAR_TILES=plan.regular_tiles,
+    )  # fmt: skip
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(tiles):
+                first, size = plan.tiles[b, t].tolist()
+                low = plan.span[b, first : first + size, 0]
+                high = plan.span[b, first : first + size, 1]
+                front, back = [], []
+                for unit in index[b, h, t, : count[b, h, t]].tolist():
+                    start, keys = plan.units[b, unit].tolist()
+                    seen = not size or (start >= low.max() and start + keys <= high.min())
+                    (front if keys == 16 and seen else back).append(unit)
+                found = order[b, h, t].tolist()
+                assert inner[b, h, t] == len(front)
+                assert found[: len(front)] == front
+                assert found[length - len(back) :] == back[::-1]
