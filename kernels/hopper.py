@@ -2,7 +2,8 @@
 
 One warp copies the listed units into shared memory, box by box; two warpgroups of 64 rows each do
 the products and the softmax, each step's scores issued before the last step's values are used
-(the schedule of FlashAttention-3: Shah et al., 2024). A program serves one tile after the other.
+(the schedule of FlashAttention-3: Shah et al., 2024). Programs stay, and serve tile after tile; at
+a head dim of 64 each serves two at a time.
 
 B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
 T tiles, U units, L list length
@@ -29,9 +30,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .primitives import multiprocessors, row_span, tile_rows
 
 LOG2E = gl.constexpr(1.4426950408889634)
-ROWS = 128
-COLS = 128
-STAGES = 2
+FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+BOXED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))
+# By head dim: keys of a block, blocks in flight, tiles that a program serves at a time.
+BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}
 
 
 @triton.jit
@@ -105,16 +107,20 @@ def _copy(
 
 @gluon.jit
 def _produce(
-    Kd, Vd, k_pieces, v_pieces, k_ready, k_free, v_ready, v_free, Order, Inner, Count, Units,
-    items, num_tiles, num_units, num_keys, list_length, kv_heads, UNIT: gl.constexpr,
+    worker: gl.constexpr, workers: gl.constexpr, Kd, Vd, buffers, tables, sizes, UNIT: gl.constexpr,
     COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGULAR: gl.constexpr,
 ):  # fmt: skip
+    """Copies the blocks of one tile after the other."""
+    _q, k_pieces, v_pieces, _k, _v, k_ready, k_free, v_ready, v_free = buffers
+    _tiles, Units, _span, Order, Inner, Count = tables
+    items, _num_queries, num_keys, num_tiles, num_units, list_length, kv_heads = sizes
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
     step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        list_, inner, _, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
+    first = gl.program_id(0) * workers + worker
+    for item in range(first, items, gl.num_programs(0) * workers):
+        list_, inner, _main, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
         batch = item // num_tiles // kv_heads
         head = item // num_tiles % kv_heads
         for j in range(total):
@@ -163,13 +169,15 @@ def _tile(
 
 @gluon.jit
 def _consume(
-    w: gl.constexpr, Q, q_smem, k_smem, v_smem, k_ready, k_free, v_ready, v_free, Out, Lse, Tiles,
-    Units, Span, Order, Inner, Count, items, scale2, num_queries, num_tiles, num_units,
-    list_length, kv_heads, stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
-    GROUP: gl.constexpr, TOKENS: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr,
-    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    w: gl.constexpr, worker: gl.constexpr, workers: gl.constexpr, Q, Out, Lse, buffers, tables,
+    sizes, scale2, strides, GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGULAR_TILES: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of every tile."""
+    """64 rows of one tile after the other."""
+    q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free = buffers
+    Tiles, Units, Span, Order, Inner, Count = tables
+    items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads = sizes
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on = strides
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -181,7 +189,8 @@ def _consume(
     q = q_smem.index(w)
     dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
     step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    first = gl.program_id(0) * workers + worker
+    for item in range(first, items, gl.num_programs(0) * workers):
         list_, inner, main, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
         batch = (item // num_tiles // kv_heads).to(gl.int64)
         head = item // num_tiles % kv_heads
@@ -270,7 +279,7 @@ def _consume(
                 mbarrier.wait(v_ready.index(stage), phase)
                 # A short unit's box holds keys of the next one, and 0 x NaN is NaN.
                 column = j * COLS + gl.arange(0, COLS, rows_w)
-                _, there = _keys(
+                _key, there = _keys(
                     column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT
                 )
                 v = v_smem.index(stage).load(whole)
@@ -309,24 +318,19 @@ def _keys(
 
 
 @gluon.jit
-def _forward(
-    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, scale, items, num_queries,
-    num_keys, num_tiles, num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn,
-    stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    REGULAR: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr,
+def _buffers(
+    dtype: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Shared memory of one producer and its two consumers: q; k and v as boxes and as blocks."""
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     BOXES: gl.constexpr = STAGES * (D // 64) * (COLS // PIECE)
-    dtype: gl.constexpr = Q.dtype.element_ty
-    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    boxed: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
-    q_smem = gl.allocate_shared_memory(dtype, [2, 64, D], flat)
-    k_pieces = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, PIECE, 64], boxed)
-    v_pieces = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, PIECE, 64], boxed)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 64, D], FLAT)
+    k_pieces = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, PIECE, 64], BOXED)
+    v_pieces = gl.allocate_shared_memory(dtype, [BOXES, 1, 1, PIECE, 64], BOXED)
     # 64 columns of all units of a block lie together, as the layout of the whole block has them.
-    k_smem = k_pieces._reinterpret(dtype, [STAGES, COLS, D], flat)
-    v_smem = v_pieces._reinterpret(dtype, [STAGES, COLS, D], flat)
+    k_smem = k_pieces._reinterpret(dtype, [STAGES, COLS, D], FLAT)
+    v_smem = v_pieces._reinterpret(dtype, [STAGES, COLS, D], FLAT)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -336,40 +340,73 @@ def _forward(
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
+    return q_smem, k_pieces, v_pieces, k_smem, v_smem, k_ready, k_free, v_ready, v_free
+
+
+@gluon.jit
+def _forward(
+    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, scale, items, num_queries,
+    num_keys, num_tiles, num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn,
+    stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    REGULAR: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = Q.dtype.element_ty
+    tables = (Tiles, Units, Span, Order, Inner, Count)
+    sizes = (items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads)
+    strides = (stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on)
     scale2 = scale * LOG2E
-    # Literal tuples: constants kept in a variable would become numbers of the kernel.
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (
-                    0, Q, q_smem, k_smem, v_smem, k_ready, k_free, v_ready, v_free, Out, Lse,
-                    Tiles, Units, Span, Order, Inner, Count, items, scale2, num_queries, num_tiles,
-                    num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn, stride_ob,
-                    stride_oh, stride_on, GROUP, TOKENS, REGULAR_TILES, UNIT, COLS, D, STAGES,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    1, Q, q_smem, k_smem, v_smem, k_ready, k_free, v_ready, v_free, Out, Lse,
-                    Tiles, Units, Span, Order, Inner, Count, items, scale2, num_queries, num_tiles,
-                    num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn, stride_ob,
-                    stride_oh, stride_on, GROUP, TOKENS, REGULAR_TILES, UNIT, COLS, D, STAGES,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    Kd, Vd, k_pieces, v_pieces, k_ready, k_free, v_ready, v_free, Order, Inner,
-                    Count, Units, items, num_tiles, num_units, num_keys, list_length, kv_heads,
-                    UNIT, COLS, D, STAGES, REGULAR,
-                ),
-            ),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+    one = _buffers(dtype, UNIT, COLS, D, STAGES)
+    if D == 128:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    0, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
+                    COLS, D, STAGES, REGULAR_TILES,
+                )),
+                (_consume, (
+                    1, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
+                    COLS, D, STAGES, REGULAR_TILES,
+                )),
+                (_produce, (
+                    0, 1, Kd, Vd, one, tables, sizes, UNIT, COLS, D, STAGES, REGULAR,
+                )),
+            ],
+            [4, 1],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        # A small head dim leaves registers for two tiles at a time, whose softmaxes and products
+        # fill each other's gaps.
+        two = _buffers(dtype, UNIT, COLS, D, STAGES)
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    0, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
+                    COLS, D, STAGES, REGULAR_TILES,
+                )),
+                (_consume, (
+                    1, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
+                    COLS, D, STAGES, REGULAR_TILES,
+                )),
+                (_consume, (
+                    0, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
+                    COLS, D, STAGES, REGULAR_TILES,
+                )),
+                (_consume, (
+                    1, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
+                    COLS, D, STAGES, REGULAR_TILES,
+                )),
+                (_produce, (
+                    0, 2, Kd, Vd, one, tables, sizes, UNIT, COLS, D, STAGES, REGULAR,
+                )),
+                (_produce, (
+                    1, 2, Kd, Vd, two, tables, sizes, UNIT, COLS, D, STAGES, REGULAR,
+                )),
+            ],
+            [4, 4, 4, 1, 1],
+            [112, 112, 112, 32, 32],
+        )  # fmt: skip
 
 
 def attend_forward(
@@ -390,14 +427,16 @@ def attend_forward(
         UNIT=unit, WIDTH=min(triton.next_power_of_2(list_length), 1024),
         REGULAR_TILES=regular_tiles,
     )  # fmt: skip
-    layout = gl.NVMMASharedLayout(128, 16, rank=4)
-    box = [1, 1, min(unit, COLS), 64]
-    described = [TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout) for x in (k, v)]
+    cols, stages, workers = BLOCKS[head_dim]
+    box = [1, 1, min(unit, cols), 64]
+    described = [
+        TensorDescriptor(x, list(x.shape), list(x.stride()), box, BOXED.value) for x in (k, v)
+    ]
     items = num_tiles * batch * kv_heads
-    _forward[(min(items, multiprocessors(q)),)](
+    _forward[(min(triton.cdiv(items, workers), multiprocessors(q)),)](
         q, *described, out, lse, tiles, units, span, order, inner, count, scale, items,
         num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, *q.stride()[:3],
         *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, REGULAR=regular,
-        REGULAR_TILES=regular_tiles, UNIT=unit, COLS=COLS, D=head_dim, STAGES=STAGES, num_warps=4,
+        REGULAR_TILES=regular_tiles, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out, lse

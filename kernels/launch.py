@@ -11,7 +11,7 @@ from .primitives import describe, generation, multiprocessors
 
 
 def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
-    """Whether the kernel of `hopper` serves: faster at a head dim of 128, and for full tiles only.
+    """Whether the kernel of `hopper` serves: 16-bit numbers, head dims 64 and 128, full tiles.
 
     Gluon's names change from release to release: it is written for those of Triton 3.6.
     """
@@ -19,7 +19,8 @@ def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
         q.is_cuda
         and generation(q) == 9
         and triton.__version__.startswith("3.6.")
-        and q.shape[-1] == rows == 128
+        and q.shape[-1] in (64, 128)
+        and rows == 128
         and q.element_size() == 2
         and all(describe(x, 16, 64) is not None for x in (k, v))
     )

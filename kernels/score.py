@@ -6,57 +6,81 @@ T tiles, U units, F width of a descriptor, R rank of the learned part
 
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm_sparse.kernels.primitives import LOG2E, generation
+
+LN2 = tl.constexpr(0.6931471805599453)
+# Programs that keep the largest GPUs busy to the end.
+PROGRAMS = 1024
+
 
 @triton.jit
 def _finite(x):
     """Non-finite values count as zero: one bad token must not blur the ranking of the others."""
-    return tl.where((x == x) & (tl.abs(x) < float("inf")), x, 0.0)
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
 def _pool(
     X, Table, Mean, High, Low, pieces, parts, heads, stride_b, stride_h, stride_n,
-    WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
-    """One part (WIDTH tokens) of one piece: its mean and, if asked, largest and smallest."""
-    piece = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    """TOGETHER parts of WIDTH tokens: the mean of each and, if asked, largest and smallest."""
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    table = Table + (batch * pieces + piece) * 2
-    start, size = tl.load(table), tl.load(table + 1)
+    index = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+    there = index < pieces * parts
+    piece, part = index // parts, index % parts
+    if REGULAR:
+        start = piece * SIZE
+        size = tl.where(there, SIZE, 0)
+    else:
+        table = Table + (batch * pieces + piece) * 2
+        start = tl.load(table, mask=there, other=0)
+        size = tl.load(table + 1, mask=there, other=0)
+    members = tl.minimum(tl.maximum(size - part * WIDTH, 0), WIDTH)
     row = tl.arange(0, BLOCK_W)
-    offset = part * WIDTH + row
-    exists = (row < WIDTH) & (offset < size)
     dim = tl.arange(0, BLOCK_D)
-    mask = exists[:, None] & (dim < D)[None, :]
-    token = (start + offset).to(tl.int64)
-    x = tl.load(
-        X + batch * stride_b + head * stride_h + token[:, None] * stride_n + dim[None, :],
-        mask=mask, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    x = _finite(x)
-    members = tl.sum(exists.to(tl.int32), 0)
-    place = ((batch * heads + head) * pieces * parts + tl.program_id(0)) * D + dim
-    mean = tl.sum(x, 0) / tl.maximum(members, 1)
-    tl.store(Mean + place, mean.to(Mean.dtype.element_ty), mask=dim < D)
+    # Triton lays parts along threads and their tokens along registers: sums need no shuffle.
+    exists = (row[None, :] < members[:, None])[:, :, None]  # (TOGETHER, W, 1)
+    token = (start + part * WIDTH)[:, None] + row[None, :]
+    pointer = X + batch * stride_b + head * stride_h
+    pointer += token.to(tl.int64)[:, :, None] * stride_n + dim[None, None, :]
+    if D == BLOCK_D:
+        x = tl.load(pointer, mask=exists, other=0.0)
+    else:
+        x = tl.load(pointer, mask=exists & (dim < D)[None, None, :], other=0.0)
+    x = _finite(x.to(tl.float32))
+    place = ((batch * heads + head) * pieces * parts + index)[:, None] * D + dim[None, :]
+    mask = there[:, None] & (dim < D)[None, :]
+    mean = tl.sum(x, 1) / tl.maximum(members, 1)[:, None]
+    tl.store(Mean + place, mean.to(Mean.dtype.element_ty), mask=mask)
     if EXTREMES:
-        high = tl.max(tl.where(exists[:, None], x, -float("inf")), 0)
-        low = tl.min(tl.where(exists[:, None], x, float("inf")), 0)
-        high, low = tl.where(members > 0, high, 0.0), tl.where(members > 0, low, 0.0)
-        tl.store(High + place, high.to(High.dtype.element_ty), mask=dim < D)
-        tl.store(Low + place, low.to(Low.dtype.element_ty), mask=dim < D)
+        some = (members > 0)[:, None]
+        high = tl.where(some, tl.max(tl.where(exists, x, -float("inf")), 1), 0.0)
+        low = tl.where(some, tl.min(tl.where(exists, x, float("inf")), 1), 0.0)
+        tl.store(High + place, high.to(High.dtype.element_ty), mask=mask)
+        tl.store(Low + place, low.to(Low.dtype.element_ty), mask=mask)
+
+
+def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """Parts of a program, about 32 KiB of tokens, and its warps."""
+    part = triton.next_power_of_2(width) * triton.next_power_of_2(dim) * itemsize
+    together = max(32768 // part, 1)
+    return together, 4 if part <= 32768 else 8 if part <= 65536 else 16
 
 
 def pool(
-    x: Tensor, table: Tensor, size: int, parts: int = 1, extremes: bool = False
-) -> tuple[Tensor, ...]:
+    x: Tensor, table: Tensor, size: int, parts: int = 1, extremes: bool = False,
+    regular: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Mean of every part of every piece, and its extremes; zero where nothing exists.
 
     Args:
@@ -64,6 +88,7 @@ def pool(
         table: (B, P, 2) int32, first token and length.
         size: most tokens in a piece.
         parts: runs of ceil(size / parts) tokens that a piece is cut into.
+        regular: piece p is exactly the tokens [p * size, (p + 1) * size).
     Returns:
         (B, H, P, parts, D) in x's dtype: the mean, and with `extremes` largest and smallest.
     """
@@ -73,135 +98,311 @@ def pool(
     results = tuple(x.new_empty(shape) for _ in range(3 if extremes else 1))
     mean, high, low = results if extremes else results * 3
     if mean.numel():
-        _pool[(pieces * parts, batch * heads)](
+        together, warps = pool_blocks(width, dim, x.element_size())
+        _pool[(triton.cdiv(pieces * parts, together), batch * heads)](
             x, table, mean, high, low, pieces, parts, heads, *x.stride()[:3],
-            WIDTH=width, D=dim, BLOCK_W=triton.next_power_of_2(width),
-            BLOCK_D=triton.next_power_of_2(dim), EXTREMES=extremes, num_warps=4,
+            SIZE=size, WIDTH=width, TOGETHER=together, D=dim,
+            BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(dim),
+            EXTREMES=extremes, REGULAR=regular, num_warps=warps,
         )  # fmt: skip
     return results
 
 
 @triton.jit
-def _logits(
-    row, low, high, Units, first, num_units, batch, u_base,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _rows_of(
+    Rows, Exists, Hull, block, num_tiles, num_kv_heads, batch, head,
+    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """(rows, COLS) products with the units' sizes added, -inf where a tile sees nothing."""
-    unit = first + tl.arange(0, COLS)
-    there = unit < num_units
-    dim = tl.arange(0, BLOCK_F)
-    keys = tl.load(
-        u_base + unit.to(tl.int64)[:, None] * F + dim[None, :],
-        mask=there[:, None] & (dim < F)[None, :], other=0.0,
-    )  # fmt: skip
-    logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION)
-    table = Units + (batch * num_units + unit) * 2
-    start = tl.load(table, mask=there, other=0)
-    size = tl.load(table + 1, mask=there, other=0)
-    seen = (start[None, :] < high[:, None]) & ((start + size)[None, :] > low[:, None])
-    seen &= (size > 0)[None, :]
-    bias = tl.log(tl.maximum(size, 1).to(tl.float32) / UNIT)
-    return tl.where(seen, logits + bias[None, :], -float("inf"))
-
-
-@triton.jit
-def _share(
-    Rows, Keys, Exists, Hull, Units, Out, Bias, TileKind, UnitKind, Tiles,
-    num_tiles, num_units, kv_heads, query_offset,
-    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, TILE_ROWS: tl.constexpr, TILES: tl.constexpr,
-    COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
-    KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr, BIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Two passes over the units: the rows' log-sum-exp, then the tiles' shares."""
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    index = tl.arange(0, TILES * TILE_ROWS)
-    tile = tl.program_id(0) * TILES + index // TILE_ROWS
-    member = index % TILE_ROWS
+    """Rows of the tiles of a block in the order of `row_order`: values, range, existence."""
+    T1: tl.constexpr = ORDER[1]
+    PAIR: tl.constexpr = ORDER[2]
+    T0: tl.constexpr = ORDER[3]
+    LANES: tl.constexpr = ORDER[4]
+    index = tl.arange(0, ORDER[0] * T1 * PAIR * T0 * LANES)
+    within, above = index % (T0 * LANES), index // (T0 * LANES)
+    member = (above // (T1 * PAIR) * PAIR + above % PAIR) * LANES + within % LANES
+    tile = (block * T1 + above // PAIR % T1) * T0 + within // LANES
     g, s = member // SUBPOOLS, member % SUBPOOLS
     exists = (tile < num_tiles) & (member < GROUP * SUBPOOLS)
     exists &= tl.load(
         Exists + (batch * num_tiles + tile) * SUBPOOLS + s, mask=exists, other=0
     ).to(tl.int1)  # fmt: skip
     dim = tl.arange(0, BLOCK_F)
-    place = ((batch * kv_heads + head) * GROUP + g) * num_tiles + tile
+    place = ((batch * num_kv_heads + head) * GROUP + g) * num_tiles + tile
+    mask = exists[:, None]
+    if F < BLOCK_F:
+        mask = mask & (dim < F)[None, :]
     row = tl.load(
-        Rows + (place * SUBPOOLS + s)[:, None] * F + dim[None, :],
-        mask=exists[:, None] & (dim < F)[None, :], other=0.0,
+        Rows + (place * SUBPOOLS + s)[:, None] * F + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
     hull = Hull + (batch * num_tiles + tile) * 2
     low = tl.load(hull, mask=exists, other=0)
-    high = tl.load(hull + 1, mask=exists, other=0)
-    u_base = Keys + (batch * kv_heads + head) * num_units * F
-    top = tl.full([TILES * TILE_ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([TILES * TILE_ROWS], tl.float32)
-    for first in range(0, num_units, COLS):
+    return row, low, tl.load(hull + 1, mask=exists, other=0), exists
+
+
+@triton.jit
+def _seen_units(
+    Units, low, high, exists, first, last, UNIT: tl.constexpr, REGULAR: tl.constexpr
+):  # fmt: skip
+    """Range of the units [first, last) that some row sees, and of the keys that every row sees."""
+    any_low = tl.min(tl.where(exists, low, 2147483647), 0)
+    any_high = tl.max(tl.where(exists, high, 0), 0)
+    all_low = tl.max(tl.where(exists, low, 0), 0)
+    all_high = tl.min(tl.where(exists, high, 2147483647), 0)
+    if REGULAR:
+        begin = tl.maximum(first, any_low // UNIT)
+        end = tl.minimum(last, (any_high + UNIT - 1) // UNIT)
+    else:
+        begin, end = last, first
+        for at in range(first, last, 256):
+            unit = at + tl.arange(0, 256)
+            start = tl.load(Units + unit * 2, mask=unit < last, other=0)
+            size = tl.load(Units + unit * 2 + 1, mask=unit < last, other=0)
+            seen = (size > 0) & (start < any_high) & (start + size > any_low)
+            begin = tl.minimum(begin, tl.min(tl.where(seen, unit, last), 0))
+            end = tl.maximum(end, tl.max(tl.where(seen, unit + 1, first), 0))
+    return begin, end, all_low, all_high
+
+
+@triton.jit
+def _logits(
+    row, low, high, all_low, all_high, Keys, Units, first, num_units,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
+    REGULAR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(rows, COLS) products, in powers of 2, with sizes added; -inf where a tile sees nothing."""
+    unit = first + tl.arange(0, COLS)
+    dim = tl.arange(0, BLOCK_F)
+    mask = (unit < num_units)[:, None]
+    if F < BLOCK_F:
+        mask = mask & (dim < F)[None, :]
+    keys = tl.load(
+        Keys + unit.to(tl.int64)[:, None] * F + dim[None, :], mask=mask, other=0.0
+    )  # fmt: skip
+    logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION) * LOG2E
+    if REGULAR:
+        start, end = unit * UNIT, unit * UNIT + UNIT
+        cut = (first * UNIT + UNIT <= all_low) | ((first + COLS - 1) * UNIT >= all_high)
+    else:
+        start = tl.load(Units + unit * 2, mask=unit < num_units, other=0)
+        size = tl.load(Units + unit * 2 + 1, mask=unit < num_units, other=0)
+        logits += tl.log2(tl.maximum(size, 1).to(tl.float32) / UNIT)[None, :]
+        start = tl.where(size > 0, start, 2147483647)
+        end = tl.where(size > 0, start + size, 0)
+        cut = tl.max(((start >= all_high) | (end <= all_low)).to(tl.int32), 0) > 0
+    if cut:
+        seen = (start[None, :] < high[:, None]) & (end[None, :] > low[:, None])
+        logits = tl.where(seen, logits, -float("inf"))
+    return logits
+
+
+@triton.jit
+def _log_sums(
+    Rows, Keys, Exists, Hull, Units, Sums, num_tiles, num_units, kv_heads, splits, chunk,
+    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them."""
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    Units += batch * num_units * 2
+    Keys += (batch * kv_heads + head) * num_units * F
+    row, low, high, exists = _rows_of(
+        Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
+        GROUP, SUBPOOLS, ORDER, F, BLOCK_F,
+    )  # fmt: skip
+    first = split * chunk
+    begin, end, all_low, all_high = _seen_units(
+        Units, low, high, exists, first, tl.minimum(first + chunk, num_units), UNIT, REGULAR
+    )
+    ROWS: tl.constexpr = ORDER[0] * ORDER[1] * ORDER[2] * ORDER[3] * ORDER[4]
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for at in range(begin // COLS * COLS, end, COLS):
         logits = _logits(
-            row, low, high, Units, first, num_units, batch, u_base,
-            F, BLOCK_F, UNIT, COLS, PRECISION,
+            row, low, high, all_low, all_high, Keys, Units, at, num_units,
+            F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
         top = new_top
-    lse = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
-    own = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    members = tl.sum(tl.reshape(exists.to(tl.float32), (TILES, TILE_ROWS)), 1)
-    for first in range(0, num_units, COLS):
+    some = total > 0
+    result = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), -float("inf"))
+    place = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * ROWS
+    tl.store(Sums + place + tl.arange(0, ROWS), result)
+
+
+@triton.jit
+def _over_members(x, LARGEST: tl.constexpr):
+    """(OUTER, T1, PAIR, T0, LANES, COLS) -> (1, T1, 1, T0, 1, COLS), registers before lanes."""
+    if LARGEST:
+        x = tl.max(tl.max(x, 0, keep_dims=True), 2, keep_dims=True)
+        return tl.max(x, 4, keep_dims=True)
+    else:
+        x = tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
+        return tl.sum(x, 4, keep_dims=True)
+
+
+@triton.jit
+def _distance_bias(
+    Bias, Tiles, TileKind, UnitKind, Units, own, unit, mask, num_tiles, num_units, query_offset,
+    KINDS: tl.constexpr, BUCKETS: tl.constexpr,
+):  # fmt: skip
+    """(TILES, COLS) biases of pairs of modalities at the distance of tile and unit."""
+    tiles = Tiles + own * 2
+    middle = tl.load(tiles, mask=own < num_tiles, other=0) + query_offset
+    middle += tl.load(tiles + 1, mask=own < num_tiles, other=0) // 2
+    centre = tl.load(Units + unit * 2, mask=unit < num_units, other=0)
+    centre += tl.load(Units + unit * 2 + 1, mask=unit < num_units, other=0) // 2
+    distance = middle[:, None] - centre[None, :]
+    # floor(log2(n)) of n < 2^24 is the exponent of its float32; beyond is the last bucket.
+    far = (tl.abs(distance) + 1).to(tl.float32)
+    bucket = (far.to(tl.int32, bitcast=True) >> 23) - 127
+    bucket = tl.minimum(bucket, BUCKETS // 2 - 1)
+    bucket = tl.where(distance < 0, bucket + BUCKETS // 2, bucket)
+    mine = tl.load(TileKind + own, mask=own < num_tiles, other=0)
+    theirs = tl.load(UnitKind + unit, mask=unit < num_units, other=0)
+    pair = tl.maximum(mine.to(tl.int32), 0)[:, None] * KINDS
+    pair += tl.maximum(theirs.to(tl.int32), 0)[None, :]
+    return tl.load(Bias + pair * BUCKETS + bucket, mask=mask, other=0.0)
+
+
+@triton.jit
+def _deny(Out, own, first, last, num_tiles, num_units, COLS: tl.constexpr):
+    """Scores of the units [first, last), which no tile of the program sees."""
+    for at in range(first, last, COLS):
+        unit = at + tl.arange(0, COLS)
+        out = Out + own.to(tl.int64)[:, None] * num_units + unit[None, :]
+        value = tl.full([own.shape[0], COLS], -1e30, tl.float32)
+        tl.store(out, value, mask=(own < num_tiles)[:, None] & (unit < last)[None, :])
+
+
+@triton.jit
+def _share(
+    Rows, Keys, Exists, Hull, Units, Sums, Out, Bias, TileKind, UnitKind, Tiles,
+    num_tiles, num_units, kv_heads, splits, chunk, query_offset,
+    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+    KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr, BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    Units += batch * num_units * 2
+    Keys += (batch * kv_heads + head) * num_units * F
+    Out += (batch * kv_heads + head) * num_tiles * num_units
+    row, low, high, exists = _rows_of(
+        Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
+        GROUP, SUBPOOLS, ORDER, F, BLOCK_F,
+    )  # fmt: skip
+    ROWS: tl.constexpr = ORDER[0] * ORDER[1] * ORDER[2] * ORDER[3] * ORDER[4]
+    TILES: tl.constexpr = ORDER[1] * ORDER[3]
+    sums = Sums + (tl.program_id(1) * tl.num_programs(0) + block * splits).to(tl.int64) * ROWS
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for i in range(splits):
+        part = tl.load(sums + i * ROWS + tl.arange(0, ROWS))
+        new_top = tl.maximum(top, part)
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp2(top - shift) + tl.exp2(part - shift)
+        top = new_top
+    some = total > 0
+    lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), 0.0)
+    # A row that does not exist gives nothing to anyone.
+    lse = tl.where(exists, lse, float("inf"))
+    members = tl.reshape(
+        exists.to(tl.float32), (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], 1)
+    )  # fmt: skip
+    members = tl.maximum(_over_members(members, False), 1.0)
+    own = block * TILES + tl.arange(0, TILES)
+    first = split * chunk
+    last = tl.minimum(first + chunk, num_units)
+    begin, end, all_low, all_high = _seen_units(
+        Units, low, high, exists, first, last, UNIT, REGULAR
+    )  # fmt: skip
+    begin = tl.minimum(begin, last) // COLS * COLS
+    _deny(Out, own, first, begin, num_tiles, num_units, COLS)
+    for at in range(begin, end, COLS):
         logits = _logits(
-            row, low, high, Units, first, num_units, batch, u_base,
-            F, BLOCK_F, UNIT, COLS, PRECISION,
+            row, low, high, all_low, all_high, Keys, Units, at, num_units,
+            F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION,
         )  # fmt: skip
-        share = tl.where(exists[:, None], logits - lse[:, None], -float("inf"))
-        share = tl.reshape(share, (TILES, TILE_ROWS, COLS))
-        best = tl.max(share, 1)  # (TILES, COLS)
+        share = tl.reshape(
+            logits - lse[:, None],
+            (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS),
+        )  # fmt: skip
+        best = _over_members(share, True)
         value = best
         if not LARGEST:
             shift = tl.where(best == -float("inf"), 0.0, best)
-            summed = tl.sum(tl.exp(share - shift[:, None, :]), 1)
-            value = (
-                shift
-                + tl.log(tl.maximum(summed, 1e-30))
-                - tl.log(tl.maximum(members, 1.0))[:, None]
-            )
-        value = tl.where(best == -float("inf"), -1e30, value)
-        unit = first + tl.arange(0, COLS)
+            summed = _over_members(tl.exp2(share - shift), False)
+            value = shift + tl.log2(tl.maximum(summed, 1e-30) / members)
+        value = tl.where(best == -float("inf"), -1e30, value * LN2)
+        value = tl.reshape(value, (TILES, COLS))
+        unit = at + tl.arange(0, COLS)
         mask = (own < num_tiles)[:, None] & (unit < num_units)[None, :]
         if BIASED:
-            tiles = Tiles + (batch * num_tiles + own) * 2
-            middle = tl.load(tiles, mask=own < num_tiles, other=0) + query_offset
-            middle += tl.load(tiles + 1, mask=own < num_tiles, other=0) // 2
-            units = Units + (batch * num_units + unit) * 2
-            centre = tl.load(units, mask=unit < num_units, other=0)
-            centre += tl.load(units + 1, mask=unit < num_units, other=0) // 2
-            distance = middle[:, None] - centre[None, :]
-            # floor(log2(n)) of n < 2^24 is the exponent of its float32; beyond is the last bucket.
-            far = (tl.abs(distance) + 1).to(tl.float32)
-            bucket = (far.to(tl.int32, bitcast=True) >> 23) - 127
-            bucket = tl.minimum(bucket, BUCKETS // 2 - 1)
-            bucket = tl.where(distance < 0, bucket + BUCKETS // 2, bucket)
-            mine = tl.load(TileKind + batch * num_tiles + own, mask=own < num_tiles, other=0)
-            theirs = tl.load(UnitKind + batch * num_units + unit, mask=unit < num_units, other=0)
-            pair = tl.maximum(mine.to(tl.int32), 0)[:, None] * KINDS
-            pair += tl.maximum(theirs.to(tl.int32), 0)[None, :]
-            bias = Bias + (head * KINDS * KINDS + pair) * BUCKETS + bucket
-            value += tl.load(bias, mask=mask, other=0.0)
-        out = ((batch * kv_heads + head) * num_tiles + own)[:, None] * num_units + unit[None, :]
-        tl.store(Out + out, value, mask=mask)
+            value += _distance_bias(
+                Bias + head * KINDS * KINDS * BUCKETS, Tiles + batch * num_tiles * 2,
+                TileKind + batch * num_tiles, UnitKind + batch * num_units, Units,
+                own, unit, mask, num_tiles, num_units, query_offset, KINDS, BUCKETS,
+            )  # fmt: skip
+        tl.store(Out + own.to(tl.int64)[:, None] * num_units + unit[None, :], value, mask=mask)
+    behind = tl.maximum(begin, (end + COLS - 1) // COLS * COLS)
+    _deny(Out, own, behind, last, num_tiles, num_units, COLS)
 
 
-def share_blocks(tile_rows: int, width: int, itemsize: int) -> tuple[int, int]:
-    """Tiles and units of a block; float32 runs out of registers and takes small ones."""
-    rows = 64 if itemsize == 2 else 16
-    return max(rows // tile_rows, 1), 16 if itemsize == 4 else 64 if width <= 128 else 32
+def row_order(tile_rows: int, rows: int) -> tuple[int, int, int, int, int]:
+    """Factors of `rows`: (members, tiles, members, tiles, members), the last ones adjacent.
+
+    In the accumulator of a product of 64 or more rows, 8 adjacent ones lie along the lanes of a
+    warp; the 8 beside them, and those 64 further, are other registers of the same threads. Members
+    of a tile go there first, so that most of a tile is reduced without a shuffle.
+    """
+    pair = min(tile_rows, 2)
+    outer = min(tile_rows // pair, 2) if rows >= 128 else 1
+    lanes = min(tile_rows // (pair * outer), 8)
+    outer = tile_rows // (pair * lanes)
+    tiles = max(rows // tile_rows, 1)
+    inner = min(8 // lanes, tiles)
+    return outer, tiles // inner, pair, inner, lanes
+
+
+def share_blocks(
+    tile_rows: int, width: int, itemsize: int, generation: int
+) -> tuple[tuple[int, int, int, int, int], int, int]:
+    """Order of the rows of a block, its units and stages.
+
+    float32 runs out of registers and takes small blocks. Others take what lets two or three
+    programs share a multiprocessor, so that the products of one hide the powers of another.
+    """
+    if itemsize == 4:
+        return row_order(tile_rows, max(16, tile_rows)), 16, 2
+    # From tensor memory each thread takes a whole row.
+    cols = 64 if width <= 128 and generation != 10 else 32
+    rows = 128 if width <= 128 or generation in (9, 10) else 64
+    return row_order(tile_rows, max(rows, tile_rows)), cols, 2
+
+
+def unit_chunks(blocks: int, num_units: int, cols: int) -> tuple[int, int]:
+    """Runs that units are cut into for `blocks` blocks of rows, and the units of a run."""
+    most = triton.cdiv(num_units, 4 * cols)
+    splits = max(min(most, triton.cdiv(PROGRAMS, blocks)), 1)
+    chunk = triton.cdiv(triton.cdiv(num_units, splits), cols) * cols
+    return triton.cdiv(num_units, chunk), chunk
 
 
 def share_of_units(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
     tile_kind: Tensor | None = None, unit_kind: Tensor | None = None, query_offset: int = 0,
+    regular: bool = False,
 ) -> Tensor:  # fmt: skip
     """Log of the mean (or largest) share that sub-pools give to a unit, biases added.
 
@@ -212,28 +413,39 @@ def share_of_units(
         hull: (B, T, 2) int32, range of keys that a tile sees.
         bias: (K, kinds, kinds, buckets) float32 by kind of tile and unit and by distance.
         tile_kind, unit_kind: (B, T) and (B, U) int8.
+        regular: unit u is exactly the keys [u * unit, (u + 1) * unit).
     Returns:
         (B, K, T, U) float32; what a tile does not see holds -1e30 or so.
     """
     batch, heads, num_tiles, subpools, width = rows.shape
     kv_heads, num_units = keys.shape[1:3]
     group = heads // kv_heads
-    tile_rows = triton.next_power_of_2(group * subpools)
     # The interpreter has no registers to run out of, and is slow on small blocks.
     itemsize = rows.element_size() if rows.is_cuda else 2
-    together, cols = share_blocks(tile_rows, width, itemsize)
+    order, cols, stages = share_blocks(
+        triton.next_power_of_2(group * subpools), width, itemsize, generation(rows)
+    )
     out = rows.new_empty(batch, kv_heads, num_tiles, num_units, dtype=torch.float32)
     if not out.numel():
         return out
+    blocks = triton.cdiv(num_tiles, order[1] * order[3])
+    splits, chunk = unit_chunks(blocks * batch * kv_heads, num_units, cols)
+    grid = (blocks * splits, batch * kv_heads)
+    sums = out.new_empty(*grid, math.prod(order))
     table = out if bias is None else bias.contiguous()
-    _share[(triton.cdiv(num_tiles, together), batch * kv_heads)](
-        rows.contiguous(), keys.contiguous(), exists.contiguous(), hull, units, out, table,
-        units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
-        tiles, num_tiles, num_units, kv_heads, query_offset,
-        GROUP=group, SUBPOOLS=subpools, TILE_ROWS=tile_rows, TILES=together, COLS=cols, F=width,
-        BLOCK_F=max(triton.next_power_of_2(width), 16), UNIT=unit,
+    inputs = (rows.contiguous(), keys.contiguous(), exists.contiguous(), hull, units, sums)
+    counts = (num_tiles, num_units, kv_heads, splits, chunk)
+    constants = {
+        "GROUP": group, "SUBPOOLS": subpools, "ORDER": order, "COLS": cols, "F": width,
+        "BLOCK_F": max(triton.next_power_of_2(width), 16), "UNIT": unit, "REGULAR": regular,
+        "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
+        "num_warps": 4, "num_stages": stages,
+    }  # fmt: skip
+    _log_sums[grid](*inputs, *counts, **constants)
+    _share[grid](
+        *inputs, out, table, units if tile_kind is None else tile_kind,
+        units if unit_kind is None else unit_kind, tiles, *counts, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
-        LARGEST=largest, BIASED=bias is not None,
-        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        LARGEST=largest, BIASED=bias is not None, **constants,
     )  # fmt: skip
     return out

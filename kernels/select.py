@@ -11,6 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 LOWEST = tl.constexpr(-2147483648)
+HIGHEST = tl.constexpr(2147483647)
+# Units of a row that registers hold; longer rows are read again in each step of the bisection.
+IN_REGISTERS = 16384
+CHUNK = 4096
 
 
 @triton.jit
@@ -24,96 +28,253 @@ def _ordered(value):
 
 
 @triton.jit
-def _crossing(order, size, open_, budget):
-    """Largest threshold t such that what scores t or higher has at least `budget` tokens."""
-    low = tl.full([], LOWEST, tl.int64)
-    high = tl.full([], 2147483647, tl.int64)
-    for _ in range(32):
-        middle = (low + high + 1) >> 1
-        enough = tl.sum(tl.where(open_ & (order.to(tl.int64) >= middle), size, 0), 0) >= budget
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+def _candidates(
+    Values, Always, Units, unit, num_units, low, high, UNIT: tl.constexpr, REGULAR: tl.constexpr
+):  # fmt: skip
+    """Order of scores, size, which of them are seen, and which are kept whatever they score."""
+    there = unit < num_units
+    if REGULAR:
+        start, size = unit * UNIT, tl.where(there, UNIT, 0)
+    else:
+        start = tl.load(Units + unit * 2, mask=there, other=0)
+        size = tl.load(Units + unit * 2 + 1, mask=there, other=0)
+    seen = (size > 0) & (start < high) & (start + size > low)
+    always = tl.load(Always + unit, mask=there, other=0)
+    order = _ordered(tl.load(Values + unit, mask=there, other=0.0))
+    return order, size, seen, seen & always.to(tl.int1)
+
+
+@triton.jit
+def _bounds(order, size, open_, UNIT: tl.constexpr, REGULAR: tl.constexpr):
+    """Extremes of the order of the open units, and the smallest of them."""
+    lowest = tl.min(tl.where(open_, order, HIGHEST), 0)
+    # Without an open one, nothing may equal the threshold.
+    highest = tl.max(tl.where(open_, order, LOWEST + 1), 0)
+    if REGULAR:
+        return lowest, highest, UNIT
+    else:
+        return lowest, highest, tl.min(tl.where(open_, size, HIGHEST), 0)
+
+
+@triton.jit
+def _tokens(order, size, bound, UNIT: tl.constexpr, REGULAR: tl.constexpr):
+    """Tokens of units of order `bound` or higher."""
+    if REGULAR:
+        return tl.sum((order >= bound).to(tl.int32), 0) * UNIT
+    else:
+        return tl.sum(tl.where(order >= bound, size, 0), 0)
+
+
+@triton.jit
+def _middle(low, high):
+    """Mean of two int32, rounded up, without overflow."""
+    return (low | high) - ((low ^ high) >> 1)
+
+
+@triton.jit
+def _narrow(low, high, middle, tokens, need, least, most):
+    """Next range of the threshold; empty once all from `middle` on are what is to be kept."""
+    found = (tokens >= least) & (tokens <= most)
+    enough = tokens >= need
+    low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+    return tl.where(found, middle - 1, low), tl.where(found, middle - 1, high)
+
+
+@triton.jit
+def _crossing(order, size, low, high, need, least, most, UNIT: tl.constexpr, REGULAR: tl.constexpr):
+    """Largest threshold t in [low, high] such that what scores t or more has `need` tokens.
+
+    Or one above which lie `least` to `most` tokens, where the caller knows that these are all it
+    keeps; or `low` if there are too few.
+    """
+    while low < high:
+        middle = _middle(low, high)
+        tokens = _tokens(order, size, middle, UNIT, REGULAR)
+        low, high = _narrow(low, high, middle, tokens, need, least, most)
     return low
+
+
+@triton.jit
+def _fits(before, size, budget, TO_NEAREST: tl.constexpr):
+    """To the nearest unit, or to the one that reaches the budget; at least one of the former."""
+    if TO_NEAREST:
+        return (before + (size + 1) // 2 <= budget) | (before == 0)
+    else:
+        return before < budget
+
+
+@triton.jit
+def _best(
+    order, size, unit, cut, budget,
+    TO_NEAREST: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+):  # fmt: skip
+    """All of higher order than `cut`, and of that order the lowest ids that fit the budget."""
+    before = _tokens(order, size, cut + 1, UNIT, REGULAR)
+    tied = order == cut
+    run = tl.where(tied, size, 0)
+    tokens = tl.sum(run, 0)
+    if tl.sum(tied.to(tl.int32), 0) > 1:
+        fits = _fits(before + tl.cumsum(run, 0) - run, size, budget, TO_NEAREST)
+        stop = tl.min(tl.where(tied & ~fits, unit, HIGHEST), 0)
+    else:
+        stop = tl.where(_fits(before, tokens, budget, TO_NEAREST), HIGHEST, 0)
+    return (order > cut) | ((order == cut) & (unit < stop))
 
 
 @triton.jit
 def _keep(
     Values, Always, Hull, Units, UnitKind, Budget, Floor, Index, Count,
     num_tiles, num_units, list_length, kv_heads,
-    KINDS: tl.constexpr, BLOCK_U: tl.constexpr,
+    KINDS: tl.constexpr, BLOCK_U: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
+    """One list; the row of scores stays in registers."""
     tile = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     batch = group // kv_heads
+    own, list_ = batch * num_tiles + tile, group * num_tiles + tile
     unit = tl.arange(0, BLOCK_U)
-    there = unit < num_units
-    list_ = group * num_tiles + tile
-    start = tl.load(Units + (batch * num_units + unit) * 2, mask=there, other=0)
-    size = tl.load(Units + (batch * num_units + unit) * 2 + 1, mask=there, other=0)
-    low = tl.load(Hull + (batch * num_tiles + tile) * 2)
-    high = tl.load(Hull + (batch * num_tiles + tile) * 2 + 1)
-    seen = (size > 0) & (start < high) & (start + size > low)
-    always = tl.load(Always + (batch * num_tiles + tile) * num_units + unit, mask=there, other=0)
-    first = seen & always.to(tl.int1)
-    order = _ordered(tl.load(Values + list_ * num_units + unit, mask=there, other=0.0))
-    budget = tl.load(Budget + batch * num_tiles + tile)
+    order, size, seen, first = _candidates(
+        Values + list_ * num_units, Always + own * num_units, Units + batch * num_units * 2,
+        unit, num_units, tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1), UNIT, REGULAR,
+    )  # fmt: skip
+    budget = tl.load(Budget + own).to(tl.int32)
     if KINDS > 0:
         # The best of each modality up to its floor, whatever of it is kept anyway included.
+        there = unit < num_units
         kind = tl.load(UnitKind + batch * num_units + unit, mask=there, other=-1).to(tl.int32)
-        floors = first
         for k in range(KINDS):
-            share = tl.load(Floor + k)
-            own = seen & (kind == k)
-            least = (budget.to(tl.float32) * share).to(tl.float32)
-            cut = _crossing(order, size, own, least)
-            above = own & (order.to(tl.int64) > cut)
-            tied = own & (order.to(tl.int64) == cut)
-            before = tl.sum(tl.where(above, size, 0), 0)
-            before += tl.cumsum(tl.where(tied, size, 0), 0) - tl.where(tied, size, 0)
-            inside = above | (tied & (before.to(tl.float32) < least))
-            floors = floors | inside
-        first = floors
-    order = tl.where(first, 2147483647, order)
-    cut = _crossing(order, size, seen, budget)
-    above = seen & (order.to(tl.int64) > cut)
-    tied = seen & (order.to(tl.int64) == cut)
-    before = tl.sum(tl.where(above, size, 0), 0)
-    before += tl.cumsum(tl.where(tied, size, 0), 0) - tl.where(tied, size, 0)
-    # To the nearest unit; the best one is kept even if it is larger than the budget.
-    kept = above | (tied & ((before + (size + 1) // 2 <= budget) | (before == 0))) | first
+            exact = budget.to(tl.float32) * tl.load(Floor + k)
+            floor = exact.to(tl.int32)
+            floor += (floor.to(tl.float32) < exact).to(tl.int32)
+            of_kind = seen & (kind == k)
+            lowest, highest, smallest = _bounds(order, size, of_kind, UNIT, REGULAR)
+            ranked = tl.where(of_kind, order, LOWEST)
+            low = tl.where(floor > 0, lowest - 1, highest)
+            cut = _crossing(
+                ranked, size, low, highest, floor, floor, floor + smallest - 1, UNIT, REGULAR
+            )
+            first |= _best(ranked, size, unit, cut, floor, False, UNIT, REGULAR)
+    taken = tl.sum(tl.where(first, size, 0), 0)
+    lowest, highest, smallest = _bounds(order, size, seen & ~first, UNIT, REGULAR)
+    order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
+    low = tl.where(budget > taken, lowest - 1, highest)
+    least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
+    cut = _crossing(order, size, low, highest, budget, least, most, UNIT, REGULAR)
+    kept = _best(order, size, unit, cut, budget, True, UNIT, REGULAR)
     rank = tl.cumsum(kept.to(tl.int32), 0)
     count = tl.sum(kept.to(tl.int32), 0)
-    tl.store(Index + list_ * list_length + rank - 1, unit, mask=kept & (rank <= list_length))
-    tl.store(Index + list_ * list_length + unit, -1, mask=(unit >= count) & (unit < list_length))
+    Index += list_ * list_length
+    tl.store(Index + rank - 1, unit, mask=kept & (rank <= list_length))
+    tl.store(Index + unit, -1, mask=(unit >= count) & (unit < list_length))
+    tl.store(Count + list_, tl.minimum(count, list_length))
+
+
+@triton.jit
+def _keep_long(
+    Values, Always, Hull, Units, Budget, Index, Count,
+    num_tiles, num_units, list_length, kv_heads,
+    CHUNK: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+):  # fmt: skip
+    """The same without floors, for a row of any length, CHUNK units at a time."""
+    tile = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    batch = group // kv_heads
+    own, list_ = batch * num_tiles + tile, group * num_tiles + tile
+    Values += list_ * num_units
+    Always += own * num_units
+    Units += batch * num_units * 2
+    low, high = tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1)
+    budget = tl.load(Budget + own).to(tl.int32)
+    lowest, highest, smallest, taken = HIGHEST, LOWEST + 1, HIGHEST, 0
+    for at in range(0, num_units, CHUNK):
+        order, size, seen, first = _candidates(
+            Values, Always, Units, at + tl.arange(0, CHUNK), num_units, low, high, UNIT, REGULAR
+        )
+        some = _bounds(order, size, seen & ~first, UNIT, REGULAR)
+        lowest, highest = tl.minimum(lowest, some[0]), tl.maximum(highest, some[1])
+        smallest = tl.minimum(smallest, some[2])
+        taken += tl.sum(tl.where(first, size, 0), 0)
+    cut = tl.where(budget > taken, lowest - 1, highest)
+    least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
+    while cut < highest:
+        middle = _middle(cut, highest)
+        tokens = 0
+        for at in range(0, num_units, CHUNK):
+            order, size, seen, first = _candidates(
+                Values, Always, Units, at + tl.arange(0, CHUNK), num_units, low, high,
+                UNIT, REGULAR,
+            )  # fmt: skip
+            order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
+            tokens += _tokens(order, size, middle, UNIT, REGULAR)
+        cut, highest = _narrow(cut, highest, middle, tokens, budget, least, most)
+    before = 0
+    for at in range(0, num_units, CHUNK):
+        order, size, seen, first = _candidates(
+            Values, Always, Units, at + tl.arange(0, CHUNK), num_units, low, high, UNIT, REGULAR
+        )
+        order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
+        before += _tokens(order, size, cut + 1, UNIT, REGULAR)
+    count = 0
+    Index += list_ * list_length
+    for at in range(0, num_units, CHUNK):
+        unit = at + tl.arange(0, CHUNK)
+        order, size, seen, first = _candidates(
+            Values, Always, Units, unit, num_units, low, high, UNIT, REGULAR
+        )
+        order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
+        run = tl.where(order == cut, size, 0)
+        fits = _fits(before + tl.cumsum(run, 0) - run, size, budget, True)
+        kept = (order > cut) | ((order == cut) & fits)
+        rank = count + tl.cumsum(kept.to(tl.int32), 0)
+        tl.store(Index + rank - 1, unit, mask=kept & (rank <= list_length))
+        before += tl.sum(run, 0)
+        count += tl.sum(kept.to(tl.int32), 0)
+    for at in range(0, list_length, CHUNK):
+        slot = at + tl.arange(0, CHUNK)
+        tl.store(Index + slot, -1, mask=(slot >= count) & (slot < list_length))
     tl.store(Count + list_, tl.minimum(count, list_length))
 
 
 def keep_best(
     values: Tensor, always: Tensor, hull: Tensor, units: Tensor, budget: Tensor, width: int, *,
-    unit_kind: Tensor | None = None, floors: Tensor | None = None,
+    unit_kind: Tensor | None = None, floors: Tensor | None = None, unit: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Lists of the kept units, as `mm_sparse.selection` defines them; ties go to the lowest id.
 
     Args:
-        values: (B, K, T, U) float32.
+        values: (B, K, T, U) float32; with floors, U is at most IN_REGISTERS.
         always: (B, T, U) bool, kept whatever the scores.
         hull: (B, T, 2) int32, range of keys that a tile sees.
-        budget: (B, T) int, tokens that a tile may keep.
+        budget: (B, T) int64, tokens that a tile may keep.
         width: L, which no list exceeds.
         unit_kind: (B, U) int8, and
         floors: (kinds,) float32, least share of the budget for units of each kind.
+        unit: if not None, unit u is exactly the keys [u * unit, (u + 1) * unit).
     Returns:
         index (B, K, T, L) int32, -1 behind the end, and count (B, K, T) int32.
     """
     batch, heads, num_tiles, num_units = values.shape
     index = torch.empty(batch, heads, num_tiles, width, dtype=torch.int32, device=values.device)
     count = torch.empty(batch, heads, num_tiles, dtype=torch.int32, device=values.device)
+    grid = (num_tiles, batch * heads)
+    inputs = (values.contiguous(), always, hull, units)
+    counts = (index, count, num_tiles, num_units, width, heads)
+    regular = {"UNIT": unit or 1, "REGULAR": unit is not None}
     block = triton.next_power_of_2(max(num_units, width, 16))
-    _keep[(num_tiles, batch * heads)](
-        values.contiguous(), always, hull, units, units if unit_kind is None else unit_kind,
-        budget, values if floors is None else floors, index, count,
-        num_tiles, num_units, width, heads,
-        KINDS=0 if floors is None else len(floors), BLOCK_U=block,
-        num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+    if block > IN_REGISTERS:
+        if floors is not None:
+            raise ValueError(f"units must be at most {IN_REGISTERS} with floors, got {num_units}")
+        _keep_long[grid](*inputs, budget, *counts, CHUNK=CHUNK, **regular, num_warps=8)
+        return index, count
+    _keep[grid](
+        *inputs, units if unit_kind is None else unit_kind, budget,
+        values if floors is None else floors, *counts,
+        KINDS=0 if floors is None else len(floors), BLOCK_U=block, **regular,
+        num_warps=keep_warps(block),
     )  # fmt: skip
     return index, count
+
+
+def keep_warps(block: int) -> int:
+    """Warps for a row of `block` units, 16 in a thread where they can be: few sums across warps."""
+    return max(1, min(block // 512, 16))

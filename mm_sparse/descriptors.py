@@ -37,7 +37,9 @@ def tile_descriptors(q: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     parts = min(plan.config.subpools, plan.tile_tokens)
     width = -(-plan.tile_tokens // parts)
     first = torch.arange(0, parts * width, width, device=q.device)
-    (mean,) = pool(last_contiguous(q), plan.tiles, plan.tile_tokens, parts)
+    (mean,) = pool(
+        last_contiguous(q), plan.tiles, plan.tile_tokens, parts, regular=plan.regular_tiles
+    )
     return mean, first < plan.tiles[..., 1:]
 
 
@@ -50,7 +52,7 @@ def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...
         return (mean, *masked_extremes(keys, present, 3)) if extremes else (mean,)
     from mm_sparse.kernels.score import pool
 
-    found = pool(last_contiguous(k), plan.units, plan.unit, extremes=extremes)
+    found = pool(last_contiguous(k), plan.units, plan.unit, extremes=extremes, regular=plan.regular)
     return tuple(x.squeeze(3) for x in found)
 
 

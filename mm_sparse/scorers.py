@@ -175,7 +175,12 @@ def pair_biases(table: Tensor, plan: Plan) -> Tensor:
     kinds = len(Modality)
     pair = plan.tile_modality.long().clamp(min=0)[:, :, None] * kinds
     pair = pair + plan.unit_modality.long().clamp(min=0)[:, None]
-    return table.flatten(1)[:, pair * DISTANCE_BUCKETS + bucket].transpose(0, 1)
+    place = (pair * DISTANCE_BUCKETS + bucket).flatten(1)[:, None]  # (B, 1, T * U)
+    heads = len(table)
+    # Gathered, not indexed: millions of places share a few hundred entries, whose gradients
+    # indexing would add up one after the other.
+    flat = table.flatten(1).expand(len(place), -1, -1)
+    return flat.gather(2, place.expand(-1, heads, -1)).unflatten(2, distance.shape[1:])
 
 
 def share_of_units(
@@ -207,6 +212,7 @@ def share_of_units(
             tile_kind=plan.tile_modality,
             unit_kind=plan.unit_modality,
             query_offset=plan.query_offset,
+            regular=plan.regular,
         )
     batch, heads, num_tiles, subpools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]

@@ -21,7 +21,7 @@ from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
 from mm_sparse.scorers import Scores
 
-# Units of a row that the kernel's registers hold.
+# Units of a row that the kernel's registers hold, which floors need.
 MOST_UNITS = 16384
 
 
@@ -213,7 +213,8 @@ def _select(values: Tensor, plan: Plan) -> Selection:
     if not width or not num_tiles or not batch:
         index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=torch.int32)
         return Selection(index, index.new_zeros(batch, heads, num_tiles), plan)
-    if plan.config.mass is None and fused(values, plan) and num_units <= MOST_UNITS:
+    fits = num_units <= MOST_UNITS or not plan.config.floors()
+    if plan.config.mass is None and fused(values, plan) and fits:
         return _select_fused(values.float(), plan, width)
     big = torch.finfo(torch.float32).max
     finite = torch.nan_to_num(values.float(), nan=-big, posinf=big, neginf=-big)
@@ -250,6 +251,7 @@ def _select_fused(values: Tensor, plan: Plan, width: int) -> Selection:
         width,
         unit_kind=plan.unit_modality,
         floors=torch.tensor(floors, device=values.device) if shares else None,
+        unit=plan.unit if plan.regular else None,
     )
     return Selection(index, count, plan)
 

@@ -15,8 +15,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from mm_sparse.kernels import backward, forward, mass, score, select
+from mm_sparse.kernels import backward, decode, forward, hopper, mass, score, select
 
 POINTERS = {
     "Q",
@@ -34,7 +35,7 @@ POINTERS = {
     "Rows",
     "Keys",
 }
-FLOATS = {"Lse", "Delta", "Values", "Bias", "Floor"}
+FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
 NARROW = {"Exists": "i1", "Always": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -43,9 +44,14 @@ SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, stages: int) -> str:
     """One kernel with every pointer and stride aligned to 16, as contiguous tensors have them."""
     signature, attributes = {}, {}
+    gluon = kernel.is_gluon()
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+            continue
+        if name in DESCRIBED and gluon:
+            box = f"1, 1, {min(constants['UNIT'], constants['COLS'])}, 64"
+            signature[name] = f"tensordesc<{dtype}[{box}],{hopper.BOXED.value!r}>"
             continue
         if name in DESCRIBED:
             rows = constants["COLS" if DESCRIBED[name] == "keys" else "ROWS"]
@@ -64,7 +70,7 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
         if signature[name][0] == "*" or name.startswith("stride"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     own = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    source = ASTSource(kernel, signature, own, attributes)
+    source = (GluonASTSource if gluon else ASTSource)(kernel, signature, own, attributes)
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -80,16 +86,17 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
     return f"registers {registers}, stack {stack} B, shared {built.metadata.shared} B"
 
 
-def scoring(constants: dict) -> list[tuple]:
+def scoring(constants: dict, target: int) -> list[tuple]:
     """The kernels around attention, learned scores with codes of rank 64."""
     dim, unit, group = constants["D"], constants["UNIT"], constants["GROUP"]
     wide = dim + 64
     rows = triton.next_power_of_2(group * 4)
     size = 4 if constants["PRECISION"] == "ieee" else 2
-    tiles, cols = score.share_blocks(rows, wide, size)
-    pool = {"WIDTH": unit, "BLOCK_W": unit, "EXTREMES": True}
+    order, cols, stages = score.share_blocks(rows, wide, size, target // 10)
+    together, warps = score.pool_blocks(unit, dim, size)
+    pool = {"SIZE": unit, "WIDTH": unit, "BLOCK_W": unit, "TOGETHER": together, "EXTREMES": True}
     share = {
-        "SUBPOOLS": 4, "TILE_ROWS": rows, "TILES": tiles, "COLS": cols, "F": wide,
+        "SUBPOOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
         "BIASED": True,
     }  # fmt: skip
@@ -97,10 +104,29 @@ def scoring(constants: dict) -> list[tuple]:
         "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
         "COLS": max(64 if size == 2 else 16, unit),
     }  # fmt: skip
-    keep = {"KINDS": 3, "BLOCK_U": 1024}
+    keep = {"KINDS": 3, "BLOCK_U": 4096}
     return [
-        (score._pool, pool), (score._share, share), (mass._mass, true_mass), (select._keep, keep)
+        (score._pool, pool, warps, 2), (score._log_sums, share, 4, stages),
+        (score._share, share, 4, stages), (mass._mass, true_mass, 4, 2),
+        (select._keep, keep, select.keep_warps(4096), 2),
+        (select._keep_long, {"CHUNK": select.CHUNK}, 8, 2),
     ]  # fmt: skip
+
+
+def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
+    """The kernels for few queries and for Hopper, where they serve."""
+    wide = dtype == "fp32"
+    part = {"ROWS": 16, "COLS": 32 if wide else 64}
+    found = [
+        (decode._part, part, 4, 1 if wide else 3), (decode._merge, {"WIDTH": 16}, 4, 2)
+    ]  # fmt: skip
+    found.append((hopper._sort_lists, {"LENGTH": 128, "WIDTH": 1024}, 4, 2))
+    if target == 90 and not wide and rows == 128:
+        for dim, (cols, stages, _) in hopper.BLOCKS.items():
+            for unit in (16, 64, 128):
+                more = {"D": dim, "COLS": cols, "STAGES": stages, "UNIT": unit}
+                found.append((hopper._forward, more, 4, 2))
+    return found
 
 
 def main(targets: list[int]) -> None:
@@ -126,8 +152,9 @@ def main(targets: list[int]) -> None:
                     blocks |= dict.fromkeys(DESCRIBED)
                 usage = compile_one(kernel, dtype, {**constants, **blocks}, target, warps, stages)
                 print(f"sm_{target} {name} {kernel.__name__} {r}x{c}: {usage}", flush=True)
-            for kernel, more in scoring(constants):
-                usage = compile_one(kernel, dtype, {**constants, **more}, target, 4, 2)
+            kinds = scoring(constants, target) + special(constants, dtype, rows, target)
+            for kernel, more, warps, stages in kinds:
+                usage = compile_one(kernel, dtype, {**constants, **more}, target, warps, stages)
                 print(f"sm_{target} {name} {kernel.__name__}: {usage}", flush=True)
 
 

@@ -22,7 +22,10 @@ SHAPES = [
     Case("documents", [[("text", 60, 0), ("text", 3, 1), ("text", 900, 2)]], 2, 2, 128, 16, 128),
     Case("chunk", [[("text", 3000)]], 4, 2, 128, 16, 128, queries=333),
     Case("all-kept", [ODD], 1, 2, 128, 16, 128, config={"ratio": 1.0}),
-    Case("few-keys", [[("text", 130)]], 1, 2, 128, 16, 128),
+    Case("few-keys", [[("text", 3000), ("image", 9)]], 1, 2, 128, 16, 128, config={"tokens": 40}),
+    Case("D64", LONG, 1, 4, 64, 64, 128, config={"causal": False}),
+    Case("D64-causal", LONG, 3, 2, 64, 16, 128),
+    Case("D64-short-units", [ODD, [("text", 700)]], 4, 2, 64, 32, 128, padding="left"),
 ]
 
 

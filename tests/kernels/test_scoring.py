@@ -10,9 +10,11 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
+from mm_sparse.kernels import score as score_kernels
+from mm_sparse.kernels import select as select_kernels
 from mm_sparse.kernels.select import keep_best
 from mm_sparse.plan import Plan
-from mm_sparse.selection import select
+from mm_sparse.selection import MOST_UNITS, select
 from tests.mm_sparse.layouts import IDS, MIXED, batches, configs, layout_of, random_qk
 from tests.mm_sparse.layouts import small_config as small
 
@@ -91,6 +93,94 @@ def test_bad_tokens_and_strided_inputs(device: str) -> None:
         )
 
 
+LONG = {
+    "text": [("text", 640)],
+    "documents": [("text", 200, 0), ("text", 21, 1), ("image", (11, 13), 1), ("text", 190, 2)],
+    "hole": [("text", 300), ("pad", 40), ("audio", 90), ("text", 170)],
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(("heads", "reduce"), [(1, "mean"), (2, "max"), (6, "mean")], ids=str)
+def test_scores_over_many_blocks_equal_the_law(
+    heads: int, reduce: str, name: str, causal: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that all, some or none of the tiles see, in chunks of two blocks."""
+
+    def small_blocks(tile_rows: int, *_):
+        return score_kernels.row_order(tile_rows, max(16, tile_rows)), 16, 2
+
+    def small_chunks(blocks: int, num_units: int, cols: int) -> tuple[int, int]:
+        return -(-num_units // (2 * cols)), 2 * cols
+
+    monkeypatch.setattr(score_kernels, "share_blocks", small_blocks)
+    monkeypatch.setattr(score_kernels, "unit_chunks", small_chunks)
+    cpu = TokenLayout.from_rows([LONG[name]])
+    layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, heads, 1))
+    config = small(reduce=reduce, backend="triton", unit=16, causal=causal)
+    for scorer in scorers_of(q, k):
+        exact, scores = both_ways(scorer, q, k, layout, config)
+        assert scores.plan.regular == (name == "text")
+        seen = scores.plan.visible[:, None].expand_as(scores.values)
+        torch.testing.assert_close(
+            scores.values[seen].cpu().double(), exact[seen.cpu()], rtol=1e-4, atol=1e-4
+        )
+        assert (scores.values[~seen] < -1e29).all()
+
+
+@pytest.mark.parametrize("tile_rows", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_row_order_has_every_row(rows: int, tile_rows: int) -> None:
+    outer, high, pair, low, lanes = score_kernels.row_order(tile_rows, rows)
+    assert outer * pair * lanes == tile_rows
+    assert high * low == max(rows // tile_rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "units"), [(1, 1), (1, 100), (64, 1024), (256, 4096), (9999, 4097)], ids=str
+)
+def test_chunks_cover_all_units(blocks: int, units: int) -> None:
+    splits, chunk = score_kernels.unit_chunks(blocks, units, 64)
+    assert chunk % 64 == 0
+    assert (splits - 1) * chunk < units <= splits * chunk
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("regular", [True, False], ids=["regular", "ragged"])
+@pytest.mark.parametrize(
+    ("size", "parts", "dim"),
+    [(16, 1, 8), (16, 4, 80), (50, 4, 8), (128, 1, 16), (3, 3, 5)],
+    ids=str,
+)
+def test_pools_are_means_and_extremes(
+    size: int, parts: int, dim: int, regular: bool, device: str
+) -> None:
+    pieces, batch, heads = 37, 2, 3
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, heads, pieces * size, dim, generator=generator)
+    x[0, 0, 1, 2], x[1, 1, 3, 0] = float("nan"), -float("inf")
+    lengths = torch.full((batch, pieces), size)
+    if not regular:
+        lengths = torch.randint(0, size + 1, (batch, pieces), generator=generator)
+    table = torch.stack([torch.arange(pieces).expand(batch, -1) * size, lengths], -1).int()
+    found = score_kernels.pool(
+        x.to(device), table.to(device), size, parts, extremes=True, regular=regular
+    )
+    finite = torch.where(x.isfinite(), x, 0.0)
+    width = -(-size // parts)
+    for b in range(batch):
+        for p in range(pieces):
+            start, end = int(table[b, p, 0]), int(table[b, p].sum())
+            for i in range(parts):
+                part = finite[b, :, min(start + i * width, end) : min(start + (i + 1) * width, end)]
+                want = torch.zeros(3, heads, dim)
+                if part.shape[1]:
+                    want = torch.stack([part.mean(1), part.amax(1), part.amin(1)])
+                torch.testing.assert_close(torch.stack([f[b, :, p, i].cpu() for f in found]), want)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "reduce"), [("hole", "mean"), ("padded-left", "max")])
 def test_true_mass_equals_the_law(name: str, reduce: str, device: str) -> None:
@@ -107,13 +197,14 @@ def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> N
     """Kernel and PyTorch keep the same where no two scores tie."""
     law = select(values, plan.layout, replace(config, backend="torch"), num_query_heads=plan.group)
     floors = config.floors()
-    index, count = keep_best(
-        values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept,
-        unit_kind=plan.unit_modality,
-        floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
-    )  # fmt: skip
-    assert torch.equal(count, law.count)
-    assert torch.equal(index, law.index)
+    for unit in {None, plan.unit if plan.regular else None}:
+        index, count = keep_best(
+            values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept, unit=unit,
+            unit_kind=plan.unit_modality,
+            floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
+        )  # fmt: skip
+        assert torch.equal(count, law.count)
+        assert torch.equal(index, law.index)
 
 
 @FEW
@@ -128,6 +219,67 @@ def test_selections_equal_the_law(batch, config: mms.SparseConfig, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(shape, generator=generator).argsort(-1).float()
     assert_same_lists(order - shape[-1] / 2, plan, config)
+
+
+@FEW
+@given(batch=batches(), config=configs(mass=None, modality_floor=0.0), seed=st.integers(0, 99))
+def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, seed: int) -> None:
+    rows, side = batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select_kernels, "IN_REGISTERS", 1)
+        patch.setattr(select_kernels, "CHUNK", 4)
+        layout = TokenLayout.from_rows(rows, padding_side=side)
+        plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
+        if not plan.max_kept or not plan.tiles.shape[1]:
+            return
+        shape = (layout.batch, 1, plan.tiles.shape[1], plan.units.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(shape, generator=generator).argsort(-1).float()
+        assert_same_lists(order - shape[-1] / 2, plan, config)
+
+
+def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
+    """Log shares as scorers give them, -1e30 where nothing is seen, and few distinct ones."""
+    layout = TokenLayout.text(1, 640)
+    for ratio in (0.13, 0.6):
+        config = small(unit=16, ratio=ratio)
+        plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
+        assert plan.regular
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, 1, plan.tiles.shape[1], plan.units.shape[1])
+        values = torch.randn(shape, generator=generator) * 3 - 8
+        values = values.masked_fill(~plan.visible[:, None], -1e30)
+        assert_same_lists(values, plan, config)
+        assert_same_lists(values * 1e30, plan, config)
+        args = (plan.always, plan.hull, plan.units, plan.budget, plan.max_kept)
+        few = values.round()
+        tied = keep_best(few, *args, unit=16)
+        # The law's own ties go anywhere: make them go to the lowest id.
+        unit = torch.arange(shape[-1]) * 1e-3
+        law = select(few - unit, layout, replace(config, backend="torch"))
+        assert torch.equal(tied[1], law.count)
+        assert torch.equal(tied[0], law.index)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(select_kernels, "IN_REGISTERS", 1)
+            patch.setattr(select_kernels, "CHUNK", 32)
+            for unit_size in (16, None):
+                long = keep_best(few, *args, unit=unit_size)
+                assert torch.equal(tied[0], long[0])
+                assert torch.equal(tied[1], long[1])
+
+
+def test_long_rows_refuse_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select_kernels.IN_REGISTERS == MOST_UNITS
+    monkeypatch.setattr(select_kernels, "IN_REGISTERS", 8)
+    layout = TokenLayout.from_spans(MIXED)
+    plan = layout.plan(small(unit=16, modality_floor=0.25), num_query_heads=1, num_kv_heads=1)
+    num_units = plan.units.shape[1]
+    values = torch.zeros(1, 1, plan.tiles.shape[1], num_units)
+    with pytest.raises(ValueError, match=f"units must be at most 8 with floors, got {num_units}"):
+        keep_best(
+            values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept,
+            unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
+        )  # fmt: skip
 
 
 def test_extreme_scores_and_ties() -> None:
@@ -158,9 +310,10 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     shape = (1, 1, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.rand(shape, device="cuda").argsort(-1).float()
     index, count = keep_best(values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept)
-    kept = torch.zeros(shape, dtype=torch.bool, device="cuda")
+    kept = torch.zeros(shape, dtype=torch.int32, device="cuda")
     listed = torch.arange(index.shape[-1], device="cuda") < count[..., None]
-    kept.scatter_reduce_(-1, index.clamp(min=0).long(), listed, "amax")
+    kept.scatter_reduce_(-1, index.clamp(min=0).long(), listed.int(), "amax")
+    kept = kept.bool()
     ranked = values.masked_fill(~plan.visible[:, None], -1).masked_fill(plan.always[:, None], 1e9)
     least = ranked.masked_fill(~kept, 1e9).amin(-1)
     most = ranked.masked_fill(kept, -1).amax(-1)
