@@ -1,9 +1,9 @@
 """Forward for Hopper: warp-specialised, with `wgmma` and the copy engine, written in Gluon.
 
-One warp copies the listed units into shared memory, box by box; two warpgroups of 64 rows each do
-the products and the softmax, each step's scores issued before the last step's values are used
-(the schedule of FlashAttention-3: Shah et al., 2024). Programs stay, and serve tile after tile; at
-a head dim of 64 each serves two at a time.
+Two warps copy the listed units of keys and of values into shared memory, box by box; two warpgroups
+of 64 rows each do the products and the softmax, each step's scores issued before the last step's
+values are used (the schedule of FlashAttention-3: Shah et al., 2024). Programs stay, and serve tile
+after tile; at a head dim of 64 each serves two at a time.
 
 B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
 T tiles, U units, L list length
@@ -91,27 +91,12 @@ def _place(slot, inner, count, list_length):
 
 
 @gluon.jit
-def _copy(
-    Described, batch, head, rows, ready, pieces, first, PIECES: gl.constexpr, HALVES: gl.constexpr,
-    SIZE: gl.constexpr,
-):  # fmt: skip
-    """A block of keys or values, a box for every unit and 64 columns of the head dim."""
-    mbarrier.expect(ready, SIZE)
-    for p in gl.static_range(PIECES):
-        for h in gl.static_range(HALVES):
-            tma.async_copy_global_to_shared(
-                Described, [batch, head, rows[p], h * 64], ready,
-                pieces.index(first + h * PIECES + p),
-            )  # fmt: skip
-
-
-@gluon.jit
 def _produce(
-    worker: gl.constexpr, workers: gl.constexpr, Kd, Vd, buffers, tables, sizes, UNIT: gl.constexpr,
-    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGULAR: gl.constexpr,
+    worker: gl.constexpr, workers: gl.constexpr, Described, pieces, ready, free, tables, sizes,
+    UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    REGULAR: gl.constexpr,
 ):  # fmt: skip
-    """Copies the blocks of one tile after the other."""
-    _q, k_pieces, v_pieces, _k, _v, k_ready, k_free, v_ready, v_free = buffers
+    """Copies the blocks of keys, or of values, of one tile after the other."""
     _tiles, Units, _span, Order, Inner, Count = tables
     items, _num_queries, num_keys, num_tiles, num_units, list_length, kv_heads = sizes
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
@@ -138,17 +123,15 @@ def _produce(
                 row = gl.where(listed, start + j * COLS % UNIT, num_keys)
                 rows = rows + (row,)  # noqa: RUF005
             stage = step % STAGES
-            phase = step // STAGES % 2 ^ 1
-            mbarrier.wait(k_free.index(stage), phase)
-            _copy(
-                Kd, batch, head, rows, k_ready.index(stage), k_pieces, stage * HALVES * PIECES,
-                PIECES, HALVES, COLS * D * 2,
-            )  # fmt: skip
-            mbarrier.wait(v_free.index(stage), phase)
-            _copy(
-                Vd, batch, head, rows, v_ready.index(stage), v_pieces, stage * HALVES * PIECES,
-                PIECES, HALVES, COLS * D * 2,
-            )  # fmt: skip
+            mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
+            mbarrier.expect(ready.index(stage), COLS * D * 2)
+            # A box for every unit and 64 columns of the head dim.
+            for p in gl.static_range(PIECES):
+                for h in gl.static_range(HALVES):
+                    tma.async_copy_global_to_shared(
+                        Described, [batch, head, rows[p], h * 64], ready.index(stage),
+                        pieces.index((stage * HALVES + h) * PIECES + p),
+                    )  # fmt: skip
             step += 1
 
 
@@ -171,7 +154,8 @@ def _tile(
 def _consume(
     w: gl.constexpr, worker: gl.constexpr, workers: gl.constexpr, Q, Out, Lse, buffers, tables,
     sizes, scale2, strides, GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr,
-    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGULAR_TILES: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGULAR: gl.constexpr,
+    REGULAR_TILES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of one tile after the other."""
     q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free = buffers
@@ -262,8 +246,9 @@ def _consume(
                 mbarrier.arrive(k_free.index(stage))
                 column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s_layout))
                 key, there = _keys(
-                    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT
-                )
+                    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT,
+                    REGULAR,
+                )  # fmt: skip
                 key = key[None, :]
                 seen = there[None, :] & (key >= low) & (key < high)
                 s = gl.where(seen, s, -float("inf"))
@@ -277,14 +262,16 @@ def _consume(
                 acc = acc * gl.convert_layout(decay, rows_o)[:, None]
                 p = gl.convert_layout(s.to(dtype), p_layout)
                 mbarrier.wait(v_ready.index(stage), phase)
-                # A short unit's box holds keys of the next one, and 0 x NaN is NaN.
-                column = j * COLS + gl.arange(0, COLS, rows_w)
-                _key, there = _keys(
-                    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT
-                )
-                v = v_smem.index(stage).load(whole)
-                v_smem.index(stage).store(gl.where(there[:, None], v, 0.0))
-                fence_async_shared()
+                if not REGULAR:
+                    # A short unit's box holds values of the next one, and 0 x NaN is NaN.
+                    column = j * COLS + gl.arange(0, COLS, rows_w)
+                    _key, there = _keys(
+                        column, Order, Units, list_, batch, inner, count, num_units, list_length,
+                        UNIT, REGULAR,
+                    )  # fmt: skip
+                    v = v_smem.index(stage).load(whole)
+                    v_smem.index(stage).store(gl.where(there[:, None], v, 0.0))
+                    fence_async_shared()
                 acc = warpgroup_mma(p, v_smem.index(stage), acc)
                 mbarrier.arrive(v_free.index(stage))
                 step += 1
@@ -304,17 +291,21 @@ def _consume(
 
 @gluon.jit
 def _keys(
-    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT: gl.constexpr
-):
+    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT: gl.constexpr,
+    REGULAR: gl.constexpr,
+):  # fmt: skip
     """Key token of columns of a list, and which exist."""
     slot = column // UNIT
     listed = slot < count
     place = _place(slot, inner, count, list_length)
     unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
-    table = Units + (batch * num_units + unit) * 2
-    start = gl.load(table, mask=listed, other=0)
-    size = gl.load(table + 1, mask=listed, other=0)
-    return start + column % UNIT, column % UNIT < size
+    if REGULAR:
+        return unit * UNIT + column % UNIT, listed
+    else:
+        table = Units + (batch * num_units + unit) * 2
+        start = gl.load(table, mask=listed, other=0)
+        size = gl.load(table + 1, mask=listed, other=0)
+        return start + column % UNIT, column % UNIT < size
 
 
 @gluon.jit
@@ -356,24 +347,30 @@ def _forward(
     sizes = (items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads)
     strides = (stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on)
     scale2 = scale * LOG2E
+    # Of a pair of buffers: 1 and 2 the boxes of k and v, 5 to 8 their barriers.
     one = _buffers(dtype, UNIT, COLS, D, STAGES)
     if D == 128:
         gl.warp_specialize(
             [
                 (_consume, (
                     0, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR_TILES,
+                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
                 )),
                 (_consume, (
                     1, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR_TILES,
+                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
                 )),
                 (_produce, (
-                    0, 1, Kd, Vd, one, tables, sizes, UNIT, COLS, D, STAGES, REGULAR,
+                    0, 1, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
+                    STAGES, REGULAR,
+                )),
+                (_produce, (
+                    0, 1, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
+                    STAGES, REGULAR,
                 )),
             ],
-            [4, 1],
-            [232, 40],
+            [4, 1, 1],
+            [232, 40, 40],
         )  # fmt: skip
     else:
         # A small head dim leaves registers for two tiles at a time, whose softmaxes and products
@@ -383,29 +380,39 @@ def _forward(
             [
                 (_consume, (
                     0, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR_TILES,
+                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
                 )),
                 (_consume, (
                     1, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR_TILES,
+                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
                 )),
                 (_consume, (
                     0, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR_TILES,
+                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
                 )),
                 (_consume, (
                     1, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR_TILES,
+                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
                 )),
                 (_produce, (
-                    0, 2, Kd, Vd, one, tables, sizes, UNIT, COLS, D, STAGES, REGULAR,
+                    0, 2, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
+                    STAGES, REGULAR,
                 )),
                 (_produce, (
-                    1, 2, Kd, Vd, two, tables, sizes, UNIT, COLS, D, STAGES, REGULAR,
+                    0, 2, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
+                    STAGES, REGULAR,
+                )),
+                (_produce, (
+                    1, 2, Kd, two[1], two[5], two[6], tables, sizes, UNIT, COLS, D,
+                    STAGES, REGULAR,
+                )),
+                (_produce, (
+                    1, 2, Vd, two[2], two[7], two[8], tables, sizes, UNIT, COLS, D,
+                    STAGES, REGULAR,
                 )),
             ],
-            [4, 4, 4, 1, 1],
-            [112, 112, 112, 32, 32],
+            [4, 4, 4, 1, 1, 1, 1],
+            [112, 112, 112, 32, 32, 32, 32],
         )  # fmt: skip
 
 

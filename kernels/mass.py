@@ -35,6 +35,16 @@ def _scores(
 
 
 @triton.jit
+def _in_view(Ub, first, num_units, lowest, highest, STEP: tl.constexpr):
+    """Whether one of STEP units lies in a range of keys."""
+    unit = first + tl.arange(0, STEP)
+    start = tl.load(Ub + unit * 2, mask=unit < num_units, other=0)
+    size = tl.load(Ub + unit * 2 + 1, mask=unit < num_units, other=0)
+    seen = (size > 0) & (start < highest) & (start + size > lowest)
+    return tl.max(seen.to(tl.int32), 0) > 0
+
+
+@triton.jit
 def _mass(
     Q, K, Out, Tiles, Units, Span, scale, num_queries, num_tiles, num_units, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -61,26 +71,31 @@ def _mass(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     STEP: tl.constexpr = COLS // UNIT
+    lowest = tl.min(tl.where(exists & (low < high), low, 2147483647), 0)
+    highest = tl.max(tl.where(exists, high, 0), 0)
     for first in range(0, num_units, STEP):
-        score = _scores(
-            q, Kb, Ub, first, num_units, low, high, scale2, stride_kn, UNIT, COLS, D, BLOCK_D,
-            PRECISION,
-        )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(score, 1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(score - shift[:, None]), 1)
-        top = new_top
+        if _in_view(Ub, first, num_units, lowest, highest, STEP):
+            score = _scores(
+                q, Kb, Ub, first, num_units, low, high, scale2, stride_kn, UNIT, COLS, D, BLOCK_D,
+                PRECISION,
+            )  # fmt: skip
+            new_top = tl.maximum(top, tl.max(score, 1))
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+            total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(score - shift[:, None]), 1)
+            top = new_top
     shift = tl.where(total > 0, top, 0.0)
     share = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
     out = Out + (((batch * kv_heads + head) * num_tiles + t) * SPLITS + part) * num_units
     for first in range(0, num_units, STEP):
-        score = _scores(
-            q, Kb, Ub, first, num_units, low, high, scale2, stride_kn, UNIT, COLS, D, BLOCK_D,
-            PRECISION,
-        )  # fmt: skip
-        weight = tl.exp2(score - shift[:, None]) * share[:, None]
-        weight = tl.sum(tl.reshape(weight, (ROWS, STEP, UNIT)), 2)
-        value = tl.max(weight, 0) if LARGEST else tl.sum(weight, 0)
+        value = tl.zeros([STEP], tl.float32)
+        if _in_view(Ub, first, num_units, lowest, highest, STEP):
+            score = _scores(
+                q, Kb, Ub, first, num_units, low, high, scale2, stride_kn, UNIT, COLS, D, BLOCK_D,
+                PRECISION,
+            )  # fmt: skip
+            weight = tl.exp2(score - shift[:, None]) * share[:, None]
+            weight = tl.sum(tl.reshape(weight, (ROWS, STEP, UNIT)), 2)
+            value = tl.max(weight, 0) if LARGEST else tl.sum(weight, 0)
         unit = first + tl.arange(0, STEP)
         tl.store(out + unit, value, mask=unit < num_units)
 

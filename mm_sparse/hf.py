@@ -26,6 +26,7 @@ from mm_sparse.kernels.ops import supports
 from mm_sparse.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
+from mm_sparse.validation import autocast_inputs
 
 NAME = "mm_sparse"
 LAYER = "_mm_sparse_layer"
@@ -133,6 +134,8 @@ class Layer:
             except ValueError as error:
                 mode, reason = self._refuse(error)
         if placed is not None:
+            # Rotary embeddings come in float32 where the model does not: scores need no more.
+            q, k, v = autocast_inputs(q, k, v)
             out, scores, selection = self._sparse(q, k, v, placed, scale)
         else:
             out, weights = self._dense(q, k, v, mask, options, scale)

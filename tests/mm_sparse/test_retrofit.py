@@ -164,3 +164,15 @@ def test_a_model_that_shares_the_config_stays_dense() -> None:
     before = two(long_ids(50)).logits
     mms.sparsify(one, SPARSE)
     assert two(long_ids(50)).logits.equal(before)
+
+
+def test_under_autocast_scores_and_lessons_see_its_dtype() -> None:
+    """Rotary embeddings come in float32 then, which would make scoring slow."""
+    case = build("llama")
+    mms.sparsify(case.model, SPARSE)
+    calls = []
+    with retrofit.watch(case.model, calls.append), torch.autocast("cpu", torch.bfloat16):
+        case.model(long_ids())
+    sparse = [call for call in calls if call.selection is not None]
+    assert sparse
+    assert all(call.q.dtype == call.k.dtype == torch.bfloat16 for call in sparse)
