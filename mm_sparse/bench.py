@@ -1,166 +1,134 @@
-"""Measure attend, and score + select + attend, beside dense SDPA and FlexAttention on one machine.
+"""Measure attend, and score + select + attend, beside dense and sparse peers on one machine.
 
-`python -m mm_sparse.bench --out results.json`; times are medians of one run, ratios count.
+`mm-sparse bench --out results.json`; times are medians of one run, ratios count.
 B batch, H query heads, K KV heads, N tokens, D head dim
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend
 
+from mm_sparse import bench_peers as peers
+from mm_sparse import bench_report as report
 from mm_sparse.attention import attend
+from mm_sparse.bench_peers import Contestant, Shape, flex_runner, inputs, random_selection
+from mm_sparse.bench_report import Record, Session, median_ms
+from mm_sparse.cli import bench_parser, bench_shapes
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout import TokenLayout
 from mm_sparse.scorers import PooledScorer
 from mm_sparse.selection import Selection, select
 
+__all__ = ["Bench", "Record", "Shape", "flex_runner", "inputs", "median_ms", "random_selection"]
 
-@dataclass
-class Record:
-    """One timing."""
-
-    what: str
-    tokens: int
-    heads: str
-    head_dim: int
-    causal: bool
-    direction: str
-    density: float
-    milliseconds: float
-    tflops: float
-    """Of kept pairs only."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One problem."""
-
-    tokens: int
-    query_heads: int = 16
-    kv_heads: int = 16
-    head_dim: int = 128
-    causal: bool = False
-    batch: int = 1
-
-    @property
-    def heads(self) -> str:
-        """As a table shows them."""
-        return f"{self.query_heads}/{self.kv_heads}"
-
-
-def median_ms(run: Callable[[], Any], device: str, seconds: float = 0.3) -> float:
-    """Median time of `run` in milliseconds, by events on a GPU."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        median: Any = do_bench(run, warmup=50, rep=int(seconds * 1000), return_mode="median")
-        return median
-    run()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] * 1000
-
-
-def inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random q, k, v (leaves) and the gradient of the output."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(heads: int) -> Tensor:
-        size = (shape.batch, heads, shape.tokens, shape.head_dim)
-        return torch.randn(size, device=device, dtype=dtype, generator=generator)
-
-    q, k, v = draw(shape.query_heads), draw(shape.kv_heads), draw(shape.kv_heads)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), draw(shape.query_heads)
-
-
-def random_selection(shape: Shape, config: SparseConfig, device: str) -> Selection:
-    """Units kept at random, as many for every tile as the budget allows."""
-    layout = TokenLayout.text(shape.batch, shape.tokens, device=device)
-    plan = layout.plan(config, num_query_heads=shape.query_heads, num_kv_heads=shape.kv_heads)
-    size = (shape.batch, shape.kv_heads, plan.tiles.shape[1], plan.units.shape[1])
-    generator = torch.Generator(device).manual_seed(1)
-    values = torch.rand(size, device=device, generator=generator)
-    return select(values, layout, config, num_query_heads=shape.query_heads)
-
-
-def flex_runner(selection: Selection, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    """FlexAttention on the very blocks of a regular selection that is not causal; none masked."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    plan = selection.plan
-    count = selection.count.repeat_interleave(plan.group, 1)
-    blocks = selection.index.clamp(min=0).repeat_interleave(plan.group, 1)
-    index = blocks.new_zeros(*blocks.shape[:3], plan.units.shape[1])
-    index[..., : blocks.shape[3]] = blocks
-    mask = BlockMask.from_kv_blocks(
-        torch.zeros_like(count),
-        torch.zeros_like(index),
-        count,
-        index,
-        BLOCK_SIZE=(plan.tile_tokens, plan.unit),
-        seq_lengths=(q.shape[2], k.shape[2]),
-    )
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=plan.group > 1)
+LONGEST = 16384
+"""Tokens up to which gradients and eager attention are timed."""
 
 
 class Bench:
-    """Times contestants on one shape and keeps the records."""
+    """Times contestants on one shape; what fails is skipped with its reason."""
 
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        device: str,
+        dtype: torch.dtype,
+        session: Session | None = None,
+        longest: int = LONGEST,
+    ) -> None:
         self.shape, self.device = shape, device
+        self.session = session or Session()
         self.q, self.k, self.v, self.dout = inputs(shape, device, dtype)
-        pairs = shape.batch * shape.query_heads * shape.tokens**2 * (0.5 if shape.causal else 1)
-        self.flops = 4 * pairs * shape.head_dim
-        self.records: list[Record] = []
+        self.problem = peers.Problem(shape, (self.q, self.k, self.v), self.dout)
+        rows = shape.queries or shape.tokens
+        pairs = shape.batch * shape.query_heads * rows * shape.tokens
+        self.flops = 4 * pairs * (0.5 if shape.causal else 1) * shape.head_dim
+        self.forward = "decode" if shape.queries else "forward"
+        self.backward = shape.tokens <= longest and not shape.queries
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The shape, as it is listed."""
+        s = self.shape
+        return {"tokens": s.tokens, "heads": s.heads, "head_dim": s.head_dim, "causal": s.causal}
+
+    @property
+    def records(self) -> list[Record]:
+        """Timings of the session."""
+        return self.session.records
 
     def add(
         self, what: str, run: Callable[[], Tensor], density: float, backward: bool = True
     ) -> None:
         """Time forward and, if asked, backward."""
-        with torch.no_grad():
-            self._record(what, "forward", median_ms(run, self.device), density, 1.0)
-        if backward:
-            out = run()
-            leaves = (self.q, self.k, self.v)
-            ms = median_ms(
-                lambda: torch.autograd.grad(out, leaves, self.dout, retain_graph=True), self.device
-            )
-            self._record(what, "backward", ms, density, 2.5)
+        made = Contestant(run, self.problem.leaves, self.dout, density=density)
+        self.enter(what, "attend", lambda: made, backward=backward)
 
-    def _record(self, what: str, way: str, ms: float, density: float, work: float) -> None:
-        s = self.shape
-        rate = round(self.flops * density * work / ms / 1e9, 1)
+    def enter(
+        self,
+        what: str,
+        family: str,
+        build: Callable[[], Contestant],
+        *,
+        backward: bool = True,
+        reference: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        """Build a contestant, hold its output against a reference, time it."""
+        if not self.session.wants(family):
+            return
+        guard = partial(self.session.guard, what, family, **self.where)
+        made = guard(build)
+        if made is None:
+            return
+
+        def forward() -> float:
+            with torch.no_grad():
+                if reference and (expected := reference()) is not None:
+                    made.check(expected)
+                return self.measure(made, self.forward)
+
+        for way, step in (
+            (self.forward, forward),
+            ("backward", lambda: self.measure(made, "backward")),
+        ):
+            value = guard(step, direction=way)
+            if value is None:
+                return
+            self.keep(what, way, value, made)
+            if not (backward and self.backward):
+                return
+
+    def measure(self, made: Contestant, way: str) -> float:
+        """Milliseconds."""
+        run = made.run if way != "backward" else made.backward
+        if run is None:
+            out = made.run()
+            run = partial(torch.autograd.grad, out, made.leaves, made.dout, retain_graph=True)
+        return median_ms(run, self.device, self.session.repeat)
+
+    def keep(self, what: str, way: str, value: float, made: Contestant) -> None:
+        """Make a record of a timing."""
+        s, rate = self.shape, None
+        if not what.startswith(report.SELECTING):
+            work = 2.5 if way == "backward" else 1.0
+            rate = round(self.flops * made.density * work / value / 1e9, 1)
         row = (what, s.tokens, s.heads, s.head_dim, s.causal, way)
-        self.records.append(Record(*row, round(density, 4), round(ms, 4), rate))
-        print(self.records[-1], flush=True)
+        record = Record(*row, round(made.density, 4), round(value, 4), rate)
+        if way == "decode":
+            size = (self.k.numel() + self.v.numel()) * self.k.element_size()
+            record.gb_per_s = round(size * made.density / value / 1e6, 1)
+        self.records.append(record)
+        print(record, flush=True)
 
-    def dense(self) -> None:
-        """torch's SDPA, by backend on a GPU."""
-        s = self.shape
-
-        def run(backend: SDPBackend | None) -> Tensor:
-            options: Any = {"is_causal": s.causal, "enable_gqa": s.query_heads != s.kv_heads}
-            if backend is None:
-                return scaled_dot_product_attention(self.q, self.k, self.v, **options)
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(self.q, self.k, self.v, **options)
-
+    def dense(self, eager: bool = False, backward: bool = True) -> None:
+        """torch's SDPA, by backend on a GPU, flash-attn-4 there, and eager if asked."""
         backends: dict[str, SDPBackend | None] = {"dense sdpa": None}
         if self.device == "cuda":
             backends = {
@@ -168,64 +136,158 @@ class Bench:
                 "dense sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
             }
         for name, backend in backends.items():
-            self.add(name, lambda b=backend: run(b), 1.0)
+            build = partial(peers.sdpa, self.problem, backend)
+            self.enter(name, "sdpa", build, backward=backward)
+        # It does not split a long context, so one decoding step is not its business.
+        if self.device == "cuda" and not self.shape.queries:
+            run = peers.sdpa(self.problem, SDPBackend.FLASH_ATTENTION).run
+            build = partial(peers.fa4_dense, self.problem)
+            self.enter("dense flash-attn-4", "fa4", build, backward=backward, reference=run)
+        if eager and self.shape.tokens <= LONGEST:
+            self.enter("dense eager", "eager", partial(peers.eager, self.problem), backward=False)
 
-    def sparse(self, unit: int, ratio: float = 0.2) -> None:
-        """attend on random units, FlexAttention on the same, and the whole of score to attend."""
-        q, k, v = self.q, self.k, self.v
-        sinks, window = (64, 128) if self.shape.causal else (0, 0)
-        config = SparseConfig(
-            ratio=ratio,
-            unit=unit,
-            causal=self.shape.causal,
-            dense_below=0,
-            sinks=sinks,
-            window=window,
-        )
-        selection = random_selection(self.shape, config, self.device)
-        density = selection.density()
-        self.add(f"attend unit {unit}", lambda: attend(q, k, v, selection), density)
-        if self.device == "cuda" and unit >= 128 and not self.shape.causal:
-            # Of smaller blocks it has no backward, or nothing at head dim 64 (torch 2.11).
-            self.add(f"flex blocks {unit}", flex_runner(selection, q, k, v), density)
-        layout, scorer = selection.plan.layout, PooledScorer()
+    def sparse(self, unit: int, ratio: float = 0.2, parts: Sequence[str] = ()) -> None:
+        """attend on random units, scoring with selection, and the whole; or `parts` of these."""
+        q, k, v = self.problem.leaves
+        config, scorer = peers.settings(self.shape, unit, ratio), PooledScorer()
+        chosen = self._chosen(random_selection, config)
 
-        def whole() -> Tensor:
+        def picked() -> Selection:
+            layout = chosen()[0].plan.layout
             with torch.no_grad():
-                scores = scorer(q, k, layout=layout, config=config)
-            return attend(q, k, v, select(scores, layout, config))
+                return select(scorer(q, k, layout=layout, config=config), layout, config)
 
-        self.add(f"score + select + attend unit {unit}", whole, density, backward=False)
+        def build(run: Callable[[], Tensor]) -> Contestant:
+            made = Contestant(run, self.problem.leaves, self.dout, density=chosen()[1])
+            made.index_bytes = chosen()[0].index.nbytes + chosen()[0].count.nbytes
+            return made
+
+        for family, what, run in (
+            ("attend", "attend", lambda: attend(q, k, v, chosen()[0])),
+            ("select", "score + select", lambda: picked().index),
+            ("whole", "score + select + attend", lambda: attend(q, k, v, picked())),
+        ):
+            if not parts or family in parts:
+                backward = family == "attend" or family in parts
+                self.enter(f"{what} unit {unit}", family, partial(build, run), backward=backward)
+
+    def sparse_peers(self, block: int, ratio: float = 0.2) -> None:
+        """Sparse peers on random blocks, held against `attend` on the same."""
+        chosen = self._chosen(peers.peer_selection, peers.settings(self.shape, block, ratio))
+
+        @cache
+        def expected() -> Tensor | None:
+            run = partial(peers.attend_reference, self.problem, chosen()[0])
+            return self.session.guard(f"reference of blocks {block}", "attend", run)
+
+        def build(make: Callable[..., Contestant]) -> Contestant:
+            return replace(make(self.problem, chosen()[0]), density=chosen()[1])
+
+        for name, family, make, blocks in peers.SPARSE_PEERS:
+            if block in blocks:
+                run = partial(build, make)
+                self.enter(f"{name} blocks {block}", family, run, reference=expected)
+
+    def _chosen(self, make: Callable[..., Selection], config: SparseConfig) -> Any:
+        @cache
+        def chosen() -> tuple[Selection, float]:
+            selection = make(self.shape, config, self.device)
+            return selection, selection.density()
+
+        return chosen
 
 
-def main() -> None:
+class MemoryBench(Bench):
+    """Peak memory in place of time; a layout's plan, which layers share, is made before."""
+
+    def measure(self, made: Contestant, way: str) -> float:
+        """MiB beyond inputs and output; gradients count, and the call before is not measured."""
+        training = way == "backward"
+        with torch.set_grad_enabled(training):
+            for _ in range(2):
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                out = made.run()
+                if training:
+                    torch.autograd.grad(out, made.leaves, made.dout)
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() - before - out.nbytes
+                del out
+        return peak / 2**20
+
+    def keep(self, what: str, way: str, value: float, made: Contestant) -> None:
+        """Make a row of the memory table."""
+        whole = sum(x.nbytes for x in self.problem.leaves) / 2**20
+        way = "training" if way == "backward" else way
+        row = {"what": what, **self.where, "direction": way, "mib": round(value, 1)}
+        row.update(share_of_qkv=round(value / whole, 4), index_bytes=made.index_bytes)
+        self.session.memory.append(row)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--tokens", type=int, nargs="+", default=None)
-    args = parser.parse_args()
-    if torch.cuda.is_available():
-        import triton
+    parser = bench_parser()
+    args = parser.parse_args(argv)
+    cuda = torch.cuda.is_available()
+    if args.memory and not cuda:
+        parser.error("argument --memory: needs a CUDA GPU, torch.cuda.is_available() is False")
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    limit = 60.0 if args.quick and args.seconds is None else args.seconds
+    session = Session(only=args.only or (), seconds=limit, repeat=0.1 if args.quick else 0.3)
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    content: dict[str, Any] = {"machine": report.machine(device, dtype), "options": options}
+    units = args.units or ((128, 64, 16) if cuda and not args.quick else (64, 16))
+    ratio = args.ratio or 0.2
 
-        device, dtype, units = "cuda", torch.bfloat16, (128, 64, 16)
-        machine = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
-        kinds = [(16, 16, 128, False), (16, 16, 64, False), (16, 16, 128, True), (32, 8, 128, True)]
-        shapes = [Shape(n, *kind) for n in args.tokens or [16384] for kind in kinds]
-    else:
-        device, dtype, units = "cpu", torch.float32, (64, 16)
-        machine = {"cpu": platform.machine(), "threads": torch.get_num_threads()}
-        shapes = [Shape(n, 8, 8, 64, c) for n in args.tokens or [8192] for c in (False, True)]
-    records = []
-    for shape in shapes:
-        bench = Bench(shape, device, dtype)
-        bench.dense()
+    def shapes(tokens: Sequence[int], head_dims: Sequence[int] = ()) -> list[Shape]:
+        return [Shape(*s) for s in bench_shapes(args, cuda, tokens, head_dims)]
+
+    def each(which: Sequence[Shape], job: Callable[[Any], None], kind: Any = Bench) -> None:
+        for shape in which:
+            try:
+                job(kind(shape, device, dtype, session))
+            # Inputs that do not fit must not end the run either.
+            except Exception as error:
+                session.skip(f"{shape}", report.reason(error))
+            if args.out:
+                report.write(args.out, content, session)
+
+    def every(bench: Bench) -> None:
+        bench.dense(eager=cuda and not args.quick)
         for unit in units:
-            bench.sparse(unit)
-        records += bench.records
-    machine = {**machine, "torch": torch.__version__, "dtype": str(dtype)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine, "records": [asdict(r) for r in records]}
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
+            bench.sparse(unit, ratio)
+        for block in (128, 64) if cuda else ():
+            bench.sparse_peers(block, ratio)
+
+    def part(bench: Bench, name: str, ratio: float) -> None:
+        bench.dense()
+        for unit in args.units or (64, 16):
+            bench.sparse(unit, ratio, (name,))
+
+    try:
+        if not (args.decode or args.lengths or args.memory):
+            tokens, head_dims = (16384, 65536) if cuda else (8192,), (128, 64)
+            each(shapes(tokens, () if args.quick else head_dims), every)
+        if args.lengths:
+            lengths = [1024 << i for i in range(6 if cuda else 4)]
+            forward_only = partial(Bench, longest=0)
+            each(shapes(lengths), partial(part, name="whole", ratio=ratio), forward_only)
+            content["break_even"] = report.break_even(session.records)
+        if args.decode:
+            many = (32, 8, 128, False, 8) if cuda else (8, 2, 64, False, 1)
+            contexts = args.tokens or ((32768, 131072) if cuda else (4096,))
+            steps = [Shape(n, *many, queries=1) for n in contexts]
+            each(steps, partial(part, name="attend", ratio=args.ratio or 0.125))
+        if args.memory:
+            trained = partial(MemoryBench, longest=1 << 40)
+            each(shapes((65536,)), partial(part, name="whole", ratio=ratio), trained)
+    finally:
+        if args.out:
+            report.write(args.out, content, session)
+        print(report.summary(content, session))
+        if args.plot and session.records:
+            report.plot(args.plot, session.records)
 
 
 if __name__ == "__main__":
