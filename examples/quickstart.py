@@ -18,8 +18,7 @@ import torch
 from mm_sparse.modality import Modality
 from mm_sparse.recipes import tower
 from mm_sparse.recipes.callbacks import densities
-from mm_sparse.recipes.cli import main as recipe
-from mm_sparse.recipes.compare import RUNS
+from mm_sparse.recipes.compare import RUNS, prepare
 from mm_sparse.recipes.digits import DigitCanvases
 from mm_sparse.retrofit import watch
 from mm_sparse.viz import kept_patches
@@ -31,7 +30,8 @@ def finetune(name: str, options: list[str]) -> tuple[Any, float]:
     """The recipe's trainer, model and data after the last step, and the seconds it took."""
     print(f"finetuning with {name} attention", flush=True)
     start = time.perf_counter()
-    cli = recipe(["fit", f"--config={CONFIG}", *options])
+    cli = prepare(name, CONFIG, options)
+    cli.trainer.fit(cli.model, cli.datamodule)
     return cli, time.perf_counter() - start
 
 

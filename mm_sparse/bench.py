@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     limit = 60.0 if args.quick and args.seconds is None else args.seconds
     session = Session(only=args.only or (), seconds=limit, repeat=0.1 if args.quick else 0.3)
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     content: dict[str, Any] = {"machine": report.machine(device, dtype), "options": options}
     units = args.units or ((128, 64, 16) if cuda and not args.quick else (64, 16))
     ratio = args.ratio or 0.2

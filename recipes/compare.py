@@ -46,21 +46,26 @@ class StepTimes(Callback):
         self._since = now
 
 
-def run(name: str, config: str, options: list[str]) -> dict[str, Any]:
-    """Train as a config file says; figures of the run and of a validation after its last step.
+def prepare(name: str, config: str, options: list[str]) -> Any:
+    """Trainer, model and data of a config file, as `RecipeCLI` holds them; nothing has run yet.
 
     Checkpoints go to a folder called `name` in the folder that the config gives them.
     """
     from mm_sparse.recipes.cli import main as recipe
 
+    cli = recipe([f"--config={config}", *options], run=False)
+    for checkpoint in cli.trainer.checkpoint_callbacks:
+        own: Any = checkpoint
+        own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)
+    return cli
+
+
+def run(name: str, config: str, options: list[str]) -> dict[str, Any]:
+    """Train as a config file says; figures of the run and of a validation after its last step."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    cli = recipe([f"--config={config}", *options], run=False)
-    for checkpoint in cli.trainer.checkpoint_callbacks:
-        # Each run keeps its own.
-        found: Any = checkpoint
-        found.dirpath = str(Path(found.dirpath or cli.trainer.default_root_dir) / name)
+    cli = prepare(name, config, options)
     times = StepTimes()
     cli.trainer.callbacks.append(times)
     cli.trainer.fit(cli.model, cli.datamodule)
