@@ -4,6 +4,8 @@ R rows of a tile (tokens times query heads of a KV group), C keys of a block,
 D head dim (padded to a power of two)
 """
 
+# Names of a kernel's constants, which pyright cannot follow.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 import torch
 import triton
 import triton.language as tl

@@ -6,6 +6,7 @@ T tiles, U units, F width of a descriptor, R rank of the learned part
 
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
 import math
 
 import torch

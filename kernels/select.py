@@ -5,6 +5,7 @@ B batch, K KV heads, T tiles, U units, L list length
 
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
 import torch
 import triton
 import triton.language as tl
