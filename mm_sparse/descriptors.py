@@ -34,13 +34,11 @@ def tile_descriptors(q: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         )
     from mm_sparse.kernels.score import pool
 
-    parts = min(plan.config.subpools, plan.tile_tokens)
-    width = -(-plan.tile_tokens // parts)
-    first = torch.arange(0, parts * width, width, device=q.device)
+    live = plan.live_subpools
     (mean,) = pool(
-        last_contiguous(q), plan.tiles, plan.tile_tokens, parts, regular=plan.regular_tiles
+        last_contiguous(q), plan.tiles, plan.tile_tokens, live.shape[2], regular=plan.regular_tiles
     )
-    return mean, first < plan.tiles[..., 1:]
+    return mean, live
 
 
 def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...]:

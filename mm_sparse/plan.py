@@ -116,6 +116,21 @@ class Plan:
         return before.gather(1, edges[1]) - before.gather(1, edges[0])
 
     @cached_property
+    def live_subpools(self) -> Tensor:
+        """(B, T, S) bool: which sub-pools of a tile hold a token; a short one lacks the last."""
+        parts = min(self.config.subpools, self.tile_tokens)
+        width = -(-self.tile_tokens // parts)
+        first = torch.arange(0, parts * width, width, device=self.tiles.device)
+        return first < self.tiles[..., 1:]
+
+    @cached_property
+    def floors(self) -> Tensor | None:
+        """(modalities,) float32: least share of the budget; None where nobody has one."""
+        shares = self.config.floors()
+        found = [shares.get(kind, 0.0) for kind in Modality]
+        return torch.tensor(found, device=self.units.device) if shares else None
+
+    @cached_property
     def distance(self) -> Tensor:
         """(B, T, U) int32: key tokens from the middle of a tile to the middle of a unit, signed."""
         tile = self.tiles[..., 0] + self.query_offset + self.tiles[..., 1] // 2

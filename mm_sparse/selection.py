@@ -240,8 +240,6 @@ def _select_fused(values: Tensor, plan: Plan, width: int) -> Selection:
     """The same by a kernel, ties to the lowest id."""
     from mm_sparse.kernels.select import keep_best
 
-    shares = plan.config.floors()
-    floors = [shares.get(kind, 0.0) for kind in Modality]
     index, count = keep_best(
         values,
         plan.always,
@@ -250,7 +248,7 @@ def _select_fused(values: Tensor, plan: Plan, width: int) -> Selection:
         plan.budget,
         width,
         unit_kind=plan.unit_modality,
-        floors=torch.tensor(floors, device=values.device) if shares else None,
+        floors=plan.floors,
         unit=plan.unit if plan.regular else None,
     )
     return Selection(index, count, plan)

@@ -9,6 +9,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
 from mm_sparse.plan import Plan
+from mm_sparse.pooling import tile_subpools
 from tests.mm_sparse.layouts import (
     GROUPS,
     IDS,
@@ -221,3 +222,13 @@ def test_a_scorer_of_five_lines_works() -> None:
     scores = Peak()(q, k, layout=layout, config=small_config(ratio=0.4))
     mask = mms.select(scores, layout, scores.plan.config).to_dense_mask()
     torch.testing.assert_close(out, mms.attention_reference(q, k, v, mask=mask))
+
+
+@pytest.mark.parametrize("subpools", [1, 4, 5, 100])
+def test_a_plan_knows_which_subpools_hold_a_token(subpools: int) -> None:
+    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (9, 9)), ("text", 3)], batch=2)
+    config = mms.SparseConfig(tile=64, subpools=subpools)
+    plan = layout.plan(config, num_query_heads=4, num_kv_heads=2)
+    q = torch.randn(2, 4, layout.length, 8)
+    _, exists = tile_subpools(q, plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles)
+    assert torch.equal(plan.live_subpools, exists)
