@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import nn
 
+from mm_sparse.found import Found, forward_source, prefixes
 from mm_sparse.modality import Modality
 
 DISPATCH = "ALL_ATTENTION_FUNCTIONS"
@@ -27,19 +27,11 @@ UNSERVED = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """An attention module of a model."""
+class HFFound(Found):
+    """An attention module of a transformers model."""
 
-    name: str
-    module: nn.Module
     owners: tuple[Any, ...]
     """The transformers models around it, outermost first."""
-    modality: Modality | None
-    """What its tokens are; None where each token of a sequence may be something else."""
-    refusal: str | None
-    """Why it cannot be served, as far as can be known before it is called."""
-    cross: bool
-    """Whether its keys come from another sequence."""
 
     @property
     def root(self) -> Any:
@@ -47,27 +39,29 @@ class Found:
         return self.owners[0]
 
 
-def find_layers(model: nn.Module) -> list[Found]:
-    """Every module of `model` that computes attention, in order."""
+def find_layers(model: nn.Module) -> list[HFFound]:
+    """Every module inside a transformers model that computes attention, in order."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return []
     from transformers import PreTrainedModel
 
-    found: list[Found] = []
+    found: list[HFFound] = []
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        owners = [modules[p] for p in _prefixes(name) if isinstance(modules[p], PreTrainedModel)]
+        owners = [modules[p] for p in prefixes(name) if isinstance(modules[p], PreTrainedModel)]
         if not owners or not _computes_attention(module):
             continue
         inside = any(found and name.startswith(f.name + ".") for f in found)
         if inside and not dispatches(type(module)):
             continue
         found.append(
-            Found(
+            HFFound(
                 name,
                 module,
-                tuple(owners),
                 _modality(name, module, owners),
                 _refusal(module),
                 _is_cross(name, module),
+                tuple(owners),
             )
         )
     return found
@@ -76,21 +70,7 @@ def find_layers(model: nn.Module) -> list[Found]:
 @cache
 def dispatches(cls: type) -> bool:
     """Whether the class's forward asks transformers' attention interface what to call."""
-    return DISPATCH in _source(cls)
-
-
-def defining_class(cls: type) -> type:
-    """The class among `cls` and its bases that writes the forward."""
-    return next(base for base in cls.__mro__ if "forward" in vars(base))
-
-
-@cache
-def _source(cls: type) -> str:
-    forward = vars(defining_class(cls)).get("forward")
-    try:
-        return inspect.getsource(inspect.unwrap(forward)) if callable(forward) else ""
-    except (OSError, TypeError):
-        return ""
+    return DISPATCH in forward_source(cls)
 
 
 def _computes_attention(module: nn.Module) -> bool:
@@ -113,7 +93,7 @@ def _refusal(module: nn.Module) -> str | None:
         return None
     if not dispatches(cls):
         return "it does not dispatch through transformers' attention interface"
-    source = _source(cls)
+    source = forward_source(cls)
     for argument, meaning in UNSERVED.items():
         given = re.search(rf"\b{argument}=(self\.(\w+)|\w+)", source)
         if given is None or given[1] == "None" or argument in ("indices", "attention_bias"):
@@ -148,43 +128,3 @@ def _modality(name: str, module: nn.Module, owners: list[nn.Module]) -> Modality
     if re.search(r"vision|visual|image", text):
         return Modality.IMAGE
     return None
-
-
-def scorer_shape(module: nn.Module) -> tuple[int, int, int]:
-    """Query heads, KV heads and head dim of an attention module.
-
-    Raises:
-        ValueError: the module does not say.
-    """
-    config = getattr(module, "config", None)
-
-    def first(*names: str) -> int | None:
-        for owner in (module, config):
-            for name in names:
-                value = getattr(owner, name, None)
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
-        return None
-
-    heads = first("num_heads", "num_attention_heads", "n_heads", "encoder_attention_heads")
-    width = first("embed_dim", "hidden_size", "d_model", "dim")
-    dim = first("head_dim", "qk_head_dim", "attention_head_size")
-    projected = getattr(getattr(module, "q_proj", None), "out_features", None)
-    if dim is None and heads and (projected or width):
-        dim = (projected or width or 0) // heads
-    # A gate may be part of the projection: what the module or config says comes first.
-    if heads is None and projected and dim:
-        heads = projected // dim
-    keys = getattr(getattr(module, "k_proj", None), "out_features", None)
-    kv_heads = keys // dim if keys and dim else first("num_key_value_heads", "num_kv_heads")
-    if heads is None or dim is None:
-        raise ValueError(f"{type(module).__name__} does not say its number of heads and head dim")
-    return heads, kv_heads or heads, dim
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """Names of the modules around `name`, outermost first, itself last."""
-    yield ""
-    parts = name.split(".") if name else []
-    for count in range(1, len(parts) + 1):
-        yield ".".join(parts[:count])

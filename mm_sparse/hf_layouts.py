@@ -12,25 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.hf_modality import ModalityTracker
-from mm_sparse.layout import TokenLayout
 from mm_sparse.lazy_mask import LazyMask
-from mm_sparse.masks import layout_from_spans, spans_from_dense
+from mm_sparse.masks import layout_from_spans
 from mm_sparse.modality import Modality
-
-# Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
-PLAIN_LAYOUTS = 8
+from mm_sparse.placing import Placed, make_room, spans_of_tensor, spans_without_mask
 
 
 @dataclass(frozen=True, eq=False)
-class Placed:
-    """A layout of M keys, and the place of the first query among them."""
-
-    layout: TokenLayout
-    first: int
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
+class HFSource:
     """Where the layouts of a layer come from."""
 
     tracker: ModalityTracker
@@ -60,9 +49,9 @@ class Source:
                 span, valid = mask.recipe.spans()
                 first, start = mask.recipe.first, mask.recipe.offsets[1]
             elif isinstance(mask, Tensor):
-                span, valid, first = _from_tensor(mask, queries, keys)
+                span, valid, first = spans_of_tensor(mask, queries, keys)
             elif mask is None:
-                span, valid, first = _without_mask(queries, keys, causal, window)
+                span, valid, first = spans_without_mask(queries, keys, causal, window)
             else:
                 raise ValueError(f"attention_mask must be a tensor, got {type(mask).__name__}")
             span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
@@ -77,8 +66,7 @@ class Source:
             return mask.recipe.layouts
         now = self.tracker.current
         if mask is None:
-            while len(self.plain) > PLAIN_LAYOUTS:
-                self.plain.pop(next(iter(self.plain)))
+            make_room(self.plain)
             return self.plain if now is None or self.modality is not None else {}
         # When a checkpoint computes again, the forward is over and the tracker says nothing.
         held = getattr(mask, "_mm_sparse_layouts", None)
@@ -110,33 +98,6 @@ def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
     """Whether a call without a mask is causal."""
     given = options.get("is_causal")
     return bool(getattr(module, "is_causal", True) if given is None else given)
-
-
-def _from_tensor(mask: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, int]:
-    span, valid = spans_from_dense(mask)
-    if span.shape[1] != queries or valid.shape[1] < keys:
-        raise ValueError(
-            f"attention_mask must be for {queries} x {keys} tokens, got {tuple(mask.shape)}"
-        )
-    span, valid = span.clamp(max=keys), valid[:, :keys]
-    # A cache may have slots behind the last query, which nobody sees.
-    first = max(int(span[..., 1].max()) - queries, 0) if queries < keys else 0
-    return span, valid, first
-
-
-def _without_mask(
-    queries: int, keys: int, causal: bool, window: int | None
-) -> tuple[Tensor, Tensor, int]:
-    """As SDPA reads it: one query sees all; causal queries start with the first key."""
-    own = torch.arange(queries)
-    low, high = torch.zeros_like(own), torch.full_like(own, keys)
-    first = keys - queries
-    if causal and queries > 1:
-        first, high = 0, own + 1
-    if causal and window:
-        low = (own + first - window + 1).clamp(min=0)
-    valid = torch.arange(keys) < (int(high.max()) if queries else 0)
-    return torch.stack([low, high], -1).to(torch.int32)[None], valid[None], first
 
 
 def _cut(span: Tensor, cuts: tuple[int, ...], keys: int) -> Tensor:

@@ -174,15 +174,26 @@ class MaskRecipe:
                 )
 
 
+def shown(mask: Tensor, hidden: float | None = None) -> Tensor:
+    """Where a mask lets a key be seen: a bool mask itself, and the zeros of an additive one.
+
+    Args:
+        hidden: numbers down from here hide a key as -inf does; a quarter of the least if None.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask == 0
+    least = torch.finfo(mask.dtype).min / 4 if hidden is None else hidden
+    if mask.requires_grad or bool((~seen & (mask > least)).any()):
+        raise ValueError("attention_mask must hold 0 and -inf only, got an additive bias")
+    return seen
+
+
 def spans_from_dense(mask: Tensor) -> tuple[Tensor, Tensor]:
     """As `MaskRecipe.spans`, from a (B, heads, N, M) mask that exists: bool, or 0 and -inf."""
     if mask.dim() != 4:
         raise ValueError(f"attention_mask must be (batch, 1, N, M), got {tuple(mask.shape)}")
-    seen = mask
-    if mask.dtype != torch.bool:
-        seen = mask == 0
-        if bool((~seen & (mask > torch.finfo(mask.dtype).min / 4)).any()):
-            raise ValueError("attention_mask must hold 0 and -inf only, got an additive bias")
+    seen = shown(mask)
     if seen.shape[1] > 1 and bool((seen != seen[:, :1]).any()):
         raise ValueError("attention_mask must be the same for all heads, it differs")
     seen = seen[:, 0]

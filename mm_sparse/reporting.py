@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.hf import Call, Layer
+from mm_sparse.layer import Call, Layer
 from mm_sparse.modality import Modality
 from mm_sparse.retrofit import layers, watch
 from mm_sparse.scorers import unit_mass

@@ -11,11 +11,15 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.hf import LAYER, NAME, Call, Layer, Shared, register
-from mm_sparse.hf_layers import dispatches, find_layers, scorer_shape
+from mm_sparse.found import Found, scorer_shape
+from mm_sparse.hf import NAME, HFLayer, register
+from mm_sparse.hf_layers import HFFound, dispatches, find_layers
 from mm_sparse.hf_modality import ModalityTracker
+from mm_sparse.layer import LAYER, Call, Layer, Shared
 from mm_sparse.scorer_files import read_scorers, write_scorers
 from mm_sparse.scorers import RelevanceScorer, Scorer
+from mm_sparse.tower_layouts import Tower
+from mm_sparse.towers import TowerFound, TowerLayer, find_towers
 
 M = TypeVar("M", bound=nn.Module)
 STATE = "_mm_sparse"
@@ -28,6 +32,7 @@ class State:
     shared: Shared
     layers: dict[str, Layer]
     trackers: list[ModalityTracker]
+    towers: list[Tower]
     handles: list[Any] = field(default_factory=list)
     before: list[tuple[Any, str]] = field(default_factory=list)
     """Configs and the attention implementation that each named."""
@@ -40,10 +45,14 @@ def sparsify(
     strict: bool = True,
     scorer: str | Callable[..., Scorer] | None = None,
 ) -> M:
-    """Make a transformers model attend sparsely; its weights and their names stay as they are.
+    """Make a model attend sparsely; its weights and their names stay as they are.
+
+    Served are models of transformers that dispatch through its attention interface, and the
+    self-attention of timm, open_clip and torchaudio. Below `config.dense_below` tokens a layer runs
+    as before. A tower is causal only where its own mask is; class and register tokens are kept.
 
     Args:
-        model: a transformers model, or a module that contains some.
+        model: a model of these libraries, or a module that contains some.
         config: what to keep; `SparseConfig()` if None.
         strict: refuse a layer that cannot be served; else it runs as before and `report` says so.
         scorer: None for the training-free score, "relevance" for a `RelevanceScorer` per layer, or
@@ -91,7 +100,7 @@ def densify(model: M) -> M:
     for config, name in state.before:
         config._attn_implementation_internal = name
     for layer in state.layers.values():
-        vars(layer.module).pop(LAYER, None)
+        layer.detach()
     del vars(model)[STATE]
     return model
 
@@ -136,6 +145,8 @@ def given_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
     if not isinstance(modality, Tensor) or modality.dim() != 2 or modality.is_floating_point():
         raise ValueError(f"modality must be a (batch, tokens) tensor of integers, got {modality!r}")
     trackers = _state(model).trackers
+    if not trackers:
+        raise ValueError(f"model must hold a transformers model, got {type(model).__name__}")
     for tracker in trackers:
         tracker.given = modality
     try:
@@ -190,15 +201,23 @@ def _state(model: nn.Module) -> State:
     return state
 
 
+def _find(model: nn.Module) -> list[Found]:
+    """Attention layers of all libraries, in the order of the model's modules."""
+    found: dict[str, Found] = {f.name: f for f in find_layers(model)}
+    # To transformers, a tower that one of its models wraps has attention that does not dispatch.
+    found.update((f.name, f) for f in find_towers(model))
+    return [found[name] for name, _ in model.named_modules() if name in found]
+
+
 def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
     """Find the layers and check them; changes nothing."""
-    found = find_layers(model)
+    found = _find(model)
     name = type(model).__name__
     refused = [f for f in found if f.refusal is not None]
     if not found:
         raise ValueError(
-            "model must have attention layers that dispatch through transformers' attention "
-            f"interface, got {name}"
+            "model must have attention layers of transformers, timm, open_clip or torchaudio, "
+            f"got {name}"
         )
     if strict and refused:
         first = refused[0]
@@ -212,22 +231,31 @@ def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
         raise ValueError(f"model must not be sparsified already as a part of another: {taken[0]}")
     shared = Shared(config, strict)
     trackers: dict[int, ModalityTracker] = {}
+    towers: dict[int, Tower] = {}
     served: dict[str, Layer] = {}
     before: list[tuple[Any, str]] = []
     for item in found:
-        if id(item.root) not in trackers:
-            trackers[id(item.root)] = ModalityTracker(item.root)
-        tracker = trackers[id(item.root)]
-        served[item.name] = Layer(item, shared, tracker)
-        if item.modality is None:
-            tracker.follow(item.owners)
-        if dispatches(type(item.module)):
-            # The models around a layer make its masks, under the name in their own config.
-            for owner in (item.module, *item.owners):
-                part = getattr(owner, "config", None)
-                if part is not None and all(part is not config for config, _ in before):
-                    before.append((part, part._attn_implementation))
-    return State(shared, served, list(trackers.values()), before=before)
+        if isinstance(item, TowerFound):
+            towers[id(item.tower)] = item.tower
+            served[item.name] = TowerLayer(item, shared)
+        elif isinstance(item, HFFound):
+            tracker = trackers.setdefault(id(item.root), ModalityTracker(item.root))
+            served[item.name] = HFLayer(item, shared, tracker)
+            if item.modality is None:
+                tracker.follow(item.owners)
+            before += _configs(item, [config for config, _ in before])
+    return State(shared, served, list(trackers.values()), list(towers.values()), before=before)
+
+
+def _configs(item: HFFound, known: list[Any]) -> list[tuple[Any, str]]:
+    """Configs that name the attention of a layer and make its masks, and what they name."""
+    configs: list[tuple[Any, str]] = []
+    for owner in (item.module, *item.owners) if dispatches(type(item.module)) else ():
+        part = getattr(owner, "config", None)
+        if part is not None and all(part is not other for other in known):
+            known.append(part)
+            configs.append((part, part._attn_implementation))
+    return configs
 
 
 def _scorer(
@@ -250,12 +278,12 @@ def _scorer(
 
 
 def _attach(model: nn.Module, state: State) -> None:
-    register()
+    if state.before:
+        register()
     for layer in state.layers.values():
-        if dispatches(type(layer.module)):
-            setattr(layer.module, LAYER, layer)
+        layer.attach()
     for config, _ in state.before:
         config._attn_implementation_internal = NAME
-    for tracker in state.trackers:
-        state.handles += tracker.attach()
+    for part in (*state.trackers, *state.towers):
+        state.handles += part.attach()
     setattr(model, STATE, state)

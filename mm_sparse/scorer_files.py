@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.hf import Layer
-from mm_sparse.hf_layers import scorer_shape
+from mm_sparse.found import scorer_shape
+from mm_sparse.layer import Layer
 from mm_sparse.scorers import PooledScorer, RelevanceScorer, Scorer
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"

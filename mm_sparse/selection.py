@@ -127,10 +127,14 @@ class Selection:
         }
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Kept and visible query-key pairs by modality, (3, 3) float64 each, tile by tile."""
+        """Kept and visible query-key pairs by modality, (4, 3) float64 each, tile by tile.
+
+        The last row is of tiles of padding, which may see keys all the same.
+        """
         plan = self.plan
         kinds = len(Modality)
-        kept = torch.zeros(kinds * kinds, dtype=torch.float64, device=self.index.device)
+        rows = (kinds + 1) * kinds
+        kept = torch.zeros(rows, dtype=torch.float64, device=self.index.device)
         seen = torch.zeros_like(kept)
         start, size = plan.units.unbind(-1)
         end = start + size
@@ -146,13 +150,14 @@ class Selection:
             high = high.masked_fill(~exists, 0)
             common = high[..., None].minimum(end[:, None]) - low[..., None].maximum(start[:, None])
             pairs = common.clamp(min=0).sum(1).double()  # (B, U)
-            cell = plan.tile_modality[:, t].long().clamp(min=0)[:, None] * kinds + key_kind
+            kind = plan.tile_modality[:, t].long()
+            cell = torch.where(kind >= 0, kind, kinds)[:, None] * kinds + key_kind
             seen.index_add_(0, cell.flatten(), pairs.flatten() * self.index.shape[1])
             listed = slot < self.count[:, :, t, None]  # (B, K, L)
             ids = self.index[:, :, t].masked_fill(~listed, 0).long().flatten(1)
             chosen = pairs.gather(1, ids) * listed.flatten(1)
             kept.index_add_(0, cell.gather(1, ids).flatten(), chosen.flatten())
-        return kept.view(kinds, kinds), seen.view(kinds, kinds)
+        return kept.view(-1, kinds), seen.view(-1, kinds)
 
 
 def select(

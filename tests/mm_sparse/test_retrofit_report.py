@@ -74,13 +74,13 @@ def test_kept_mass_of_everything_is_one() -> None:
 
 @torch.no_grad()
 def test_a_long_selection_is_thinned_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mm_sparse import hf
+    from mm_sparse import layer
 
     case = build("llama")
     mms.sparsify(case.model, SPARSE)
     case.model(long_ids())
     whole = mms.report(case.model).density
-    monkeypatch.setattr(hf, "KEPT_ENTRIES", 100)
+    monkeypatch.setattr(layer, "KEPT_ENTRIES", 100)
     case.model(long_ids())
     held = retrofit.layers(case.model)[ATTENTION].record
     assert held is not None

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import mm_sparse as mms
 from mm_sparse import Modality, Scores, Selection, SparseConfig, TokenLayout
+from mm_sparse.masks import layout_from_spans
 from tests.mm_sparse.layouts import (
     FEW,
     HOLE,
@@ -167,3 +168,18 @@ def test_the_transposed_lists_hold_the_tiles_of_every_unit(
             pairs = seen[b][of_tile[b, t]][:, of_unit[b, u]]
             assert pairs.all()
             assert int(plan.units[b, u, 1]) == plan.unit
+
+
+def test_queries_of_padding_that_see_keys_are_of_no_modality() -> None:
+    span = torch.tensor([0, 80], dtype=torch.int32).expand(1, 160, 2)
+    valid = torch.arange(160)[None] < 80
+    kinds = torch.full((1, 160), int(Modality.AUDIO), dtype=torch.int8)
+    layout = layout_from_spans(span, valid, 0, kinds)
+    config = SparseConfig(tile=64, ratio=0.4, sinks=0, window=0)
+    plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
+    assert (plan.tile_modality == -1).any()
+    values = torch.rand(1, 1, plan.tiles.shape[1], plan.units.shape[1])
+    chosen = mms.select(values, layout, config)
+    assert set(chosen.density_by_modality()) == {(Modality.AUDIO, Modality.AUDIO)}
+    mask = chosen.to_dense_mask()
+    assert chosen.density() == pytest.approx(mask.sum().item() / (160 * 80))

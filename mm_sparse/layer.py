@@ -1,0 +1,243 @@
+"""One attention layer of somebody else's model: what it is given, and what it makes of it.
+
+B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from mm_sparse.attention import attend
+from mm_sparse.config import SparseConfig
+from mm_sparse.dense import dense_length
+from mm_sparse.found import Found
+from mm_sparse.kernels.ops import supports
+from mm_sparse.placing import MaskMemo, Placed
+from mm_sparse.scorers import PooledScorer, Scorer, Scores
+from mm_sparse.selection import Selection, select
+from mm_sparse.validation import autocast_inputs
+
+R = TypeVar("R")
+# The attribute of a module that says which layer serves it.
+LAYER = "_mm_sparse_layer"
+# Entries of a selection that a layer keeps for `report`; of longer ones, every n-th tile.
+KEPT_ENTRIES = 1 << 18
+_POOLED = PooledScorer()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a layer was given and what it made of it, as `retrofit.watch` hands it out."""
+
+    name: str
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    scores: Scores | None
+    """None if the layer ran dense; `scores.plan.layout` is the layout."""
+    selection: Selection | None
+    reason: str
+    """Why it ran dense, or empty."""
+    seconds: float | None
+    """Only while timing."""
+
+
+@dataclass
+class Shared:
+    """What the layers of a sparsified model have in common."""
+
+    config: SparseConfig
+    strict: bool
+    watchers: list[Callable[[Call], None]] = field(default_factory=list)
+    timed: bool = False
+    plain: dict[Any, Placed] = field(default_factory=dict)
+    """Layouts of calls without a mask."""
+    masked: MaskMemo = field(default_factory=MaskMemo)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The last call of a layer, for `report`."""
+
+    mode: str
+    reason: str
+    queries: int
+    keys: int
+    selection: Selection | None
+
+
+class Source(Protocol):
+    """Where the layouts of a layer come from."""
+
+    def place(
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
+    ) -> Placed:
+        """Layout of a call; a ValueError says why there is none."""
+        ...
+
+
+class Layer(ABC):
+    """Serves one attention module; kept outside the module tree."""
+
+    def __init__(self, found: Found, shared: Shared, source: Source) -> None:
+        self.name, self.module, self.modality = found.name, found.module, found.modality
+        self.refusal, self.cross = found.refusal, found.cross
+        self.shared, self.source = shared, source
+        self.scorer: Scorer | None = None
+        self.record: Record | None = None
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Have the module ask this layer."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Undo `attach`."""
+
+    @property
+    def index(self) -> int | None:
+        """Number of the layer in its decoder, None elsewhere."""
+        return None
+
+    def known_mode(self) -> tuple[str, str]:
+        """Mode and reason as far as they are known before a call."""
+        if self.refusal is not None:
+            return "refused", self.refusal
+        if self.cross:
+            return "dense", "cross-attention"
+        if self.index is not None and self.index in self.shared.config.dense_layers:
+            return "dense", "in dense_layers"
+        if self.shared.config.backend == "dense":
+            return "dense", 'backend is "dense"'
+        return "sparse", ""
+
+    def early_mode(self, tokens: int | None, device: torch.device) -> tuple[str, str]:
+        """The same of a call that sees so many tokens; None where they are another sequence's."""
+        known = self.known_mode()
+        if known[0] != "sparse":
+            return known
+        if tokens is None:
+            return "dense", "cross-attention"
+        least = dense_length(self.shared.config, device)
+        if tokens < least:
+            return "dense", f"{tokens} tokens < dense_below ({least})"
+        return "sparse", ""
+
+    def error(self, what: object) -> ValueError:
+        """The error of a layer that cannot do what it is asked."""
+        return ValueError(f"{self.name} ({type(self.module).__name__}) cannot run sparse: {what}")
+
+    def refuse(self, problem: object) -> tuple[str, str]:
+        """Mode and reason of a call that cannot be served; an error if that is strict."""
+        if self.shared.strict:
+            raise self.error(problem) from None
+        return "refused", str(problem)
+
+    def note(self, mode: tuple[str, str], queries: int, keys: int) -> None:
+        """Record a call that ran as without us."""
+        self.record = Record(*mode, queries, keys, None)
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
+        stock: Callable[[], R], finish: Callable[[Tensor], R],
+    ) -> R:  # fmt: skip
+        """`finish` of what sparse attention gives, (B, N, H, D), or what `stock` gives."""
+        start = self._clock(q)
+        given = options.get("scaling")
+        scale = q.shape[-1] ** -0.5 if given is None else float(given)
+        placed = scores = selection = None
+        mode, reason = self.early_mode(self._in_view(q, k, mask, options), q.device)
+        if mode == "sparse":
+            problem = self._problem(q, k, v, mask, options)
+            if problem is not None:
+                mode, reason = self.refuse(problem)
+        if mode == "sparse":
+            try:
+                placed = self.source.place(self.module, q, k, mask, options)
+            except ValueError as error:
+                mode, reason = self.refuse(error)
+        if placed is not None:
+            # Rotary embeddings come in float32 where the model does not: scores need no more.
+            q, k, v = autocast_inputs(q, k, v)
+            out, scores, selection = self._sparse(q, k, v, placed, scale)
+            result = finish(out)
+        else:
+            result = stock()
+        self.record = Record(mode, reason, q.shape[-2], k.shape[-2], _thin(selection))
+        if self.shared.watchers:
+            seconds = None if start is None else self._clock(q) - start
+            call = Call(self.name, self.module, q, k, v, scale, scores, selection, reason, seconds)
+            for watcher in self.shared.watchers:
+                watcher(call)
+        return result
+
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float
+    ) -> tuple[Tensor, Scores, Selection]:
+        config, layout = self.shared.config, placed.layout
+        if placed.prefix > config.sinks:
+            config = replace(config, sinks=placed.prefix)
+        scorer = self.scorer or _POOLED
+        weight = next(scorer.parameters(), None)
+        if weight is not None and weight.device != q.device:
+            scorer.to(q.device)
+        # Selection passes no gradient; only a watcher can use the scores' graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.shared.watchers)):
+            scores = scorer(
+                q, k, layout=layout, config=config, query_offset=placed.first, scale=scale
+            )
+        selection = select(scores, layout, config)
+        width = v.shape[-1]
+        if width < k.shape[-1]:
+            v = pad(v, (0, k.shape[-1] - width))
+        out = attend(q, k, v, selection, scale=scale)[..., :width]
+        return out.transpose(1, 2).contiguous(), scores, selection
+
+    @abstractmethod
+    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
+        """Tokens that a call sees; None where they are another sequence's."""
+
+    def _problem(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> str | None:
+        """Why a call cannot be served, None if it can."""
+        if self.module.training and options.get("dropout"):
+            return f"dropout of {options['dropout']} on attention weights while training"
+        if v.shape[-1] > k.shape[-1]:
+            return f"values have {v.shape[-1]} dimensions, keys only {k.shape[-1]}"
+        return supports(q, k, self.shared.config.unit, self.shared.config.backend)
+
+    def _clock(self, q: Tensor) -> Any:
+        if not self.shared.timed:
+            return None
+        if q.device.type == "cuda":
+            torch.cuda.synchronize(q.device)
+        return time.perf_counter()
+
+
+def _thin(selection: Selection | None) -> Selection | None:
+    """A selection of every n-th tile, small enough to keep."""
+    if selection is None:
+        return None
+    step = -(-selection.index.numel() // KEPT_ENTRIES)
+    if step <= 1:
+        return selection
+    plan, some = selection.plan, slice(None, None, step)
+    plan = replace(
+        plan,
+        tiles=plan.tiles[:, some],
+        hull=plan.hull[:, some],
+        tile_modality=plan.tile_modality[:, some],
+        regular_tiles=False,
+    )
+    return Selection(selection.index[:, :, some].clone(), selection.count[:, :, some].clone(), plan)

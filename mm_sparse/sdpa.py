@@ -1,0 +1,67 @@
+"""A forward whose calls of `scaled_dot_product_attention` ask a layer; all else in it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from mm_sparse.layer import Layer
+
+
+class RedirectedForward:
+    """Stands before a module's forward: projections, norms, rotations and gates are the module's.
+
+    Args:
+        layer: serves the module.
+        before: a forward that the module itself had, None for its class's.
+    """
+
+    def __init__(self, layer: Layer, before: Callable[..., Any] | None) -> None:
+        self.layer, self.before = layer, before
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Redirect(self.layer) as redirect:
+            out = stock_forward(self)(*args, **kwargs)
+        if not redirect.calls:
+            problem = "its forward did not call scaled_dot_product_attention"
+            self.layer.note(self.layer.refuse(problem), 0, 0)
+        return out
+
+
+def stock_forward(forward: Any) -> Callable[..., Any]:
+    """What the module of `forward` runs without us."""
+    module = forward.layer.module
+    return forward.before or type(module).forward.__get__(module)
+
+
+class _Redirect(TorchFunctionMode):
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return self._ask(lambda: func(*args, **kwargs), *args, **kwargs)
+
+    def _ask(
+        self, stock: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor,
+        attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        options = {"dropout": dropout_p, "is_causal": is_causal, "scaling": scale}
+        return self.layer.run(
+            query, key, value, attn_mask, options,
+            stock=stock, finish=lambda out: out.transpose(1, 2),
+        )  # fmt: skip
