@@ -59,10 +59,13 @@ def _chunks(
                 exists = token < tiles[b, chosen, 1:]
                 query = query.clamp(max=span.shape[1] - 1).long()
                 low, high = span[b, query].unbind(-1)
-                # Slots before `cut` are seen by every query of the chunk: most are, and ids ascend.
+                # Slots before `cut` are seen by every query of the chunk: most are. One short unit,
+                # such as a class token, must not have all that follow it masked.
                 whole = real & (key >= low.amax(1, True)) & (key < high.amin(1, True))
                 whole = whole.all(0) & exists.all()
-                cut = int(whole.int().cumprod(0).sum())
+                order = (~whole).int().argsort(stable=True)
+                cut = int(whole.sum())
+                key, real = key[:, order], real[:, order]
                 rest = key[:, None, cut:]
                 seen = (rest >= low[..., None]) & (rest < high[..., None])
                 seen &= real[:, None, cut:] & exists[..., None]
@@ -94,8 +97,8 @@ def _cleared(rows: Tensor, chunk: _Chunk) -> Tensor:
     return rows
 
 
-def _scores(q: Tensor, k: Tensor, chunk: _Chunk, scale: float, group: int) -> Tensor:
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (C, R, S)
+def _scores(q: Tensor, k: Tensor, chunk: _Chunk, group: int) -> Tensor:
+    scores = torch.bmm(q, k.transpose(1, 2))  # (C, R, S)
     c, r, s = scores.shape
     scores.view(c, r // group, group, s)[..., chunk.cut :].masked_fill_(chunk.hidden, -math.inf)
     return scores
@@ -113,7 +116,8 @@ def attend_forward(
     walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 2 * dim)
     for b, h, chunk in walk:
         own = slice(h * group, (h + 1) * group)
-        scores = _scores(_rows(q[b, own], chunk.query), _keys(k[b, h], chunk), chunk, scale, group)
+        q_rows = _rows(q[b, own], chunk.query) * scale
+        scores = _scores(q_rows, _keys(k[b, h], chunk), chunk, group)
         top = scores.amax(-1, keepdim=True)
         top.masked_fill_(top == -math.inf, 0)
         weight = scores.sub_(top).exp_()
@@ -145,17 +149,18 @@ def attend_backward(
     walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 4 * dim)
     for b, h, chunk in walk:
         own = slice(h * group, (h + 1) * group)
-        q_rows, d_rows = _rows(q[b, own], chunk.query), _rows(dout[b, own], chunk.query)
+        q_rows, d_rows = _rows(q[b, own], chunk.query) * scale, _rows(dout[b, own], chunk.query)
         k_cols, v_cols = _keys(k[b, h], chunk), _keys(v[b, h], chunk)
-        weight = _scores(q_rows, k_cols, chunk, scale, group)
+        weight = _scores(q_rows, k_cols, chunk, group)
         weight = weight.sub_(_rows(norm[b, own], chunk.query)).exp_()
         slots = chunk.key.flatten()
         grad = _cleared(torch.bmm(weight.transpose(1, 2), d_rows), chunk)
         dv[b, h].index_add_(0, slots, grad.flatten(0, 1))
         dscore = torch.bmm(d_rows, v_cols.transpose(1, 2))
-        dscore = dscore.sub_(_rows(delta[b, own], chunk.query)).mul_(weight).mul_(scale)
+        dscore = dscore.sub_(_rows(delta[b, own], chunk.query)).mul_(weight)
         grad = _cleared(torch.bmm(dscore.transpose(1, 2), q_rows), chunk)
         dk[b, h].index_add_(0, slots, grad.flatten(0, 1))
-        grad = torch.bmm(dscore, k_cols).view(*chunk.query.shape, group, dim)[chunk.exists]
+        grad = torch.bmm(dscore, k_cols).mul_(scale)
+        grad = grad.view(*chunk.query.shape, group, dim)[chunk.exists]
         dq[b, own, chunk.query[chunk.exists]] = grad.transpose(0, 1).to(dq.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
