@@ -347,6 +347,7 @@ def _forward(
     sizes = (items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads)
     strides = (stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on)
     scale2 = scale * LOG2E
+    # Arguments are written out: constants kept in a tuple of their own would become numbers.
     # Of a pair of buffers: 1 and 2 the boxes of k and v, 5 to 8 their barriers.
     one = _buffers(dtype, UNIT, COLS, D, STAGES)
     if D == 128:

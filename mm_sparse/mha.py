@@ -7,30 +7,18 @@ B batch, H heads, N query tokens, M key tokens, E width, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mm_sparse.sdpa import stock_forward
+from mm_sparse.sdpa import Forward
 from mm_sparse.tower_layouts import HidingMasks
 
-if TYPE_CHECKING:
-    from mm_sparse.layer import Layer
 
-
-class MultiheadForward:
-    """Stands before the forward of an `nn.MultiheadAttention`.
-
-    Args:
-        layer: serves the module.
-        before: a forward that the module itself had, None for its class's.
-    """
-
-    def __init__(self, layer: Layer, before: Callable[..., Any] | None) -> None:
-        self.layer, self.before = layer, before
+class MultiheadForward(Forward):
+    """Stands before the forward of an `nn.MultiheadAttention`."""
 
     @torch.compiler.disable
     def __call__(
@@ -42,7 +30,7 @@ class MultiheadForward:
         module: Any = layer.module
 
         def stock() -> tuple[Tensor, Tensor | None]:
-            return stock_forward(self)(
+            return self.stock(
                 query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights,
                 attn_mask=attn_mask, average_attn_weights=average_attn_weights,
                 is_causal=is_causal,

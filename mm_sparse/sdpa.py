@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from mm_sparse.layer import Layer
 
 
-class RedirectedForward:
-    """Stands before a module's forward: projections, norms, rotations and gates are the module's.
+class Forward:
+    """Stands before a module's forward.
 
     Args:
         layer: serves the module.
@@ -25,20 +25,24 @@ class RedirectedForward:
     def __init__(self, layer: Layer, before: Callable[..., Any] | None) -> None:
         self.layer, self.before = layer, before
 
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does without us."""
+        module = self.layer.module
+        forward = self.before or type(module).forward.__get__(module)
+        return forward(*args, **kwargs)
+
+
+class RedirectedForward(Forward):
+    """Projections, norms, rotations and gates are the module's, attention is the layer's."""
+
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Redirect(self.layer) as redirect:
-            out = stock_forward(self)(*args, **kwargs)
+            out = self.stock(*args, **kwargs)
         if not redirect.calls:
             problem = "its forward did not call scaled_dot_product_attention"
             self.layer.note(self.layer.refuse(problem), 0, 0)
         return out
-
-
-def stock_forward(forward: Any) -> Callable[..., Any]:
-    """What the module of `forward` runs without us."""
-    module = forward.layer.module
-    return forward.before or type(module).forward.__get__(module)
 
 
 class _Redirect(TorchFunctionMode):
