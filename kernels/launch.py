@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from . import decode, forward
-from .primitives import describe, generation, multiprocessors
+from .primitives import describable, generation, multiprocessors
 
 
 def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
@@ -24,7 +24,8 @@ def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
         and q.element_size() == 2
         # It counts places of heads in 32 bits.
         and q.shape[1] * max(q.stride(1), q.shape[2] * q.shape[3]) < 2**31
-        and all(describe(x, 16, 64) is not None for x in (k, v))
+        and describable(k)
+        and describable(v)
     )
 
 

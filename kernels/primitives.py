@@ -184,11 +184,16 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
-def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
-    """For loads of (rows, D) at once by the copy engine of Hopper and later; None if it cannot."""
-    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+def describable(x: Tensor) -> bool:
+    """Whether the copy engine of Hopper and later can load rows of a (B, H, N, D) tensor."""
     if generation(x) < 9 or x.element_size() == 4 or not x.numel():
-        return None
-    if not aligned or x.data_ptr() % 16:
+        return False
+    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+    return aligned and x.data_ptr() % 16 == 0
+
+
+def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
+    """For loads of (rows, D) at once by the copy engine; None if it cannot."""
+    if not describable(x):
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_d])

@@ -17,10 +17,8 @@ from mm_sparse.found import defining_class
 from mm_sparse.hf_layers import DISPATCH, UNSERVED, HFFound, dispatches
 from mm_sparse.hf_layouts import HFSource, is_causal
 from mm_sparse.hf_modality import ModalityTracker
-from mm_sparse.layer import LAYER, Call, Layer, Shared
+from mm_sparse.layer import LAYER, Layer, Shared
 from mm_sparse.lazy_mask import LazyMask, lazy_mask
-
-__all__ = ["NAME", "Call", "HFLayer", "attention_forward", "register", "run_stock"]
 
 NAME = "mm_sparse"
 
