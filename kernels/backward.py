@@ -159,8 +159,8 @@ def _key_step(
 
 @triton.jit
 def _backward_keys(
-    Q, K, V, Qd, Dd, Dout, Lse, Delta, Dk, Dv, Tiles, Units, Span, TileIds, Offsets,
-    scale, num_queries, num_keys, num_tiles, num_units, kv_heads,
+    Q, K, V, Qd, Dd, Dout, Lse, Delta, Dk, Dv, Tiles, Units, Span, TileIds, Edges,
+    chunks, scale, num_queries, num_keys, num_tiles, num_units, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -186,10 +186,10 @@ def _backward_keys(
     scale2 = scale * LOG2E
     dk = tl.zeros([COLS, BLOCK_D], tl.float32)
     dv = tl.zeros([COLS, BLOCK_D], tl.float32)
-    group = ((batch * kv_heads + head) * num_units + u) * 2
-    begin = tl.load(Offsets + group) * SPLITS
-    cut = tl.load(Offsets + group + 1) * SPLITS
-    end = tl.load(Offsets + group + 2) * SPLITS
+    edge = Edges + ((batch * kv_heads + head) * num_units + u) * 2 * chunks
+    begin = tl.load(edge) * SPLITS
+    cut = tl.load(edge + chunks) * SPLITS
+    end = tl.load(edge + 2 * chunks) * SPLITS
     ahead = tl.load(TileIds + begin // SPLITS, mask=begin < end, other=0)
     for entry in range(begin, cut):
         tile = ahead
