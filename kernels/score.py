@@ -170,9 +170,14 @@ def _seen_units(
 def _logits(
     row, low, high, all_low, all_high, Keys, Units, first, num_units,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
-    REGULAR: tl.constexpr, PRECISION: tl.constexpr,
+    REGULAR: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr = 0,
+    PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """(rows, COLS) products, in powers of 2, with sizes added; -inf where a tile sees nothing."""
+    """(rows, COLS) products, in powers of 2, with sizes added; -inf where a tile sees nothing.
+
+    `Keys` describe the whole units, or of each its part number PART of PARTS.
+    """
+    WIDTH: tl.constexpr = (UNIT + PARTS - 1) // PARTS
     unit = first + tl.arange(0, COLS)
     dim = tl.arange(0, BLOCK_F)
     mask = (unit < num_units)[:, None]
@@ -188,7 +193,9 @@ def _logits(
     else:
         start = tl.load(Units + unit * 2, mask=unit < num_units, other=0)
         size = tl.load(Units + unit * 2 + 1, mask=unit < num_units, other=0)
-        logits += tl.log2(tl.maximum(size, 1).to(tl.float32) / UNIT)[None, :]
+        members = tl.minimum(tl.maximum(size - PART * WIDTH, 0), WIDTH)
+        weight = tl.log2(tl.maximum(members, 1).to(tl.float32) / WIDTH)
+        logits += tl.where(members > 0, weight, -float("inf"))[None, :]
         start = tl.where(size > 0, start, 2147483647)
         end = tl.where(size > 0, start + size, 0)
         cut = tl.max(((start >= all_high) | (end <= all_low)).to(tl.int32), 0) > 0
@@ -284,12 +291,12 @@ def _deny(Out, own, first, last, num_tiles, num_units, COLS: tl.constexpr):
 
 @triton.jit
 def _share(
-    Rows, Keys, Exists, Hull, Units, Sums, Out, Bias, TileKind, UnitKind, Tiles,
+    Rows, Keys, Exists, Hull, Units, Sums, Parts, Out, Bias, TileKind, UnitKind, Tiles,
     num_tiles, num_units, kv_heads, splits, chunk, query_offset,
     GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
     KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr, BIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -297,6 +304,7 @@ def _share(
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     Units += batch * num_units * 2
     Keys += (batch * kv_heads + head) * num_units * F
+    Parts += (batch * kv_heads + head) * num_units * F * PARTS
     Out += (batch * kv_heads + head) * num_tiles * num_units
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
@@ -330,21 +338,39 @@ def _share(
     begin = tl.minimum(begin, last) // COLS * COLS
     _deny(Out, own, first, begin, num_tiles, num_units, COLS)
     for at in range(begin, end, COLS):
-        logits = _logits(
-            row, low, high, all_low, all_high, Keys, Units, at, num_units,
-            F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION,
-        )  # fmt: skip
-        share = tl.reshape(
-            logits - lse[:, None],
-            (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS),
-        )  # fmt: skip
-        best = _over_members(share, True)
-        value = best
-        if not LARGEST:
-            shift = tl.where(best == -float("inf"), 0.0, best)
-            summed = _over_members(tl.exp2(share - shift), False)
-            value = shift + tl.log2(tl.maximum(summed, 1e-30) / members)
-        value = tl.where(best == -float("inf"), -1e30, value * LN2)
+        if PARTS > 1:
+            # The sums are over whole units, so that parts cost one product, not two. What is
+            # under 2^-126 of the attention counts as nothing.
+            total = tl.zeros([ROWS, COLS], tl.float32)
+            for part in tl.static_range(PARTS):
+                logits = _logits(
+                    row, low, high, all_low, all_high, Parts + part * num_units * F, Units, at,
+                    num_units, F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION, part, PARTS,
+                )  # fmt: skip
+                total += tl.exp2(tl.minimum(logits - lse[:, None], 100.0))
+            total = tl.reshape(
+                total, (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS)
+            )  # fmt: skip
+            value = _over_members(total, LARGEST) / PARTS
+            if not LARGEST:
+                value = value / members
+            value = tl.where(value > 0, tl.log2(tl.maximum(value, 1e-38)) * LN2, -1e30)
+        else:
+            logits = _logits(
+                row, low, high, all_low, all_high, Keys, Units, at, num_units,
+                F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION,
+            )  # fmt: skip
+            share = tl.reshape(
+                logits - lse[:, None],
+                (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS),
+            )  # fmt: skip
+            best = _over_members(share, True)
+            value = best
+            if not LARGEST:
+                shift = tl.where(best == -float("inf"), 0.0, best)
+                summed = _over_members(tl.exp2(share - shift), False)
+                value = shift + tl.log2(tl.maximum(summed, 1e-30) / members)
+            value = tl.where(best == -float("inf"), -1e30, value * LN2)
         value = tl.reshape(value, (TILES, COLS))
         unit = at + tl.arange(0, COLS)
         mask = (own < num_tiles)[:, None] & (unit < num_units)[None, :]
@@ -403,7 +429,7 @@ def share_of_units(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
     tile_kind: Tensor | None = None, unit_kind: Tensor | None = None, query_offset: int = 0,
-    regular: bool = False,
+    regular: bool = False, parts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Log of the mean (or largest) share that sub-pools give to a unit, biases added.
 
@@ -415,6 +441,8 @@ def share_of_units(
         bias: (K, kinds, kinds, buckets) float32 by kind of tile and unit and by distance.
         tile_kind, unit_kind: (B, T) and (B, U) int8.
         regular: unit u is exactly the keys [u * unit, (u + 1) * unit).
+        parts: (B, K, C, U, F), of the C runs of ceil(unit / C) keys of each unit: what is added up,
+            while `keys` give the sum that shares are of.
     Returns:
         (B, K, T, U) float32; what a tile does not see holds -1e30 or so.
     """
@@ -444,9 +472,11 @@ def share_of_units(
     }  # fmt: skip
     _log_sums[grid](*inputs, *counts, **constants)
     _share[grid](
-        *inputs, out, table, units if tile_kind is None else tile_kind,
-        units if unit_kind is None else unit_kind, tiles, *counts, query_offset,
+        *inputs, inputs[1] if parts is None else parts.contiguous(), out, table,
+        units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
+        tiles, *counts, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
-        LARGEST=largest, BIASED=bias is not None, **constants,
+        LARGEST=largest, BIASED=bias is not None, PARTS=1 if parts is None else parts.shape[2],
+        **constants,
     )  # fmt: skip
     return out

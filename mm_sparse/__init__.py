@@ -8,15 +8,18 @@ if TYPE_CHECKING:
     from . import patterns
     from .attention import attend, attention_reference, sparse_attention
     from .config import SparseConfig
+    from .fine import FineScorer
     from .layout import Modality, TokenLayout
+    from .mass import unit_mass
     from .reporting import report
     from .retrofit import densify, load_scorers, save_scorers, sparse, sparsify
-    from .scorers import PooledScorer, RelevanceScorer, Scorer, Scores, unit_mass
+    from .scorers import PooledScorer, RelevanceScorer, Scorer, Scores
     from .selection import Selection, select
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FineScorer",
     "Modality",
     "PooledScorer",
     "RelevanceScorer",
@@ -52,7 +55,8 @@ _HOME = {
     "RelevanceScorer": "scorers",
     "Scorer": "scorers",
     "Scores": "scorers",
-    "unit_mass": "scorers",
+    "unit_mass": "mass",
+    "FineScorer": "fine",
     "Selection": "selection",
     "select": "selection",
     "attend": "attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mm_sparse.modality import Modality
@@ -52,6 +52,8 @@ class SparseConfig:
     """Run dense if fewer tokens are visible; None takes the measured length for the device."""
     dense_layers: tuple[int, ...] = ()
     """Indices of layers that stay dense."""
+    layer_ratio: Mapping[int, float] = field(default_factory=dict)
+    """Ratio of single layers of a decoder, by index; the others keep `ratio`."""
     backend: str = "auto"
     """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
 
@@ -81,6 +83,7 @@ class SparseConfig:
         object.__setattr__(
             self, "bidirectional", tuple(_modality("bidirectional", m) for m in kinds)
         )
+        object.__setattr__(self, "layer_ratio", _ratios(self.layer_ratio))
         floors = self.floors()
         if sum(floors.values()) > 1:
             raise ValueError(
@@ -93,6 +96,7 @@ class SparseConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if isinstance(self.modality_floor, Mapping):
             values["modality_floor"] = frozenset(self.modality_floor.items())
+        values["layer_ratio"] = frozenset(self.layer_ratio.items())
         return hash(tuple(values.values()))
 
     def floors(self) -> dict[Modality, float]:
@@ -104,6 +108,13 @@ class SparseConfig:
         for share in floors.values():
             _between("modality_floor", share, zero=True)
         return {m: float(share) for m, share in floors.items() if share}
+
+    def of_layer(self, index: int | None) -> SparseConfig:
+        """The config of one layer: its own ratio is the ratio."""
+        if not self.layer_ratio:
+            return self
+        own = self.ratio if index is None else self.layer_ratio.get(index, self.ratio)
+        return replace(self, ratio=own, layer_ratio={})
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives an equal config back."""
@@ -124,6 +135,19 @@ class SparseConfig:
         if unknown:
             raise ValueError(f"text must hold fields of SparseConfig only, got also {unknown}")
         return cls(**record)
+
+
+def _ratios(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"layer_ratio must map layers to ratios, got {value!r}")
+    found: dict[int, float] = {}
+    for key, ratio in value.items():
+        # JSON has no other keys than strings.
+        layer = int(key) if isinstance(key, str) and key.isdecimal() else key
+        _count("layer_ratio", layer)
+        _between("layer_ratio", ratio)
+        found[layer] = float(ratio)
+    return found
 
 
 def _modality(name: str, value: Any) -> Modality:

@@ -41,6 +41,35 @@ def tile_descriptors(q: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return mean, live
 
 
+def piece_features(
+    x: Tensor, table: Tensor, size: int, parts: int, regular: bool, plan: Plan
+) -> Tensor:
+    """Mean, largest and smallest of each of the parts of every piece, side by side.
+
+    Args:
+        x: (B, heads, tokens, D); no gradient goes back to it.
+        table: (B, P, 2), pieces of at most `size` tokens, in runs of ceil(size / parts).
+    Returns:
+        (B, heads, P, parts, 3 D) float32; zero where a part has no token.
+    """
+    x = x.detach()
+    if fused(x, plan):
+        from mm_sparse.kernels.score import pool
+
+        found = pool(last_contiguous(x), table, size, parts, extremes=True, regular=regular)
+        return torch.cat(found, -1).float()
+    rows, exists = gather_pieces(x, table, size, regular)
+    width = -(-size // parts)
+    missing = parts * width - size
+    if missing:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        exists = torch.nn.functional.pad(exists, (0, missing))
+    rows = rows.unflatten(3, (parts, width))
+    exists = exists.unflatten(2, (parts, width))[:, None, ..., None]
+    found = (masked_mean(rows, exists, 4), *masked_extremes(rows, exists, 4))
+    return torch.cat(found, -1).float()
+
+
 def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...]:
     """Means of the keys of every unit (B, K, U, D), and their largest and smallest if asked."""
     if torch.is_grad_enabled() or not fused(k, plan):

@@ -20,7 +20,9 @@ from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_length
 from mm_sparse.found import Found
 from mm_sparse.kernels.ops import supports
+from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import MaskMemo, Placed
+from mm_sparse.plan import Plan
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs
@@ -50,6 +52,28 @@ class Call:
     """Why it ran dense, or empty."""
     seconds: float | None
     """Only while timing."""
+    config: SparseConfig | None = None
+    """The layer's own; None where the call has no layout."""
+    layout: TokenLayout | None = None
+    """Of the keys, also of a layer that runs dense because `backend` says so."""
+    first: int = 0
+    """Place of the first query among the keys."""
+
+    def plan(self) -> Plan:
+        """Tiles and units of the call.
+
+        Raises:
+            ValueError: the call has no layout.
+        """
+        if self.layout is None or self.config is None:
+            raise ValueError(f"{self.name} has no layout: {self.reason or 'it was not placed'}")
+        return self.layout.plan(
+            self.config,
+            num_query_heads=self.q.shape[1],
+            num_kv_heads=self.k.shape[1],
+            num_queries=self.q.shape[2],
+            query_offset=self.first,
+        )
 
 
 @dataclass
@@ -173,10 +197,15 @@ class Layer(ABC):
             result = finish(out)
         else:
             result = stock()
+            if self.shared.watchers and self.shared.config.backend == "dense" and not self.cross:
+                placed = self._place_dense(q, k, v, mask, options)
         self.record = Record(mode, reason, q.shape[-2], k.shape[-2], _thin(selection))
         if self.shared.watchers:
             seconds = None if start is None else self._clock(q) - start
-            call = Call(self.name, self.module, q, k, v, scale, scores, selection, reason, seconds)
+            where = (None, None, 0) if placed is None else self._where(placed)
+            call = Call(
+                self.name, self.module, q, k, v, scale, scores, selection, reason, seconds, *where
+            )
             for watcher in self.shared.watchers:
                 watcher(call)
         return result
@@ -184,9 +213,7 @@ class Layer(ABC):
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float
     ) -> tuple[Tensor, Scores, Selection]:
-        config, layout = self.shared.config, placed.layout
-        if placed.prefix > config.sinks:
-            config = replace(config, sinks=placed.prefix)
+        config, layout, _ = self._where(placed)
         scorer = self.scorer or _POOLED
         weight = next(scorer.parameters(), None)
         if weight is not None and weight.device != q.device:
@@ -202,6 +229,24 @@ class Layer(ABC):
             v = pad(v, (0, k.shape[-1] - width))
         out = attend(q, k, v, selection, scale=scale)[..., :width]
         return out.transpose(1, 2).contiguous(), scores, selection
+
+    def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
+        """The layer's config, the layout and the place of the first query."""
+        config = self.shared.config.of_layer(self.index)
+        if placed.prefix > config.sinks:
+            config = replace(config, sinks=placed.prefix)
+        return config, placed.layout, placed.first
+
+    def _place_dense(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> Placed | None:
+        """Where the tokens of a call that runs dense would be, if they can be placed."""
+        if self.refusal is not None or self._problem(q, k, v, mask, options) is not None:
+            return None
+        try:
+            return self.source.place(self.module, q, k, mask, options)
+        except ValueError:
+            return None
 
     @abstractmethod
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.layer import Call, Layer
+from mm_sparse.mass import unit_mass
 from mm_sparse.modality import Modality
 from mm_sparse.retrofit import layers, watch
-from mm_sparse.scorers import unit_mass
 from mm_sparse.selection import Selection
 
 Pair = tuple[Modality, Modality]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.fine import FineScorer
 from mm_sparse.found import Found, scorer_shape
 from mm_sparse.hf import NAME, HFLayer, register
 from mm_sparse.hf_layers import HFFound, dispatches, find_layers
@@ -23,6 +24,8 @@ from mm_sparse.towers import TowerFound, TowerLayer, find_towers
 
 M = TypeVar("M", bound=nn.Module)
 STATE = "_mm_sparse"
+NAMED: dict[str, type[Scorer]] = {"relevance": RelevanceScorer, "fine": FineScorer}
+"""Scorers that `sparsify` knows by name."""
 
 
 @dataclass(eq=False)
@@ -55,9 +58,9 @@ def sparsify(
         model: a model of these libraries, or a module that contains some.
         config: what to keep; `SparseConfig()` if None.
         strict: refuse a layer that cannot be served; else it runs as before and `report` says so.
-        scorer: None for the training-free score, "relevance" for a `RelevanceScorer` per layer, or
-            a class or function called with num_query_heads, num_kv_heads and head_dim. On a
-            sparsified model None keeps the scorers that are there.
+        scorer: None for the training-free score, "relevance" or "fine" for a `RelevanceScorer` or
+            `FineScorer` per layer, or a class or function called with num_query_heads, num_kv_heads
+            and head_dim. On a sparsified model None keeps the scorers that are there.
     Returns:
         The model itself.
     Raises:
@@ -68,8 +71,8 @@ def sparsify(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, SparseConfig):
         raise TypeError(f"config must be a SparseConfig, got {type(config).__name__}")
-    if not (scorer is None or scorer == "relevance" or callable(scorer)):
-        raise ValueError(f'scorer must be None, "relevance" or a callable, got {scorer!r}')
+    if not (scorer is None or scorer in NAMED or callable(scorer)):
+        raise ValueError(f"scorer must be None, one of {(*NAMED,)} or a callable, got {scorer!r}")
     kept = {}
     if STATE in vars(model):
         kept = {name: layer.scorer for name, layer in _state(model).layers.items()}
@@ -263,9 +266,9 @@ def _scorer(
 ) -> Scorer | None:
     if scorer is None:
         return kept
-    if scorer == "relevance" and isinstance(kept, RelevanceScorer):
+    make = NAMED[scorer] if isinstance(scorer, str) else scorer
+    if isinstance(scorer, str) and isinstance(kept, NAMED[scorer]):
         return kept
-    make = RelevanceScorer if isinstance(scorer, str) else scorer
     try:
         heads, kv_heads, dim = scorer_shape(layer.module)
     except ValueError as error:

@@ -10,11 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.fine import FineScorer
 from mm_sparse.found import scorer_shape
 from mm_sparse.layer import Layer
+from mm_sparse.modality import Modality
 from mm_sparse.scorers import PooledScorer, RelevanceScorer, Scorer
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
+_MADE: dict[str, type[Scorer]] = {"RelevanceScorer": RelevanceScorer, "FineScorer": FineScorer}
 _SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")
 
 
@@ -34,6 +37,9 @@ def write_scorers(layers: dict[str, Layer], config: SparseConfig, folder: Path) 
         entries[name] = {"scorer": type(scorer).__name__}
         if isinstance(scorer, RelevanceScorer):
             entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "rank")}
+        elif isinstance(scorer, FineScorer):
+            entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "parts")}
+            entries[name]["modalities"] = [m.name for m in scorer.modalities]
     save_file(tensors, folder / WEIGHTS)
     record = {"format": 1, "config": json.loads(config.to_json()), "layers": entries}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -62,7 +68,7 @@ class Stored:
         if kind == "PooledScorer":
             return None
         scorer = layer.scorer
-        if kind == "RelevanceScorer":
+        if kind in _MADE:
             want, got = scorer_shape(layer.module), tuple(entry[field] for field in _SHAPE)
             if want != got:
                 raise ValueError(
@@ -70,7 +76,9 @@ class Stored:
                     f"of {name}, got {got}"
                 )
             weight = next(layer.module.parameters(), None)
-            scorer = RelevanceScorer(**entry).to("cpu" if weight is None else weight.device)
+            if "modalities" in entry:
+                entry["modalities"] = [Modality[name] for name in entry["modalities"]]
+            scorer = _MADE[kind](**entry).to("cpu" if weight is None else weight.device)
         elif scorer is None or type(scorer).__name__ != kind:
             raise ValueError(
                 f"model must be sparsified with a {kind} at {name} before loading, "

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.descriptors import fused, last_contiguous, tile_descriptors, unit_descriptors
+from mm_sparse.descriptors import fused, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
-from mm_sparse.pooling import gather_pieces
 from mm_sparse.validation import check_heads
 
 # Elements of one block of sub-pool logits; more are computed block by block.
@@ -184,7 +183,12 @@ def pair_biases(table: Tensor, plan: Plan) -> Tensor:
 
 
 def share_of_units(
-    tile: Tensor, unit: Tensor, exists: Tensor, plan: Plan, bias: Tensor | None = None
+    tile: Tensor,
+    unit: Tensor,
+    exists: Tensor,
+    plan: Plan,
+    bias: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """Log of the share that the sub-pools of a tile give to every unit, as `config.reduce` says.
 
@@ -193,6 +197,8 @@ def share_of_units(
         unit: (B, K, U, F).
         exists: (B, T, S).
         bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
+        parts: (B, K, C, U, F) of C runs of keys of each unit, whose shares add up to the unit's;
+            the sum that shares are of stays that of the whole units, which is cheaper.
     Returns:
         (B, K, T, U) float32.
     """
@@ -213,6 +219,7 @@ def share_of_units(
             unit_kind=plan.unit_modality,
             query_offset=plan.query_offset,
             regular=plan.regular,
+            parts=None if parts is None else parts.to(tile.dtype),
         )
     batch, heads, num_tiles, subpools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]
@@ -221,16 +228,20 @@ def share_of_units(
     tile = tile.view(batch, kv_heads, plan.group, num_tiles, subpools, width)
     unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
     members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
-    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units))
+    count = 1 if parts is None else parts.shape[2]
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units * count))
     blocks = []
     for at in range(0, num_tiles, step):
         part = slice(at, at + step)
         rows = tile[:, :, :, part].flatten(2, 4)  # (B, K, G * t * S, F)
+        hidden = ~plan.visible[:, None, None, part, None]
         logits = (rows @ unit).float().unflatten(2, (plan.group, -1, subpools))
-        logits = (logits + size_bias).masked_fill(
-            ~plan.visible[:, None, None, part, None], -math.inf
-        )
-        logits = logits - logits.logsumexp(-1, keepdim=True).clamp(min=-1e30)
+        logits = (logits + size_bias).masked_fill(hidden, -math.inf)
+        total = logits.logsumexp(-1, keepdim=True).clamp(min=-1e30)
+        if parts is not None:
+            logits = _sum_of_parts(rows, parts, plan).unflatten(2, (plan.group, -1, subpools))
+            logits = logits.masked_fill(hidden, -math.inf)
+        logits = logits - total
         logits = logits.masked_fill(~exists[:, None, None, part, :, None], -math.inf)
         # -inf everywhere would give NaN gradients; such entries are never selected.
         logits = logits.clamp(min=-1e30)
@@ -243,64 +254,18 @@ def share_of_units(
     return values if bias is None else values + pair_biases(bias, plan)
 
 
-def unit_mass(q: Tensor, k: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
-    """True softmax mass of every unit, `config.reduce` of a tile's rows: what scorers learn.
-
-    Computed some tiles at a time; nothing of size N x M is stored.
-
-    Returns:
-        (B, K, T, U) float32; zero for a tile without a query that sees a key.
-    """
-    check_heads(q, k, k, plan.layout)
-    if q.shape[1] != plan.group * k.shape[1]:
-        raise ValueError(
-            f"q must have {plan.group} heads for each of k's as the plan has, "
-            f"got {q.shape[1]} and {k.shape[1]}"
-        )
-    if q.shape[2] != plan.num_queries:
-        raise ValueError(f"q must have {plan.num_queries} tokens as the plan has, got {q.shape[2]}")
-    batch, heads, _, dim = q.shape
-    kv_heads = k.shape[1]
-    scale = 1 / math.sqrt(dim) if scale is None else scale
-    if fused(q, plan) and k.numel():
-        return _unit_mass_fused(q.detach(), k.detach(), plan, scale)
-    rows, exists = gather_pieces(q, plan.tiles, plan.tile_tokens, plan.regular_tiles)
-    span, _ = gather_pieces(plan.span[:, None], plan.tiles, plan.tile_tokens, plan.regular_tiles)
-    keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
-    offset = torch.arange(plan.unit, device=q.device)
-    position = (plan.units[..., :1] + offset).flatten(1)  # (B, U * unit)
-    num_units = plan.units.shape[1]
-    columns = keys.flatten(2, 3).transpose(-1, -2)[:, :, None]  # (B, K, 1, D, U * unit)
-    rows = rows.unflatten(1, (kv_heads, -1))  # (B, K, G, T, tokens, D)
-    step = max(
-        1, BLOCK_ELEMENTS // 4 // max(1, batch * heads * plan.tile_tokens * columns.shape[-1])
-    )
-    blocks = []
-    for at in range(0, rows.shape[3], step):
-        part = slice(at, at + step)
-        low, high = span[:, 0, part].unbind(-1)  # (B, t, tokens)
-        seen = (position[:, None, None] >= low[..., None]) & (
-            position[:, None, None] < high[..., None]
-        )
-        seen &= present.flatten(1)[:, None, None]
-        scores = (rows[:, :, :, part].flatten(3, 4) @ columns).float() * scale
-        scores = scores.unflatten(3, seen.shape[1:3]).masked_fill(~seen[:, None, None], -math.inf)
-        weight = torch.nan_to_num(scores.softmax(-1), 0.0)
-        live = (seen.any(-1) & exists[:, part]).float()  # (B, t, tokens)
-        mass = weight.unflatten(-1, (num_units, plan.unit)).sum(-1) * live[:, None, None, ..., None]
-        if plan.config.reduce == "max":
-            blocks.append(mass.amax((2, 4)))
-            continue
-        members = (live.sum(-1) * plan.group).clamp(min=1)
-        blocks.append(mass.sum((2, 4)) / members[:, None, :, None])
-    return torch.cat(blocks, 2) if blocks else q.new_zeros(batch, kv_heads, 0, num_units).float()
+def _sum_of_parts(rows: Tensor, parts: Tensor, plan: Plan) -> Tensor:
+    """(B, K, rows, U): log of the mean over its parts of what a row gives to a unit."""
+    count = parts.shape[2]
+    weight = part_sizes(plan, count).float() / -(-plan.unit // count)  # (B, U, C)
+    bias = weight.log().transpose(1, 2).flatten(1)[:, None, None]  # (B, 1, 1, C * U), -inf if empty
+    products = rows @ parts.flatten(2, 3).to(rows.dtype).transpose(-1, -2)
+    products = (products.float() + bias).clamp(min=-1e30).unflatten(-1, (count, -1))
+    return products.logsumexp(-2) - math.log(count)
 
 
-def _unit_mass_fused(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-    from mm_sparse.kernels.mass import unit_mass as kernel
-
-    q, k = last_contiguous(q), last_contiguous(k)
-    largest = plan.config.reduce == "max"
-    args = (plan.tiles, plan.units, plan.span, scale, plan.tile_tokens, plan.unit, largest)
-    mass = kernel(q, k, *args)
-    return mass if largest else mass / (plan.members * plan.group).clamp(min=1)[:, None, :, None]
+def part_sizes(plan: Plan, count: int) -> Tensor:
+    """(B, U, C) int32: keys in each of the C runs that a unit is cut into."""
+    width = -(-plan.unit // count)
+    first = torch.arange(0, count * width, width, device=plan.units.device)
+    return (plan.units[..., 1:] - first).clamp(0, width)

@@ -113,7 +113,11 @@ def test_meaningful_arguments_of_a_call_are_refused(option: str) -> None:
     ("arguments", "error", "message"),
     [
         ({"config": 0.2}, TypeError, "config must be a SparseConfig, got float"),
-        ({"scorer": "best"}, ValueError, 'scorer must be None, "relevance" or a callable'),
+        (
+            {"scorer": "best"},
+            ValueError,
+            "scorer must be None, one of .'relevance', 'fine'. or a callable",
+        ),
     ],
     ids=["config", "scorer"],
 )

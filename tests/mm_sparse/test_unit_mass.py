@@ -78,7 +78,7 @@ def test_unit_mass_in_blocks_equals_unit_mass_at_once(monkeypatch: pytest.Monkey
     plan = layout.plan(small_config(), num_query_heads=6, num_kv_heads=2)
     mass = mms.unit_mass(q, k, plan)
     scores = PooledScorer()(q, k, layout=layout, config=small_config()).values
-    monkeypatch.setattr("mm_sparse.scorers.BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("mm_sparse.mass.BLOCK_ELEMENTS", 1)
     torch.testing.assert_close(mms.unit_mass(q, k, plan), mass)
     again = PooledScorer()(q, k, layout=layout, config=small_config())
     assert_equal_where_visible(again.values, scores, plan, 1e-6)

@@ -1,0 +1,137 @@
+"""A scorer that sees parts of units, and what queries and keys of a part have in common.
+
+B batch, H query heads, K KV heads, D head dim, T tiles, U units, S sub-pools of a tile, C parts
+of a unit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse.descriptors import piece_features
+from mm_sparse.modality import Modality
+from mm_sparse.plan import Plan
+from mm_sparse.scorers import DISTANCE_BUCKETS, Scorer, part_sizes, share_of_units
+
+
+class FineScorer(Scorer):
+    """Sub-pools of a tile against parts of units, both moved in the space of queries and keys.
+
+    A unit's share is the sum of its parts' shares; the sum that shares are of is taken over whole
+    units. The descriptor of a part is its mean key plus a linear map of mean, largest and smallest
+    key, a map for each modality and head; queries alike. Maps start at zero: untrained, it is the
+    pooled score of the parts.
+
+    Args:
+        num_query_heads, num_kv_heads, head_dim: H, K, D of the layer.
+        parts: C, which divides 16.
+        modalities: which have maps of their own; tokens of others count with their means.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_query_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        parts: int = 4,
+        modalities: Sequence[Modality] = tuple(Modality),
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_query_heads", num_query_heads),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("parts", parts),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if num_query_heads % num_kv_heads:
+            raise ValueError(
+                f"num_query_heads must be a multiple of num_kv_heads ({num_kv_heads}), "
+                f"got {num_query_heads}"
+            )
+        if 16 % parts:
+            raise ValueError(f"parts must divide 16, the smallest unit, got {parts}")
+        self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
+        self.head_dim, self.parts = head_dim, parts
+        self.modalities = tuple(Modality(m) for m in modalities)
+        if not self.modalities or len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"modalities must be one or more, each once, got {modalities!r}")
+        kinds, all_kinds = len(self.modalities), len(Modality)
+        self.query_map = nn.Parameter(torch.zeros(kinds, num_query_heads, 3 * head_dim, head_dim))
+        self.key_map = nn.Parameter(torch.zeros(kinds, num_kv_heads, 3 * head_dim, head_dim))
+        self.pair_bias = nn.Parameter(
+            torch.zeros(num_kv_heads, all_kinds, all_kinds, DISTANCE_BUCKETS)
+        )
+        self.register_buffer("query_size", torch.ones(num_query_heads, 3 * head_dim))
+        self.register_buffer("key_size", torch.ones(num_kv_heads, 3 * head_dim))
+        place = torch.full((all_kinds,), -1)
+        place[[int(m) for m in self.modalities]] = torch.arange(kinds)
+        self.register_buffer("map_of", place, persistent=False)
+
+    query_size: Tensor
+    """(H, 3 D): root mean squares that features are divided by before they are mapped."""
+    key_size: Tensor
+    """(K, 3 D)."""
+    map_of: Tensor
+    """(modalities,): which map each has, -1 for none."""
+
+    def features(self, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """What the maps are given: of tiles (B, H, T, S, 3 D), and of units (B, K, U, C, 3 D)."""
+        want = (self.num_query_heads, self.num_kv_heads, self.head_dim)
+        if (q.shape[1], k.shape[1], q.shape[-1]) != want:
+            raise ValueError(
+                f"q and k must have {want[0]} and {want[1]} heads of {want[2]}, "
+                f"got {q.shape[1]} and {k.shape[1]} heads of {q.shape[-1]}"
+            )
+        subpools = plan.live_subpools.shape[2]
+        tiles = (plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles)
+        units = (plan.units, plan.unit, self.parts, plan.regular)
+        return piece_features(q, *tiles, plan), piece_features(k, *units, plan)
+
+    @torch.no_grad()
+    def calibrate(self, tiles: Tensor, units: Tensor) -> None:
+        """Set `query_size` and `key_size` to those of a sample's `features`."""
+        for size, x in ((self.query_size, tiles), (self.key_size, units)):
+            size.copy_(x.flatten(2, 3).pow(2).mean((0, 2)).sqrt() + 1e-3)
+
+    def rank(
+        self, tiles: Tensor, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        """(B, K, T, U) scores of `features`; products are taken in `dtype`."""
+        subpools = tiles.shape[3]
+        kind = plan.tile_modality.repeat_interleave(subpools, 1)
+        tiles = self._describe(tiles.flatten(2, 3), self.query_map, self.query_size, kind)
+        kind = plan.unit_modality.repeat_interleave(self.parts, 1)
+        parts = self._describe(units.flatten(2, 3), self.key_map, self.key_size, kind)
+        parts = parts.unflatten(2, (-1, self.parts))  # (B, K, U, C, D)
+        weight = part_sizes(plan, self.parts).to(parts.dtype)[:, None, ..., None]
+        whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
+        return share_of_units(
+            (tiles.unflatten(2, (-1, subpools)) * scale).to(dtype),
+            whole.to(dtype),
+            plan.live_subpools,
+            plan,
+            self.pair_bias,
+            parts.transpose(2, 3).to(dtype) if self.parts > 1 else None,
+        )
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        return self.rank(*self.features(q, k, plan), plan, scale, q.dtype)
+
+    def _describe(self, x: Tensor, maps: Tensor, size: Tensor, modality: Tensor) -> Tensor:
+        """(B, heads, P, 3 D) -> (B, heads, P, D): the mean, and its modality's map of all."""
+        mean, x = x[..., : self.head_dim], x / size[:, None]
+        if len(self.modalities) == 1:
+            mapped = x.to(maps.dtype) @ maps[0]
+        else:
+            every = x.to(maps.dtype) @ maps.permute(1, 2, 0, 3).flatten(2)
+            own = self.map_of[modality.long().clamp(min=0)].clamp(min=0)
+            own = own[:, None, :, None, None].expand(-1, x.shape[1], -1, 1, self.head_dim)
+            mapped = every.unflatten(-1, maps.shape[::3]).gather(3, own).squeeze(3)
+        mapless = (modality < 0) | (self.map_of[modality.long().clamp(min=0)] < 0)
+        return mean + mapped.masked_fill(mapless[:, None, :, None], 0).to(mean.dtype)
