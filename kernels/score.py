@@ -8,6 +8,7 @@ T tiles, U units, F width of a descriptor, R rank of the learned part
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 import math
+from typing import Any
 
 import torch
 import triton
@@ -341,17 +342,17 @@ def _share(
         if PARTS > 1:
             # The sums are over whole units, so that parts cost one product, not two. What is
             # under 2^-126 of the attention counts as nothing.
-            total = tl.zeros([ROWS, COLS], tl.float32)
+            given = tl.zeros([ROWS, COLS], tl.float32)
             for part in tl.static_range(PARTS):
                 logits = _logits(
                     row, low, high, all_low, all_high, Parts + part * num_units * F, Units, at,
                     num_units, F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION, part, PARTS,
                 )  # fmt: skip
-                total += tl.exp2(tl.minimum(logits - lse[:, None], 100.0))
-            total = tl.reshape(
-                total, (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS)
+                given += tl.exp2(tl.minimum(logits - lse[:, None], 100.0))
+            value = tl.reshape(
+                given, (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS)
             )  # fmt: skip
-            value = _over_members(total, LARGEST) / PARTS
+            value = _over_members(value, LARGEST) / PARTS
             if not LARGEST:
                 value = value / members
             value = tl.where(value > 0, tl.log2(tl.maximum(value, 1e-38)) * LN2, -1e30)
@@ -425,6 +426,13 @@ def unit_chunks(blocks: int, num_units: int, cols: int) -> tuple[int, int]:
     return triton.cdiv(num_units, chunk), chunk
 
 
+def of_parts(parts: Tensor | None, constants: dict[str, Any]) -> dict[str, Any]:
+    """Constants of `_share`: what is added up over parts takes registers, so fewer units a step."""
+    if parts is None:
+        return {**constants, "PARTS": 1}
+    return {**constants, "PARTS": parts.shape[2], "COLS": max(constants["COLS"] // 2, 16)}
+
+
 def share_of_units(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
@@ -476,7 +484,6 @@ def share_of_units(
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
         tiles, *counts, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
-        LARGEST=largest, BIASED=bias is not None, PARTS=1 if parts is None else parts.shape[2],
-        **constants,
+        LARGEST=largest, BIASED=bias is not None, **of_parts(parts, constants),
     )  # fmt: skip
     return out

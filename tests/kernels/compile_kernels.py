@@ -34,6 +34,7 @@ POINTERS = {
     "Low",
     "Rows",
     "Keys",
+    "Parts",
 }
 FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
 NARROW = {"Exists": "i1", "Always": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
@@ -98,8 +99,11 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     share = {
         "SUBPOOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
-        "BIASED": True,
+        "BIASED": True, "PARTS": 1,
     }  # fmt: skip
+    own = {**share, "F": dim, "BLOCK_F": max(triton.next_power_of_2(dim), 16), "PARTS": 4}
+    own["ORDER"], cols, fine_stages = score.share_blocks(rows, dim, size, target // 10)
+    own["COLS"] = max(cols // 2, 16)
     true_mass = {
         "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
         "COLS": max(64 if size == 2 else 16, unit),
@@ -107,7 +111,8 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     keep = {"KINDS": 3, "BLOCK_U": 4096}
     return [
         (score._pool, pool, warps, 2), (score._log_sums, share, 4, stages),
-        (score._share, share, 4, stages), (mass._mass, true_mass, 4, 2),
+        (score._share, share, 4, stages), (score._share, own, 4, fine_stages),
+        (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),
         (select._keep_long, {"CHUNK": select.CHUNK}, 8, 2),
     ]  # fmt: skip
