@@ -39,6 +39,11 @@ class HFLayer(Layer):
         self.stock = getattr(config, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A process that unpickles the model may never have sparsified one.
+        self.__dict__.update(state)
+        register()
+
     @property
     def index(self) -> int | None:
         return getattr(self.module, "layer_idx", None) if self.modality is None else None

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.fine import FineScorer
-from mm_sparse.found import Found, scorer_shape
+from mm_sparse.found import Found
 from mm_sparse.hf import NAME, HFLayer, register
 from mm_sparse.hf_layers import HFFound, dispatches, find_layers
 from mm_sparse.hf_modality import ModalityTracker
 from mm_sparse.layer import LAYER, Call, Layer, Shared
+from mm_sparse.named_scorers import NAMED, make_scorer
 from mm_sparse.scorer_files import read_scorers, write_scorers
-from mm_sparse.scorers import RelevanceScorer, Scorer
+from mm_sparse.scorers import Scorer
 from mm_sparse.tower_layouts import Tower
 from mm_sparse.towers import TowerFound, TowerLayer, find_towers
 
 M = TypeVar("M", bound=nn.Module)
 STATE = "_mm_sparse"
-NAMED: dict[str, type[Scorer]] = {"relevance": RelevanceScorer, "fine": FineScorer}
-"""Scorers that `sparsify` knows by name."""
 
 
 @dataclass(eq=False)
@@ -83,7 +81,7 @@ def sparsify(
         state = _prepare(model, config, strict)
         for name, layer in state.layers.items():
             if layer.known_mode()[0] == "sparse":
-                layer.scorer = _scorer(layer, scorer, kept.get(name), strict)
+                layer.scorer = make_scorer(layer, scorer, kept.get(name), strict)
     except ValueError:
         if previous is not None:
             _attach(model, previous)
@@ -119,6 +117,22 @@ def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iter
         densify(model)
         if previous is not None:
             _attach(model, previous)
+
+
+def config_of(model: nn.Module) -> SparseConfig:
+    """The config of a sparsified model."""
+    return _state(model).shared.config
+
+
+@contextmanager
+def keeping(model: nn.Module, **changes: Any) -> Iterator[None]:
+    """The same layers and scorers with other fields of their config, around a block."""
+    shared = _state(model).shared
+    before, shared.config = shared.config, replace(shared.config, **changes)
+    try:
+        yield
+    finally:
+        shared.config = before
 
 
 def layers(model: nn.Module) -> dict[str, Layer]:
@@ -165,8 +179,8 @@ def watch(
 ) -> Iterator[None]:
     """Call `watcher` after every attention call, with q, k, v, scores and selection.
 
-    Scores carry their graph then, so that a loss on them trains the scorers. A layer under gradient
-    checkpointing is called once more in the backward pass: gather there and losses count double.
+    Scores carry their graph then. A layer under gradient checkpointing is called once more in the
+    backward pass: gather there and losses count double.
     """
     shared = _state(model).shared
     shared.watchers.append(watcher)
@@ -259,25 +273,6 @@ def _configs(item: HFFound, known: list[Any]) -> list[tuple[Any, str]]:
             known.append(part)
             configs.append((part, part._attn_implementation))
     return configs
-
-
-def _scorer(
-    layer: Layer, scorer: str | Callable[..., Scorer] | None, kept: Scorer | None, strict: bool
-) -> Scorer | None:
-    if scorer is None:
-        return kept
-    make = NAMED[scorer] if isinstance(scorer, str) else scorer
-    if isinstance(scorer, str) and isinstance(kept, NAMED[scorer]):
-        return kept
-    try:
-        heads, kv_heads, dim = scorer_shape(layer.module)
-    except ValueError as error:
-        if strict:
-            raise layer.error(error) from None
-        return None
-    made = make(num_query_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-    weight = next(layer.module.parameters(), None)
-    return made if weight is None else made.to(weight.device)
 
 
 def _attach(model: nn.Module, state: State) -> None:

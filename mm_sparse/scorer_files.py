@@ -14,10 +14,10 @@ from mm_sparse.fine import FineScorer
 from mm_sparse.found import scorer_shape
 from mm_sparse.layer import Layer
 from mm_sparse.modality import Modality
+from mm_sparse.named_scorers import NAMED
 from mm_sparse.scorers import PooledScorer, RelevanceScorer, Scorer
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
-_MADE: dict[str, type[Scorer]] = {"RelevanceScorer": RelevanceScorer, "FineScorer": FineScorer}
 _SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")
 
 
@@ -68,7 +68,8 @@ class Stored:
         if kind == "PooledScorer":
             return None
         scorer = layer.scorer
-        if kind in _MADE:
+        made = {cls.__name__: cls for cls in NAMED.values()}
+        if kind in made:
             want, got = scorer_shape(layer.module), tuple(entry[field] for field in _SHAPE)
             if want != got:
                 raise ValueError(
@@ -78,7 +79,7 @@ class Stored:
             weight = next(layer.module.parameters(), None)
             if "modalities" in entry:
                 entry["modalities"] = [Modality[name] for name in entry["modalities"]]
-            scorer = _MADE[kind](**entry).to("cpu" if weight is None else weight.device)
+            scorer = made[kind](**entry).to("cpu" if weight is None else weight.device)
         elif scorer is None or type(scorer).__name__ != kind:
             raise ValueError(
                 f"model must be sparsified with a {kind} at {name} before loading, "

@@ -1,96 +1,218 @@
-"""Teach scorers where a model's attention goes.
+"""Train the scorers of a frozen language model on where its own dense attention goes.
 
-B batch, K KV heads, T tiles, U units
+    python -m mm_sparse.recipes.distill fit --config recipes/distill_smollm2.yaml
+
+B rows, N tokens, K KV heads, T tiles, U units, L layers
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from mm_sparse import unit_mass
+import mm_sparse as mms
+from mm_sparse import FineScorer, Modality, unit_mass
 from mm_sparse.layer import Call
 from mm_sparse.plan import Plan
-from mm_sparse.retrofit import layers, watch
-from mm_sparse.scorers import Scorer, Scores
-
-TINY = 1e-6
-
-
-def scorer_loss(scores: Scores, mass: Tensor) -> Tensor:
-    """KL(true || predicted) over the units that are a matter of choice, mean over heads and tiles.
-
-    A tile chooses among units that it sees and that are not kept anyway (`plan.always`): mass on
-    sinks and window would drown the rest. Both distributions are renormalised over those.
-
-    Args:
-        scores: what a scorer predicted.
-        mass: (B, K, T, U) true share of attention, as `mm_sparse.unit_mass` gives it.
-    """
-    if mass.shape != scores.values.shape:
-        raise ValueError(
-            f"mass must be {tuple(scores.values.shape)} as the scores are, got {tuple(mass.shape)}"
-        )
-    plan = scores.plan
-    open_units = (plan.visible & ~plan.always)[:, None]
-    mass = mass.detach().float() * open_units
-    total = mass.sum(-1, keepdim=True)
-    chosen = (total[..., 0] > TINY) & (open_units.sum(-1) > 1)
-    if not bool(chosen.any()):
-        return scores.values.sum() * 0
-    target = mass / total.clamp(min=TINY)
-    # A large negative number, not -inf: no gradient may become NaN.
-    predicted = scores.values.float().masked_fill(~open_units, -1e9).log_softmax(-1)
-    gap = torch.special.xlogy(target, target) - target * predicted
-    loss = gap.masked_fill(~open_units, 0).sum(-1)
-    return loss[chosen].mean()
+from mm_sparse.recipes.corpus import CorpusData
+from mm_sparse.recipes.lessons import divergence, dropped_mass
+from mm_sparse.recipes.parts import LanguagePart, OptimizerPart
+from mm_sparse.recipes.quality import layer_figures, logit_change
+from mm_sparse.recipes.schedule import adamw
+from mm_sparse.retrofit import keeping, layers, scorers, watch
 
 
-@dataclass
-class Lessons:
-    """Losses of the layers of a forward pass, by name of the layer."""
+@dataclass(frozen=True)
+class Goal:
+    """What scorers are trained for, first one, then the other."""
 
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    divergence_share: float = 0.1
+    """Share of the steps, at the start, that minimise the divergence from the true mass."""
+    temperature: float = 0.2
+    """Of the soft choice whose dropped mass the other steps minimise."""
+    tiles: int = 24
+    """Tiles of a sequence that a step looks at, drawn at random."""
 
-    def mean(self) -> Tensor:
-        """Mean over layers; zero where no layer with a scorer ran sparse."""
-        if not self.losses:
-            return torch.zeros(())
-        return torch.stack(list(self.losses.values())).mean()
+    def __post_init__(self) -> None:
+        if not 0 <= self.divergence_share <= 1:
+            raise ValueError(f"divergence_share must be in [0, 1], got {self.divergence_share}")
+        if self.temperature <= 0 or self.tiles < 1:
+            raise ValueError(
+                f"temperature and tiles must be positive, got {self.temperature} and {self.tiles}"
+            )
 
 
-@contextmanager
-def lessons(model: nn.Module) -> Iterator[Lessons]:
-    """Gather `scorer_loss` of every layer that runs inside; gradients reach the scorers only.
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What the scorers of all layers see of one forward pass: features and true mass by layer."""
 
-    The truth is the full attention of each layer's own queries and keys, computed tile by tile.
-    """
-    found, served = Lessons(), layers(model)
+    plan: Plan
+    """Of the tiles that were drawn."""
+    scale: float
+    tiles: Tensor
+    """(L, B, H, T, S, 3 D)."""
+    units: Tensor
+    """(L, B, K, U, C, 3 D)."""
+    mass: Tensor
+    """(L, B, K, T, U)."""
 
-    def learn(call: Call) -> None:
-        scorer = served[call.name].scorer
-        if scorer is None or call.scores is None or next(scorer.parameters(), None) is None:
+
+class Ranking(nn.Module):
+    """`FineScorer.rank` as a forward, for `functional_call`."""
+
+    def __init__(self, scorer: FineScorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, tiles: Tensor, units: Tensor, plan: Plan, scale: float) -> Tensor:
+        return self.scorer.rank(tiles, units, plan, scale, torch.float32)
+
+
+class Distill(L.LightningModule):
+    """Scorers of a frozen language model, all layers in one batched product."""
+
+    def __init__(
+        self,
+        language: LanguagePart,
+        sparse: mms.SparseConfig,
+        goal: Goal | None = None,
+        optimizer: OptimizerPart | None = None,
+        parts: int = 4,
+        out: str | None = None,
+    ) -> None:
+        """
+        Args:
+            language: the model; `dtype: bfloat16` among its options saves time and memory.
+            sparse: what its layers will keep.
+            parts: C of `FineScorer`.
+            out: folder that the scorers are written to at the end.
+        """
+        super().__init__()
+        self.goal, self.optimizer_part = goal or Goal(), optimizer or OptimizerPart()
+        self.out = out
+        model = language.build(0).eval().requires_grad_(False)
+        make = partial(FineScorer, parts=parts, modalities=(Modality.TEXT,))
+        mms.sparsify(model, sparse, scorer=make)
+        # Outside the module: its weights are in no checkpoint of this one.
+        self._frozen = (model,)
+        self.scorers = scorers(model).float()
+        shapes = {tuple(p.shape for p in s.parameters()) for s in self.scorers.values()}
+        if len(shapes) != 1:
+            raise ValueError(f"language must have layers of one shape, got {len(shapes)} shapes")
+        if sparse.layer_ratio:
+            raise ValueError("sparse must have one ratio while scorers learn, got layer_ratio")
+
+    @property
+    def language(self) -> Any:
+        """The sparsified model."""
+        return self._frozen[0]
+
+    def setup(self, stage: str | None = None) -> None:
+        self.language.to(self.trainer.strategy.root_device)
+
+    @torch.no_grad()
+    def look(self, ids: Tensor, tiles: int) -> Sample:
+        """Run the dense model on (B, N) ids: what scorers see of so many tiles, drawn at random."""
+        served, found, where = layers(self.language), [], []
+
+        def keep(call: Call) -> None:
+            scorer = served[call.name].scorer
+            if not isinstance(scorer, FineScorer):
+                return
+            if not where:
+                where.append(some_tiles(call.plan(), tiles))
+                where.append(call.scale)
+            plan = where[0]
+            features = scorer.features(call.q, call.k, plan)
+            found.append((*features, unit_mass(call.q, call.k, plan, call.scale)))
+
+        with keeping(self.language, backend="dense"), watch(self.language, keep):
+            self.language.base_model(ids, use_cache=False)
+        if not found:
+            raise ValueError("language must run layers with a FineScorer, got none")
+        return Sample(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
+
+    def rank(self, sample: Sample) -> Tensor:
+        """(L, B, K, T, U) scores of all layers."""
+        own: Any = list(self.scorers.values())
+        names = [f"scorer.{name}" for name, _ in own[0].named_parameters()]
+        weights = zip(*(scorer.parameters() for scorer in own), strict=True)
+        state = {name: torch.stack(each) for name, each in zip(names, weights, strict=True)}
+        for name, _ in own[0].named_buffers():
+            state[f"scorer.{name}"] = torch.stack([s.get_buffer(name) for s in own])
+        frame = Ranking(own[0])
+
+        def one(state: dict[str, Tensor], tiles: Tensor, units: Tensor) -> Tensor:
+            return functional_call(frame, state, (tiles, units, sample.plan, sample.scale))
+
+        return torch.vmap(one)(state, sample.tiles, sample.units)
+
+    def on_train_start(self) -> None:
+        if self.global_step:
             return
-        found.losses[call.name] = _lesson(call, call.scores.plan, scorer)
+        batch = next(iter(self.trainer.train_dataloader))  # type: ignore[arg-type]
+        sample = self.look(batch.to(self.device), self.goal.tiles)
+        own: Any = self.scorers.values()
+        for scorer, tiles, units in zip(own, sample.tiles, sample.units, strict=True):
+            scorer.calibrate(tiles, units)
 
-    with watch(model, learn):
-        yield found
+    def training_step(self, ids: Tensor, index: int) -> Tensor:
+        sample = self.look(ids, self.goal.tiles)
+        values = self.rank(sample)
+        goal, steps = self.goal, self.trainer.estimated_stepping_batches
+        if self.global_step < goal.divergence_share * steps:
+            loss = divergence(values, sample.mass, sample.plan, weighted=True)
+            self.log("train/divergence", loss.detach(), prog_bar=True)
+        else:
+            loss = dropped_mass(values, sample.mass, sample.plan, goal.temperature)
+            self.log("train/dropped", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, ids: Tensor, index: int) -> None:
+        found = layer_figures(self.language, ids)
+        for name in next(iter(found.values())):
+            mean = sum(figures[name] for figures in found.values()) / len(found)
+            self.log(f"validation/{name}", mean, sync_dist=True)
+        for i, figures in enumerate(found.values()):
+            own = {f"layers/{i:02d}/{name}": value for name, value in figures.items()}
+            self.log_dict(own, sync_dist=True)
+        change = logit_change(self.language, ids)
+        self.log_dict({f"validation/{k}": v for k, v in change.items()}, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        part = self.optimizer_part
+        groups = [{"params": list(self.scorers.parameters()), "weight_decay": 0.0}]
+        return adamw(groups, part, max(int(self.trainer.estimated_stepping_batches), 1))
+
+    def on_fit_end(self) -> None:
+        if self.out is not None and self.trainer.is_global_zero:
+            mms.save_scorers(self.language, self.out)
 
 
-def _lesson(call: Call, plan: Plan, scorer: Scorer) -> Tensor:
-    q, k = call.q.detach(), call.k.detach()
-    with torch.no_grad():
-        mass = unit_mass(q, k, plan, call.scale)
-    # The model itself may run without gradients.
-    with torch.enable_grad():
-        own = scorer(
-            q,
-            k,
-            layout=plan.layout,
-            config=plan.config,
-            query_offset=plan.query_offset,
-            scale=call.scale,
-        )
-        return scorer_loss(own, mass)
+def some_tiles(plan: Plan, count: int) -> Plan:
+    """The plan of `count` of its tiles, drawn at random among those that have a choice."""
+    choice = ((plan.visible & ~plan.always).sum(-1) > 1).any(0).nonzero().flatten()
+    if not len(choice):
+        raise ValueError("tiles must have units to choose from, the sequence is too short for that")
+    own = choice[torch.randperm(len(choice), device=choice.device)[:count]].sort().values
+    return replace(
+        plan,
+        tiles=plan.tiles[:, own].contiguous(),
+        hull=plan.hull[:, own].contiguous(),
+        tile_modality=plan.tile_modality[:, own].contiguous(),
+        regular_tiles=False,
+    )
+
+
+def main(args: Any = None) -> LightningCLI:
+    """Fit as the config of the command line says."""
+    return LightningCLI(Distill, CorpusData, args=args, save_config_kwargs={"overwrite": True})
+
+
+if __name__ == "__main__":
+    main()

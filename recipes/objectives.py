@@ -13,7 +13,7 @@ class Objectives:
     language: float = 1.0
     """Weight of the loss on answers."""
     scorers: float = 0.0
-    """Weight of the scorers' divergence from the true attention (`recipes.distill`)."""
+    """Weight of the scorers' divergence from the true attention (`recipes.lessons`)."""
     scorers_every: int = 1
     """Steps between two lessons of the scorers."""
     teacher: Literal["sparse", "dense"] = "sparse"

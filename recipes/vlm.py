@@ -8,7 +8,6 @@ language model runs sparse if `sparse` is given, dense if not; all else is the s
 B rows, L tokens, I pictures, A answers, E width of the language model
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
-from mm_sparse.recipes.distill import lessons
+from mm_sparse.recipes.lessons import lessons
 from mm_sparse.recipes.objectives import Objectives
 from mm_sparse.recipes.parts import (
     LanguagePart,
@@ -31,6 +30,7 @@ from mm_sparse.recipes.parts import (
     VisionPart,
 )
 from mm_sparse.recipes.samples import IGNORED, Batch
+from mm_sparse.recipes.schedule import adamw
 from mm_sparse.recipes.vocabulary import Tokenizer
 from mm_sparse.retrofit import given_modality, scorers
 
@@ -259,20 +259,7 @@ class VLM(L.LightningModule):
         groups = [group for group in groups if group["params"]]
         if not groups:
             raise ValueError(f"freeze must leave something to train, got all of {PARTS}")
-        optimizer = torch.optim.AdamW(groups, lr=part.lr, betas=part.betas)
-        steps = max(int(self.trainer.estimated_stepping_batches), 1)
-
-        def rate(step: int) -> float:
-            if step < part.warmup:
-                return (step + 1) / part.warmup
-            done = min((step - part.warmup) / max(steps - part.warmup, 1), 1.0)
-            return part.final + (1 - part.final) * (1 + math.cos(math.pi * done)) / 2
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return adamw(groups, part, max(int(self.trainer.estimated_stepping_batches), 1))
 
 
 def load_weights(model: VLM, path: str) -> None:

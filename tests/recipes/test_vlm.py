@@ -7,7 +7,7 @@ import torch
 import mm_sparse as mms
 from mm_sparse.recipes.data import VLMData
 from mm_sparse.recipes.digits import DigitCanvases, DigitTokenizer
-from mm_sparse.recipes.distill import lessons, scorer_loss
+from mm_sparse.recipes.lessons import lessons, scorer_loss
 from mm_sparse.recipes.parts import (
     LanguagePart,
     LoraPart,

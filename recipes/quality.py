@@ -1,0 +1,218 @@
+"""What sparse attention costs a language model in accuracy, by method and density.
+
+    python -m mm_sparse.recipes.quality --scorers FOLDER --corpus corpus.npz --out results.json
+
+Each method ranks units; budgets, sinks and window are the same for all.
+B rows, N tokens, K KV heads, T tiles, U units, V vocabulary
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import mm_sparse as mms
+from mm_sparse import PooledScorer, Scorer, SparseConfig, select, unit_mass
+from mm_sparse.layer import Call
+from mm_sparse.plan import Plan
+from mm_sparse.recipes.compare import machine
+from mm_sparse.recipes.lessons import divergence
+from mm_sparse.retrofit import keeping, layers, watch
+from mm_sparse.scorers import Scores
+
+
+class Nearest(Scorer):
+    """A sliding window: the nearest units."""
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        near = -plan.distance.abs().float()[:, None]
+        return near.expand(-1, k.shape[1], -1, -1).contiguous()
+
+
+class NearestAndRandom(Scorer):
+    """As BigBird (Zaheer et al., 2020): window and sinks, half of the budget at random."""
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        shape = (len(q), k.shape[1], *plan.distance.shape[1:])
+        generator = torch.Generator(q.device).manual_seed(plan.num_queries)
+        chance = torch.rand(shape, generator=generator, device=q.device)
+        near = plan.distance.abs()[:, None] < plan.budget[:, None, :, None] // 2
+        return chance + near
+
+
+class Perfect(Scorer):
+    """The true mass, which costs as much as dense attention: what no scorer can beat by it."""
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        return unit_mass(q, k, plan, scale).clamp(min=1e-20).log()
+
+
+METHODS: dict[str, Callable[[], Scorer] | None] = {
+    "window": Nearest,
+    "bigbird": NearestAndRandom,
+    "pooled": PooledScorer,
+    "scorers": None,
+    "perfect": Perfect,
+}
+"""None stands for the scorers that the model has."""
+
+
+@contextmanager
+def ranked_by(model: nn.Module, make: Callable[[], Scorer] | None) -> Any:
+    """The layers of a sparsified model with other scorers, around a block."""
+    served = layers(model)
+    before = {name: layer.scorer for name, layer in served.items()}
+    try:
+        for layer in served.values() if make is not None else ():
+            layer.scorer = make()  # type: ignore[misc]
+        yield
+    finally:
+        for name, layer in served.items():
+            layer.scorer = before[name]
+
+
+@torch.no_grad()
+def predictions(model: Any, ids: Tensor, **changes: Any) -> Tensor:
+    """(N / 2, V) log probabilities of the second half of a sequence (1, N)."""
+    half = ids.shape[1] // 2
+    with keeping(model, **changes):
+        logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - half).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def change_of(dense: Tensor, sparse: Tensor, ids: Tensor) -> dict[str, float]:
+    """KL(dense || sparse) in nats, change of the loss, and of the top-1 accuracy in points."""
+    target = ids[0, ids.shape[1] - len(dense) + 1 :]
+    loss = [cross_entropy(x[:-1], target).item() for x in (dense, sparse)]
+    right = [(x[:-1].argmax(-1) == target).float().mean().item() for x in (dense, sparse)]
+    kl = (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+    return {"kl": kl, "loss": loss[1] - loss[0], "top1": 100 * (right[1] - right[0])}
+
+
+def logit_change(model: nn.Module, ids: Tensor) -> dict[str, float]:
+    """`change_of` a sparsified model's second half against its own dense run."""
+    return change_of(predictions(model, ids, backend="dense"), predictions(model, ids), ids)
+
+
+@torch.no_grad()
+def layer_figures(model: nn.Module, ids: Tensor) -> dict[str, dict[str, float]]:
+    """By layer of a dense run: divergence, kept mass of what is open, overlap with the perfect.
+
+    Kept mass and overlap also by pair of modalities, query first, where more than one is there.
+    """
+    served = layers(model)
+    found: dict[str, dict[str, float]] = {}
+
+    def measure(call: Call) -> None:
+        scorer = served[call.name].scorer or PooledScorer()
+        if call.layout is None:
+            return
+        plan = call.plan()
+        values = scorer.score(call.q, call.k, plan, call.scale)
+        mass = unit_mass(call.q, call.k, plan, call.scale)
+        kept, best = (kept_units(x, plan) for x in (values, mass.clamp(min=1e-20).log()))
+        open_units = (plan.visible & ~plan.always)[:, None]
+        figures = {"divergence": divergence(values, mass, plan).item()}
+        kinds = plan.unit_modality.unique().tolist()
+        pairs = [(a, b) for a in kinds for b in kinds if a >= 0 and b >= 0]
+        for pair in [None, *(pairs if len(pairs) > 1 else [])]:
+            here = open_units
+            if pair is not None:
+                here = here & (plan.tile_modality == pair[0])[:, None, :, None]
+                here = here & (plan.unit_modality == pair[1])[:, None, None]
+            name = "" if pair is None else "/" + ">".join(mms.Modality(m).name for m in pair)
+            whole = (mass * here).sum().clamp(min=1e-12)
+            figures[f"kept{name}"] = ((mass * (kept & here)).sum() / whole).item()
+            both, all_best = (kept & best & here).sum(), (best & here).sum()
+            figures[f"overlap{name}"] = (both / all_best.clamp(min=1)).item()
+        found[call.name] = figures
+
+    with keeping(model, backend="dense"), watch(model, measure):
+        model.base_model(ids, use_cache=False)  # type: ignore[operator]
+    return found
+
+
+def kept_units(values: Tensor, plan: Plan) -> Tensor:
+    """(B, K, T, U) bool: what `select` keeps."""
+    chosen = select(Scores(values, plan), plan.layout, plan.config)
+    listed = torch.arange(chosen.index.shape[-1], device=values.device) < chosen.count[..., None]
+    kept = torch.zeros_like(values, dtype=torch.int32)
+    return kept.scatter_add_(-1, chosen.index.clamp(min=0).long(), listed.int()) > 0
+
+
+def table(
+    model: nn.Module,
+    sequences: dict[str, Tensor],
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    **changes: Any,
+) -> list[dict[str, Any]]:
+    """`change_of` by kind of text, method and ratio: means over sequences, and the single KLs."""
+    rows: dict[tuple[str, str, float], list[dict[str, float]]] = {}
+    densities: dict[tuple[str, str, float], float] = {}
+    for kind, batch in sequences.items():
+        for ids in batch[:, None]:
+            dense = predictions(model, ids, backend="dense")
+            for name in methods:
+                for ratio in ratios:
+                    own = changes if name == "scorers" else {}
+                    with ExitStack() as stack:
+                        stack.enter_context(ranked_by(model, METHODS[name]))
+                        sparse = predictions(model, ids, **{"ratio": ratio, **own})
+                    figures = change_of(dense, sparse, ids)
+                    key = kind, name, ratio
+                    if key not in densities:
+                        densities[key] = mms.report(model).density or 1.0
+                    rows.setdefault(key, []).append(figures)
+    return [
+        {
+            "text": kind, "method": name, "ratio": ratio,
+            "density": round(densities[kind, name, ratio], 4),
+            **{f: round(statistics.fmean(x[f] for x in found), 5) for f in found[0]},
+            "kls": [round(x["kl"], 5) for x in found],
+        }
+        for (kind, name, ratio), found in rows.items()
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    from mm_sparse.recipes.corpus import CorpusData
+    from mm_sparse.recipes.parts import LanguagePart
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
+    parser.add_argument("--scorers", help="folder of save_scorers; its config is used")
+    parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LanguagePart(args.model).build(0).eval().requires_grad_(False).to(device)
+    if args.scorers:
+        mms.load_scorers(model, args.scorers)
+    else:
+        mms.sparsify(model, SparseConfig(bidirectional=(), dense_below=0))
+        args.methods = [name for name in args.methods if name != "scorers"]
+    data = CorpusData(args.corpus, args.tokens).kinds(args.split)
+    data = {kind: rows[: args.count].to(device) for kind, rows in data.items()}
+    rows = table(model, data, args.methods, args.ratios)
+    for row in rows:
+        print(json.dumps(row))
+    record = {"machine": machine(), "model": args.model, "scorers": args.scorers, "rows": rows}
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

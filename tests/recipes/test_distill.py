@@ -1,0 +1,328 @@
+"""Scorers trained on a frozen model: losses, the batched product, the recipe end to end."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse.recipes import budgets, corpus, quality
+from mm_sparse.recipes.corpus import CorpusData
+from mm_sparse.recipes.distill import Distill, Goal, some_tiles
+from mm_sparse.recipes.lessons import divergence, dropped_mass
+from mm_sparse.recipes.parts import LanguagePart, OptimizerPart
+from mm_sparse.retrofit import layers
+
+SPARSE = mms.SparseConfig(
+    ratio=0.3, tile=64, unit=16, sinks=16, window=16, subpools=2, bidirectional=(), dense_below=0
+)
+TINY = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+}  # fmt: skip
+TOKENS = 320
+
+
+def tiny() -> LanguagePart:
+    return LanguagePart(options=TINY)
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> str:
+    generator = np.random.default_rng(0)
+    # Words come back later in the text, so that attention has somewhere to go.
+    row = np.concatenate([np.tile(generator.integers(0, 40, 50), 4) for _ in range(40)])
+    rows = np.stack([row[i * 400 : i * 400 + TOKENS] for i in range(4)])
+    path = tmp_path / "corpus.npz"
+    np.savez(path, **{"train": row, "validation/a": rows[:2], "test/a": rows[2:]})
+    return str(path)
+
+
+def make(**options) -> Distill:
+    torch.manual_seed(0)
+    module = Distill(tiny(), SPARSE, optimizer=OptimizerPart(lr=3e-3, warmup=2), **options)
+    sharpen(module.language)
+    return module
+
+
+def sharpen(model: torch.nn.Module) -> None:
+    """Fresh weights attend to everything alike; these do not."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(12)
+
+
+def geometry() -> tuple[mms.TokenLayout, "mms.plan.Plan"]:
+    layout = mms.TokenLayout.text(1, TOKENS)
+    return layout, layout.plan(SPARSE, num_query_heads=4, num_kv_heads=2)
+
+
+def test_the_soft_choice_drops_what_the_hard_one_drops_when_it_is_cold() -> None:
+    _, plan = geometry()
+    torch.manual_seed(0)
+    values = torch.randn(1, 2, *plan.visible.shape[1:])
+    mass = torch.rand(values.shape) * plan.visible
+    open_units = (plan.visible & ~plan.always)[:, None]
+    kept = quality.kept_units(values, plan)
+    tight = (plan.budget - (plan.always * 16).sum(-1) >= 16)[0]
+    soft = dropped_mass(values, mass, plan, 1e-4)
+    hard = (mass * (open_units & ~kept)).sum(-1)
+    # Where the budget holds no open unit the soft choice still takes one.
+    bound = (mass * open_units).amax(-1) * ~tight
+    assert abs(soft - hard.mean()) <= bound.mean() + (1 / 16) * hard.mean()
+
+
+def test_its_gradient_lifts_heavy_units_and_lowers_light_ones() -> None:
+    _, plan = geometry()
+    torch.manual_seed(0)
+    values = torch.zeros(1, 2, *plan.visible.shape[1:], requires_grad=True)
+    mass = torch.rand(values.shape)
+    dropped_mass(values, mass, plan, 0.5).backward()
+    grad = values.grad
+    assert grad is not None
+    open_units = (plan.visible & ~plan.always)[:, None].expand_as(mass)
+    assert (grad[~open_units] == 0).all()
+    # One threshold for all: lifting every unit of a row alike changes nothing.
+    torch.testing.assert_close(grad.sum(-1), torch.zeros(grad.shape[:-1]), atol=1e-6, rtol=0)
+    row = open_units[0, 0].sum(-1).argmax()
+    some = open_units[0, 0, row]
+    corr = torch.corrcoef(torch.stack([grad[0, 0, row][some], mass[0, 0, row][some]]))
+    assert corr[0, 1] < -0.99
+
+
+def test_weights_of_tiles_follow_their_mass() -> None:
+    _, plan = geometry()
+    values = torch.randn(1, 2, *plan.visible.shape[1:])
+    mass = torch.rand(values.shape) * plan.visible
+    whole = divergence(values, mass, plan, weighted=True)
+    torch.testing.assert_close(divergence(values, mass * 3, plan, weighted=True), 3 * whole)
+    torch.testing.assert_close(
+        divergence(values, mass * 3, plan), divergence(values, mass, plan), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_all_layers_at_once_rank_as_each_alone() -> None:
+    module = make()
+    for scorer in module.scorers.values():
+        for parameter in scorer.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(0, 40, (1, TOKENS))
+    sample = module.look(ids, 3)
+    values = module.rank(sample)
+    assert values.shape[:3] == (3, 1, 2)
+    assert values.shape[3] == 3
+    for i, scorer in enumerate(module.scorers.values()):
+        want = scorer.rank(  # pyright: ignore
+            sample.tiles[i], sample.units[i], sample.plan, sample.scale, torch.float32
+        )
+        torch.testing.assert_close(values[i], want)
+
+
+def test_some_tiles_are_tiles_of_the_plan_that_have_a_choice() -> None:
+    _, plan = geometry()
+    part = some_tiles(plan, 4)
+    every = plan.tiles[0].tolist()
+    rows = [every.index(tile) for tile in part.tiles[0].tolist()]
+    assert rows == sorted(rows)
+    assert torch.equal(part.visible, plan.visible[:, rows])
+    assert torch.equal(part.budget, plan.budget[:, rows])
+    assert ((part.visible & ~part.always).sum(-1) > 1).all()
+    short = mms.TokenLayout.text(1, 20).plan(SPARSE, num_query_heads=4, num_kv_heads=2)
+    with pytest.raises(ValueError, match="tiles must have units to choose from"):
+        some_tiles(short, 4)
+
+
+def test_training_on_dropped_mass_keeps_more_of_it() -> None:
+    module = make()
+    sample = module.look(torch.randint(0, 40, (1, TOKENS)), 8)
+    step = torch.optim.Adam(module.scorers.parameters(), lr=3e-3)
+    dropped = []
+    for _ in range(25):
+        values = module.rank(sample)
+        dropped.append(dropped_mass(values.detach(), sample.mass, sample.plan, 1e-3).item())
+        loss = dropped_mass(values, sample.mass, sample.plan, 0.2)
+        step.zero_grad()
+        loss.backward()
+        step.step()
+    assert dropped[-1] < 0.985 * dropped[0]
+
+
+def fit(module: Distill, npz: str, steps: int = 12, **options) -> L.Trainer:
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+    data = CorpusData(npz, TOKENS, length=steps)
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+def test_the_recipe_learns_and_leaves_the_base_alone(npz: str, tmp_path: Path) -> None:
+    module = make(out=str(tmp_path / "scorers"), goal=Goal(divergence_share=0.5, tiles=4))
+    before = {n: p.clone() for n, p in module.language.state_dict().items()}
+    ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
+    untrained = mean(quality.layer_figures(module.language, ids))
+    trainer = fit(module, npz, 30)
+    trained = mean(quality.layer_figures(module.language, ids))
+    assert trained["divergence"] < untrained["divergence"]
+    assert all(torch.equal(p, before[n]) for n, p in module.language.state_dict().items())
+    assert not any(n.startswith("language") for n in module.state_dict())
+    assert {"validation/kl", "validation/kept", "layers/02/overlap"} <= set(trainer.logged_metrics)
+    again = tiny().build(0)
+    again.load_state_dict(before)
+    mms.load_scorers(again, tmp_path / "scorers")
+    for a, b in zip(layers(again).values(), layers(module.language).values(), strict=True):
+        assert a.scorer is not None
+        assert b.scorer is not None
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(a.scorer.parameters(), b.scorer.parameters(), strict=True)
+        )
+
+
+def mean(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {k: sum(f[k] for f in found.values()) / len(found) for k in next(iter(found.values()))}
+
+
+def test_two_processes_give_the_gradients_of_both_sequences(npz: str, tmp_path: Path) -> None:
+    """DDP with gloo: after a step both ranks hold the same scorers, and not the untrained ones."""
+    module = make(goal=Goal(tiles=4))
+    fit(module, npz, 2, devices=2, strategy="ddp_spawn")
+    assert any(p.abs().max() > 0 for p in module.scorers.parameters())
+
+
+def test_a_perfect_ranking_is_as_good_as_the_perfect_scorer() -> None:
+    model = tiny().build(0).eval()
+    sharpen(model)
+    mms.sparsify(model, SPARSE)
+    ids = torch.randint(0, 40, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with quality.ranked_by(model, quality.Perfect):
+        figures = mean(quality.layer_figures(model, ids))
+    assert figures["overlap"] == 1.0
+    pooled = mean(quality.layer_figures(model, ids))
+    assert pooled["kept"] < figures["kept"] <= 1.0
+    assert all(layer.scorer is None for layer in layers(model).values())
+
+
+def test_the_table_has_every_method_beside_dense() -> None:
+    torch.manual_seed(0)
+    model = tiny().build(0).eval()
+    sharpen(model)
+    mms.sparsify(model, SPARSE, scorer="fine")
+    rows = {"a": torch.randint(0, 40, (2, TOKENS))}
+    found = quality.table(model, rows, ["window", "bigbird", "scorers", "perfect"], [0.3, 1.0])
+    assert len(found) == 8
+    for row in found:
+        if row["ratio"] == 1.0:
+            assert row["kl"] == pytest.approx(0, abs=1e-5)
+            assert row["density"] == 1.0
+        else:
+            assert row["kl"] > 0
+            assert 0.25 < row["density"] < 0.55
+        assert len(row["kls"]) == 2
+
+
+def test_what_matters_more_gets_more() -> None:
+    levels = (0.1, 0.2, 0.5, 1.0)
+    costs = {0: [0.1, 0.05, 0.01, 0.0], 1: [0.001, 0.0005, 0.0001, 0.0], 2: [0.4, 0.3, 0.1, 0.0]}
+    ratios = budgets.spread(costs, 0.3, levels)
+    assert ratios[2] > ratios[0] > ratios[1]
+    assert sum(ratios.values()) / 3 == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"mean must be in \[0.1, 1.0\], got 0.05"):
+        budgets.spread(costs, 0.05, levels)
+
+
+def test_costs_of_a_layer_are_those_of_the_model_in_which_it_alone_is_sparse(npz: str) -> None:
+    module = make()
+    ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
+    costs = budgets.layer_costs(module.language, [ids], (0.2, 0.4, 1.0))
+    assert sorted(costs) == [0, 1, 2]
+    for own in costs.values():
+        assert own[0] >= own[1] > 0
+        assert own[2] == 0
+    config = replace(SPARSE, ratio=0.2, dense_layers=(0, 2))
+    dense = quality.predictions(module.language, ids, backend="dense")
+    mms.sparsify(module.language, config)
+    sparse = quality.predictions(module.language, ids)
+    assert quality.change_of(dense, sparse, ids)["kl"] == pytest.approx(costs[1][0], rel=1e-4)
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    eos_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(c) % 30 for c in text]
+
+
+def test_a_corpus_parts_files_and_reads_what_people_have(tmp_path: Path) -> None:
+    import gzip
+
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 700)
+    with gzip.open(tmp_path / "x.gz", "wt") as stream:
+        stream.write("packed " * 2000)
+    page = tmp_path / "page.html"
+    page.write_text("<p>Seen &amp; kept</p><script>no</script>")
+    assert corpus.read_text(page) == "Seen & kept"
+    assert corpus.read_text(tmp_path / "x.gz").startswith("packed packed")
+    patterns = {"text": [str(tmp_path / "*.txt")]}
+    arrays, names = corpus.build(patterns, {}, Letters(), tokens=64, count=2, train_tokens=10**6)
+    assert arrays["validation/text"].shape == arrays["test/text"].shape == (2, 64)
+    used = [n for part in names.values() for n in part]
+    assert len(set(used)) == 4
+    assert all(corpus.split_of(Path(n)) == p.split("/")[0] for p, ns in names.items() for n in ns)
+    trained = sum(corpus.split_of(p) == "train" for p in tmp_path.glob("*.txt"))
+    assert (arrays["train"] == 0).sum() == trained
+    kept = {"text": [str(tmp_path / "1*.txt")]}
+    _, names = corpus.build(patterns, kept, Letters(), tokens=64, count=20)
+    assert {Path(n).name[0] for n in names["test/text"]} == {"1"}
+    with pytest.raises(ValueError, match="text must have a validation file of 99999 tokens"):
+        corpus.build(patterns, {}, Letters(), tokens=99999)
+
+
+def test_windows_are_the_same_for_the_same_seed(npz: str) -> None:
+    data = CorpusData(npz, 100, length=5)
+    first, again = ([x.tolist() for x in data.train_dataloader()] for _ in range(2))
+    assert first == again
+    assert len({json.dumps(x) for x in first}) > 1
+    with pytest.raises(ValueError, match=r"path must be a file of recipes.corpus, got 'no.npz'"):
+        CorpusData("no.npz")
+    with pytest.raises(ValueError, match="row must have more than 10 tokens, got 3"):
+        corpus.Windows(np.zeros(3), 10, 1)
+
+
+def test_the_shipped_config_is_one_that_the_recipe_takes(
+    npz: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mm_sparse.recipes.distill import main
+
+    root = Path(__file__).parents[2]
+    monkeypatch.setattr("sys.argv", ["distill"])
+    language = {"path": None, "options": TINY | {"dtype": "float32"}}
+    cli = main(
+        ["fit", "--config", str(root / "recipes/distill_smollm2.yaml"), "--data.path", npz,
+         "--data.tokens", str(TOKENS), "--model.language", json.dumps(language),
+         "--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--model.out", "null",
+         "--trainer.limit_val_batches", "1", "--trainer.logger", "false",
+         "--trainer.accelerator", "cpu", "--data.length", "1"]
+    )  # fmt: skip
+    assert cli.trainer.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"divergence_share": 2.0}, "divergence_share must be in"),
+        ({"tiles": 0}, "must be positive"),
+    ],
+)
+def test_impossible_goals_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Goal(**given)
