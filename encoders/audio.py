@@ -72,7 +72,9 @@ def _torchaudio(name: str, pretrained: bool, options: dict[str, Any]) -> Made:
         return ConformerAudio, torchaudio.models.Conformer(**options)
     make = getattr(torchaudio.models, name, None)
     if "emformer" in name:
-        raise ValueError("name must not be an Emformer: it computes attention in its own arithmetic")
+        raise ValueError(
+            "name must not be an Emformer: it computes attention in its own arithmetic"
+        )
     if make is None or not name.startswith(("wav2vec2", "hubert", "wavlm")) or "pretrain" in name:
         raise ValueError(
             "name must be a wav2vec2, hubert or wavlm function of torchaudio.models or "

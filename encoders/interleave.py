@@ -75,9 +75,7 @@ class Piece:
             raise ValueError(f"lengths must be for {rows} rows, got {len(self.lengths)}")
         short, long = self.lengths.min().item(), self.lengths.max().item()
         if short < self.prefix or long > count:
-            raise ValueError(
-                f"lengths must be in [{self.prefix}, {count}], got {short} to {long}"
-            )
+            raise ValueError(f"lengths must be in [{self.prefix}, {count}], got {short} to {long}")
 
     def spans(self, count: int) -> list[tuple[Any, ...]]:
         """What `TokenLayout.from_rows` takes, for so many tokens of one row."""

@@ -120,13 +120,13 @@ def _transformers(name: str, pretrained: bool | str, image_size: Any, options: A
 
     if image_size is not None:
         options["image_size"] = image_size
-    known = (None, None)
+    model, known = load_model(name, bool(pretrained), options), (None, None)
     if pretrained:
         from transformers import AutoImageProcessor
 
         processor: Any = AutoImageProcessor.from_pretrained(name)
         known = (processor.image_mean, processor.image_std)
-    return TransformersVision, load_model(name, bool(pretrained), options), known
+    return TransformersVision, model, known
 
 
 class VisionTower(TimmVision):

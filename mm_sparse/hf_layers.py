@@ -61,7 +61,7 @@ def find_layers(model: nn.Module) -> list[HFFound]:
         modality = _modality(name, module, owners)
         tower = None
         if modality == Modality.IMAGE:
-            tower = towers.setdefault(id(owners[-1]), _tower(owners[-1]))
+            tower = towers.setdefault(id(owners[-1]), _tower(owners))
         refusal, cross = _refusal(module), _is_cross(name, module)
         found.append(HFFound(name, module, modality, refusal, cross, tuple(owners), tower))
     return found
@@ -77,13 +77,16 @@ def prefix_tokens(embeddings: nn.Module) -> int:
     return count
 
 
-def _tower(owner: Any) -> Tower | None:
-    """What a vision model says of its tokens; None where it has no embeddings of its own."""
-    embeddings, patch = getattr(owner, "embeddings", None), getattr(owner.config, "patch_size", None)
-    if not isinstance(embeddings, nn.Module) or patch is None:
-        return None
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    return Tower(Modality.IMAGE, prefix_tokens(embeddings), None, embeddings, (height, width))
+def _tower(owners: list[Any]) -> Tower | None:
+    """What vision models around a layer say of its tokens; None if none cuts patches itself."""
+    for owner in reversed(owners):
+        embeddings = getattr(owner, "embeddings", None)
+        patch = getattr(owner.config, "patch_size", None)
+        if isinstance(embeddings, nn.Module) and patch is not None:
+            height, width = (patch, patch) if isinstance(patch, int) else patch
+            prefix = prefix_tokens(embeddings)
+            return Tower(Modality.IMAGE, prefix, None, embeddings, (height, width))
+    return None
 
 
 @cache
