@@ -1,6 +1,6 @@
 """Minutes of sound through an audio encoder, dense and sparse: time, features, kept frames.
 
-    python examples/long_audio.py                                # four minutes, synthetic
+    python examples/long_audio.py                                # two minutes, synthetic
     python examples/long_audio.py --sound talk.wav more.wav --minutes 5 --ratio 0.2 --at 60
 
 The encoder has the shape of Whisper tiny.en's, with its table of sine waves carried on past 30 s.
@@ -106,7 +106,7 @@ def main() -> None:
     """Both runs, a report, one picture, one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--sound", type=Path, nargs="+", default=None, help="files to listen to")
-    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the frames that is kept")
     parser.add_argument(
         "--at", type=float, default=None, help="second whose kept frames are drawn (the middle)"

@@ -28,11 +28,11 @@ import mm_sparse as mms
 from mm_sparse.recipes.pictures import on_white, stamps, to_tensor
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-# 40 x 40 patches: enough tokens for attention to weigh.
+# 32 x 32 patches: enough tokens for attention to have something to choose from.
 SMALL = {
     "embed_dim": 128,
     "vision_cfg": {
-        "image_size": 320, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32,
+        "image_size": 256, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32,
     },
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4},
 }  # fmt: skip
@@ -72,7 +72,7 @@ def load_pairs(font: Path, count: int) -> tuple[Pairs, str]:
         print(f"digits instead of emoji or stamps: {error}")
     from sklearn.datasets import load_digits
 
-    names = "zero one two three four five six seven eight nine".split()
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     data: Any = load_digits()
     pairs = []
     for digit, name in enumerate(names[:count]):

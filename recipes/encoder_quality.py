@@ -49,9 +49,7 @@ def config(ratio: float) -> mms.SparseConfig:
     return mms.SparseConfig(ratio, tile=64, unit=16, sinks=0, window=0, dense_below=0)
 
 
-def pictures(
-    size: int, categories: int, each: int, most: int | None
-) -> tuple[Tensor, list[str]]:
+def pictures(size: int, categories: int, each: int, most: int | None) -> tuple[Tensor, list[str]]:
     """`each` stamps of each of the largest categories: (B, 3, size, size) and what they are."""
     from mm_sparse.recipes.pictures import on_white, stamps, to_tensor
 
@@ -124,6 +122,11 @@ def prompts(root: Path) -> Iterator[tuple[np.ndarray, str]]:
     import soundfile
     from torchaudio.functional import resample
 
+    if not (root / WORDS).is_file():
+        raise FileNotFoundError(
+            f"root must hold Asterisk's prompts, found no {root / WORDS}: `apt-get install "
+            "asterisk-core-sounds-en asterisk-core-sounds-en-wav`"
+        )
     with gzip.open(root / WORDS, "rt", encoding="utf-8", errors="replace") as lines:
         found = [re.match(r"([\w/.-]+):\s*([^\[\s].*)", line) for line in lines]
     for match in found:
@@ -237,7 +240,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(row), flush=True)
         name = (row["method"], row["ratio"])
         rows = [r for r in rows if (r["method"], r["ratio"]) != name] + [row]
-        rows.sort(key=lambda r: (-r["ratio"] if r["method"] == "dense" else r["ratio"], r["method"]))
+        rows.sort(
+            key=lambda r: (-r["ratio"] if r["method"] == "dense" else r["ratio"], r["method"])
+        )
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 

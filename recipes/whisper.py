@@ -134,7 +134,10 @@ def _renamed(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
         for number in range(inputs):
             weight = arrays[f"{source}/linear_{number}/weight"]
             names = STACKED[3 if inputs == 1 else number + 1]
-            for kind, value in (("weight", weight), ("bias", arrays[f"{source}/linear_{number}/bias"])):
+            for kind, value in (
+                ("weight", weight),
+                ("bias", arrays[f"{source}/linear_{number}/bias"]),
+            ):
                 for name, part in zip(names, value.chunk(len(names)), strict=True):
                     if (name, kind) != ("k_proj", "bias"):  # Whisper's keys have none
                         found[f"{target}.{name}.{kind}"] = part
