@@ -70,10 +70,11 @@ def neighbour_accuracy(features: Tensor, labels: list[str]) -> float:
     """Share of (B, C) rows whose nearest others mostly bear the same label (votes by cosine)."""
     alike = normalize(features) @ normalize(features).T
     alike.fill_diagonal_(-2)
+    count = min(NEIGHBOURS, len(labels) - 1)
     right = 0
     for row, label in enumerate(labels):
         votes: dict[str, float] = {}
-        for value, other in zip(*alike[row].topk(NEIGHBOURS), strict=True):
+        for value, other in zip(*alike[row].topk(count), strict=True):
             votes[labels[int(other)]] = votes.get(labels[int(other)], 0.0) + float(value)
         right += max(votes, key=lambda name: votes[name]) == label
     return right / len(labels)
