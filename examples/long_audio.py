@@ -26,7 +26,9 @@ from mm_sparse.retrofit import watch
 from mm_sparse.viz import kept_share
 
 RATE = 16000
-SHAPE = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
+SHAPE: dict[str, Any] = {
+    "d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536,
+}  # fmt: skip
 
 
 def load_sound(paths: list[Path], seconds: float) -> np.ndarray:

@@ -29,7 +29,7 @@ from mm_sparse.recipes.pictures import on_white, stamps, to_tensor
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 # 32 x 32 patches: enough tokens for attention to have something to choose from.
-SMALL = {
+SMALL: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {
         "image_size": 256, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32,

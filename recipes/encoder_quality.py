@@ -184,11 +184,10 @@ class Speech:
 
         frames = self.model(self.batch).last_hidden_state
         kept = density(self.model)
-        if self.dense is None:
-            self.dense = frames
+        self.dense = dense = frames if self.dense is None else self.dense
+        alike = cosine_similarity(frames, dense, dim=-1)
         written = [plain(text) for text in self.whisper.transcribe(self.batch)]
         wrong = sum(edit_distance(a, b) for a, b in zip(self.words, written, strict=True))
-        alike = cosine_similarity(frames, self.dense, dim=-1)
         figures = {"word_error_rate": wrong / self.facts["words"],
                    "frame_cosine": alike.mean().item()}  # fmt: skip
         return figures, kept

@@ -68,10 +68,10 @@ def whisper_tiny() -> Whisper:
     path = wheel_file(*WHISPER)
     weights = _renamed(_read(path))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path.parent / "tokenizer.json"))
-    ids = tokenizer.convert_tokens_to_ids
+    ids: Any = tokenizer.convert_tokens_to_ids
     vocabulary, width = weights["model.decoder.embed_tokens.weight"].shape
     layers = 1 + max(int(n.split(".")[3]) for n in weights if ".layers." in n)
-    end: Any = ids("<|endoftext|>")
+    end = ids("<|endoftext|>")
     config = WhisperConfig(
         vocab_size=vocabulary, d_model=width, encoder_layers=layers, decoder_layers=layers,
         encoder_attention_heads=width // 64, decoder_attention_heads=width // 64,
