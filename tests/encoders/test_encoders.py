@@ -11,7 +11,7 @@ import mm_sparse as mms
 from mm_sparse import retrofit
 from mm_sparse.encoders.audio import create_audio_encoder
 from mm_sparse.encoders.vision import create_vision_encoder
-from tests.encoders.cases import AUDIOS, NAMES, VISIONS, build
+from tests.encoders.cases import AUDIOS, NAMES, VISION, VISIONS, build
 
 for needed in ("timm", "open_clip", "torchaudio", "transformers"):
     pytest.importorskip(needed)
@@ -290,9 +290,7 @@ def test_a_folder_of_transformers_weights(tmp_path) -> None:
 
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 48, "vocab_size": 60}  # fmt: skip
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "intermediate_size": 48, "patch_size": 4, "image_size": 48}  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION)).eval()
     model.save_pretrained(tmp_path)
     ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3).save_pretrained(tmp_path)
     encoder = create_vision_encoder(str(tmp_path), "transformers", pretrained=True)
