@@ -1,65 +1,144 @@
-"""Vision towers from timm: pictures in, patch tokens and their grid out.
+"""Vision encoders by name: pictures in, tokens and their grid out, attention sparse if wanted.
 
 B pictures, P patches, C width, h x w grid of patches (P = h * w, row by row)
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.encoders.encoder import choose, made_sparse
+from mm_sparse.encoders.vision_backbones import (
+    OpenClipVision,
+    TimmVision,
+    TransformersVision,
+    VisionEncoder,
+)
+from mm_sparse.scorers import Scorer
+
+__all__ = ["VisionEncoder", "VisionTower", "create_vision_encoder", "create_vision_tower"]
 
 
-class VisionTower(nn.Module):
-    """A timm transformer without its head; it returns patches, no class or register tokens.
+def create_vision_encoder(
+    name: str,
+    source: str = "timm",
+    sparse: SparseConfig | None = None,
+    pretrained: bool | str = False,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    keep_prefix: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    strict: bool = True,
+    scorer: str | Callable[..., Scorer] | None = None,
+    **options: Any,
+) -> VisionEncoder:
+    """A vision transformer whose forward takes (B, 3, H, W) in [0, 1] and gives tokens and piece.
 
-    It takes pictures in [0, 1] and applies the mean and deviation that the weights were made with.
+    It comes in evaluation mode.
+
+    Args:
+        name: timm's or open_clip's name of a model; for transformers a model type ("vit",
+            "siglip_vision_model", ...), or a folder or name for `from_pretrained`.
+        source: "timm", "open_clip" or "transformers".
+        sparse: how its attention is sparse; None leaves it dense, for a later `sparsify`.
+        pretrained: load weights, which downloads them unless `name` is a folder; for open_clip the
+            tag of the weights or a file.
+        image_size: pixels of a side that positions are made for; the architecture's own if None.
+            timm and most transformers models take other sizes too, open_clip's do not.
+        keep_prefix: hand over class and register tokens too, in front of the patches.
+        mean, std: of the three colours; what the library says of the weights, or 0.5, if None.
+        strict, scorer: as in `mm_sparse.sparsify`.
+        options: further arguments of the architecture.
+    Raises:
+        ValueError: `sparse` is given and a layer cannot be served; the message names it.
     """
+    make = choose("source", source, {"timm": _timm, "open_clip": _open_clip,
+                                     "transformers": _transformers})  # fmt: skip
+    kind, backbone, known = make(name, pretrained, image_size, options)
+    mean, std = (known[0] if mean is None else mean), (known[1] if std is None else std)
+    made = kind(backbone, keep_prefix=keep_prefix, mean=mean, std=std)
+    return made_sparse(made.eval(), sparse, strict=strict, scorer=scorer)
 
-    mean: Tensor
-    std: Tensor
 
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        for needed in ("forward_features", "num_features", "patch_embed"):
-            if not hasattr(backbone, needed):
-                raise TypeError(
-                    f"backbone must be a timm vision transformer with `{needed}`, "
-                    f"got {type(backbone).__name__} without it"
-                )
-        self.backbone: Any = backbone
-        settings = getattr(backbone, "pretrained_cfg", None) or {}
-        for name, default in (("mean", 0.5), ("std", 0.5)):
-            value = torch.tensor(settings.get(name) or [default] * 3).view(3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+Made = tuple[type[VisionEncoder], Any, tuple[Any, Any]]
 
-    @property
-    def width(self) -> int:
-        """Channels of a patch token."""
-        return self.backbone.num_features
 
-    @property
-    def prefix(self) -> int:
-        """Class and register tokens in front of the patches."""
-        return getattr(self.backbone, "num_prefix_tokens", 0)
+def _timm(name: str, pretrained: bool | str, image_size: Any, options: dict[str, Any]) -> Made:
+    return TimmVision, timm_model(name, bool(pretrained), image_size, **options), (None, None)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patch rows and columns of a picture with this many pixels."""
-        rows, columns = self.backbone.patch_embed.dynamic_feat_size((height, width))
-        return int(rows), int(columns)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def timm_model(name: str, pretrained: bool, image_size: Any, **options: Any) -> Any:
+    """A timm model without a head that takes pictures of any size, where its architecture can."""
+    import timm
+
+    if image_size is not None:
+        options["img_size"] = image_size
+    options.setdefault("num_classes", 0)
+    try:
+        return timm.create_model(
+            name, pretrained=pretrained, **{"dynamic_img_size": True, **options}
+        )
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error) or "dynamic_img_size" in options:
+            raise
+        return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def _open_clip(name: str, pretrained: bool | str, image_size: Any, options: Any) -> Made:
+    import open_clip
+
+    if pretrained is True:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(f"pretrained must be a tag or a file for open_clip, one of {tags}, or one")
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(f"name must be a model of open_clip, got {name!r}")
+    changes: dict[str, Any] = {"vision_cfg": {**config["vision_cfg"], **options}}
+    if image_size is not None:
+        changes["vision_cfg"]["image_size"] = image_size
+    if not pretrained:
+        # The text tower is thrown away.
+        changes["text_cfg"] = {"layers": 1, "width": 64, "heads": 1}
+    model: Any = open_clip.create_model(
+        name, pretrained=pretrained or None, pretrained_image=False, pretrained_text=False,
+        force_custom_text=True, **changes,
+    )  # fmt: skip
+    visual = model.visual
+    known = (getattr(visual, "image_mean", None), getattr(visual, "image_std", None))
+    if hasattr(visual, "trunk"):
+        return TimmVision, visual.trunk, known
+    return OpenClipVision, visual, known
+
+
+def _transformers(name: str, pretrained: bool | str, image_size: Any, options: Any) -> Made:
+    from mm_sparse.encoders.transformers_models import load_model
+
+    if image_size is not None:
+        options["image_size"] = image_size
+    model, known = load_model(name, bool(pretrained), options), (None, None)
+    if pretrained:
+        from transformers import AutoImageProcessor
+
+        processor: Any = AutoImageProcessor.from_pretrained(name)
+        known = (processor.image_mean, processor.image_std)
+    return TransformersVision, model, known
+
+
+class VisionTower(TimmVision):
+    """A timm transformer for a language model: it gives patches alone, and their grid."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone, keep_prefix=False)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:  # pyright: ignore
         """(B, 3, H, W) in [0, 1] -> tokens (B, P, C) and their grid (h, w)."""
-        if pictures.ndim != 4:
-            raise ValueError(f"pictures must be (B, 3, H, W), got shape {tuple(pictures.shape)}")
-        h, w = self.grid(pictures.shape[-2], pictures.shape[-1])
-        tokens = self.backbone.forward_features((pictures - self.mean) / self.std)
-        if tokens.ndim != 3 or tokens.shape[1] != self.prefix + h * w:
-            raise ValueError(
-                f"backbone {type(self.backbone).__name__} must give (B, {self.prefix + h * w}, C) "
-                f"for a {h} x {w} grid, got shape {tuple(tokens.shape)}"
-            )
-        return tokens[:, self.prefix :], (h, w)
+        tokens, grid = self.encode(pictures)
+        return tokens[:, self.prefix :], grid
 
 
 def create_vision_tower(
@@ -69,13 +148,4 @@ def create_vision_tower(
 
     `kwargs` go to the architecture: `patch_size`, `embed_dim`, `depth`, `num_heads`, ...
     """
-    if image_size is not None:
-        kwargs["img_size"] = image_size
-    kwargs.setdefault("num_classes", 0)
-    try:
-        model = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **kwargs)
-    except TypeError as error:
-        if "dynamic_img_size" not in str(error):
-            raise
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    return VisionTower(model)
+    return VisionTower(timm_model(name, pretrained, image_size, **kwargs))

@@ -34,7 +34,7 @@ class HFLayer(Layer):
         if encoder_decoder and modality is None and is_causal(found.module, {}):
             # The ids that the tracker sees are the encoder's; a decoder of this kind writes text.
             tracker = ModalityTracker(found.root)
-        super().__init__(found, shared, HFSource(tracker, modality, shared.plain))
+        super().__init__(found, shared, HFSource(tracker, modality, shared.plain, found.tower))
         config = getattr(self.module, "config", None)
         self.stock = getattr(config, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mm_sparse.found import Found, forward_source, prefixes
 from mm_sparse.modality import Modality
+from mm_sparse.tower_layouts import Tower
 
 DISPATCH = "ALL_ATTENTION_FUNCTIONS"
 # Arguments of an attention call that change its result in ways the kernels do not know.
@@ -32,6 +33,8 @@ class HFFound(Found):
 
     owners: tuple[Any, ...]
     """The transformers models around it, outermost first."""
+    tower: Tower | None
+    """What is known of its tokens if it reads pictures."""
 
     @property
     def root(self) -> Any:
@@ -46,6 +49,7 @@ def find_layers(model: nn.Module) -> list[HFFound]:
     from transformers import PreTrainedModel
 
     found: list[HFFound] = []
+    towers: dict[int, Tower | None] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         owners = [modules[p] for p in prefixes(name) if isinstance(modules[p], PreTrainedModel)]
@@ -54,17 +58,35 @@ def find_layers(model: nn.Module) -> list[HFFound]:
         inside = any(found and name.startswith(f.name + ".") for f in found)
         if inside and not dispatches(type(module)):
             continue
-        found.append(
-            HFFound(
-                name,
-                module,
-                _modality(name, module, owners),
-                _refusal(module),
-                _is_cross(name, module),
-                tuple(owners),
-            )
-        )
+        modality = _modality(name, module, owners)
+        tower = None
+        if modality == Modality.IMAGE:
+            tower = towers.setdefault(id(owners[-1]), _tower(owners))
+        refusal, cross = _refusal(module), _is_cross(name, module)
+        found.append(HFFound(name, module, modality, refusal, cross, tuple(owners), tower))
     return found
+
+
+def prefix_tokens(embeddings: nn.Module) -> int:
+    """Class and register tokens that the embeddings of a vision model put in front."""
+    count = 0
+    for name in ("cls_token", "distillation_token", "register_tokens", "class_embedding"):
+        value = getattr(embeddings, name, None)
+        if isinstance(value, Tensor):
+            count += value.numel() // value.shape[-1]
+    return count
+
+
+def _tower(owners: list[Any]) -> Tower | None:
+    """What vision models around a layer say of its tokens; None if none cuts patches itself."""
+    for owner in reversed(owners):
+        embeddings = getattr(owner, "embeddings", None)
+        patch = getattr(owner.config, "patch_size", None)
+        if isinstance(embeddings, nn.Module) and patch is not None:
+            height, width = (patch, patch) if isinstance(patch, int) else patch
+            prefix = prefix_tokens(embeddings)
+            return Tower(Modality.IMAGE, prefix, None, embeddings, (height, width))
+    return None
 
 
 @cache

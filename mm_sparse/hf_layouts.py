@@ -16,6 +16,7 @@ from mm_sparse.lazy_mask import LazyMask
 from mm_sparse.masks import layout_from_spans
 from mm_sparse.modality import Modality
 from mm_sparse.placing import Placed, make_room, spans_of_tensor, spans_without_mask
+from mm_sparse.tower_layouts import Tower, part_of_picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,8 @@ class HFSource:
     modality: Modality | None
     """What all tokens are; None where the tracker knows."""
     plain: dict[Any, Placed]
+    tower: Tower | None = None
+    """What is known of the tokens of a vision model."""
 
     def place(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
@@ -38,7 +41,10 @@ class HFSource:
         packed = options.get("cu_seq_lens_q")
         cuts = None if packed is None else tuple(packed.tolist())
         causal, window = is_causal(module, options), options.get("sliding_window")
-        key = (self.modality, q.shape[0], q.device, cuts)
+        tokens, prefix, grid = k.shape[2], 0, None
+        if self.tower is not None and q.shape[2] == tokens > self.tower.prefix and cuts is None:
+            prefix, grid = self.tower.prefix, self.tower.grid_of(tokens)
+        key = (self.modality, q.shape[0], q.device, cuts, prefix, grid)
         if mask is None:
             key += (q.shape[2], k.shape[2], causal, window)
         memo = self._memo(mask)
@@ -58,7 +64,9 @@ class HFSource:
             if cuts is not None:
                 span = _cut(span, cuts, keys)
             kinds = self._kinds(rows, start, keys, first + queries, q.device)
-            memo[key] = Placed(layout_from_spans(span, valid, first, kinds), first)
+            layout = layout_from_spans(span, valid, first, kinds)
+            layout = part_of_picture(layout, prefix, grid)
+            memo[key] = Placed(layout, first, prefix)
         return memo[key]
 
     def _memo(self, mask: Any) -> dict[Any, Placed]:

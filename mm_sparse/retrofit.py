@@ -256,6 +256,8 @@ def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
             towers[id(item.tower)] = item.tower
             served[item.name] = TowerLayer(item, shared)
         elif isinstance(item, HFFound):
+            if item.tower is not None:
+                towers[id(item.tower)] = item.tower
             tracker = trackers.setdefault(id(item.root), ModalityTracker(item.root))
             served[item.name] = HFLayer(item, shared, tracker)
             if item.modality is None:

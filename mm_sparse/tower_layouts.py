@@ -36,7 +36,9 @@ class Tower:
     grid: tuple[int, int] | None = None
     """Height and width of the picture that is looked at, in tokens."""
     embed: Any = None
-    """The module that cuts pictures into patches and knows the grid of any size."""
+    """The module that gets pictures and cuts them into patches."""
+    patch: tuple[int, int] | None = None
+    """Height and width of a patch in pixels; None where `embed` tells the grid of any size."""
 
     def attach(self) -> list[Any]:
         """Set the hook that keeps `grid` up to date; returns its handle."""
@@ -47,8 +49,12 @@ class Tower:
         picture = args[0] if args else None
         self.grid = None
         if isinstance(picture, Tensor) and picture.dim() == 4:
-            height, width = embed.dynamic_feat_size(tuple(picture.shape[-2:]))
-            self.grid = int(height), int(width)
+            height, width = picture.shape[-2:]
+            if self.patch is not None:
+                self.grid = height // self.patch[0], width // self.patch[1]
+            else:
+                height, width = embed.dynamic_feat_size((height, width))
+                self.grid = int(height), int(width)
 
     def grid_of(self, tokens: int) -> tuple[int, int] | None:
         """The grid, if it is that of a sequence of so many tokens."""
@@ -112,7 +118,8 @@ class TowerSource:
                 span, valid, first = spans_of_tensor(seen, tokens, tokens)
             span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
             kinds = torch.full_like(valid, int(self.tower.modality), dtype=torch.int8)
-            layout = _part(layout_from_spans(span, valid, first, kinds), prefix, grid)
+            layout = layout_from_spans(span, valid, first, kinds)
+            layout = part_of_picture(layout, prefix, grid)
             memo[key] = Placed(layout, first, prefix)
         return memo[key]
 
@@ -141,7 +148,7 @@ def _square(mask: Any, rows: int, heads: int, tokens: int) -> Tensor:
     return seen.expand(-1, -1, -1, tokens)
 
 
-def _part(layout: TokenLayout, prefix: int, grid: tuple[int, int] | None) -> TokenLayout:
+def part_of_picture(layout: TokenLayout, prefix: int, grid: tuple[int, int] | None) -> TokenLayout:
     """Make the prefix a segment of its own, and write down the grid of a whole picture."""
     behind = torch.arange(layout.length, device=layout.device) >= prefix
     segment = layout.segment + behind.to(torch.int32) if prefix else layout.segment

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "examples/high_resolution_vit.py", *arguments]
+def run(*arguments: str, example: str = "high_resolution_vit") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"examples/{example}.py", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -36,3 +36,39 @@ def test_sizes_and_patches_that_do_not_exist_are_refused() -> None:
         "--at must be a patch of the 2 x 2 grid, got 2 0"
         in run("--size=28", "--at", "2", "0").stderr
     )
+
+
+@pytest.mark.slow
+def test_sound_runs_both_ways_and_what_was_kept_is_drawn(tmp_path: Path) -> None:
+    done = run("--minutes=1.1", "--ratio=0.3", f"--out={tmp_path}", example="long_audio")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["frames"], found["frames_per_second"], found["sound"]) == (3300, 50, "synthetic")
+    assert 0 < found["feature_cosine"] <= 1
+    assert (tmp_path / "kept_frames.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert done.stdout.count("  sparse  ") == 4
+
+
+def test_minutes_and_seconds_that_do_not_exist_are_refused() -> None:
+    assert "--minutes must be at least a second, got 0.0" in run(
+        "--minutes=0", example="long_audio"
+    ).stderr  # fmt: skip
+    assert "--at must be a second in [0, 60), got 61" in run(
+        "--minutes=1", "--at=61", example="long_audio"
+    ).stderr  # fmt: skip
+
+
+@pytest.mark.slow
+def test_titles_are_found_both_ways_and_random_weights_are_called_so(tmp_path: Path) -> None:
+    done = run("--count=4", f"--out={tmp_path}", example="open_clip_zero_shot")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["weights"], found["patches"], found["right_by_chance"]) == ("random", 1024, 0.25)
+    assert 0 < found["embedding_cosine"] < 1
+    assert "titles are guesses" in done.stdout
+    assert (tmp_path / "titles.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_weights_that_are_no_file_are_refused() -> None:
+    done = run("--weights=nowhere.bin", example="open_clip_zero_shot")
+    assert "--weights must be a file, got nowhere.bin" in done.stderr

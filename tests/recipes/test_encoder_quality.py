@@ -1,0 +1,73 @@
+"""Figures of encoders: neighbours, packing, methods that keep equally much, Whisper's file."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+from mm_sparse.encoders.vision import create_vision_encoder
+from mm_sparse.recipes import encoder_quality, whisper
+
+
+def test_neighbours_vote_without_the_picture_itself() -> None:
+    features = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4)
+    assert encoder_quality.neighbour_accuracy(features, list("aaaabbbb")) == 1.0
+    # A label that nobody else bears cannot be found.
+    assert encoder_quality.neighbour_accuracy(features, list("aaaxbbbb")) == 7 / 8
+
+
+def test_clips_are_packed_into_windows_with_all_their_words() -> None:
+    clips = [(np.ones(10 * 16000, np.float32), f"clip {n}") for n in range(5)]
+    windows = list(encoder_quality.packed(iter(clips)))
+    assert [text for _, text in windows] == ["clip 0 clip 1", "clip 2 clip 3"]
+    assert all(len(samples) <= 30 * 16000 for samples, _ in windows)
+    assert encoder_quality.plain("Press 1, (then) Don't.") == ["press", "1", "then", "don't"]
+
+
+def test_methods_keep_equally_much_and_leave_the_model_dense() -> None:
+    pytest.importorskip("PIL")
+    subject: Any = object.__new__(encoder_quality.Pictures)
+    subject.model = create_vision_encoder(
+        "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    )
+    subject.batch, subject.labels, subject.dense = torch.rand(4, 3, 64, 64), list("aabb"), None
+    rows = list(encoder_quality.compare(subject, list(encoder_quality.METHODS), [0.25]))
+    assert [row["method"] for row in rows] == ["dense", "scores", "window", "random"]
+    assert rows[0]["patch_cosine"] == pytest.approx(1)
+    assert all(0.2 < row["density"] < 0.3 for row in rows[1:])
+    assert all(row["patch_cosine"] < 1 - 1e-6 for row in rows[1:])
+    assert encoder_quality.density(subject.model) == 1.0
+
+
+def test_positions_of_whisper_are_those_of_transformers() -> None:
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    torch.testing.assert_close(whisper.sinusoids(64, 32).float(), sinusoids(64, 32))
+
+
+def test_whisper_writes_what_it_was_told() -> None:
+    try:
+        tiny = whisper.whisper_tiny()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    silence = torch.full((1, 80, 3000), -1.0)
+    assert len(tiny.transcribe(silence, most=8)) == 1
+    places = tiny.model.get_encoder().embed_positions.weight
+    torch.testing.assert_close(whisper.sinusoids(1500, 384).float(), places, atol=1e-3, rtol=0)
+
+
+def test_unknown_methods_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        encoder_quality.main(["speech", "--methods", "magic", "--out", "x.json"])
+    assert "invalid choice: 'magic'" in capsys.readouterr().err
+
+
+def test_missing_prompts_say_where_they_were_sought(tmp_path) -> None:
+    options = argparse.Namespace(root=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"root must hold .*asterisk-core-sounds-en"):
+        next(encoder_quality.prompts(options.root))
