@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mm_sparse.recipes.callbacks import progress_bar
-from mm_sparse.recipes.data import VLMData
+from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.vlm import VLM
 
 
@@ -28,7 +28,7 @@ def main(args: Any = None, run: bool = True) -> RecipeCLI:
     """Parse `args` (the command line if None) and, if `run`, do what they say."""
     return RecipeCLI(
         VLM,
-        VLMData,
+        SampleData,
         args=args,
         run=run,
         save_config_kwargs={"overwrite": True},

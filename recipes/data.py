@@ -1,23 +1,25 @@
-"""The data module of the vision-language recipe: samples in, batches out.
+"""The data module of the recipes: samples in, batches out.
 
-    VLMData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test", 512), patch_size=4)
+    SampleData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test", 512), patch_size=4)
 
 Any `Samples` can be read: `digits.DigitCanvases`, `pictures.StampGrids`, `pictures.StampCaptions`,
-`llava.LlavaJson`, `samples.Course` (sets one after the other), or one of your own. In YAML each is
-a `class_path` with its `init_args`.
+`llava.LlavaJson`, `spoken.SpokenWords`, `manifests.Manifest` and its kin, `samples.Course` (sets one
+after the other), or one of your own. In YAML each is a `class_path` with its `init_args`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from mm_sparse.recipes.samples import Batch, Collator, Samples, Template
+from mm_sparse.recipes.collate import Collator
+from mm_sparse.recipes.samples import Batch, Samples, Template
 from mm_sparse.recipes.vocabulary import Tokenizer
 
 
-class VLMData(L.LightningDataModule):
+class SampleData(L.LightningDataModule):
     """Loaders of `recipes.samples.Batch` for training, validation and test."""
 
     def __init__(
@@ -25,7 +27,8 @@ class VLMData(L.LightningDataModule):
         train: Samples,
         tokenizer: Tokenizer,
         *,
-        patch_size: int,
+        patch_size: int | None = None,
+        samples_per_token: int | None = None,
         validation: Samples | None = None,
         test: Samples | None = None,
         template: Template | None = None,
@@ -33,12 +36,16 @@ class VLMData(L.LightningDataModule):
         batch_size: int = 16,
         workers: int = 0,
         shuffle: bool = True,
+        buckets: int = 1,
+        pack: bool = False,
     ) -> None:
         """
         Args:
             train: what is learned from.
             tokenizer: words to ids; the model takes its size and special ids from here.
-            patch_size: pixels that one image token covers, each way.
+            patch_size: pixels that one image token covers, each way; None: there are no pictures.
+            samples_per_token: samples of sound that one audio token covers: 320 times the frames
+                that the projector stacks; None: there are no sounds.
             validation: what is scored after an epoch.
             test: what is scored at the end.
             template: text around the turns.
@@ -46,33 +53,52 @@ class VLMData(L.LightningDataModule):
             batch_size: samples of a step.
             workers: processes that prepare batches.
             shuffle: whether training draws samples at random; off for a `samples.Course`.
+            buckets: groups of like length from which the batches of training are drawn.
+            pack: training puts several samples into a row of up to `max_length` tokens; none of
+                them sees another.
         """
         super().__init__()
-        for name, value, low in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+        for name, value, low in (
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+            ("buckets", buckets, 1),
+        ):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
+        if buckets > 1 and not shuffle:
+            raise ValueError(f"buckets must be 1 without shuffle, got {buckets}")
         self.train, self.validation, self.test = train, validation, test
         self.tokenizer = tokenizer
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle
-        self.collator = Collator(
-            tokenizer, patch_size=patch_size, max_length=max_length, template=template
-        )
+        self.buckets = buckets
+        options: dict[str, Any] = {
+            "patch_size": patch_size,
+            "samples_per_token": samples_per_token,
+            "max_length": max_length,
+            "template": template,
+        }
+        self.collator = Collator(tokenizer, **options)
+        self.packer = Collator(tokenizer, pack=True, **options) if pack else self.collator
 
-    def loader(self, samples: Samples, shuffle: bool = False) -> DataLoader[Batch]:
-        """Batches of any samples, the way this module makes them."""
+    def loader(
+        self, samples: Samples, shuffle: bool = False, *, training: bool = False
+    ) -> DataLoader[Batch]:
+        """Batches of any samples, the way this module makes them: packed only for training."""
+        bucketed = training and self.buckets > 1
         loader: Any = DataLoader(
             samples,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and not bucketed,
+            sampler=LengthBuckets(samples, self.buckets, self.batch_size) if bucketed else None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=self.collator,
+            collate_fn=self.packer if training else self.collator,
         )
         return loader
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self.loader(self.train, shuffle=self.shuffle)
+        return self.loader(self.train, shuffle=self.shuffle, training=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         return self.loader(self.validation) if self.validation is not None else []
@@ -81,3 +107,34 @@ class VLMData(L.LightningDataModule):
         if self.test is None:
             raise ValueError("test must be given to score on it, got None")
         return self.loader(self.test)
+
+
+class LengthBuckets(Sampler[int]):
+    """Random order in which the samples of a batch are about equally long.
+
+    Samples are sorted by `Samples.size` into `buckets` groups; batches are drawn inside a group,
+    and come in random order. A group's rest may share a batch with the next.
+    """
+
+    def __init__(self, samples: Samples, buckets: int, batch_size: int) -> None:
+        sizes = [samples.size(index) for index in range(len(samples))]
+        unknown = [index for index, size in enumerate(sizes) if size is None]
+        if unknown:
+            raise ValueError(
+                f"buckets must be 1 for samples of unknown size, sample {unknown[0]} of "
+                f"{type(samples).__name__} has none"
+            )
+        order = torch.tensor([size or 0.0 for size in sizes]).argsort(stable=True)
+        self.groups = order.tensor_split(buckets)
+        self.batch_size, self.length = batch_size, len(sizes)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        shuffled = torch.cat([group[torch.randperm(len(group))] for group in self.groups])
+        batches = list(shuffled.split(self.batch_size))
+        # The short batch stays the last: those behind it would be cut askew.
+        whole = len(batches) - (self.length % self.batch_size > 0)
+        for number in [*torch.randperm(whole).tolist(), *range(whole, len(batches))]:
+            yield from batches[number].tolist()
