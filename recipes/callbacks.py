@@ -24,7 +24,7 @@ def progress_bar() -> Callback:
 class Speed(Callback):
     """`train/tokens_per_second` of the steps between two log lines, and `train/dropped` so far.
 
-    Tokens are those of text and pictures; time is the whole step, data included.
+    Tokens are those of text, pictures and sounds; time is the whole step, data included.
     """
 
     def __init__(self) -> None:
@@ -79,12 +79,21 @@ class Density(Callback):
 
 
 def densities(model: Any) -> dict[str, float]:
-    """Kept over visible query-key pairs in the last forward pass of a `VLM`, 1 if it is dense.
+    """Kept over visible query-key pairs in the last forward pass of a recipe's model, 1 if dense.
 
-    Mean over the layers that ran sparse, in all and by modalities of query and key.
+    Mean over the layers that ran sparse, in all and by modalities of query and key; those of a
+    tower that runs sparse stand beside, as "audio/all".
     """
-    rows = [] if model.sparse_config is None else mms.report(model.language).rows
-    rows = [row for row in rows if row.mode == "sparse" and row.density is not None]
+    found = {"all": 1.0}
+    for part in model.sparse_configs:
+        own = _part_densities(getattr(model, part))
+        found |= own if part == "language" else {f"{part}/all": own["all"]}
+    return found
+
+
+def _part_densities(part: Any) -> dict[str, float]:
+    rows = [row for row in mms.report(part).rows if row.mode == "sparse"]
+    rows = [row for row in rows if row.density is not None]
     if not rows:
         return {"all": 1.0}
     pairs: dict[Pair, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Run a vision-language recipe sparse and dense, the same steps of both, and write what came out.
+"""Run a recipe sparse and dense, the same steps of both, and write what came out.
 
     python -m mm_sparse.recipes.compare --config recipes/vlm_smollm2.yaml --out results.json
 
@@ -46,6 +46,11 @@ class StepTimes(Callback):
         self._since = now
 
 
+def recipe_of(config: str) -> str:
+    """Name of the recipe that a file is for: what stands before the first "_" of its name."""
+    return Path(config).stem.split("_")[0]
+
+
 def prepare(name: str, config: str, options: list[str]) -> Any:
     """Trainer, model and data of a config file, as `RecipeCLI` holds them; nothing has run yet.
 
@@ -53,7 +58,7 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
     """
     from mm_sparse.recipes.cli import main as recipe
 
-    cli = recipe([f"--config={config}", *options], run=False)
+    cli = recipe(recipe_of(config), [f"--config={config}", *options], run=False)
     for checkpoint in cli.trainer.checkpoint_callbacks:
         own: Any = checkpoint
         own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)

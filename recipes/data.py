@@ -1,10 +1,9 @@
 """The data module of the recipes: samples in, batches out.
 
-    SampleData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test", 512), patch_size=4)
+    SampleData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test"), patch_size=4)
 
-Any `Samples` can be read: `digits.DigitCanvases`, `pictures.StampGrids`, `pictures.StampCaptions`,
-`llava.LlavaJson`, `spoken.SpokenWords`, `manifests.Manifest` and its kin, `samples.Course` (sets one
-after the other), or one of your own. In YAML each is a `class_path` with its `init_args`.
+Any `Samples` can be read: of `digits`, `pictures`, `llava`, `spoken`, `manifests`, `samples.Course`
+(sets one after the other), or your own. In YAML each is a `class_path` with its `init_args`.
 """
 
 from collections.abc import Iterator

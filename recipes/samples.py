@@ -1,7 +1,7 @@
 """A conversation with pictures and sounds, and the batch that a model trains on.
 
-B rows, L tokens of the longest row, I pictures of all rows, h x w grid of image tokens of a picture,
-A sounds of all rows, S samples of the longest sound
+B rows, L tokens of the longest row, I pictures of all rows, h x w grid of image tokens of a
+picture, A sounds of all rows, S samples of the longest sound
 """
 
 from abc import ABC, abstractmethod
@@ -44,8 +44,9 @@ class Turn:
             elif not isinstance(piece, str):
                 raise TypeError(f"pieces must be str or Tensor, got {type(piece).__name__}")
         if self.answer and any(isinstance(piece, Tensor) for piece in self.pieces):
-            kind = next("sound" if p.ndim == 1 else "picture" for p in self.pieces
-                        if isinstance(p, Tensor))
+            kind = next(
+                "sound" if p.ndim == 1 else "picture" for p in self.pieces if isinstance(p, Tensor)
+            )
             raise ValueError(f"pieces: an answer must be text, got a {kind} in it")
 
 
@@ -85,8 +86,8 @@ class Samples(Dataset[Sample], ABC):
 class Course(Samples):
     """Samples of several sets, one set after the other: what is easy first.
 
-    For `SampleData(shuffle=False)`. Sizes of pictures may differ from set to set if every set but the
-    last fills whole batches.
+    For `SampleData(shuffle=False)`. Sizes of pictures may differ from set to set if every set but
+    the last fills whole batches.
     """
 
     def __init__(self, parts: list[Samples]) -> None:

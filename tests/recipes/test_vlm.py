@@ -9,6 +9,7 @@ from mm_sparse.recipes.collate import Collator
 from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.digits import DigitCanvases, DigitTokenizer
 from mm_sparse.recipes.distill import lessons, scorer_loss
+from mm_sparse.recipes.objectives import Objectives
 from mm_sparse.recipes.parts import (
     LanguagePart,
     LoraPart,
@@ -18,7 +19,7 @@ from mm_sparse.recipes.parts import (
     VisionPart,
 )
 from mm_sparse.recipes.samples import Sample, Turn
-from mm_sparse.recipes.vlm import VLM, Objectives
+from mm_sparse.recipes.vlm import VLM
 
 TINY_TOWER = {
     "patch_size": 4,
