@@ -1,0 +1,204 @@
+"""Synthetic dictation: word after word with pauses, spoken by espeak-ng or whistled as tones.
+
+It needs no download and is no human speech: it shows that a model learns, not how well it would
+hear you. Which split a text belongs to depends on the text alone.
+"""
+
+import io
+import shutil
+import subprocess
+from functools import lru_cache
+from typing import Literal
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from mm_sparse.recipes.digits import SPLITS, Split
+from mm_sparse.recipes.samples import RATE, Sample, Samples, Turn
+from mm_sparse.recipes.sound_files import resample
+from mm_sparse.recipes.vocabulary import WordTokenizer
+
+Speaker = Literal["auto", "espeak", "tones"]
+WORDS = [
+    "apple",
+    "bridge",
+    "candle",
+    "doctor",
+    "engine",
+    "forest",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kitchen",
+    "ladder",
+    "market",
+    "needle",
+    "ocean",
+    "pencil",
+    "queen",
+    "river",
+    "silver",
+    "table",
+    "umbrella",
+    "village",
+    "window",
+    "yellow",
+    "zebra",
+    "basket",
+    "cloud",
+    "dragon",
+    "eagle",
+    "finger",
+    "guitar",
+    "honey",
+    "iron",
+    "jungle",
+    "kettle",
+    "lemon",
+    "mountain",
+    "north",
+    "orange",
+    "paper",
+    "rabbit",
+    "sugar",
+    "tiger",
+    "under",
+    "velvet",
+    "water",
+    "bottle",
+    "copper",
+    "desert",
+    "elbow",
+    "flower",
+    "ginger",
+    "house",
+    "insect",
+]
+# Of espeak-ng: accent with variant, speed in words per minute, pitch.
+VOICES = (("en-gb", 150, 45), ("en-us+f2", 165, 60), ("en-gb-scotland+m3", 155, 35))
+SILENCE = 0
+"""Class of a frame between words; word `i` of `WORDS` has class i + 1."""
+
+
+class DictationTokenizer(WordTokenizer):
+    """Every word that a dictation can hold."""
+
+    def __init__(self) -> None:
+        super().__init__(["transcribe", *WORDS])
+
+
+def speaker_of(name: Speaker) -> str:
+    """The speaker that "auto" stands for here: espeak-ng where it is installed."""
+    if name not in ("auto", "espeak", "tones"):
+        raise ValueError(f"speaker must be auto, espeak or tones, got {name!r}")
+    found = shutil.which("espeak-ng") is not None
+    if name == "espeak" and not found:
+        raise FileNotFoundError(
+            "speaker 'espeak' needs the program espeak-ng: `apt-get install espeak-ng`"
+        )
+    return ("espeak" if found else "tones") if name == "auto" else name
+
+
+def say(text: str, voice: tuple[str, int, int]) -> np.ndarray:
+    """What espeak-ng makes of a text: (samples,) float32 of 16 kHz, silence at the ends cut off."""
+    import soundfile
+
+    accent, speed, pitch = voice
+    command = ["espeak-ng", "--stdout", "-v", accent, "-s", str(speed), "-p", str(pitch), text]
+    done = subprocess.run(command, capture_output=True, check=True)
+    wave, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
+    wave = resample(torch.from_numpy(wave), rate).numpy()
+    loud = np.flatnonzero(np.abs(wave) > 0.01)
+    return wave[loud[0] : loud[-1] + 1] / np.abs(wave).max()
+
+
+def whistle(number: int, voice: int) -> np.ndarray:
+    """A tone that stands for a word: two notes, one of 8 each, one after the other."""
+    length = RATE * (11 + voice) // 40  # 0.28 to 0.33 s
+    time = np.arange(length // 2) / RATE
+    notes = [300 * 2 ** (step / 4) * (1 + 0.01 * voice) for step in divmod(number, 8)]
+    wave = np.concatenate([np.sin(2 * np.pi * note * time) for note in notes])
+    return (wave * np.hanning(len(wave)) ** 0.5).astype(np.float32)
+
+
+@lru_cache
+def word_sounds(speaker: str) -> list[list[np.ndarray]]:
+    """By voice, the sound of every word of `WORDS`."""
+    if speaker == "tones":
+        return [[whistle(n, voice) for n in range(len(WORDS))] for voice in range(len(VOICES))]
+    return [[say(word, voice) for word in WORDS] for voice in VOICES]
+
+
+class SpokenWords(Samples):
+    """Dictations of distinct words; dictation `i` of a split and seed is always the same."""
+
+    def __init__(
+        self,
+        split: Split = "train",
+        length: int = 100_000,
+        *,
+        words: int = 24,
+        pause: tuple[float, float] = (0.05, 0.35),
+        noise: float = 0.003,
+        speaker: Speaker = "auto",
+        question: str = "transcribe",
+        seed: int = 0,
+    ) -> None:
+        """`pause` are the shortest and longest seconds between words, `noise` is its deviation."""
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+        if length < 0:
+            raise ValueError(f"length must be at least 0, got {length}")
+        if not 1 <= words <= len(WORDS):
+            raise ValueError(f"words must be in [1, {len(WORDS)}], got {words}")
+        if not 0 <= pause[0] <= pause[1]:
+            raise ValueError(f"pause must be two seconds, the shorter first, got {pause}")
+        self.speaker = speaker_of(speaker)
+        self.sounds = word_sounds(self.speaker)
+        self.split, self.length, self.seed = split, length, seed
+        self.words, self.pause, self.noise = words, pause, noise
+        self.question = question
+
+    def __len__(self) -> int:
+        return self.length
+
+    def dictation(self, index: int) -> tuple[list[int], np.ndarray, list[tuple[int, int]]]:
+        """Numbers of the words, sound (samples,), and the samples where each begins and ends."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"index must be in [0, {self.length}), got {index}")
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        numbers = rng.permutation(len(WORDS))[: self.words]
+        while split_of(text_of(numbers)) != self.split:
+            numbers = rng.permutation(len(WORDS))[: self.words]
+        voice = self.sounds[rng.integers(len(self.sounds))]
+        gaps = (rng.uniform(*self.pause, len(numbers) + 1) * RATE).astype(int)
+        total = int(gaps.sum()) + sum(len(voice[n]) for n in numbers)
+        wave = rng.normal(0, self.noise, total).astype(np.float32)
+        places, start = [], 0
+        for gap, number in zip(gaps, numbers, strict=False):
+            start += int(gap)
+            end = start + len(voice[number])
+            wave[start:end] += voice[number] * rng.uniform(0.3, 0.8)
+            places.append((start, end))
+            start = end
+        return numbers.tolist(), wave, places
+
+    def __getitem__(self, index: int) -> Sample:
+        numbers, wave, _ = self.dictation(index)
+        turns = (
+            Turn((torch.from_numpy(wave), self.question)),
+            Turn((text_of(numbers),), answer=True),
+        )
+        return Sample(turns, f"dictation/{self.split}/{index}")
+
+
+def text_of(numbers: np.ndarray | list[int]) -> str:
+    return " ".join(WORDS[n] for n in numbers)
+
+
+def split_of(text: str) -> Split:
+    """The split of a text, wherever and however often it occurs: 80, 10 and 10 % of all texts."""
+    place = crc32(" ".join(text.lower().split()).encode()) % 10
+    return SPLITS[max(place - 7, 0)]
