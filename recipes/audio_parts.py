@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
+from mm_sparse.recipes.parts import spread
 from mm_sparse.recipes.samples import RATE
 
 HOP = 320
@@ -219,17 +220,28 @@ def _wav2vec2(path: str | None, options: dict[str, Any]) -> Any:
 
 
 class FrameProjector(nn.Module):
-    """Frames of a tower to audio tokens: `stack` neighbours become one, then an MLP."""
+    """Frames of a tower to audio tokens: `stack` neighbours become one, then an MLP.
 
-    def __init__(self, width: int, out: int, *, stack: int = 2) -> None:
+    `positions` adds learned vectors for the time, so many over `seconds`, linear between them; 0
+    leaves that to the tower and the language model. Later tokens have the last one's.
+    """
+
+    def __init__(
+        self, width: int, out: int, *, stack: int = 2, positions: int = 0, seconds: float = 30.0
+    ) -> None:
         super().__init__()
-        if stack < 1:
-            raise ValueError(f"stack must be at least 1, got {stack}")
+        for name, value, low in (("stack", stack, 1), ("positions", positions, 0)):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if seconds <= 0:
+            raise ValueError(f"seconds must be positive, got {seconds}")
         self.stack = stack
         inner = width * stack
         self.mlp = nn.Sequential(
             nn.LayerNorm(inner), nn.Linear(inner, out), nn.GELU(), nn.Linear(out, out)
         )
+        self.places = nn.Parameter(torch.randn(positions, out) / 5) if positions else None
+        self.window = max(round(seconds * RATE / self.samples_per_token), 1)
 
     @property
     def samples_per_token(self) -> int:
@@ -242,6 +254,9 @@ class FrameProjector(nn.Module):
         longest = int(count.max()) * self.stack
         frames = pad(frames[:, :longest], (0, 0, 0, max(longest - frames.shape[1], 0)))
         tokens = self.mlp(frames.unflatten(1, (-1, self.stack)).flatten(2))  # (A, F / stack, E)
+        if self.places is not None:
+            place = torch.arange(tokens.shape[1], device=tokens.device).clamp(max=self.window - 1)
+            tokens = tokens + spread(self.places, self.window)[place]
         inside = torch.arange(tokens.shape[1], device=tokens.device) < count[:, None]
         return tokens[inside]
 
@@ -252,7 +267,11 @@ class FrameProjectorPart:
 
     stack: int = 2
     """Frames of 20 ms that make a token."""
+    positions: int = 0
+    seconds: float = 30.0
 
     def build(self, width: int, out: int) -> FrameProjector:
         """The projector between two widths."""
-        return FrameProjector(width, out, stack=self.stack)
+        return FrameProjector(
+            width, out, stack=self.stack, positions=self.positions, seconds=self.seconds
+        )

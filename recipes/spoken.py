@@ -1,4 +1,4 @@
-"""Synthetic dictation: word after word with pauses, spoken by espeak-ng or whistled as tones.
+"""Synthetic dictation: word after word to a beat, spoken by espeak-ng or whistled as tones.
 
 It needs no download and is no human speech: it shows that a model learns, not how well it would
 hear you. Which split a text belongs to depends on the text alone.
@@ -7,16 +7,16 @@ hear you. Which split a text belongs to depends on the text alone.
 import io
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
-from zlib import crc32
 
 import numpy as np
 import torch
 
-from mm_sparse.recipes.digits import SPLITS, Split
 from mm_sparse.recipes.samples import RATE, Sample, Samples, Turn
 from mm_sparse.recipes.sound_files import resample
+from mm_sparse.recipes.splits import SPLITS, Split, check_split, split_of
 from mm_sparse.recipes.vocabulary import WordTokenizer
 
 Speaker = Literal["auto", "espeak", "tones"]
@@ -83,10 +83,28 @@ SILENCE = 0
 
 
 class DictationTokenizer(WordTokenizer):
-    """Every word that a dictation can hold."""
+    """The words of a dictation, each behind a token of its number; decoding leaves numbers out.
+
+    A model that starts from scratch learns from a number where to listen. Large ones learn to
+    follow speech by themselves, from far more of it.
+    """
 
     def __init__(self) -> None:
         super().__init__(["transcribe", *WORDS])
+        self.first_number = self.size
+        self.size += len(WORDS)
+
+    def encode(self, text: str) -> list[int]:
+        ids, number = [], self.first_number
+        for word in super().encode(text):
+            if self.words[word] != "transcribe":
+                ids.append(number)
+                number += 1
+            ids.append(word)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return super().decode(i for i in ids if int(i) < self.first_number)
 
 
 def speaker_of(name: Speaker) -> str:
@@ -140,25 +158,25 @@ class SpokenWords(Samples):
         length: int = 100_000,
         *,
         words: int = 24,
-        pause: tuple[float, float] = (0.05, 0.35),
+        cell: float = 0.8,
         noise: float = 0.003,
         speaker: Speaker = "auto",
         question: str = "transcribe",
         seed: int = 0,
     ) -> None:
-        """`pause` are the shortest and longest seconds between words, `noise` is its deviation."""
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+        """`cell` seconds hold a word at a random place, `noise` is the deviation of the noise."""
+        check_split(split)
         if length < 0:
             raise ValueError(f"length must be at least 0, got {length}")
         if not 1 <= words <= len(WORDS):
             raise ValueError(f"words must be in [1, {len(WORDS)}], got {words}")
-        if not 0 <= pause[0] <= pause[1]:
-            raise ValueError(f"pause must be two seconds, the shorter first, got {pause}")
         self.speaker = speaker_of(speaker)
         self.sounds = word_sounds(self.speaker)
+        longest = max(len(sound) for voice in self.sounds for sound in voice)
+        if cell * RATE < longest:
+            raise ValueError(f"cell must hold a word of {longest / RATE:.2f} s, got {cell}")
         self.split, self.length, self.seed = split, length, seed
-        self.words, self.pause, self.noise = words, pause, noise
+        self.words, self.cell, self.noise = words, int(cell * RATE), noise
         self.question = question
 
     def __len__(self) -> int:
@@ -173,16 +191,14 @@ class SpokenWords(Samples):
         while split_of(text_of(numbers)) != self.split:
             numbers = rng.permutation(len(WORDS))[: self.words]
         voice = self.sounds[rng.integers(len(self.sounds))]
-        gaps = (rng.uniform(*self.pause, len(numbers) + 1) * RATE).astype(int)
-        total = int(gaps.sum()) + sum(len(voice[n]) for n in numbers)
-        wave = rng.normal(0, self.noise, total).astype(np.float32)
-        places, start = [], 0
-        for gap, number in zip(gaps, numbers, strict=False):
-            start += int(gap)
+        wave = rng.normal(0, self.noise, len(numbers) * self.cell).astype(np.float32)
+        places = []
+        for place, number in enumerate(numbers):
+            room = self.cell - len(voice[number])
+            start = place * self.cell + int(rng.integers(room + 1))
             end = start + len(voice[number])
             wave[start:end] += voice[number] * rng.uniform(0.3, 0.8)
             places.append((start, end))
-            start = end
         return numbers.tolist(), wave, places
 
     def __getitem__(self, index: int) -> Sample:
@@ -196,9 +212,3 @@ class SpokenWords(Samples):
 
 def text_of(numbers: np.ndarray | list[int]) -> str:
     return " ".join(WORDS[n] for n in numbers)
-
-
-def split_of(text: str) -> Split:
-    """The split of a text, wherever and however often it occurs: 80, 10 and 10 % of all texts."""
-    place = crc32(" ".join(text.lower().split()).encode()) % 10
-    return SPLITS[max(place - 7, 0)]

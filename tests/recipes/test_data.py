@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from mm_sparse.recipes.data import SampleData
-from mm_sparse.recipes.digits import SPLITS, DigitCanvases, DigitTokenizer, digit_pictures
+from mm_sparse.recipes.digits import DigitCanvases, DigitTokenizer, digit_pictures
 from mm_sparse.recipes.llava import LlavaJson
 from mm_sparse.recipes.pictures import StampCaptions, StampGrids, stamps
 from mm_sparse.recipes.samples import Course
+from mm_sparse.recipes.splits import SPLITS
 
 
 def test_no_digit_picture_is_in_two_splits():

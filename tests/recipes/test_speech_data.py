@@ -1,0 +1,371 @@
+"""Sound files, manifests, trees, shards, messages, packing and buckets of the speech recipe."""
+
+import io
+import json
+import logging
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from mm_sparse.recipes.collate import Collator
+from mm_sparse.recipes.data import LengthBuckets, SampleData
+from mm_sparse.recipes.manifests import LibriSpeechTree, Manifest
+from mm_sparse.recipes.messages import Messages
+from mm_sparse.recipes.samples import RATE, Sample, Samples, Turn
+from mm_sparse.recipes.shards import TarShards
+from mm_sparse.recipes.sound_files import SUFFIXES, BadSound, read_sound
+from mm_sparse.recipes.splits import SPLITS, split_of
+from mm_sparse.recipes.spoken import WORDS, DictationTokenizer, SpokenWords
+
+TEXTS = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:16]]
+
+
+def tone(seconds=0.5, rate=RATE, note=440.0):
+    return (0.5 * np.sin(2 * np.pi * note * np.arange(int(seconds * rate)) / rate)).astype("f4")
+
+
+def sound_bytes(wave, rate=RATE, kind="WAV", subtype=None):
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def write_manifest(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else row for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A tone for each text, by two voices."""
+    found = []
+    for number, text in enumerate([*TEXTS, *TEXTS]):
+        soundfile.write(tmp_path / f"{number}.wav", tone(0.1 + number / 200), RATE)
+        seconds = 0.1 + number / 200
+        found.append({"audio_filepath": f"{number}.wav", "duration": seconds, "text": text})
+    return found
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_every_format_and_rate_becomes_16_khz(tmp_path, suffix, rate):
+    path = tmp_path / f"a{suffix}"
+    stereo = np.stack([tone(1.0, rate), tone(1.0, rate)], 1)
+    soundfile.write(path, stereo, rate)
+    sound = read_sound(path)
+    assert sound.ndim == 1
+    assert abs(len(sound) - RATE) < 0.2 * RATE  # an encoder may pad
+    spectrum = torch.fft.rfft(sound).abs()
+    assert abs(int(spectrum.argmax()) * RATE / len(sound) - 440) < 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no sound", "a.wav: "),
+        (b"", "a.wav: "),
+        (sound_bytes(tone(0.0)), "a.wav: it holds no samples"),
+        (sound_bytes(np.full(9, np.nan, "f4"), subtype="FLOAT"), "a.wav: it holds numbers"),
+    ],
+    ids=["corrupt", "empty-file", "no-samples", "nan"],
+)
+def test_a_file_without_sound_is_named(tmp_path, content, message):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(BadSound, match=message):
+        read_sound(tmp_path / "a.wav")
+
+
+def test_a_bad_file_is_skipped_counted_and_named_and_the_run_goes_on(tmp_path, rows, caplog):
+    (tmp_path / "1.wav").write_bytes(b"no sound")
+    (tmp_path / "2.wav").write_bytes(b"")
+    data = Manifest(write_manifest(tmp_path, rows))
+    with caplog.at_level(logging.WARNING):
+        names = [data[index].name for index in range(4)]
+        assert data[1].name == names[3]
+    assert data.skipped == 2
+    assert [name.rsplit(" ", 1)[1] for name in names] == ["0", "3", "3", "3"]
+    assert len(caplog.records) == 2
+    assert "skipped sound 1 so far" in caplog.text
+    assert "row 1" in caplog.text
+    assert "2.wav" in caplog.text
+
+
+def test_no_readable_file_at_all_is_an_error(tmp_path, rows):
+    (tmp_path / "0.wav").write_bytes(b"")
+    data = Manifest(write_manifest(tmp_path, rows[:1]))
+    with pytest.raises(BadSound, match=r"none of 1 sounds can be read, the first: .*row 0.*0.wav"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "row 1: not JSON"),
+        ("[]", "row 1: must be an object, got list"),
+        ({"audio_filepath": None}, "row 1: 'audio_filepath' must be a str, got None"),
+        ({"audio_filepath": "gone.wav"}, "row 1: audio_filepath '.*gone.wav' is not a file"),
+        ({"duration": "2"}, "row 1: 'duration' must be a number, got '2'"),
+        ({"duration": 0}, "row 1: 'duration' must be positive, got 0"),
+        ({"text": " "}, "row 1: 'text' must hold words, got ' '"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, rows, change, message):
+    bad = change if isinstance(change, str) else {**rows[1], **change}
+    with pytest.raises(ValueError, match=rf"rows\.jsonl: {message}"):
+        Manifest(write_manifest(tmp_path, [rows[0], bad]))
+
+
+def test_a_missing_field_is_named(tmp_path, rows):
+    del rows[0]["text"]
+    with pytest.raises(ValueError, match="row 0: 'text' must be a str, got nothing"):
+        Manifest(write_manifest(tmp_path, rows))
+
+
+def test_all_clips_of_a_text_are_in_one_split(tmp_path, rows):
+    path = write_manifest(tmp_path, rows)
+    texts = {}
+    for split in SPLITS:
+        clips = Manifest(path, split=split).clips
+        texts[split] = {clip.text for clip in clips}
+        assert len(clips) == 2 * len(texts[split])
+    assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == len(TEXTS)
+    assert split_of("Apple  bridge") == split_of("apple bridge")
+
+
+def test_another_key_may_be_the_answer(tmp_path, rows):
+    row = {**rows[0], "translation": "pomme"}
+    data = Manifest(write_manifest(tmp_path, [row]), question="Translate.", answer="translation")
+    assert [turn.pieces[-1] for turn in data[0].turns] == ["Translate.", "pomme"]
+    assert data.size(0) == row["duration"]
+
+
+def test_long_clips_are_left_out(tmp_path, rows):
+    data = Manifest(write_manifest(tmp_path, rows), max_seconds=0.3)
+    assert max(clip.duration for clip in data.clips) <= 0.3
+    with pytest.raises(ValueError, match="must hold a clip with a text, got none"):
+        Manifest(write_manifest(tmp_path, rows), max_seconds=0.01)
+
+
+def test_a_librispeech_tree_is_read(tmp_path):
+    folder = tmp_path / "19" / "198"
+    folder.mkdir(parents=True)
+    (folder / "19-198.trans.txt").write_text("19-198-0000 HELLO WORLD\n19-198-0001 AGAIN\n")
+    soundfile.write(folder / "19-198-0000.flac", tone(0.5), RATE)
+    soundfile.write(folder / "19-198-0001.flac", tone(1.0), RATE)
+    data = LibriSpeechTree(str(tmp_path))
+    assert [sample.turns[1].pieces[0] for sample in (data[0], data[1])] == ["hello world", "again"]
+    assert [data.size(0), data.size(1)] == [0.5, 1.0]
+    (folder / "19-198.trans.txt").write_text("19-198-0002 MISSING\n")
+    with pytest.raises(ValueError, match=r"trans\.txt: line 0: 19-198-0002 has no file"):
+        LibriSpeechTree(str(tmp_path))
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return str(path)
+
+
+def test_tar_shards_are_read_in_place(tmp_path):
+    one = tar_of(tmp_path / "0.tar", {"a.flac": sound_bytes(tone(), kind="FLAC"), "a.txt": b"one"})
+    members = {"b.json": b'{"text": "two"}', "b.wav": b"broken", "b.txt": b"not this"}
+    members |= {"c.wav": sound_bytes(tone(1.0)), "c.json": b'{"text": "three"}'}
+    data = TarShards([one, tar_of(tmp_path / "1.tar", members)])
+    assert [clip.text for clip in data.clips] == ["one", "two", "three"]
+    assert len(data[0].sounds[0]) == RATE // 2
+    assert data[1].turns[1].pieces == ("three",)
+    assert data.skipped == 1
+    assert data.size(2) > data.size(0)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.txt": b"one"}, "0.tar: a: must have a sound among .wav"),
+        ({"a.wav": b"x"}, "0.tar: a: must have a txt or a json member"),
+        ({"a.wav": b"x", "a.json": b'{"words": 1}'}, "0.tar: a: 'text' must be a str, got nothing"),
+    ],
+)
+def test_a_bad_member_is_named(tmp_path, members, message):
+    with pytest.raises(ValueError, match=message):
+        TarShards([tar_of(tmp_path / "0.tar", members)])
+
+
+def test_what_is_no_tar_file_is_refused(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"no tar")
+    with pytest.raises(ValueError, match=r"0.tar: must be a tar file without compression"):
+        TarShards([str(tmp_path / "0.tar")])
+
+
+def message(role="user", **changes):
+    parts = [{"type": "audio", "path": "a.wav"}, {"type": "text", "text": "What?"}]
+    return {"role": role, "content": parts, **changes}
+
+
+def test_messages_hold_sounds_among_text(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    row = {
+        "messages": [
+            message("system", content="Hear."),
+            message(),
+            message("assistant", content="A tone."),
+        ]
+    }
+    data = Messages(write_manifest(tmp_path, [row]))
+    turns = data[0].turns
+    assert turns[0].pieces == ("Hear.",)
+    assert len(turns[1].pieces[0]) == RATE // 2
+    assert turns[1].pieces[1] == "What?"
+    assert turns[2] == Turn(("A tone.",), answer=True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "wanted"),
+    [
+        (7, "row 0: 'messages' must be a list, got 7"),
+        ([message()], "row 0: needs a message of the assistant, got none"),
+        ([message("bot")], "row 0: message 0: 'role' must be system, user or assistant"),
+        ([message("assistant")], "row 0: message 0: an answer must be text, got audio in it"),
+        ([message(content=[])], r"row 0: message 0: 'content' must be a text or a list, got \[\]"),
+        ([message(content=[{"type": "video"}])], "message 0: a part must be text or audio"),
+        ([message(content=[{"type": "audio", "path": "b.wav"}])], "must be a sound file, got 'b.w"),
+    ],
+)
+def test_bad_messages_are_named(tmp_path, messages, wanted):
+    soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    with pytest.raises(ValueError, match=wanted):
+        Messages(write_manifest(tmp_path, [{"messages": messages}]))
+
+
+def dictation(words, samples):
+    return Sample((Turn((torch.zeros(samples), "transcribe")), Turn((words,), answer=True)), words)
+
+
+def collator(**options):
+    return Collator(DictationTokenizer(), **{"max_length": 64, "samples_per_token": 320, **options})
+
+
+def test_a_token_stands_for_each_stretch_of_sound_begun():
+    batch = collator()([dictation("apple", 3200), dictation("apple bridge", 3201)])
+    audio = (batch["input_ids"] == DictationTokenizer().audio_id).sum(1)
+    assert audio.tolist() == [10, 11]
+    assert batch["sound_lengths"].tolist() == [3200, 3201]
+    assert batch["waveforms"].shape == (2, 11 * 320)
+    assert batch["answers"] == ["apple", "apple bridge"]
+
+
+def test_packing_fills_rows_and_restarts_positions():
+    words = [dictation("apple", 320 * n) for n in (30, 4, 20, 24)]
+    batch = collator(pack=True)(words)
+    alone = collator()(words)
+    assert len(batch["input_ids"]) == 2
+    assert batch["attention_mask"].sum() == alone["attention_mask"].sum()
+    starts = (batch["position_ids"] == 0).sum(1).tolist()
+    assert sum(starts) == 4
+    assert sorted(batch["answer_index"].unique().tolist()) == [-1, 0, 1, 2, 3]
+    # Sounds stand in the order of the rows.
+    tokens = [int(n) // 320 for n in batch["sound_lengths"]]
+    assert tokens == [30, 24, 20, 4]
+
+
+def test_sound_without_samples_per_token_is_refused():
+    with pytest.raises(ValueError, match="apple: samples_per_token must be given for a sound"):
+        collator(samples_per_token=None)([dictation("apple", 320)])
+
+
+@pytest.mark.parametrize(
+    ("sound", "message"),
+    [
+        (torch.zeros(0), r"a sound must be a float tensor \(samples,\) of at least one"),
+        (torch.zeros(5, dtype=torch.int16), r"a sound must be a float tensor .* got torch.int16"),
+    ],
+)
+def test_what_is_no_sound_is_refused(sound, message):
+    with pytest.raises(ValueError, match=message):
+        Turn((sound,))
+    with pytest.raises(ValueError, match="an answer must be text, got a sound in it"):
+        Turn((torch.zeros(5),), answer=True)
+
+
+class Lengths(Samples):
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        return dictation("apple", 320 * self.sizes[index])
+
+    def size(self, index):
+        return self.sizes[index]
+
+
+def test_buckets_hold_every_sample_once_and_batches_of_like_length():
+    sizes = torch.randperm(64).add(1).tolist()
+    order = list(LengthBuckets(Lengths(sizes), 8, 4))
+    assert sorted(order) == list(range(64))
+    spreads = [
+        max(sizes[i] for i in order[at : at + 4]) - min(sizes[i] for i in order[at : at + 4])
+        for at in range(0, 64, 4)
+    ]
+    assert max(spreads) < 8
+    assert order != list(LengthBuckets(Lengths(sizes), 8, 4))
+
+
+def test_unknown_lengths_cannot_be_bucketed():
+    data = SampleData(Lengths([None, 2]), DictationTokenizer(), samples_per_token=320, buckets=2)
+    with pytest.raises(ValueError, match=r"buckets must be 1 .* sample 0 of Lengths has none"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match="buckets must be 1 without shuffle, got 2"):
+        SampleData(Lengths([1]), DictationTokenizer(), buckets=2, shuffle=False)
+
+
+def test_dictations_are_the_same_for_the_same_seed_and_apart_by_text():
+    splits = {s: SpokenWords(s, 20, speaker="tones") for s in SPLITS}
+    for split, data in splits.items():
+        texts = [data[i].turns[1].pieces[0] for i in range(20)]
+        assert {split_of(text) for text in texts} == {split}
+    train = splits["train"]
+    again = SpokenWords("train", 20, speaker="tones")
+    assert torch.equal(train[3].sounds[0], again[3].sounds[0])
+    assert not torch.equal(train[3].sounds[0], SpokenWords(speaker="tones", seed=1)[3].sounds[0])
+
+
+def test_words_stand_where_the_dictation_says():
+    numbers, wave, places = SpokenWords("train", 1, speaker="tones", noise=0.0).dictation(0)
+    heard = np.zeros(len(wave), bool)
+    for start, end in places:
+        assert np.abs(wave[start:end]).max() > 0.1
+        heard[start:end] = True
+    assert not wave[~heard].any()
+    assert len(numbers) == len(places) == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"split": "dev"}, "split must be one of .*, got 'dev'"),
+        ({"words": 0}, r"words must be in \[1, 54\], got 0"),
+        ({"cell": 0.1}, r"cell must hold a word of 0\.\d+ s, got 0.1"),
+        ({"speaker": "me"}, "speaker must be auto, espeak or tones, got 'me'"),
+    ],
+)
+def test_dictations_refuse(options, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        SpokenWords(**{"speaker": "tones", **options})
+
+
+def test_numbers_stand_before_words_and_are_not_read_out():
+    tokenizer = DictationTokenizer()
+    ids = tokenizer.encode("zebra apple")
+    assert [i - tokenizer.first_number for i in ids[::2]] == [0, 1]
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == "zebra apple"
+    assert tokenizer.audio_id == tokenizer.size == max(tokenizer.encode(" ".join(WORDS))) + 1
