@@ -214,6 +214,8 @@ def _whisper(path: str | None, options: dict[str, Any]) -> Any:
 def _wav2vec2(path: str | None, options: dict[str, Any]) -> Any:
     from transformers import AutoModel, Wav2Vec2Config, Wav2Vec2Model
 
+    # Sparse attention has no dropout on its weights, and refuses a layer that wants some.
+    options = {"attention_dropout": 0.0, **options}
     if path is not None:
         return AutoModel.from_pretrained(path, **options)
     return Wav2Vec2Model(Wav2Vec2Config(**options))

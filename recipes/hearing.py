@@ -1,6 +1,6 @@
 """Teach the tower of the dictation recipe to hear, before anything is asked about what it hears.
 
-    python -m mm_sparse.recipes.hearing --config recipes/speech_words.yaml   # 2 CPU cores
+    python -m mm_sparse.recipes.hearing --config recipes/speech_digits.yaml   # 2 CPU cores
 
 A speech-language model starts from a tower that has learned elsewhere. With nothing to download,
 this one learns to name the word that each frame lies in: the synthesis knows where words begin and
@@ -64,8 +64,8 @@ def teach(
 def main(arguments: list[str] | None = None) -> None:
     """Reads tower and data from a recipe and writes the weights where the recipe wants them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
-    parser.add_argument("--config", default="recipes/speech_words.yaml")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--config", default="recipes/speech_digits.yaml")
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args(arguments)
     recipe: dict[str, Any] = yaml.safe_load(Path(options.config).read_text())
     audio = dict(recipe["model"]["audio"])

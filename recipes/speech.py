@@ -1,6 +1,6 @@
 """A speech-language model with sparse attention, as a LightningModule.
 
-    python -m mm_sparse.recipes.speech fit --config recipes/speech_words.yaml
+    python -m mm_sparse.recipes.speech fit --config recipes/speech_digits.yaml
 
 Sound goes through a tower and a projector that stacks frames, and takes the places of audio tokens
 among the text; the answer is a transcription or a translation, as the data says. Tower and language
