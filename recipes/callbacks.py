@@ -2,14 +2,17 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 
 import mm_sparse as mms
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.samples import Batch
+from mm_sparse.viz import save
 
 Pair = tuple[Modality, Modality]
 
@@ -104,3 +107,34 @@ def _part_densities(part: Any) -> dict[str, float]:
     for (query, key), values in sorted(pairs.items()):
         found[f"{query.name}>{key.name}"] = sum(values) / len(values)
     return found
+
+
+class Pictures(Callback):
+    """After each validation: what a sample's layers kept, as PNG files and to TensorBoard.
+
+    Kept patches over each picture, kept frames over each sound, density by modality and by head.
+    Files go to `folder` below the trainer's root, one folder per step.
+    """
+
+    def __init__(self, sample: int = 0, folder: str = "pictures") -> None:
+        """`sample` is a number in the validation data."""
+        if sample < 0:
+            raise ValueError(f"sample must be at least 0, got {sample}")
+        self.sample, self.folder = sample, folder
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or not pl_module.sparse_configs:
+            return
+        # Not at the top: the command line imports this module, and draws nothing.
+        from mm_sparse.recipes.scenes import figures
+
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None or data.validation is None:
+            raise ValueError("Pictures needs a SampleData with validation, got none")
+        drawn = figures(pl_module, data.collator, data.validation[self.sample])
+        place = Path(trainer.default_root_dir) / self.folder / f"step-{trainer.global_step}"
+        for name, figure in drawn.items():
+            save(figure, place / f"{name}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(name, figure, trainer.global_step)
