@@ -80,6 +80,10 @@ class Density(Callback):
         found = densities(pl_module).items()
         pl_module.log_dict({f"validation/density/{n}": d for n, d in found}, sync_dist=True)
 
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        found = densities(pl_module).items()
+        pl_module.log_dict({f"test/density/{n}": d for n, d in found}, sync_dist=True)
+
 
 def densities(model: Any) -> dict[str, float]:
     """Kept over visible query-key pairs in the last forward pass of a recipe's model, 1 if dense.

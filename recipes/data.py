@@ -6,14 +6,14 @@ Any `Samples` can be read: of `digits`, `pictures`, `llava`, `spoken`, `manifest
 (sets one after the other), or your own. In YAML each is a `class_path` with its `init_args`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from mm_sparse.recipes.collate import Collator
+from mm_sparse.recipes.loading import LengthBuckets, ResumableLoader
 from mm_sparse.recipes.samples import Batch, Samples, Template
 from mm_sparse.recipes.vocabulary import Tokenizer
 
@@ -83,16 +83,23 @@ class SampleData(L.LightningDataModule):
         self, samples: Samples, shuffle: bool = False, *, training: bool = False
     ) -> DataLoader[Batch]:
         """Batches of any samples, the way this module makes them: packed only for training."""
+        # One of its own: the order depends on the seed alone, and a resumed run finds it again.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
         bucketed = training and self.buckets > 1
-        loader: Any = DataLoader(
+        sampler = None
+        if bucketed:
+            sampler = LengthBuckets(samples, self.buckets, self.batch_size, generator)
+        kind: Any = ResumableLoader if training else DataLoader
+        loader = kind(
             samples,
             batch_size=self.batch_size,
             shuffle=shuffle and not bucketed,
-            sampler=LengthBuckets(samples, self.buckets, self.batch_size) if bucketed else None,
+            sampler=sampler,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=self.packer if training else self.collator,
+            generator=generator,
         )
         return loader
 
@@ -106,34 +113,3 @@ class SampleData(L.LightningDataModule):
         if self.test is None:
             raise ValueError("test must be given to score on it, got None")
         return self.loader(self.test)
-
-
-class LengthBuckets(Sampler[int]):
-    """Random order in which the samples of a batch are about equally long.
-
-    Samples are sorted by `Samples.size` into `buckets` groups; batches are drawn inside a group,
-    and come in random order. A group's rest may share a batch with the next.
-    """
-
-    def __init__(self, samples: Samples, buckets: int, batch_size: int) -> None:
-        sizes = [samples.size(index) for index in range(len(samples))]
-        unknown = [index for index, size in enumerate(sizes) if size is None]
-        if unknown:
-            raise ValueError(
-                f"buckets must be 1 for samples of unknown size, sample {unknown[0]} of "
-                f"{type(samples).__name__} has none"
-            )
-        order = torch.tensor([size or 0.0 for size in sizes]).argsort(stable=True)
-        self.groups = order.tensor_split(buckets)
-        self.batch_size, self.length = batch_size, len(sizes)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        shuffled = torch.cat([group[torch.randperm(len(group))] for group in self.groups])
-        batches = list(shuffled.split(self.batch_size))
-        # The short batch stays the last: those behind it would be cut askew.
-        whole = len(batches) - (self.length % self.batch_size > 0)
-        for number in [*torch.randperm(whole).tolist(), *range(whole, len(batches))]:
-            yield from batches[number].tolist()

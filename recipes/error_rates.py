@@ -19,7 +19,7 @@ class ErrorCounts:
     """
 
     def __init__(self) -> None:
-        self._totals = torch.zeros(4, dtype=torch.float64)
+        self._totals = [0, 0, 0, 0]
 
     def add(self, wanted: Sequence[str], said: Sequence[str]) -> None:
         """One text for every reference."""
@@ -31,7 +31,7 @@ class ErrorCounts:
             )
         for reference, heard in zip(wanted, said, strict=True):
             if not reference:
-                self._totals += torch.tensor([len(heard.split()), 0, len(heard), 0])
+                self._grow([len(heard.split()), 0, len(heard), 0])
                 continue
             words = jiwer.process_words(reference, heard)
             letters = jiwer.process_characters(reference, heard)
@@ -39,18 +39,21 @@ class ErrorCounts:
             for one in (words, letters):
                 found.append(one.substitutions + one.insertions + one.deletions)
                 found.append(one.substitutions + one.deletions + one.hits)
-            self._totals += torch.tensor(found)
+            self._grow(found)
+
+    def _grow(self, more: list[int]) -> None:
+        self._totals = [a + b for a, b in zip(self._totals, more, strict=True)]
 
     def totals(self) -> Tensor:
         """(4,): wrong words, words, wrong characters, characters."""
-        return self._totals.clone()
+        return torch.tensor(self._totals, dtype=torch.float64)
 
     @property
     def wer(self) -> float:
         """Word error rate."""
-        return float(self._totals[0] / self._totals[1])
+        return self._totals[0] / self._totals[1]
 
     @property
     def cer(self) -> float:
         """Character error rate."""
-        return float(self._totals[2] / self._totals[3])
+        return self._totals[2] / self._totals[3]

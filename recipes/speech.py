@@ -71,10 +71,11 @@ class Speech(Multimodal):
         self.assemble(lora, weights)
 
     def score(self, stage: str, batch: Batch) -> None:
-        self.log_all(stage, self(batch), batch)
+        """Error rates of what is generated, then the verdict, whose densities are logged."""
         said = self.generate(batch, self.max_new_tokens)
         wanted = [self.tokenizer.decode(self.tokenizer.encode(text)) for text in batch["answers"]]
         self.counts.add([plain(text) for text in wanted], [plain(text) for text in said])
+        self.log_all(stage, self(batch), batch)
 
     def finish(self, stage: str) -> None:
         """Rates over all processes."""

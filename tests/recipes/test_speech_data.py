@@ -11,7 +11,8 @@ import soundfile
 import torch
 
 from mm_sparse.recipes.collate import Collator
-from mm_sparse.recipes.data import LengthBuckets, SampleData
+from mm_sparse.recipes.data import SampleData
+from mm_sparse.recipes.loading import LengthBuckets
 from mm_sparse.recipes.manifests import LibriSpeechTree, Manifest
 from mm_sparse.recipes.messages import Messages
 from mm_sparse.recipes.samples import RATE, Sample, Samples, Turn
@@ -318,6 +319,36 @@ def test_buckets_hold_every_sample_once_and_batches_of_like_length():
     ]
     assert max(spreads) < 8
     assert order != list(LengthBuckets(Lengths(sizes), 8, 4))
+
+
+@pytest.mark.parametrize("options", [{}, {"buckets": 2}, {"workers": 1}], ids=str)
+def test_a_loader_goes_on_where_its_state_says(options):
+    def loader():
+        torch.manual_seed(3)
+        data = SampleData(
+            Lengths(range(1, 13)),
+            DictationTokenizer(),
+            samples_per_token=320,
+            batch_size=2,
+            **options,
+        )
+        return data.train_dataloader()
+
+    def lengths(batches):
+        return [batch["sound_lengths"].tolist() for batch in batches]
+
+    whole = loader()
+    epochs = [lengths(whole), lengths(whole)]
+    broken = loader()
+    first = iter(broken)
+    taken = [next(first) for _ in range(2)]
+    assert lengths(taken) == epochs[0][:2]
+    again = loader()
+    again.load_state_dict(broken.state_dict())
+    assert lengths(again) == epochs[0][2:]
+    assert again.state_dict()["taken"] == 0
+    assert lengths(again) == epochs[1]
+    assert epochs[0] != epochs[1]
 
 
 def test_unknown_lengths_cannot_be_bucketed():
