@@ -46,6 +46,12 @@ class StepTimes(Callback):
         self._since = now
 
 
+def options_of(name: str, config: str) -> list[str]:
+    """What a recipe adds to a run of `RUNS`: dense is its tower as well."""
+    hears = recipe_of(config) in ("speech", "omni")
+    return ["--model.sparse_audio=null"] if hears and name == "dense" else []
+
+
 def recipe_of(config: str) -> str:
     """Name of the recipe that a file is for: what stands before the first "_" of its name."""
     return Path(config).stem.split("_")[0]
@@ -58,7 +64,8 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
     """
     from mm_sparse.recipes.cli import main as recipe
 
-    cli = recipe(recipe_of(config), [f"--config={config}", *options], run=False)
+    given = [f"--config={config}", *options, *options_of(name, config)]
+    cli = recipe(recipe_of(config), given, run=False)
     for checkpoint in cli.trainer.checkpoint_callbacks:
         own: Any = checkpoint
         own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)

@@ -10,10 +10,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from mm_sparse.recipes.collate import Collator
-from mm_sparse.recipes.loading import LengthBuckets, ResumableLoader
+from mm_sparse.recipes.loading import LengthBuckets, ResumableLoader, Share
 from mm_sparse.recipes.samples import Batch, Samples, Template
 from mm_sparse.recipes.vocabulary import Tokenizer
 
@@ -86,14 +86,17 @@ class SampleData(L.LightningDataModule):
         # One of its own: the order depends on the seed alone, and a resumed run finds it again.
         generator = torch.Generator().manual_seed(torch.initial_seed())
         bucketed = training and self.buckets > 1
-        sampler = None
+        sampler: Any = None
         if bucketed:
             sampler = LengthBuckets(samples, self.buckets, self.batch_size, generator)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if training and several and (bucketed or not shuffle):
+            sampler = Share(sampler or SequentialSampler(samples))
         kind: Any = ResumableLoader if training else DataLoader
         loader = kind(
             samples,
             batch_size=self.batch_size,
-            shuffle=shuffle and not bucketed,
+            shuffle=shuffle and sampler is None,
             sampler=sampler,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

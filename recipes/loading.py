@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from mm_sparse.recipes.samples import Samples
 
@@ -41,6 +41,22 @@ class ResumableLoader(DataLoader[Any]):
         self._skip, self._begun = state["taken"], state["generator"]
         if not self._skip:
             self.generator.set_state(state["generator"])
+
+
+class Share(DistributedSampler[int]):
+    """What one of several processes takes of an order: every n-th sample, the order kept.
+
+    Lightning would shuffle a training set for them, in whatever order it was.
+    """
+
+    def __init__(self, order: Sampler[int]) -> None:
+        whole: Any = order
+        super().__init__(whole, shuffle=False)
+        self.order = order
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = list(self.order)
+        return iter([numbers[place] for place in super().__iter__()])
 
 
 class LengthBuckets(Sampler[int]):

@@ -20,6 +20,7 @@ from mm_sparse.modality import Modality
 from mm_sparse.recipes.objectives import Objectives
 from mm_sparse.recipes.parts import LoraPart, OptimizerPart
 from mm_sparse.recipes.samples import IGNORED, Batch
+from mm_sparse.recipes.sharding import shard
 from mm_sparse.recipes.vocabulary import Tokenizer
 from mm_sparse.retrofit import given_modality, scorers
 
@@ -95,6 +96,11 @@ class Reader(L.LightningModule):
         self.scorers.requires_grad_(learns)
         if weights is not None:
             load_weights(self, weights)
+
+    def configure_model(self) -> None:
+        """Under Lightning's `ModelParallelStrategy`: shard every part (FSDP2)."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
 
     def modality(self, batch: Batch) -> Tensor:
         """(B, L) int8 of `Modality`."""
