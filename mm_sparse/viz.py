@@ -184,7 +184,7 @@ def draw_frames(
 
     sound: Any = spectrogram.detach().float().cpu().numpy()
     end = float(sound.shape[1] if seconds is None else seconds)
-    figure = Figure(figsize=(9, 1.4 + 1.1 * len(shares)), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + 1.3 * len(shares)), layout="constrained")
     axes = figure.subplots(len(shares) + 1, 1, squeeze=False, sharex=True)[:, 0]
     box = (0, end, 0, sound.shape[0])
     axes[0].imshow(sound, origin="lower", aspect="auto", cmap="gray_r", extent=box)
@@ -197,7 +197,7 @@ def draw_frames(
             aspect="auto", interpolation="nearest",
         )  # fmt: skip
         axis.set_yticks([])
-        axis.set_ylabel(f"{name}\n{float(share.mean()):.0%} kept", fontsize="x-small")
+        axis.set_title(f"{name}: {float(share.mean()):.0%} kept", fontsize="small", loc="left")
     axes[-1].set_xlabel("frames" if seconds is None else "seconds")
     if shade is not None:
         figure.colorbar(shade, ax=list(axes[1:]), label="share of heads\nand tokens")

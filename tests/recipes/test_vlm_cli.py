@@ -64,7 +64,8 @@ def fit(folder, *more):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_says_its_command_and_what_it_needs_first(path):
     lines = path.read_text().splitlines()
-    assert lines[0] == f"# python -m mm_sparse.recipes.vlm fit --config recipes/{path.name}"
+    recipe = compare.recipe_of(str(path))
+    assert lines[0] == f"# python -m mm_sparse.recipes.{recipe} fit --config recipes/{path.name}"
     head = " ".join(line for line in lines[:8] if line.startswith("#"))
     assert "Hardware:" in head
     assert "Metric:" in head
