@@ -39,7 +39,7 @@ def alone(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("recipe", "strategy"), CASES, ids="-".join)
+@pytest.mark.parametrize(("recipe", "strategy"), CASES)
 def test_two_processes_give_the_losses_of_one_and_resume_after_a_kill(
     tmp_path, alone, recipe, strategy
 ):
