@@ -9,6 +9,7 @@ to tell digits apart (recipes/hearing.py); projector and language model start un
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--only", choices=RUNS, help="one run instead of both")
     options = parser.parse_args()
+    # LightningCLI warns of a command line beside the arguments that it is given.
+    sys.argv = sys.argv[:1]
     more = [] if options.steps is None else [f"--trainer.max_steps={options.steps}"]
     start = time.perf_counter()
     hearing.main(["--config", CONFIG])

@@ -131,6 +131,14 @@ class Multimodal(Reader):
     def test_step(self, batch: Batch, index: int) -> None:
         self.log_all("test", self(batch), batch)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A sharded run resumes only if every parameter has a state: a zero step makes one."""
+        if self.device_mesh is None:
+            return
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.grad is None and parameter not in optimizer.state:
+                parameter.grad = torch.zeros_like(parameter)
+
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
         return optimize(self.optimizer_part, self, self.parts, steps)
