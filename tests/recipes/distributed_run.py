@@ -41,7 +41,7 @@ LM = LanguagePart(
 COMMON = {
     "sparse": SPARSE,
     "objectives": Objectives(scorers=0.5, scorers_every=2),
-    "optimizer": OptimizerPart(lr=1e-3, warmup=1000),
+    "optimizer": OptimizerPart(lr=3e-3, warmup=1),
 }
 
 
