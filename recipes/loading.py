@@ -20,12 +20,19 @@ class ResumableLoader(DataLoader[Any]):
     _skip = 0
     _begun: Tensor | None = None
 
+    @property
+    def source(self) -> torch.Generator:
+        """The generator that the order comes from."""
+        if self.generator is None:
+            raise ValueError("generator must be given for a run to be resumed, got None")
+        return self.generator
+
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         skip, self._skip = self._skip, 0
         if skip and self._begun is not None:
-            self.generator.set_state(self._begun)
+            self.source.set_state(self._begun)
         else:
-            self._begun = self.generator.get_state()
+            self._begun = self.source.get_state()
         self._taken = 0
         for batch in super().__iter__():
             self._taken += 1
@@ -34,13 +41,13 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         whole = self._taken >= len(self)
-        order = self.generator.get_state() if whole or self._begun is None else self._begun
+        order = self.source.get_state() if whole or self._begun is None else self._begun
         return {"taken": 0 if whole else self._taken, "generator": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._skip, self._begun = state["taken"], state["generator"]
         if not self._skip:
-            self.generator.set_state(state["generator"])
+            self.source.set_state(state["generator"])
 
 
 class Share(DistributedSampler[int]):

@@ -40,7 +40,8 @@ def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -
     kinds, learned = model.modality(batch)[0], batch["labels"][0] != IGNORED
     said = model.generate(batch, 64)[0] if generate and bool(learned.any()) else ""
     sights, sounds = things(model, batch)
-    question = " ".join(p for t in sample.turns if not t.answer for p in t.pieces if p is str(p))
+    asked = [piece for turn in sample.turns if not turn.answer for piece in turn.pieces]
+    question = " ".join(piece for piece in asked if isinstance(piece, str))
     asks = (kinds == 0) & batch["attention_mask"][0]
     # Tokens that predict an answer are those before its own.
     before = asks & torch.cat([learned[1:], learned.new_zeros(1)])
