@@ -17,6 +17,7 @@ from mm_sparse.recipes.distill import lessons
 from mm_sparse.recipes.optimizer import optimize
 from mm_sparse.recipes.reading import Reader
 from mm_sparse.recipes.samples import IGNORED, Batch
+from mm_sparse.recipes.sharding import average
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +133,10 @@ class Multimodal(Reader):
         self.log_all("test", self(batch), batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A sharded run resumes only if every parameter has a state: a zero step makes one."""
+        """A sharded run resumes only if every parameter has a state: a step by zero makes one."""
         if self.device_mesh is None:
             return
+        average(self.scorers.parameters())
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if parameter.grad is None and parameter not in optimizer.state:
                 parameter.grad = torch.zeros_like(parameter)

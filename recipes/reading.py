@@ -99,8 +99,14 @@ class Reader(L.LightningModule):
 
     def configure_model(self) -> None:
         """Under Lightning's `ModelParallelStrategy`: shard every part (FSDP2)."""
-        if self.device_mesh is not None:
-            shard(self, self.device_mesh["data_parallel"])
+        if self.device_mesh is None:
+            return
+        if self.device_mesh["data_parallel"].size() != self.trainer.world_size:
+            raise ValueError(
+                f"data_parallel_size must be the {self.trainer.world_size} processes, nothing runs "
+                f"tensor-parallel, got {self.device_mesh['data_parallel'].size()}"
+            )
+        shard(self, self.device_mesh["data_parallel"])
 
     def modality(self, batch: Batch) -> Tensor:
         """(B, L) int8 of `Modality`."""

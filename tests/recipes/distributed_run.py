@@ -21,7 +21,7 @@ from mm_sparse.recipes.audio_parts import AudioPart
 from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.digits import DigitCanvases, DigitTokenizer
 from mm_sparse.recipes.objectives import Objectives
-from mm_sparse.recipes.parts import LanguagePart, OptimizerPart, VisionPart
+from mm_sparse.recipes.parts import LanguagePart, VisionPart
 from mm_sparse.recipes.speech import Speech
 from mm_sparse.recipes.spoken import DictationTokenizer, SpokenWords
 from mm_sparse.recipes.vlm import VLM
@@ -41,7 +41,6 @@ LM = LanguagePart(
 COMMON = {
     "sparse": SPARSE,
     "objectives": Objectives(scorers=0.5, scorers_every=2),
-    "optimizer": OptimizerPart(lr=3e-3, warmup=1),
 }
 
 
@@ -106,11 +105,19 @@ def main():
     L.seed_everything(0, verbose=False)
     args.folder.mkdir(parents=True, exist_ok=True)
     model, data = parts(args.recipe, 4 // args.devices)
+
+    # Adam would blow up what rounding makes of a gradient that is zero.
+    def descend():
+        groups = [model.scorers.parameters()]
+        groups.append([p for n, p in model.named_parameters() if not n.startswith("scorers.")])
+        return torch.optim.SGD([{"params": list(g)} for g in groups], lr=0.05, momentum=0.9)
+
+    model.configure_optimizers = descend
     strategy = args.strategy
     if strategy == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 
-        strategy = ModelParallelStrategy(save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(args.devices, 1, save_distributed_checkpoint=False)
     saver = ModelCheckpoint(
         args.folder, filename="last", every_n_train_steps=1, enable_version_counter=False
     )
