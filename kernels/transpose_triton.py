@@ -82,8 +82,8 @@ def transpose_lists(
     num_units, total, device = units.shape[1], index.numel(), index.device
     # As many counters as places at most: fewer chunks where a list is short beside the units.
     most = max(num_tiles * length // max(num_units, 1), 1)
-    chunks = min(triton.cdiv(num_tiles, IN_TURN), most)
-    chunk = triton.cdiv(num_tiles, chunks)
+    chunks = min(-(-num_tiles // IN_TURN), most)
+    chunk = -(-num_tiles // chunks)
     slots = batch * heads * num_units * 2 * chunks
     counts = torch.zeros(slots + 1, dtype=torch.int32, device=device)
     slot = torch.empty(total, dtype=torch.int32 if slots < 2**31 else torch.int64, device=device)

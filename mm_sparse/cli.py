@@ -18,7 +18,15 @@ def bench(argv: Sequence[str]) -> None:
     main(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"bench": bench}
+def inspect(argv: Sequence[str]) -> None:
+    """Write one HTML page: what the layers of a model kept on a sample."""
+    inspect_parser().parse_known_args(argv)
+    from mm_sparse.inspect_command import main
+
+    main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"bench": bench, "inspect": inspect}
 """Each gets the options behind its name; its docstring is its line of help."""
 
 
@@ -83,6 +91,23 @@ def picture(text: str) -> Path:
     if find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("needs matplotlib, which is not installed")
     return Path(text)
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """Options of `mm-sparse inspect`."""
+    parser = argparse.ArgumentParser(
+        prog="mm-sparse inspect",
+        description="Write one HTML page for a model and a sample: what its layers kept, over "
+        "pictures and sounds, by modality and by head.",
+        epilog="mm-sparse inspect mm_sparse.recipes.scenes:recipe --config FILE.yaml shows a "
+        "sample of a recipe's validation data; other options go to the function.",
+    )
+    add = parser.add_argument
+    add("target", help="folder of a transformers model, or MODULE:FUNCTION that returns a Scene")
+    add("--out", type=Path, default=Path("inspect.html"), metavar="FILE.html")
+    add("--text", metavar="TEXT", help="a text or a file, for a model in a folder")
+    add("--ratio", type=share, default=0.2, metavar="R", help="share of keys kept there (0.2)")
+    return parser
 
 
 def bench_parser() -> argparse.ArgumentParser:

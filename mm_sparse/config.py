@@ -143,7 +143,7 @@ def _ratios(value: Any) -> dict[int, float]:
     found: dict[int, float] = {}
     for key, ratio in value.items():
         # JSON has no other keys than strings.
-        layer = int(key) if isinstance(key, str) and key.isdecimal() else key
+        layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
         _count("layer_ratio", layer)
         _between("layer_ratio", ratio)
         found[layer] = float(ratio)

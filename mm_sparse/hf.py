@@ -41,7 +41,7 @@ class HFLayer(Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A process that unpickles the model may never have sparsified one.
-        self.__dict__.update(state)
+        vars(self).update(state)
         register()
 
     @property

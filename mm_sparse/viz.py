@@ -1,6 +1,8 @@
-"""Pictures of what a selection kept.
+"""Pictures of what selections kept: over a picture, over a spectrogram.
 
-B batch, K KV heads, T tiles, L list length, h x w grid of image tokens
+Maps of density by modality and by head are in `mm_sparse.heatmaps`.
+
+B batch, K KV heads, T tiles, L list length, h x w grid of image tokens, A audio tokens
 """
 
 from __future__ import annotations
@@ -72,33 +74,84 @@ def kept_patches(
     Returns:
         By layer, (h, w): share of heads and of the given tokens that kept a patch.
     """
+    if picture.dim() != 3 or picture.shape[0] != 3:
+        raise ValueError(f"picture must be (3, height, width), got {tuple(picture.shape)}")
+    h, w = grid
+    kept = _kept_of(selections, tokens, Modality.IMAGE, h * w, row, start, "grid")
+    shares = {name: share.view(h, w) for name, share in kept.items()}
+    if path is not None:
+        save(draw_patches(shares, picture, title), path)
+    return shares
+
+
+def kept_frames(
+    selections: Mapping[str, Selection] | Selection,
+    tokens: Sequence[int],
+    spectrogram: Tensor,
+    count: int,
+    path: str | Path | None = None,
+    *,
+    seconds: float | None = None,
+    row: int = 0,
+    start: int | None = None,
+    title: str = "",
+) -> dict[str, Tensor]:
+    """Which audio tokens of a sound the query `tokens` kept, layer by layer, as a PNG.
+
+    Args:
+        spectrogram: (bins, frames) of the sound, low notes first.
+        count: A, audio tokens of the sound.
+        seconds: length of the sound, for the axis.
+        start: position of the sound's first token; the row's first audio token if None.
+    The other arguments are those of `kept_patches`.
+
+    Returns:
+        By layer, (A,): share of heads and of the given tokens that kept an audio token.
+    """
+    if spectrogram.dim() != 2:
+        raise ValueError(f"spectrogram must be (bins, frames), got {tuple(spectrogram.shape)}")
+    shares = _kept_of(selections, tokens, Modality.AUDIO, count, row, start, "count")
+    if path is not None:
+        save(draw_frames(shares, spectrogram, seconds, title), path)
+    return shares
+
+
+def _kept_of(
+    selections: Mapping[str, Selection] | Selection, tokens: Sequence[int], kind: Modality,
+    count: int, row: int, start: int | None, what: str,
+) -> dict[str, Tensor]:  # fmt: skip
+    """By layer, the shares of the `count` tokens of a picture or sound."""
     if isinstance(selections, Selection):
         selections = {"attention": selections}
     if not selections:
         raise ValueError("selections must hold at least one layer, got none")
-    if picture.dim() != 3 or picture.shape[0] != 3:
-        raise ValueError(f"picture must be (3, height, width), got {tuple(picture.shape)}")
-    h, w = grid
     shares: dict[str, Tensor] = {}
     for name, selection in selections.items():
         layout = selection.plan.layout
         first = start
         if first is None:
-            found = (layout.modality[row] == int(Modality.IMAGE)).nonzero()
+            found = (layout.modality[row] == int(kind)).nonzero()
             if not len(found):
-                raise ValueError(f"selections must be of a row with a picture, row {row} has none")
+                thing = "picture" if kind == Modality.IMAGE else "sound"
+                raise ValueError(f"selections must be of a row with a {thing}, row {row} has none")
             first = int(found[0])
-        if not 0 <= first <= layout.length - h * w:
+        if not 0 <= first <= layout.length - count:
             raise ValueError(
-                f"start and grid must lie in {layout.length} tokens, got {first}, {grid}"
+                f"start and {what} must lie in {layout.length} tokens, got {first} and {count}"
             )
-        shares[name] = kept_share(selection, tokens, row)[first : first + h * w].view(h, w)
-    if path is not None:
-        _draw(shares, picture, Path(path), title)
+        shares[name] = kept_share(selection, tokens, row)[first : first + count]
     return shares
 
 
-def _draw(shares: dict[str, Tensor], picture: Tensor, path: Path, title: str) -> None:
+def save(figure: Any, path: str | Path) -> None:
+    """Write a matplotlib figure; the folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_patches(shares: Mapping[str, Tensor], picture: Tensor, title: str = "") -> Any:
+    """A matplotlib figure of the shares (h, w) over the picture."""
     from matplotlib.figure import Figure
 
     pixels: Any = picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
@@ -120,5 +173,34 @@ def _draw(shares: dict[str, Tensor], picture: Tensor, path: Path, title: str) ->
         axis.set_axis_off()
     if title:
         figure.suptitle(title, fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def draw_frames(
+    shares: Mapping[str, Tensor], spectrogram: Tensor, seconds: float | None = None, title: str = ""
+) -> Any:
+    """A matplotlib figure of the shares (A,) over the spectrogram, a strip for every layer."""
+    from matplotlib.figure import Figure
+
+    sound: Any = spectrogram.detach().float().cpu().numpy()
+    end = float(sound.shape[1] if seconds is None else seconds)
+    figure = Figure(figsize=(9, 1.5 + 1.3 * len(shares)), layout="constrained")
+    axes = figure.subplots(len(shares) + 1, 1, squeeze=False, sharex=True)[:, 0]
+    box = (0, end, 0, sound.shape[0])
+    axes[0].imshow(sound, origin="lower", aspect="auto", cmap="gray_r", extent=box)
+    axes[0].set_ylabel("mel bin", fontsize="small")
+    shade = None
+    for axis, (name, share) in zip(axes[1:], shares.items(), strict=True):
+        axis.imshow(sound, origin="lower", aspect="auto", cmap="gray_r", extent=box)
+        shade = axis.imshow(
+            share[None].numpy(), cmap="magma", alpha=0.6, vmin=0, vmax=1, extent=box,
+            aspect="auto", interpolation="nearest",
+        )  # fmt: skip
+        axis.set_yticks([])
+        axis.set_title(f"{name}: {float(share.mean()):.0%} kept", fontsize="small", loc="left")
+    axes[-1].set_xlabel("frames" if seconds is None else "seconds")
+    if shade is not None:
+        figure.colorbar(shade, ax=list(axes[1:]), label="share of heads\nand tokens")
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure

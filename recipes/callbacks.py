@@ -2,14 +2,17 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 
 import mm_sparse as mms
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.samples import Batch
+from mm_sparse.viz import save
 
 Pair = tuple[Modality, Modality]
 
@@ -24,7 +27,7 @@ def progress_bar() -> Callback:
 class Speed(Callback):
     """`train/tokens_per_second` of the steps between two log lines, and `train/dropped` so far.
 
-    Tokens are those of text and pictures; time is the whole step, data included.
+    Tokens are those of text, pictures and sounds; time is the whole step, data included.
     """
 
     def __init__(self) -> None:
@@ -77,14 +80,27 @@ class Density(Callback):
         found = densities(pl_module).items()
         pl_module.log_dict({f"validation/density/{n}": d for n, d in found}, sync_dist=True)
 
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        found = densities(pl_module).items()
+        pl_module.log_dict({f"test/density/{n}": d for n, d in found}, sync_dist=True)
+
 
 def densities(model: Any) -> dict[str, float]:
-    """Kept over visible query-key pairs in the last forward pass of a `VLM`, 1 if it is dense.
+    """Kept over visible query-key pairs in the last forward pass of a recipe's model, 1 if dense.
 
-    Mean over the layers that ran sparse, in all and by modalities of query and key.
+    Mean over the layers that ran sparse, in all and by modalities of query and key; those of a
+    tower that runs sparse stand beside, as "audio/all".
     """
-    rows = [] if model.sparse_config is None else mms.report(model.language).rows
-    rows = [row for row in rows if row.mode == "sparse" and row.density is not None]
+    found = {"all": 1.0}
+    for part in model.sparse_configs:
+        own = _part_densities(getattr(model, part))
+        found |= own if part == "language" else {f"{part}/all": own["all"]}
+    return found
+
+
+def _part_densities(part: Any) -> dict[str, float]:
+    rows = [row for row in mms.report(part).rows if row.mode == "sparse"]
+    rows = [row for row in rows if row.density is not None]
     if not rows:
         return {"all": 1.0}
     pairs: dict[Pair, list[float]] = {}
@@ -95,3 +111,34 @@ def densities(model: Any) -> dict[str, float]:
     for (query, key), values in sorted(pairs.items()):
         found[f"{query.name}>{key.name}"] = sum(values) / len(values)
     return found
+
+
+class Pictures(Callback):
+    """After each validation: what a sample's layers kept, as PNG files and to TensorBoard.
+
+    Kept patches over each picture, kept frames over each sound, density by modality and by head.
+    Files go to `folder` below the trainer's root, one folder per step.
+    """
+
+    def __init__(self, sample: int = 0, folder: str = "pictures") -> None:
+        """`sample` is a number in the validation data."""
+        if sample < 0:
+            raise ValueError(f"sample must be at least 0, got {sample}")
+        self.sample, self.folder = sample, folder
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or not pl_module.sparse_configs:
+            return
+        # Not at the top: the command line imports this module, and draws nothing.
+        from mm_sparse.recipes.scenes import figures
+
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None or data.validation is None:
+            raise ValueError("Pictures needs a SampleData with validation, got none")
+        drawn = figures(pl_module, data.collator, data.validation[self.sample])
+        place = Path(trainer.default_root_dir) / self.folder / f"step-{trainer.global_step}"
+        for name, figure in drawn.items():
+            save(figure, place / f"{name}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(name, figure, trainer.global_step)

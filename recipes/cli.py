@@ -1,12 +1,15 @@
-"""`python -m mm_sparse.recipes.vlm fit --config FILE.yaml`: LightningCLI on model and data."""
+"""`python -m mm_sparse.recipes.NAME fit --config FILE.yaml`: LightningCLI on model and data."""
 
+import importlib
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mm_sparse.recipes.callbacks import progress_bar
-from mm_sparse.recipes.data import VLMData
-from mm_sparse.recipes.vlm import VLM
+from mm_sparse.recipes.data import SampleData
+
+MODELS = {"vlm": "VLM", "speech": "Speech", "omni": "Omni"}
+"""Class of the module that has the name of a recipe."""
 
 
 class RecipeCLI(LightningCLI):
@@ -24,11 +27,15 @@ class RecipeCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def main(args: Any = None, run: bool = True) -> RecipeCLI:
-    """Parse `args` (the command line if None) and, if `run`, do what they say."""
+def main(recipe: str, args: Any = None, run: bool = True) -> RecipeCLI:
+    """Parse `args` (the command line if None) for a recipe and, if `run`, do what they say."""
+    if recipe not in MODELS:
+        raise ValueError(f"recipe must be one of {', '.join(MODELS)}, got {recipe!r}")
+    # Not by what runs as __main__: its classes would be others than those of the imports.
+    module = importlib.import_module(f"mm_sparse.recipes.{recipe}")
     return RecipeCLI(
-        VLM,
-        VLMData,
+        getattr(module, MODELS[recipe]),
+        SampleData,
         args=args,
         run=run,
         save_config_kwargs={"overwrite": True},

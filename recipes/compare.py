@@ -1,4 +1,4 @@
-"""Run a vision-language recipe sparse and dense, the same steps of both, and write what came out.
+"""Run a recipe sparse and dense, the same steps of both, and write what came out.
 
     python -m mm_sparse.recipes.compare --config recipes/vlm_smollm2.yaml --out results.json
 
@@ -46,6 +46,17 @@ class StepTimes(Callback):
         self._since = now
 
 
+def options_of(name: str, config: str) -> list[str]:
+    """What a recipe adds to a run of `RUNS`: dense is its tower as well."""
+    hears = recipe_of(config) in ("speech", "omni")
+    return ["--model.sparse_audio=null"] if hears and name == "dense" else []
+
+
+def recipe_of(config: str) -> str:
+    """Name of the recipe that a file is for: what stands before the first "_" of its name."""
+    return Path(config).stem.split("_")[0]
+
+
 def prepare(name: str, config: str, options: list[str]) -> Any:
     """Trainer, model and data of a config file, as `RecipeCLI` holds them; nothing has run yet.
 
@@ -53,7 +64,8 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
     """
     from mm_sparse.recipes.cli import main as recipe
 
-    cli = recipe([f"--config={config}", *options], run=False)
+    given = [f"--config={config}", *options, *options_of(name, config)]
+    cli = recipe(recipe_of(config), given, run=False)
     for checkpoint in cli.trainer.checkpoint_callbacks:
         own: Any = checkpoint
         own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)

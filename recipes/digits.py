@@ -5,16 +5,15 @@ canvas shows handwriting that training never saw.
 """
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from mm_sparse.recipes.samples import Sample, Samples, Turn
+from mm_sparse.recipes.splits import SPLITS, Split, check_split
 from mm_sparse.recipes.vocabulary import WordTokenizer
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SIDE = 8
 WORDS = ["which", "digit", "is", "in", "row", "column", ",", "?"]
 
@@ -31,8 +30,7 @@ def digit_pictures(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (n, 8, 8) in [0, 1] and labels (n,): 80 % train, 10 % validation, 10 % test."""
     from sklearn.datasets import load_digits
 
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    check_split(split)
     bunch: Any = load_digits()
     pictures, labels = bunch["images"].astype(np.float32) / 16, bunch["target"]
     order = np.random.default_rng(0).permutation(len(labels))

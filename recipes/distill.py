@@ -21,9 +21,9 @@ from mm_sparse.layer import Call
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.corpus import CorpusData
 from mm_sparse.recipes.lessons import divergence, dropped_mass
+from mm_sparse.recipes.optimizer import optimize
 from mm_sparse.recipes.parts import LanguagePart, OptimizerPart
 from mm_sparse.recipes.quality import layer_figures, logit_change
-from mm_sparse.recipes.schedule import adamw
 from mm_sparse.retrofit import keeping, layers, scorers, watch
 
 
@@ -185,9 +185,8 @@ class Distill(L.LightningModule):
         self.log_dict({f"validation/{k}": v for k, v in change.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        part = self.optimizer_part
-        groups = [{"params": list(self.scorers.parameters()), "weight_decay": 0.0}]
-        return adamw(groups, part, max(int(self.trainer.estimated_stepping_batches), 1))
+        steps = int(self.trainer.estimated_stepping_batches)
+        return optimize(self.optimizer_part, self, ("scorers",), steps)
 
     def on_fit_end(self) -> None:
         if self.out is not None and self.trainer.is_global_zero:

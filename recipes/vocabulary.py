@@ -17,6 +17,11 @@ class Tokenizer(ABC):
     start: tuple[int, ...] = ()
     """Ids in front of every sample."""
 
+    @property
+    def audio_id(self) -> int:
+        """Stands for a stretch of sound. It lies behind the table: no text can spell it."""
+        return self.size
+
     @abstractmethod
     def encode(self, text: str) -> list[int]: ...
 

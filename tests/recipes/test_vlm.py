@@ -5,9 +5,11 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.recipes.data import VLMData
+from mm_sparse.recipes.collate import Collator
+from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.digits import DigitCanvases, DigitTokenizer
 from mm_sparse.recipes.lessons import lessons, scorer_loss
+from mm_sparse.recipes.objectives import Objectives
 from mm_sparse.recipes.parts import (
     LanguagePart,
     LoraPart,
@@ -16,8 +18,8 @@ from mm_sparse.recipes.parts import (
     ProjectorPart,
     VisionPart,
 )
-from mm_sparse.recipes.samples import Collator, Sample, Turn
-from mm_sparse.recipes.vlm import VLM, Objectives
+from mm_sparse.recipes.samples import Sample, Turn
+from mm_sparse.recipes.vlm import VLM
 
 TINY_TOWER = {
     "patch_size": 4,
@@ -254,7 +256,7 @@ def test_stack_joins_the_four_neighbours_of_a_token():
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     def fit(steps, path=None):
         # One batch: which batches follow a checkpoint inside an epoch is Lightning's affair.
-        data = VLMData(canvases(2), DigitTokenizer(), patch_size=4, batch_size=2)
+        data = SampleData(canvases(2), DigitTokenizer(), patch_size=4, batch_size=2)
         data.train_dataloader = lambda: data.loader(data.train)
         vlm = model(SPARSE, objectives=Objectives(scorers=0.1))
         trainer = L.Trainer(

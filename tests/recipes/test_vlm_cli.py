@@ -42,6 +42,7 @@ def _no_arguments_of_pytest(monkeypatch):
 def fit(folder, *more):
     checkpoints = "lightning.pytorch.callbacks.ModelCheckpoint"
     return main(
+        "vlm",
         [
             "fit",
             f"--config={DIGITS}",
@@ -56,14 +57,15 @@ def fit(folder, *more):
             f"--trainer.callbacks.dirpath={folder / 'checkpoints'}",
             "--trainer.callbacks.save_last=true",
             *more,
-        ]
+        ],
     )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_says_its_command_and_what_it_needs_first(path):
     lines = path.read_text().splitlines()
-    assert lines[0] == f"# python -m mm_sparse.recipes.vlm fit --config recipes/{path.name}"
+    recipe = compare.recipe_of(str(path))
+    assert lines[0] == f"# python -m mm_sparse.recipes.{recipe} fit --config recipes/{path.name}"
     head = " ".join(line for line in lines[:8] if line.startswith("#"))
     assert "Hardware:" in head
     assert "Metric:" in head
@@ -122,7 +124,7 @@ def test_a_run_logs_what_the_recipe_promises_and_resumes(tmp_path):
 
 def test_callbacks_of_a_recipe_run_beside_the_progress_bar():
     bar = FEW.index("--trainer.enable_progress_bar=false")
-    cli = main([f"--config={DIGITS}", *FEW[:bar], *FEW[bar + 1 :]], run=False)
+    cli = main("vlm", [f"--config={DIGITS}", *FEW[:bar], *FEW[bar + 1 :]], run=False)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     for name in ("ModelCheckpoint", "Speed", "Density", "TQDMProgressBar"):
         assert names.count(name) == 1
@@ -147,7 +149,7 @@ def test_compare_writes_figures_of_both_runs(tmp_path, monkeypatch):
 
 
 def test_density_is_that_of_the_layers_that_ran_sparse():
-    cli = main([f"--config={DIGITS}", *FEW], run=False)
+    cli = main("vlm", [f"--config={DIGITS}", *FEW], run=False)
     batch = next(iter(cli.datamodule.train_dataloader()))
     cli.model(batch)
     rows = [r for r in mms.report(cli.model.language).rows if r.mode == "sparse"]
@@ -163,7 +165,7 @@ def test_a_tower_learns_to_name_what_it_sees(tmp_path):
     recipe.write_text(yaml.safe_dump(record))
     tower.main([f"--config={recipe}", "--steps=2"])
     weights = record["model"]["vision"]["weights"]
-    cli = main([f"--config={DIGITS}", *FEW, f"--model.vision.weights={weights}"], run=False)
+    cli = main("vlm", [f"--config={DIGITS}", *FEW, f"--model.vision.weights={weights}"], run=False)
     size = cli.config.model.vision.image_size
     names, grid = cli.model.vision(torch.rand(2, 3, size, size))
     assert names.shape == (2, grid[0] * grid[1], 10)
