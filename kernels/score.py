@@ -30,7 +30,7 @@ def _finite(x):
 
 @triton.jit
 def _pool(
-    X, Table, Mean, High, Low, pieces, parts, heads, stride_b, stride_h, stride_n,
+    X, Table, Out, pieces, parts, heads, stride_b, stride_h, stride_n,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
@@ -60,16 +60,17 @@ def _pool(
     else:
         x = tl.load(pointer, mask=exists & (dim < D)[None, None, :], other=0.0)
     x = _finite(x.to(tl.float32))
-    place = ((batch * heads + head) * pieces * parts + index)[:, None] * D + dim[None, :]
+    ROW: tl.constexpr = 3 * D if EXTREMES else D
+    place = ((batch * heads + head) * pieces * parts + index)[:, None] * ROW + dim[None, :]
     mask = there[:, None] & (dim < D)[None, :]
     mean = tl.sum(x, 1) / tl.maximum(members, 1)[:, None]
-    tl.store(Mean + place, mean.to(Mean.dtype.element_ty), mask=mask)
+    tl.store(Out + place, mean.to(Out.dtype.element_ty), mask=mask)
     if EXTREMES:
         some = (members > 0)[:, None]
         high = tl.where(some, tl.max(tl.where(exists, x, -float("inf")), 1), 0.0)
         low = tl.where(some, tl.min(tl.where(exists, x, float("inf")), 1), 0.0)
-        tl.store(High + place, high.to(High.dtype.element_ty), mask=mask)
-        tl.store(Low + place, low.to(Low.dtype.element_ty), mask=mask)
+        tl.store(Out + place + D, high.to(Out.dtype.element_ty), mask=mask)
+        tl.store(Out + place + 2 * D, low.to(Out.dtype.element_ty), mask=mask)
 
 
 def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int]:
@@ -82,7 +83,7 @@ def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int]:
 def pool(
     x: Tensor, table: Tensor, size: int, parts: int = 1, extremes: bool = False,
     regular: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Mean of every part of every piece, and its extremes; zero where nothing exists.
 
     Args:
@@ -92,22 +93,21 @@ def pool(
         parts: runs of ceil(size / parts) tokens that a piece is cut into.
         regular: piece p is exactly the tokens [p * size, (p + 1) * size).
     Returns:
-        (B, H, P, parts, D) in x's dtype: the mean, and with `extremes` largest and smallest.
+        (B, H, P, parts, D or 3 D) in x's dtype: the mean, and with `extremes` behind it the largest
+        and the smallest.
     """
     batch, heads, _, dim = x.shape
     pieces, width = table.shape[1], -(-size // parts)
-    shape = (batch, heads, pieces, parts, dim)
-    results = tuple(x.new_empty(shape) for _ in range(3 if extremes else 1))
-    mean, high, low = results if extremes else results * 3
-    if mean.numel():
+    out = x.new_empty(batch, heads, pieces, parts, 3 * dim if extremes else dim)
+    if out.numel():
         together, warps = pool_blocks(width, dim, x.element_size())
         _pool[(triton.cdiv(pieces * parts, together), batch * heads)](
-            x, table, mean, high, low, pieces, parts, heads, *x.stride()[:3],
+            x, table, out, pieces, parts, heads, *x.stride()[:3],
             SIZE=size, WIDTH=width, TOGETHER=together, D=dim,
             BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(dim),
             EXTREMES=extremes, REGULAR=regular, num_warps=warps,
         )  # fmt: skip
-    return results
+    return out
 
 
 @triton.jit
@@ -176,7 +176,7 @@ def _logits(
 ):  # fmt: skip
     """(rows, COLS) products, in powers of 2, with sizes added; -inf where a tile sees nothing.
 
-    `Keys` describe the whole units, or of each its part number PART of PARTS.
+    `Keys` describe the whole units, or PARTS parts of each, from number PART on.
     """
     WIDTH: tl.constexpr = (UNIT + PARTS - 1) // PARTS
     unit = first + tl.arange(0, COLS)
@@ -185,7 +185,7 @@ def _logits(
     if F < BLOCK_F:
         mask = mask & (dim < F)[None, :]
     keys = tl.load(
-        Keys + unit.to(tl.int64)[:, None] * F + dim[None, :], mask=mask, other=0.0
+        Keys + unit.to(tl.int64)[:, None] * (F * PARTS) + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
     logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION) * LOG2E
     if REGULAR:
@@ -345,7 +345,7 @@ def _share(
             given = tl.zeros([ROWS, COLS], tl.float32)
             for part in tl.static_range(PARTS):
                 logits = _logits(
-                    row, low, high, all_low, all_high, Parts + part * num_units * F, Units, at,
+                    row, low, high, all_low, all_high, Parts + part * F, Units, at,
                     num_units, F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION, part, PARTS,
                 )  # fmt: skip
                 given += tl.exp2(tl.minimum(logits - lse[:, None], 100.0))
@@ -430,7 +430,7 @@ def of_parts(parts: Tensor | None, constants: dict[str, Any]) -> dict[str, Any]:
     """Constants of `_share`: what is added up over parts takes registers, so fewer units a step."""
     if parts is None:
         return {**constants, "PARTS": 1}
-    return {**constants, "PARTS": parts.shape[2], "COLS": max(constants["COLS"] // 2, 16)}
+    return {**constants, "PARTS": parts.shape[3], "COLS": max(constants["COLS"] // 2, 16)}
 
 
 def share_of_units(
@@ -449,7 +449,7 @@ def share_of_units(
         bias: (K, kinds, kinds, buckets) float32 by kind of tile and unit and by distance.
         tile_kind, unit_kind: (B, T) and (B, U) int8.
         regular: unit u is exactly the keys [u * unit, (u + 1) * unit).
-        parts: (B, K, C, U, F), of the C runs of ceil(unit / C) keys of each unit: what is added up,
+        parts: (B, K, U, C, F), of the C runs of ceil(unit / C) keys of each unit: what is added up,
             while `keys` give the sum that shares are of.
     Returns:
         (B, K, T, U) float32; what a tile does not see holds -1e30 or so.

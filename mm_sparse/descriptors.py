@@ -35,10 +35,8 @@ def tile_descriptors(q: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     from mm_sparse.kernels.score import pool
 
     live = plan.live_subpools
-    (mean,) = pool(
-        last_contiguous(q), plan.tiles, plan.tile_tokens, live.shape[2], regular=plan.regular_tiles
-    )
-    return mean, live
+    q = last_contiguous(q)
+    return pool(q, plan.tiles, plan.tile_tokens, live.shape[2], regular=plan.regular_tiles), live
 
 
 def piece_features(
@@ -50,14 +48,13 @@ def piece_features(
         x: (B, heads, tokens, D); no gradient goes back to it.
         table: (B, P, 2), pieces of at most `size` tokens, in runs of ceil(size / parts).
     Returns:
-        (B, heads, P, parts, 3 D) float32; zero where a part has no token.
+        (B, heads, P, parts, 3 D) in x's dtype; zero where a part has no token.
     """
     x = x.detach()
     if fused(x, plan):
         from mm_sparse.kernels.score import pool
 
-        found = pool(last_contiguous(x), table, size, parts, extremes=True, regular=regular)
-        return torch.cat(found, -1).float()
+        return pool(last_contiguous(x), table, size, parts, extremes=True, regular=regular)
     rows, exists = gather_pieces(x, table, size, regular)
     width = -(-size // parts)
     missing = parts * width - size
@@ -67,7 +64,7 @@ def piece_features(
     rows = rows.unflatten(3, (parts, width))
     exists = exists.unflatten(2, (parts, width))[:, None, ..., None]
     found = (masked_mean(rows, exists, 4), *masked_extremes(rows, exists, 4))
-    return torch.cat(found, -1).float()
+    return torch.cat(found, -1)
 
 
 def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...]:
@@ -80,7 +77,7 @@ def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...
     from mm_sparse.kernels.score import pool
 
     found = pool(last_contiguous(k), plan.units, plan.unit, extremes=extremes, regular=plan.regular)
-    return tuple(x.squeeze(3) for x in found)
+    return found.squeeze(3).chunk(3 if extremes else 1, -1)
 
 
 def last_contiguous(x: Tensor) -> Tensor:

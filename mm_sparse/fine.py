@@ -7,6 +7,7 @@ of a unit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,10 @@ class FineScorer(Scorer):
         place = torch.full((all_kinds,), -1)
         place[[int(m) for m in self.modalities]] = torch.arange(kinds)
         self.register_buffer("map_of", place, persistent=False)
+        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": None}
 
     query_size: Tensor
     """(H, 3 D): root mean squares that features are divided by before they are mapped."""
@@ -97,41 +102,66 @@ class FineScorer(Scorer):
     def calibrate(self, tiles: Tensor, units: Tensor) -> None:
         """Set `query_size` and `key_size` to those of a sample's `features`."""
         for size, x in ((self.query_size, tiles), (self.key_size, units)):
-            size.copy_(x.flatten(2, 3).pow(2).mean((0, 2)).sqrt() + 1e-3)
+            size.copy_(x.float().flatten(2, 3).pow(2).mean((0, 2)).sqrt() + 1e-3)
 
     def rank(
         self, tiles: Tensor, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
     ) -> Tensor:
         """(B, K, T, U) scores of `features`; products are taken in `dtype`."""
         subpools = tiles.shape[3]
+        query_map, key_map = self._maps(scale, dtype)
         kind = plan.tile_modality.repeat_interleave(subpools, 1)
-        tiles = self._describe(tiles.flatten(2, 3), self.query_map, self.query_size, kind)
+        tiles = self._describe(tiles.flatten(2, 3), query_map, kind, plan)
         kind = plan.unit_modality.repeat_interleave(self.parts, 1)
-        parts = self._describe(units.flatten(2, 3), self.key_map, self.key_size, kind)
+        parts = self._describe(units.flatten(2, 3), key_map, kind, plan)
         parts = parts.unflatten(2, (-1, self.parts))  # (B, K, U, C, D)
-        weight = part_sizes(plan, self.parts).to(parts.dtype)[:, None, ..., None]
-        whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
+        if plan.regular:
+            whole = parts.mean(3)
+        else:
+            weight = part_sizes(plan, self.parts).to(parts.dtype)[:, None, ..., None]
+            whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
         return share_of_units(
-            (tiles.unflatten(2, (-1, subpools)) * scale).to(dtype),
+            tiles.unflatten(2, (-1, subpools)).to(dtype),
             whole.to(dtype),
             plan.live_subpools,
             plan,
             self.pair_bias,
-            parts.transpose(2, 3).to(dtype) if self.parts > 1 else None,
+            parts.to(dtype) if self.parts > 1 else None,
         )
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
         return self.rank(*self.features(q, k, plan), plan, scale, q.dtype)
 
-    def _describe(self, x: Tensor, maps: Tensor, size: Tensor, modality: Tensor) -> Tensor:
-        """(B, heads, P, 3 D) -> (B, heads, P, D): the mean, and its modality's map of all."""
-        mean, x = x[..., : self.head_dim], x / size[:, None]
-        if len(self.modalities) == 1:
-            mapped = x.to(maps.dtype) @ maps[0]
-        else:
-            every = x.to(maps.dtype) @ maps.permute(1, 2, 0, 3).flatten(2)
-            own = self.map_of[modality.long().clamp(min=0)].clamp(min=0)
-            own = own[:, None, :, None, None].expand(-1, x.shape[1], -1, 1, self.head_dim)
-            mapped = every.unflatten(-1, maps.shape[::3]).gather(3, own).squeeze(3)
-        mapless = (modality < 0) | (self.map_of[modality.long().clamp(min=0)] < 0)
-        return mean + mapped.masked_fill(mapless[:, None, :, None], 0).to(mean.dtype)
+    def _maps(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """From features to descriptors, (modalities + 1, heads, 3 D, D), the last for no modality.
+
+        The mean itself, the size of features and `scale` are in them: one product describes a
+        piece. Who only ranks gets them in `dtype`, made once.
+        """
+        if torch.is_grad_enabled():
+            return self._made(scale)
+        own = (self.query_map, self.key_map, self.query_size, self.key_size)
+        state = (scale, dtype, *((x.data_ptr(), x._version) for x in own))
+        if self._kept is None or self._kept[0] != state:
+            query_map, key_map = self._made(scale)
+            self._kept = state, (query_map.to(dtype), key_map.to(dtype))
+        return self._kept[1]
+
+    def _made(self, scale: float) -> tuple[Tensor, Tensor]:
+        made = []
+        for maps, size in ((self.query_map, self.query_size), (self.key_map, self.key_size)):
+            mean = torch.eye(3 * self.head_dim, self.head_dim, device=maps.device, dtype=maps.dtype)
+            mean = mean.expand(1, len(size), -1, -1)
+            made.append(torch.cat([maps / size[..., None] + mean, mean]))
+        return made[0] * scale, made[1]
+
+    def _describe(self, x: Tensor, maps: Tensor, modality: Tensor, plan: Plan) -> Tensor:
+        """(B, heads, P, 3 D) -> (B, heads, P, D), each piece by the map of its modality."""
+        x = x.to(maps.dtype)
+        if plan.modalities <= {int(m) for m in self.modalities[:1]}:
+            return x @ maps[0]
+        every = (x @ maps.permute(1, 2, 0, 3).flatten(2)).unflatten(-1, maps.shape[::3])
+        own = self.map_of[modality.long().clamp(min=0)].masked_fill(modality < 0, -1)
+        own = own.masked_fill(own < 0, len(maps) - 1)
+        own = own[:, None, :, None, None].expand(-1, x.shape[1], -1, 1, self.head_dim)
+        return every.gather(3, own).squeeze(3)

@@ -116,6 +116,12 @@ class Plan:
         return before.gather(1, edges[1]) - before.gather(1, edges[0])
 
     @cached_property
+    def modalities(self) -> frozenset[int]:
+        """Of tiles and units; pieces without a valid token have none."""
+        kinds = torch.cat([self.tile_modality.flatten(), self.unit_modality.flatten()])
+        return frozenset(kinds.unique().tolist()) - {-1}
+
+    @cached_property
     def live_subpools(self) -> Tensor:
         """(B, T, S) bool: which sub-pools of a tile hold a token; a short one lacks the last."""
         parts = min(self.config.subpools, self.tile_tokens)

@@ -197,7 +197,7 @@ def share_of_units(
         unit: (B, K, U, F).
         exists: (B, T, S).
         bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
-        parts: (B, K, C, U, F) of C runs of keys of each unit, whose shares add up to the unit's;
+        parts: (B, K, U, C, F) of C runs of keys of each unit, whose shares add up to the unit's;
             the sum that shares are of stays that of the whole units, which is cheaper.
     Returns:
         (B, K, T, U) float32.
@@ -228,7 +228,7 @@ def share_of_units(
     tile = tile.view(batch, kv_heads, plan.group, num_tiles, subpools, width)
     unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
     members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
-    count = 1 if parts is None else parts.shape[2]
+    count = 1 if parts is None else parts.shape[3]
     step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units * count))
     blocks = []
     for at in range(0, num_tiles, step):
@@ -256,12 +256,12 @@ def share_of_units(
 
 def _sum_of_parts(rows: Tensor, parts: Tensor, plan: Plan) -> Tensor:
     """(B, K, rows, U): log of the mean over its parts of what a row gives to a unit."""
-    count = parts.shape[2]
+    count = parts.shape[3]
     weight = part_sizes(plan, count).float() / -(-plan.unit // count)  # (B, U, C)
-    bias = weight.log().transpose(1, 2).flatten(1)[:, None, None]  # (B, 1, 1, C * U), -inf if empty
+    bias = weight.log().flatten(1)[:, None, None]  # (B, 1, 1, U * C), -inf if empty
     products = rows @ parts.flatten(2, 3).to(rows.dtype).transpose(-1, -2)
-    products = (products.float() + bias).clamp(min=-1e30).unflatten(-1, (count, -1))
-    return products.logsumexp(-2) - math.log(count)
+    products = (products.float() + bias).clamp(min=-1e30).unflatten(-1, (-1, count))
+    return products.logsumexp(-1) - math.log(count)
 
 
 def part_sizes(plan: Plan, count: int) -> Tensor:
