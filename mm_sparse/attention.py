@@ -13,7 +13,7 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
-from mm_sparse.kernels.ops import attend_op, supports
+from mm_sparse.kernels.ops import ATTEND, supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
 from mm_sparse.scorers import PooledScorer, Scorer
@@ -64,7 +64,7 @@ def attend(
     if q.numel() == 0 or k.numel() == 0:
         return (q * 0).sum(-1, keepdim=True).expand_as(q) + 0 * v.sum()
     q, k, v = (last_contiguous(x) for x in (q, k, v))
-    out, _ = attend_op(
+    out, _ = ATTEND(
         q,
         k,
         v,

@@ -7,15 +7,15 @@ of a unit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm_sparse.descriptors import piece_features
+from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
-from mm_sparse.scorers import DISTANCE_BUCKETS, Scorer, part_sizes, share_of_units
+from mm_sparse.scorers import DISTANCE_BUCKETS, Scorer, share_of_units
 
 
 class FineScorer(Scorer):
@@ -73,10 +73,7 @@ class FineScorer(Scorer):
         place = torch.full((all_kinds,), -1)
         place[[int(m) for m in self.modalities]] = torch.arange(kinds)
         self.register_buffer("map_of", place, persistent=False)
-        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
+        self._kept = Kept()
 
     query_size: Tensor
     """(H, 3 D): root mean squares that features are divided by before they are mapped."""
@@ -118,7 +115,7 @@ class FineScorer(Scorer):
         if plan.regular:
             whole = parts.mean(3)
         else:
-            weight = part_sizes(plan, self.parts).to(parts.dtype)[:, None, ..., None]
+            weight = plan.part_sizes(self.parts).to(parts.dtype)[:, None, ..., None]
             whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
         return share_of_units(
             tiles.unflatten(2, (-1, subpools)).to(dtype),
@@ -141,11 +138,9 @@ class FineScorer(Scorer):
         if torch.is_grad_enabled():
             return self._made(scale)
         own = (self.query_map, self.key_map, self.query_size, self.key_size)
-        state = (scale, dtype, *((x.data_ptr(), x._version) for x in own))
-        if self._kept is None or self._kept[0] != state:
-            query_map, key_map = self._made(scale)
-            self._kept = state, (query_map.to(dtype), key_map.to(dtype))
-        return self._kept[1]
+        return self._kept.get(
+            own, (scale, dtype), lambda: tuple(x.to(dtype) for x in self._made(scale))
+        )
 
     def _made(self, scale: float) -> tuple[Tensor, Tensor]:
         made = []
@@ -156,12 +151,4 @@ class FineScorer(Scorer):
         return made[0] * scale, made[1]
 
     def _describe(self, x: Tensor, maps: Tensor, modality: Tensor, plan: Plan) -> Tensor:
-        """(B, heads, P, 3 D) -> (B, heads, P, D), each piece by the map of its modality."""
-        x = x.to(maps.dtype)
-        if plan.modalities <= {int(m) for m in self.modalities[:1]}:
-            return x @ maps[0]
-        every = (x @ maps.permute(1, 2, 0, 3).flatten(2)).unflatten(-1, maps.shape[::3])
-        own = self.map_of[modality.long().clamp(min=0)].masked_fill(modality < 0, -1)
-        own = own.masked_fill(own < 0, len(maps) - 1)
-        own = own[:, None, :, None, None].expand(-1, x.shape[1], -1, 1, self.head_dim)
-        return every.gather(3, own).squeeze(3)
+        return describe(x, maps, self.map_of, [int(m) for m in self.modalities], modality, plan)

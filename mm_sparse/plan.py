@@ -143,6 +143,12 @@ class Plan:
         unit = self.units[..., 0] + self.units[..., 1] // 2
         return tile[:, :, None] - unit[:, None]
 
+    def part_sizes(self, count: int) -> Tensor:
+        """(B, U, count) int32: keys in each of the runs that units are cut into."""
+        width = -(-self.unit // count)
+        first = torch.arange(0, count * width, width, device=self.units.device)
+        return (self.units[..., 1:] - first).clamp(0, width)
+
     def _overlap(self, low: Tensor, high: Tensor) -> Tensor:
         start, size = self.units[:, None].unbind(-1)
         low = low[..., None].maximum(self.hull[..., :1])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.descriptors import fused, tile_descriptors, unit_descriptors
+from mm_sparse.descriptors import fused, piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
+from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
 from mm_sparse.validation import check_heads
@@ -125,6 +126,11 @@ class RelevanceScorer(Scorer):
         self.key_tower = nn.Parameter(torch.zeros(kinds, num_kv_heads, 3 * head_dim, rank))
         self.pair_bias = nn.Parameter(torch.zeros(num_kv_heads, kinds, kinds, DISTANCE_BUCKETS))
         nn.init.normal_(self.query_tower, std=1 / math.sqrt(head_dim))
+        self.register_buffer("map_of", torch.arange(kinds), persistent=False)
+        self._kept = Kept()
+
+    map_of: Tensor
+    """(modalities,): each has a tower of its own."""
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
         if (q.shape[1], k.shape[1], q.shape[-1]) != (
@@ -136,6 +142,8 @@ class RelevanceScorer(Scorer):
                 f"q and k must have {self.num_query_heads} and {self.num_kv_heads} heads of "
                 f"{self.head_dim}, got {q.shape[1]} and {k.shape[1]} heads of {q.shape[-1]}"
             )
+        if not torch.is_grad_enabled():
+            return self._rank(q, k, plan, scale)
         tile, exists = tile_descriptors(q, plan)
         described = unit_descriptors(k, plan, extremes=True)
         mean, features = described[0], torch.cat(described, -1)  # (B, K, U, 3 D)
@@ -145,9 +153,6 @@ class RelevanceScorer(Scorer):
             plan.tile_modality.repeat_interleave(tile.shape[3], 1),
         ).view(*tile.shape[:4], -1)
         unit_code = _by_modality(features, self.key_tower, plan.unit_modality)
-        if not torch.is_grad_enabled():
-            # Whoever only ranks does so in the precision of the attention itself.
-            tile_code, unit_code = tile_code.to(tile.dtype), unit_code.to(mean.dtype)
         return share_of_units(
             torch.cat([tile * scale, tile_code], -1),
             torch.cat([mean, unit_code], -1),
@@ -155,6 +160,34 @@ class RelevanceScorer(Scorer):
             plan,
             self.pair_bias,
         )
+
+    def _rank(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        """The same without gradients, one product for a piece, in the precision of the keys."""
+        towers = (self.query_tower, self.key_tower)
+
+        def make() -> tuple[Tensor, ...]:
+            return tuple(
+                _beside_mean(t, self.head_dim, s).to(q.dtype)
+                for t, s in zip(towers, (scale, 1.0), strict=True)
+            )
+
+        query_map, key_map = self._kept.get(towers, (scale, q.dtype), make)
+        tile, exists = tile_descriptors(q, plan)
+        features = piece_features(k, plan.units, plan.unit, 1, plan.regular, plan).squeeze(3)
+        kinds = [int(m) for m in Modality]
+        own = plan.tile_modality.repeat_interleave(tile.shape[3], 1)
+        tile = describe(tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan)
+        unit = describe(features, key_map, self.map_of, kinds, plan.unit_modality, plan)
+        tile = tile.unflatten(2, exists.shape[1:])
+        return share_of_units(tile, unit, exists, plan, self.pair_bias)
+
+
+def _beside_mean(towers: Tensor, dim: int, scale: float) -> Tensor:
+    """(M + 1, heads, F, D + R): the mean times `scale` beside a tower's code; the last has none."""
+    heads, width = towers.shape[1:3]
+    mean = torch.eye(width, dim, device=towers.device, dtype=towers.dtype) * scale
+    mean = mean.expand(len(towers) + 1, heads, -1, -1)
+    return torch.cat([mean, torch.cat([towers, torch.zeros_like(towers[:1])])], -1)
 
 
 def _by_modality(x: Tensor, towers: Tensor, modality: Tensor) -> Tensor:
@@ -257,15 +290,8 @@ def share_of_units(
 def _sum_of_parts(rows: Tensor, parts: Tensor, plan: Plan) -> Tensor:
     """(B, K, rows, U): log of the mean over its parts of what a row gives to a unit."""
     count = parts.shape[3]
-    weight = part_sizes(plan, count).float() / -(-plan.unit // count)  # (B, U, C)
+    weight = plan.part_sizes(count).float() / -(-plan.unit // count)  # (B, U, C)
     bias = weight.log().flatten(1)[:, None, None]  # (B, 1, 1, U * C), -inf if empty
     products = rows @ parts.flatten(2, 3).to(rows.dtype).transpose(-1, -2)
     products = (products.float() + bias).clamp(min=-1e30).unflatten(-1, (-1, count))
     return products.logsumexp(-1) - math.log(count)
-
-
-def part_sizes(plan: Plan, count: int) -> Tensor:
-    """(B, U, C) int32: keys in each of the C runs that a unit is cut into."""
-    width = -(-plan.unit // count)
-    first = torch.arange(0, count * width, width, device=plan.units.device)
-    return (plan.units[..., 1:] - first).clamp(0, width)
