@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from PIL import Image
 
@@ -19,6 +18,8 @@ from mm_sparse.recipes.scenes import scene
 from mm_sparse.recipes.splits import split_of
 from mm_sparse.recipes.spoken_stamps import SpokenStamps, YesNoTokenizer
 from mm_sparse.retrofit import watch
+
+soundfile = pytest.importorskip("soundfile")
 
 TOKENIZER = YesNoTokenizer()
 COLLATOR = Collator(TOKENIZER, patch_size=4, samples_per_token=640, max_length=2000)

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from mm_sparse.recipes import real_speech
 from mm_sparse.recipes.manifests import Manifest
 from mm_sparse.recipes.pretrained import WHISPER, wheel_file
 from mm_sparse.recipes.whisper import load_encoder
+
+soundfile = pytest.importorskip("soundfile")
 
 
 def sound(path, seconds=0.5, rate=8000):

@@ -7,7 +7,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from mm_sparse.recipes.manifests import LibriSpeechTree, Manifest
@@ -17,6 +16,8 @@ from mm_sparse.recipes.shards import TarShards
 from mm_sparse.recipes.sound_files import SUFFIXES, BadSound, read_sound
 from mm_sparse.recipes.splits import SPLITS, split_of
 from mm_sparse.recipes.spoken import WORDS
+
+soundfile = pytest.importorskip("soundfile")
 
 TEXTS = [f"{a} {b}" for a in WORDS[:6] for b in WORDS]
 
