@@ -24,7 +24,7 @@ from mm_sparse.recipes.sharding import shard
 from mm_sparse.recipes.vocabulary import Tokenizer
 from mm_sparse.retrofit import given_modality, scorers
 
-ScorerName = Literal["pooled", "relevance"]
+ScorerName = Literal["pooled", "relevance", "fine"]
 
 
 class Reader(L.LightningModule):
@@ -55,9 +55,9 @@ class Reader(L.LightningModule):
             raise ValueError(f"freeze must name parts among {self.parts}, got {unknown[0]!r}")
         self.sparse_configs = {name: c for name, c in sparse.items() if c is not None}
         self.objectives = objectives or Objectives()
-        if self.objectives.scorers and (not self.sparse_configs or scorer != "relevance"):
+        if self.objectives.scorers and (not self.sparse_configs or scorer == "pooled"):
             raise ValueError(
-                "objectives.scorers must be 0 unless the model is sparse with scorer='relevance', "
+                "objectives.scorers must be 0 unless the model is sparse and its scorer learns, "
                 f"got {self.objectives.scorers}"
             )
         if checkpointing and (self.objectives.scorers or self.objectives.changing_steps):
@@ -86,7 +86,7 @@ class Reader(L.LightningModule):
             self.language.gradient_checkpointing_enable({"use_reentrant": False})
         self.scorers = nn.ModuleDict()
         for name, config in self.sparse_configs.items():
-            learned = "relevance" if self.scorer == "relevance" else None
+            learned = None if self.scorer == "pooled" else self.scorer
             mms.sparsify(getattr(self, name), config, scorer=learned)
             prefix = "" if name == "language" else f"{name}/"
             found = scorers(getattr(self, name)).items()

@@ -188,9 +188,13 @@ def test_lessons_give_gradients_to_scorers_and_to_nothing_else():
         assert not trained(part)
 
 
-@pytest.mark.parametrize("teacher", ["sparse", "dense"])
-def test_lessons_bring_scorers_closer_to_the_true_attention(teacher):
-    vlm = model(SPARSE, objectives=Objectives(language=0.0, scorers=1.0, teacher=teacher))
+@pytest.mark.parametrize(
+    ("teacher", "scorer"), [("sparse", "relevance"), ("dense", "relevance"), ("dense", "fine")]
+)
+def test_lessons_bring_scorers_closer_to_the_true_attention(teacher, scorer):
+    vlm = model(
+        SPARSE, scorer=scorer, objectives=Objectives(language=0.0, scorers=1.0, teacher=teacher)
+    )
     with torch.no_grad():
         for parameter in vlm.language.parameters():
             parameter *= 6
