@@ -188,9 +188,33 @@ class Distill(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return optimize(self.optimizer_part, self, ("scorers",), steps)
 
-    def on_fit_end(self) -> None:
-        if self.out is not None and self.trainer.is_global_zero:
-            mms.save_scorers(self.language, self.out)
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [] if self.out is None else [SaveScorers(self.out)]
+
+
+class SaveScorers(L.Callback):
+    """Writes a `Distill`'s scorers every so many steps, at the end, and when the run breaks off."""
+
+    def __init__(self, folder: str, every: int = 500) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.folder, self.every = folder, every
+
+    def save(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            mms.save_scorers(module.language, self.folder)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self.save(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.save(trainer, pl_module)
 
 
 def some_tiles(plan: Plan, count: int) -> Plan:

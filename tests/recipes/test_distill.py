@@ -12,7 +12,7 @@ import torch
 import mm_sparse as mms
 from mm_sparse.recipes import budgets, corpus, quality
 from mm_sparse.recipes.corpus import CorpusData
-from mm_sparse.recipes.distill import Distill, Goal, some_tiles
+from mm_sparse.recipes.distill import Distill, Goal, SaveScorers, some_tiles
 from mm_sparse.recipes.lessons import divergence, dropped_mass
 from mm_sparse.recipes.parts import LanguagePart, OptimizerPart
 from mm_sparse.retrofit import layers
@@ -183,6 +183,24 @@ def test_the_recipe_learns_and_leaves_the_base_alone(npz: str, tmp_path: Path) -
             torch.equal(x, y)
             for x, y in zip(a.scorer.parameters(), b.scorer.parameters(), strict=True)
         )
+
+
+def test_a_run_that_breaks_off_leaves_its_scorers(npz: str, tmp_path: Path) -> None:
+    class Break(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args, **kwargs) -> None:
+            if trainer.global_step == 3:
+                raise KeyError("a cable")
+
+    module = make(out=str(tmp_path / "scorers"), goal=Goal(tiles=4))
+    with pytest.raises(KeyError, match="a cable"):
+        fit(module, npz, 10, callbacks=[Break()])
+    again = tiny().build(0)
+    mms.load_scorers(again, tmp_path / "scorers")
+    left = next(iter(layers(again).values())).scorer
+    assert left is not None
+    assert any(p.any() for p in left.parameters())
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        SaveScorers("x", every=0)
 
 
 def mean(found: dict[str, dict[str, float]]) -> dict[str, float]:
