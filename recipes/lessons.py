@@ -3,7 +3,7 @@
 B batch, K KV heads, T tiles, U units
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -98,8 +98,10 @@ class Lessons:
 
 
 @contextmanager
-def lessons(model: nn.Module) -> Iterator[Lessons]:
-    """Gather `scorer_loss` of every layer that runs inside; gradients reach the scorers only.
+def lessons(
+    model: nn.Module, loss: Callable[[Scores, Tensor], Tensor] = scorer_loss
+) -> Iterator[Lessons]:
+    """Gather the `loss` of every layer that runs inside; gradients reach the scorers only.
 
     The truth is the full attention of each layer's own queries and keys, computed tile by tile.
     """
@@ -109,13 +111,15 @@ def lessons(model: nn.Module) -> Iterator[Lessons]:
         scorer = served[call.name].scorer
         if scorer is None or call.scores is None or next(scorer.parameters(), None) is None:
             return
-        found.losses[call.name] = _lesson(call, call.scores.plan, scorer)
+        found.losses[call.name] = _lesson(call, call.scores.plan, scorer, loss)
 
     with watch(model, learn):
         yield found
 
 
-def _lesson(call: Call, plan: Plan, scorer: Scorer) -> Tensor:
+def _lesson(
+    call: Call, plan: Plan, scorer: Scorer, loss: Callable[[Scores, Tensor], Tensor]
+) -> Tensor:
     q, k = call.q.detach(), call.k.detach()
     with torch.no_grad():
         mass = unit_mass(q, k, plan, call.scale)
@@ -129,4 +133,4 @@ def _lesson(call: Call, plan: Plan, scorer: Scorer) -> Tensor:
             query_offset=plan.query_offset,
             scale=call.scale,
         )
-        return scorer_loss(own, mass)
+        return loss(own, mass)
