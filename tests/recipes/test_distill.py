@@ -1,60 +1,24 @@
 """Scorers trained on a frozen model: losses, the batched product, the recipe end to end."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.recipes import budgets, corpus, quality
+from mm_sparse.recipes import quality
 from mm_sparse.recipes.corpus import CorpusData
 from mm_sparse.recipes.distill import Distill, Goal, SaveScorers, some_tiles
 from mm_sparse.recipes.lessons import divergence, dropped_mass
-from mm_sparse.recipes.parts import LanguagePart, OptimizerPart
 from mm_sparse.retrofit import layers
-
-SPARSE = mms.SparseConfig(
-    ratio=0.3, tile=64, unit=16, sinks=16, window=16, subpools=2, bidirectional=(), dense_below=0
-)
-TINY = {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-}  # fmt: skip
-TOKENS = 320
-
-
-def tiny() -> LanguagePart:
-    return LanguagePart(options=TINY)
+from tests.recipes.tiny import SPARSE, TINY, TOKENS, make, mean, tiny, write_corpus
 
 
 @pytest.fixture
 def npz(tmp_path: Path) -> str:
-    generator = np.random.default_rng(0)
-    # Words come back later in the text, so that attention has somewhere to go.
-    row = np.concatenate([np.tile(generator.integers(0, 40, 50), 4) for _ in range(40)])
-    rows = np.stack([row[i * 400 : i * 400 + TOKENS] for i in range(4)])
-    path = tmp_path / "corpus.npz"
-    np.savez(path, **{"train": row, "validation/a": rows[:2], "test/a": rows[2:]})
-    return str(path)
-
-
-def make(**options) -> Distill:
-    torch.manual_seed(0)
-    module = Distill(tiny(), SPARSE, optimizer=OptimizerPart(lr=3e-3, warmup=2), **options)
-    sharpen(module.language)
-    return module
-
-
-def sharpen(model: torch.nn.Module) -> None:
-    """Fresh weights attend to everything alike; these do not."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
-                parameter.mul_(12)
+    return write_corpus(tmp_path)
 
 
 def geometry() -> tuple[mms.TokenLayout, "mms.plan.Plan"]:
@@ -203,117 +167,11 @@ def test_a_run_that_breaks_off_leaves_its_scorers(npz: str, tmp_path: Path) -> N
         SaveScorers("x", every=0)
 
 
-def mean(found: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {k: sum(f[k] for f in found.values()) / len(found) for k in next(iter(found.values()))}
-
-
 def test_two_processes_give_the_gradients_of_both_sequences(npz: str, tmp_path: Path) -> None:
     """DDP with gloo: after a step both ranks hold the same scorers, and not the untrained ones."""
     module = make(goal=Goal(tiles=4))
     fit(module, npz, 2, devices=2, strategy="ddp_spawn")
     assert any(p.abs().max() > 0 for p in module.scorers.parameters())
-
-
-def test_a_perfect_ranking_is_as_good_as_the_perfect_scorer() -> None:
-    model = tiny().build(0).eval()
-    sharpen(model)
-    mms.sparsify(model, SPARSE)
-    ids = torch.randint(0, 40, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with quality.ranked_by(model, quality.Perfect):
-        figures = mean(quality.layer_figures(model, ids))
-    assert figures["overlap"] == 1.0
-    pooled = mean(quality.layer_figures(model, ids))
-    assert pooled["kept"] < figures["kept"] <= 1.0
-    assert all(layer.scorer is None for layer in layers(model).values())
-
-
-def test_the_table_has_every_method_beside_dense() -> None:
-    torch.manual_seed(0)
-    model = tiny().build(0).eval()
-    sharpen(model)
-    mms.sparsify(model, SPARSE, scorer="fine")
-    rows = {"a": torch.randint(0, 40, (2, TOKENS))}
-    found = quality.table(model, rows, ["window", "bigbird", "scorers", "perfect"], [0.3, 1.0])
-    assert len(found) == 8
-    for row in found:
-        if row["ratio"] == 1.0:
-            assert row["kl"] == pytest.approx(0, abs=1e-5)
-            assert row["density"] == 1.0
-        else:
-            assert row["kl"] > 0
-            assert 0.25 < row["density"] < 0.55
-        assert len(row["kls"]) == 2
-
-
-def test_what_matters_more_gets_more() -> None:
-    levels = (0.1, 0.2, 0.5, 1.0)
-    costs = {0: [0.1, 0.05, 0.01, 0.0], 1: [0.001, 0.0005, 0.0001, 0.0], 2: [0.4, 0.3, 0.1, 0.0]}
-    ratios = budgets.spread(costs, 0.3, levels)
-    assert ratios[2] > ratios[0] > ratios[1]
-    assert sum(ratios.values()) / 3 == pytest.approx(0.3)
-    with pytest.raises(ValueError, match=r"mean must be in \[0.1, 1.0\], got 0.05"):
-        budgets.spread(costs, 0.05, levels)
-
-
-def test_costs_of_a_layer_are_those_of_the_model_in_which_it_alone_is_sparse(npz: str) -> None:
-    module = make()
-    ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
-    costs = budgets.layer_costs(module.language, [ids], (0.2, 0.4, 1.0))
-    assert sorted(costs) == [0, 1, 2]
-    for own in costs.values():
-        assert own[0] >= own[1] > 0
-        assert own[2] == 0
-    config = replace(SPARSE, ratio=0.2, dense_layers=(0, 2))
-    dense = quality.predictions(module.language, ids, backend="dense")
-    mms.sparsify(module.language, config)
-    sparse = quality.predictions(module.language, ids)
-    assert quality.change_of(dense, sparse, ids)["kl"] == pytest.approx(costs[1][0], rel=1e-4)
-
-
-class Letters:
-    """A tokenizer of single characters."""
-
-    eos_id = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [1 + ord(c) % 30 for c in text]
-
-
-def test_a_corpus_parts_files_and_reads_what_people_have(tmp_path: Path) -> None:
-    import gzip
-
-    for i in range(60):
-        (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 700)
-    with gzip.open(tmp_path / "x.gz", "wt") as stream:
-        stream.write("packed " * 2000)
-    page = tmp_path / "page.html"
-    page.write_text("<p>Seen &amp; kept</p><script>no</script>")
-    assert corpus.read_text(page) == "Seen & kept"
-    assert corpus.read_text(tmp_path / "x.gz").startswith("packed packed")
-    patterns = {"text": [str(tmp_path / "*.txt")]}
-    arrays, names = corpus.build(patterns, {}, Letters(), tokens=64, count=2, train_tokens=10**6)
-    assert arrays["validation/text"].shape == arrays["test/text"].shape == (2, 64)
-    used = [n for part in names.values() for n in part]
-    assert len(set(used)) == 4
-    assert all(corpus.split_of(Path(n)) == p.split("/")[0] for p, ns in names.items() for n in ns)
-    trained = sum(corpus.split_of(p) == "train" for p in tmp_path.glob("*.txt"))
-    assert (arrays["train"] == 0).sum() == trained
-    kept = {"text": [str(tmp_path / "1*.txt")]}
-    _, names = corpus.build(patterns, kept, Letters(), tokens=64, count=20)
-    assert {Path(n).name[0] for n in names["test/text"]} == {"1"}
-    with pytest.raises(ValueError, match="text must have a validation file of 99999 tokens"):
-        corpus.build(patterns, {}, Letters(), tokens=99999)
-
-
-def test_windows_are_the_same_for_the_same_seed(npz: str) -> None:
-    data = CorpusData(npz, 100, length=5)
-    first, again = ([x.tolist() for x in data.train_dataloader()] for _ in range(2))
-    assert first == again
-    assert len({json.dumps(x) for x in first}) > 1
-    with pytest.raises(ValueError, match=r"path must be a file of recipes.corpus, got 'no.npz'"):
-        CorpusData("no.npz")
-    with pytest.raises(ValueError, match="row must have more than 10 tokens, got 3"):
-        corpus.Windows(np.zeros(3), 10, 1)
 
 
 def test_the_shipped_config_is_one_that_the_recipe_takes(

@@ -11,7 +11,7 @@ import mm_sparse as mms
 from mm_sparse.recipes import needle
 from mm_sparse.recipes.parts import LanguagePart
 from mm_sparse.retrofit import config_of, keeping
-from tests.recipes.test_distill import SPARSE, TINY
+from tests.recipes.tiny import SPARSE, TINY
 
 
 class Characters:

@@ -12,7 +12,7 @@ import mm_sparse as mms
 from mm_sparse.recipes.corpus import CorpusData
 from mm_sparse.recipes.parts import LoraPart, OptimizerPart
 from mm_sparse.recipes.tuning import Tuning, main
-from tests.recipes.test_distill import SPARSE, TINY, TOKENS, tiny
+from tests.recipes.tiny import SPARSE, TINY, TOKENS, tiny
 
 PARTS = {"optimizer": OptimizerPart(lr=3e-3, warmup=2)}
 

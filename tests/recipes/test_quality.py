@@ -1,0 +1,74 @@
+"""Accuracy by method, and budgets spread over layers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse.recipes import budgets, quality
+from mm_sparse.recipes.corpus import CorpusData
+from mm_sparse.retrofit import layers
+from tests.recipes.tiny import SPARSE, TOKENS, make, mean, sharpen, tiny, write_corpus
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> str:
+    return write_corpus(tmp_path)
+
+
+def test_a_perfect_ranking_is_as_good_as_the_perfect_scorer() -> None:
+    model = tiny().build(0).eval()
+    sharpen(model)
+    mms.sparsify(model, SPARSE)
+    ids = torch.randint(0, 40, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with quality.ranked_by(model, quality.Perfect):
+        figures = mean(quality.layer_figures(model, ids))
+    assert figures["overlap"] == 1.0
+    pooled = mean(quality.layer_figures(model, ids))
+    assert pooled["kept"] < figures["kept"] <= 1.0
+    assert all(layer.scorer is None for layer in layers(model).values())
+
+
+def test_the_table_has_every_method_beside_dense() -> None:
+    torch.manual_seed(0)
+    model = tiny().build(0).eval()
+    sharpen(model)
+    mms.sparsify(model, SPARSE, scorer="fine")
+    rows = {"a": torch.randint(0, 40, (2, TOKENS))}
+    found = quality.table(model, rows, ["window", "bigbird", "scorers", "perfect"], [0.3, 1.0])
+    assert len(found) == 8
+    for row in found:
+        if row["ratio"] == 1.0:
+            assert row["kl"] == pytest.approx(0, abs=1e-5)
+            assert row["density"] == 1.0
+        else:
+            assert row["kl"] > 0
+            assert 0.25 < row["density"] < 0.55
+        assert len(row["kls"]) == 2
+
+
+def test_what_matters_more_gets_more() -> None:
+    levels = (0.1, 0.2, 0.5, 1.0)
+    costs = {0: [0.1, 0.05, 0.01, 0.0], 1: [0.001, 0.0005, 0.0001, 0.0], 2: [0.4, 0.3, 0.1, 0.0]}
+    ratios = budgets.spread(costs, 0.3, levels)
+    assert ratios[2] > ratios[0] > ratios[1]
+    assert sum(ratios.values()) / 3 == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"mean must be in \[0.1, 1.0\], got 0.05"):
+        budgets.spread(costs, 0.05, levels)
+
+
+def test_costs_of_a_layer_are_those_of_the_model_in_which_it_alone_is_sparse(npz: str) -> None:
+    module = make()
+    ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
+    costs = budgets.layer_costs(module.language, [ids], (0.2, 0.4, 1.0))
+    assert sorted(costs) == [0, 1, 2]
+    for own in costs.values():
+        assert own[0] >= own[1] > 0
+        assert own[2] == 0
+    config = replace(SPARSE, ratio=0.2, dense_layers=(0, 2))
+    dense = quality.predictions(module.language, ids, backend="dense")
+    mms.sparsify(module.language, config)
+    sparse = quality.predictions(module.language, ids)
+    assert quality.change_of(dense, sparse, ids)["kl"] == pytest.approx(costs[1][0], rel=1e-4)
