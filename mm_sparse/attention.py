@@ -13,6 +13,7 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
+from mm_sparse.grid_order import arrange, ordered_layout, restore
 from mm_sparse.kernels.ops import attend_op, supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
@@ -96,6 +97,9 @@ def sparse_attention(
 ) -> Tensor:
     """Score, select, attend; dense below `config.dense_below` tokens or with backend "dense".
 
+    Pictures with a grid are ranked in patch order (`SparseConfig.grid_order`): the scorer is given
+    tokens and layout in that order. What comes in and goes out is in the order of `layout`.
+
     Args:
         q: (B, H, N, D), the last N tokens of the layout unless `query_offset` says otherwise.
         k, v: (B, K, M, D), one key per token of the layout.
@@ -112,7 +116,13 @@ def sparse_attention(
             q, k, v, layout=layout, config=config, query_offset=query_offset, scale=scale
         )
     scorer = PooledScorer() if scorer is None else scorer
+    count = q.shape[2]
+    first = layout.first_query(count, query_offset)
+    ordered = ordered_layout(layout, config, num_queries=count, query_offset=first)
+    if ordered is not layout:
+        q, k, v = arrange(q, ordered, first), arrange(k, ordered), arrange(v, ordered)
     # Selection passes no gradient.
     with torch.no_grad():
-        scores = scorer(q, k, layout=layout, config=config, query_offset=query_offset, scale=scale)
-    return attend(q, k, v, select(scores, layout, config), scale=scale)
+        scores = scorer(q, k, layout=ordered, config=config, query_offset=first, scale=scale)
+    out = attend(q, k, v, select(scores, ordered, config), scale=scale)
+    return out if ordered is layout else restore(out, ordered, first)
