@@ -13,10 +13,11 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
-from mm_sparse.grid_order import arrange, ordered_layout, restore
+from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import attend_op, supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
+from mm_sparse.placing import Placed
 from mm_sparse.scorers import PooledScorer, Scorer
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs, check_heads, check_qkv
@@ -116,13 +117,11 @@ def sparse_attention(
             q, k, v, layout=layout, config=config, query_offset=query_offset, scale=scale
         )
     scorer = PooledScorer() if scorer is None else scorer
-    count = q.shape[2]
-    first = layout.first_query(count, query_offset)
-    ordered = ordered_layout(layout, config, num_queries=count, query_offset=first)
-    if ordered is not layout:
-        q, k, v = arrange(q, ordered, first), arrange(k, ordered), arrange(v, ordered)
+    first = layout.first_query(q.shape[2], query_offset)
+    placed, q, k, v = in_patch_order(Placed(layout, first), config, q, k, v)
+    inner = placed.layout
     # Selection passes no gradient.
     with torch.no_grad():
-        scores = scorer(q, k, layout=ordered, config=config, query_offset=first, scale=scale)
-    out = attend(q, k, v, select(scores, ordered, config), scale=scale)
-    return out if ordered is layout else restore(out, ordered, first)
+        scores = scorer(q, k, layout=inner, config=config, query_offset=first, scale=scale)
+    out = attend(q, k, v, select(scores, inner, config), scale=scale)
+    return out if inner is layout else restore(out, inner, first)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
+from mm_sparse.placing import Placed
 
 # Sizes that runs are cut to: tiles, units, and the parts of both that scorers look at.
 RUNS = (128, 64, 32, 16, 4)
@@ -168,6 +169,19 @@ def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> 
     """Inverse of `arrange`; tokens lie along `dim`."""
     index = _window(layout, first, x.shape[dim])
     return x if index is None else _Take.apply(x, index.argsort(1), index, dim)
+
+
+def in_patch_order(
+    placed: Placed, config: SparseConfig, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Placed, Tensor, Tensor, Tensor]:
+    """The call of a layer, q (B, H, N, D), k and v (B, K, M, D), with its pictures in order."""
+    layout = ordered_layout(
+        placed.layout, config, num_queries=q.shape[2], query_offset=placed.first
+    )
+    if layout is placed.layout:
+        return placed, q, k, v
+    q, k, v = arrange(q, layout, placed.first), arrange(k, layout), arrange(v, layout)
+    return replace(placed, layout=layout), q, k, v
 
 
 def _window(layout: TokenLayout, first: int, count: int) -> Tensor | None:

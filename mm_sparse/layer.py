@@ -19,7 +19,7 @@ from mm_sparse.attention import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_length
 from mm_sparse.found import Found
-from mm_sparse.grid_order import arrange, ordered_layout, restore
+from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import MaskMemo, Placed
@@ -199,7 +199,7 @@ class Layer(ABC):
         if placed is not None:
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
-            placed, q, k, v = self._in_order(placed, q, k, v)
+            placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
             out, scores, selection = self._sparse(q, k, v, placed, scale)
             result = finish(out)
         else:
@@ -207,7 +207,7 @@ class Layer(ABC):
             if self.shared.watchers and self.shared.config.backend == "dense" and not self.cross:
                 placed = self._place_dense(q, k, v, mask, options)
                 if placed is not None:
-                    placed, q, k, v = self._in_order(placed, q, k, v)
+                    placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
         self.record = Record(mode, reason, q.shape[-2], k.shape[-2], _thin(selection))
         if self.shared.watchers:
             seconds = None if start is None else self._clock(q) - start
@@ -238,17 +238,6 @@ class Layer(ABC):
             v = pad(v, (0, k.shape[-1] - width))
         out = attend(q, k, v, selection, scale=scale)[..., :width].transpose(1, 2)
         return restore(out, layout, placed.first, dim=1).contiguous(), scores, selection
-
-    def _in_order(
-        self, placed: Placed, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Placed, Tensor, Tensor, Tensor]:
-        """The call with tokens of pictures in patch order, if the config wants that."""
-        config, layout, first = self._where(placed)
-        layout = ordered_layout(layout, config, num_queries=q.shape[2], query_offset=first)
-        if layout is placed.layout:
-            return placed, q, k, v
-        k, v = arrange(k, layout), arrange(v, layout)
-        return replace(placed, layout=layout), arrange(q, layout, first), k, v
 
     def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
         """The layer's config, the layout and the place of the first query."""
