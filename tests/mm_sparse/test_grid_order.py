@@ -21,8 +21,7 @@ GRIDS = [(37, 37), (72, 72), (23, 41), (16, 37), (33, 95), (50, 66)]
 
 
 def ordered(layout: TokenLayout, config: SparseConfig, **queries: int) -> TokenLayout:
-    given = {"num_queries": layout.length, "query_offset": 0, **queries}
-    return ordered_layout(layout, config, **given)
+    return ordered_layout(layout, config, **queries)
 
 
 def spread(order: np.ndarray, width: int, size: int) -> float:
