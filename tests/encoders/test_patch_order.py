@@ -89,7 +89,7 @@ def test_a_layer_gives_what_its_selection_says_in_raster_order() -> None:
     want = mms.attention_reference(stock.q, stock.k, stock.v, mask=mask)
     torch.testing.assert_close(tokens["x"], want.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4)
     # Drawings are of raster positions too.
-    for token in (0, 1, count // 2, count - 1):
+    for token in range(0, count, 7):
         share = kept_share(call.selection, [token])
         torch.testing.assert_close(share, mask[0, :, token].float().mean(0))
 

@@ -200,7 +200,7 @@ def test_kept_shares_are_of_the_tile_that_holds_the_patch() -> None:
         assert found.order is not None
         raster = torch.zeros(256, 256)
         raster[found.order[row][:, None], found.order[row][None]] = mask[row, 0]
-        for token in (0, 37, 200):
+        for token in (0, 10, 100, 200):
             assert kept_share(chosen, [token], row).equal(raster[token])
 
 
@@ -222,6 +222,24 @@ def test_the_whole_is_dense_attention_with_its_gradients(some: Any, config: Spar
         return
     for a, b in zip(*(torch.autograd.grad(x, tensors, dout) for x in (out, want)), strict=True):
         torch.testing.assert_close(a, b, **close)
+
+
+def test_patches_that_see_different_keys_keep_what_each_sees() -> None:
+    plain = TokenLayout.from_spans([("image", (9, 11)), ("text", 12)])
+    span = torch.tensor([0, 111]).repeat(1, 111, 1).to(torch.int32)
+    span[:, :99:3, 1] = 99
+    span[:, 5] = 0
+    layout = TokenLayout(
+        plain.modality, plain.segment, plain.document, grids=plain.grids, span=span
+    )
+    config = small_config(ratio=1.0)
+    assert ordered(layout, config).order is not None
+    q, k = random_qk(layout, 2)
+    key = torch.arange(111)
+    mask = (key >= span[..., :1]) & (key < span[..., 1:])
+    out = mms.sparse_attention(q, k, k, layout=layout, config=config)
+    want = mms.attention_reference(q, k, k, mask=mask[:, None].expand(-1, 2, -1, -1))
+    torch.testing.assert_close(out, want)
 
 
 def test_later_queries_find_a_picture_in_order() -> None:
