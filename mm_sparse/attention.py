@@ -13,9 +13,11 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
+from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import ATTEND, supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
+from mm_sparse.placing import Placed
 from mm_sparse.scorers import PooledScorer, Scorer
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs, check_heads, check_qkv
@@ -96,6 +98,9 @@ def sparse_attention(
 ) -> Tensor:
     """Score, select, attend; dense below `config.dense_below` tokens or with backend "dense".
 
+    Pictures with a grid are ranked in patch order (`SparseConfig.grid_order`): the scorer is given
+    tokens and layout in that order. What comes in and goes out is in the order of `layout`.
+
     Args:
         q: (B, H, N, D), the last N tokens of the layout unless `query_offset` says otherwise.
         k, v: (B, K, M, D), one key per token of the layout.
@@ -112,7 +117,11 @@ def sparse_attention(
             q, k, v, layout=layout, config=config, query_offset=query_offset, scale=scale
         )
     scorer = PooledScorer() if scorer is None else scorer
+    first = layout.first_query(q.shape[2], query_offset)
+    placed, q, k, v = in_patch_order(Placed(layout, first), config, q, k, v)
+    inner = placed.layout
     # Selection passes no gradient.
     with torch.no_grad():
-        scores = scorer(q, k, layout=layout, config=config, query_offset=query_offset, scale=scale)
-    return attend(q, k, v, select(scores, layout, config), scale=scale)
+        scores = scorer(q, k, layout=inner, config=config, query_offset=first, scale=scale)
+    out = attend(q, k, v, select(scores, inner, config), scale=scale)
+    return out if inner is layout else restore(out, inner, first)

@@ -37,6 +37,10 @@ class SparseConfig:
     """Whether a token sees only what comes before it (an explicit span of a layout overrules)."""
     bidirectional: tuple[Modality, ...] = (Modality.IMAGE,)
     """Modalities whose segments see themselves in both directions inside causal sequences."""
+    grid_order: bool = True
+    """Whether tiles and units of a picture are compact patches of its grid (8 x 8 and 4 x 4 tokens
+    for 64 and 16) instead of runs along its rows. Only where the grid is known and every query sees
+    all of the picture or none of it."""
     sinks: int = 64
     """First tokens of a document, always kept."""
     window: int = 128
@@ -72,7 +76,7 @@ class SparseConfig:
         _count("subpools", self.subpools, least=1)
         if self.dense_below is not None:
             _count("dense_below", self.dense_below)
-        for name in ("causal",):
+        for name in ("causal", "grid_order"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         layers = _sequence("dense_layers", self.dense_layers, "ints")

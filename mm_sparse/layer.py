@@ -19,6 +19,7 @@ from mm_sparse.attention import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_length
 from mm_sparse.found import Found
+from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import MaskMemo, Placed
@@ -37,7 +38,12 @@ _POOLED = PooledScorer()
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a layer was given and what it made of it, as `retrofit.watch` hands it out."""
+    """What a layer was given and what it made of it, as `retrofit.watch` hands it out.
+
+    Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if
+    `layout.order` is set. `grid_order.restore(call.q, call.layout, call.first)` is as the model
+    has them.
+    """
 
     name: str
     module: nn.Module
@@ -193,12 +199,15 @@ class Layer(ABC):
         if placed is not None:
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
+            placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
             out, scores, selection = self._sparse(q, k, v, placed, scale)
             result = finish(out)
         else:
             result = stock()
             if self.shared.watchers and self.shared.config.backend == "dense" and not self.cross:
                 placed = self._place_dense(q, k, v, mask, options)
+                if placed is not None:
+                    placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
         self.record = Record(mode, reason, q.shape[-2], k.shape[-2], _thin(selection))
         if self.shared.watchers:
             seconds = None if start is None else self._clock(q) - start
@@ -227,8 +236,8 @@ class Layer(ABC):
         width = v.shape[-1]
         if width < k.shape[-1]:
             v = pad(v, (0, k.shape[-1] - width))
-        out = attend(q, k, v, selection, scale=scale)[..., :width]
-        return out.transpose(1, 2).contiguous(), scores, selection
+        out = attend(q, k, v, selection, scale=scale)[..., :width].transpose(1, 2)
+        return restore(out, layout, placed.first, dim=1).contiguous(), scores, selection
 
     def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
         """The layer's config, the layout and the place of the first query."""

@@ -36,7 +36,11 @@ class TokenLayout:
     """(B, M, 2) int32 or None: half-open range of keys each token sees, by a model's mask."""
     grids: tuple[dict[int, tuple[int, int]], ...] = ()
     """Per row, (height, width) in tokens of image segments, by segment number."""
-    _plans: dict[Any, Plan] = field(default_factory=dict, repr=False)
+    order: Tensor | None = None
+    """(B or 1, M) int64 or None: which token of the sequence stands at each place, where that is
+    another (`grid_order.ordered_layout`); all else here is by place."""
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Plans and ordered layouts that were made of this one."""
 
     def __post_init__(self) -> None:
         for name in ("modality", "segment", "document"):
@@ -212,9 +216,9 @@ class TokenLayout:
         """The same layout on another device."""
         move = {
             n: None if getattr(self, n) is None else getattr(self, n).to(device)
-            for n in ("modality", "segment", "document", "span")
+            for n in ("modality", "segment", "document", "span", "order")
         }
-        return replace(self, **move, _plans={})
+        return replace(self, **move, made={})
 
     def visible_span(self, causal: bool, bidirectional: Sequence[Modality] = ()) -> Tensor:
         """Half-open range of keys that each token sees: (B, M, 2) int32.
@@ -278,6 +282,6 @@ class TokenLayout:
             )
         key = (config, group, num_queries, offset)
         # A plan is a function of the frozen layout and of this key alone.
-        if key not in self._plans:
-            self._plans[key] = build_plan(self, config, group, num_queries, offset)
-        return self._plans[key]
+        if key not in self.made:
+            self.made[key] = build_plan(self, config, group, num_queries, offset)
+        return self.made[key]

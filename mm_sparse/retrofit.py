@@ -179,8 +179,10 @@ def watch(
 ) -> Iterator[None]:
     """Call `watcher` after every attention call, with q, k, v, scores and selection.
 
-    Scores carry their graph then. A layer under gradient checkpointing is called once more in the
-    backward pass: gather there and losses count double.
+    All of a call is in one order, that of `call.layout`: a picture with a known grid is in patch
+    order (`Call` says how to get the model's order back). Scores carry their graph then. A layer
+    under gradient checkpointing is called once more in the backward pass: gather there and losses
+    count double.
     """
     shared = _state(model).shared
     shared.watchers.append(watcher)

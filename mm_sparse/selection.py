@@ -91,7 +91,10 @@ class Selection:
         return self
 
     def to_dense_mask(self) -> Tensor:
-        """(B, H, N, M) bool: the law that `attend` follows; for tests and small inputs."""
+        """(B, H, N, M) bool: the law that `attend` follows; for tests and small inputs.
+
+        Queries and keys stand as `plan.layout` has them, as they do in `to_block_mask`.
+        """
         plan = self.plan
         mask = dense_mask(
             plan.tiles, plan.units, plan.span, self.index, self.count, plan.layout.length

@@ -37,8 +37,11 @@ def kept_share(selection: Selection, tokens: Sequence[int], row: int = 0) -> Ten
     span = plan.span[row].cpu()
     index, count = selection.index[row].cpu(), selection.count[row].cpu()
     share = torch.zeros(plan.layout.length)
+    order = plan.layout.order
+    order = torch.arange(len(share)) if order is None else order[row % len(order)].cpu()
+    place = order.argsort()
     for token in tokens:
-        query = token - first
+        query = int(place[token]) - first
         inside = ((start <= query) & (query < start + size)).nonzero().flatten().tolist()
         low, high = span[query].tolist()
         for tile in inside:
@@ -46,7 +49,7 @@ def kept_share(selection: Selection, tokens: Sequence[int], row: int = 0) -> Ten
                 for unit in index[head, tile, : int(count[head, tile])].tolist():
                     begin, length = units[unit]
                     share[max(begin, low) : max(min(begin + length, high), low)] += 1
-    return share / (len(tokens) * index.shape[0])
+    return share[place] / (len(tokens) * index.shape[0])
 
 
 def kept_patches(

@@ -87,6 +87,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> mms.SparseConfig:
         "unit": draw(st.sampled_from([16, 32, 64])),
         "tile": draw(st.sampled_from([64, 128])),
         "causal": draw(st.booleans()),
+        "grid_order": draw(st.booleans()),
         "bidirectional": tuple(draw(st.sets(kinds, max_size=3))),
         "sinks": draw(st.integers(0, 20)),
         "window": draw(st.integers(0, 30)),

@@ -75,6 +75,7 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("tile", 64.0, ValueError, "tile must be one of (64, 128), got 64.0"),
         ("unit", 8, ValueError, "unit must be one of (16, 32, 64, 128), got 8"),
         ("causal", 1, TypeError, "causal must be a bool, got 1"),
+        ("grid_order", "2d", TypeError, "grid_order must be a bool, got '2d'"),
         ("bidirectional", (7,), ValueError, f"bidirectional must name {MODALITIES}, got 7"),
         ("bidirectional", ("VIDEO",), ValueError, f"{MODALITIES}, got 'VIDEO'"),
         ("bidirectional", 1, TypeError, "bidirectional must be a sequence of modalities, got 1"),

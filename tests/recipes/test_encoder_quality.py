@@ -36,8 +36,12 @@ def test_methods_keep_equally_much_and_leave_the_model_dense() -> None:
         "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
     )
     subject.batch, subject.labels, subject.dense = torch.rand(4, 3, 64, 64), list("aabb"), None
-    rows = list(encoder_quality.compare(subject, list(encoder_quality.METHODS), [0.25]))
-    assert [row["method"] for row in rows] == ["dense", "scores", "window", "random"]
+    methods, orders = list(encoder_quality.METHODS), ["raster", "grid"]
+    rows = list(encoder_quality.compare(subject, methods, [0.25], orders))
+    assert [row["method"] for row in rows[1::2]] == ["scores", "window", "random", "perfect"]
+    assert [row["order"] for row in rows] == ["", *orders * 4]
+    pairs = zip(rows[1::2], rows[2::2], strict=True)
+    assert all(a["patch_cosine"] != b["patch_cosine"] for a, b in pairs)
     assert rows[0]["patch_cosine"] == pytest.approx(1)
     assert all(0.2 < row["density"] < 0.3 for row in rows[1:])
     assert all(row["patch_cosine"] < 1 - 1e-6 for row in rows[1:])

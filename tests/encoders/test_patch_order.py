@@ -1,0 +1,118 @@
+"""Vision towers of all libraries with tiles and units that are patches of the grid."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse import retrofit
+from mm_sparse.grid_order import patch_order, restore
+from mm_sparse.viz import kept_share
+from tests.encoders.cases import VISIONS, build
+
+for needed in ("timm", "open_clip", "transformers"):
+    pytest.importorskip(needed)
+
+GRID = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0)
+RASTER = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0, grid_order=False)
+
+
+def calls_of(encoder: Any, batch: Any, config: mms.SparseConfig) -> list[retrofit.Call]:
+    found: list[retrofit.Call] = []
+    mms.sparsify(encoder, config)
+    with retrofit.watch(encoder, found.append), torch.no_grad():
+        encoder(*batch)
+    return found
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+@pytest.mark.parametrize("name", VISIONS)
+def test_a_watcher_gets_tokens_as_the_plan_has_them(name: str, backend: str) -> None:
+    _, _, changes, prefix, (height, width) = VISIONS[name]
+    patch = changes.get("patch_size", 16)
+    encoder, batch = build(name)
+    raster = calls_of(encoder, batch, mms.SparseConfig(
+        0.3, tile=64, dense_below=0, grid_order=False, backend=backend))[0]  # fmt: skip
+    call = calls_of(encoder, batch, mms.SparseConfig(
+        0.3, tile=64, dense_below=0, backend=backend))[0]  # fmt: skip
+    assert call.layout is call.plan().layout
+    assert call.layout is not None
+    assert call.layout.order is not None
+    if call.scores is not None:
+        assert call.scores.plan is call.plan()
+    order = torch.arange(call.k.shape[2])
+    order[prefix:] = prefix + torch.tensor(patch_order(height // patch, width // patch))
+    assert call.layout.order[0].equal(order)
+    for mine, theirs in ((call.q, raster.q), (call.k, raster.k), (call.v, raster.v)):
+        assert mine.equal(theirs[:, :, order])
+        assert restore(mine, call.layout, call.first).equal(theirs)
+
+
+@pytest.mark.parametrize("name", VISIONS)
+def test_gradients_of_the_whole_are_those_of_stock(name: str) -> None:
+    encoder, batch = build(name)
+
+    def gradients() -> list[torch.Tensor]:
+        encoder.zero_grad()
+        tokens, _ = encoder(*batch)
+        (tokens * torch.linspace(-1, 1, tokens.numel()).view_as(tokens)).sum().backward()
+        return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+    want = gradients()
+    with mms.sparse(encoder, mms.SparseConfig(1.0, tile=64, dense_below=0)):
+        found = gradients()
+    assert len(want) == len(found) > 4
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()) + 1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_gives_what_its_selection_says_in_raster_order() -> None:
+    encoder, batch = build("timm-dinov2")
+    stock = calls_of(encoder, batch, RASTER)[0]
+    call = calls_of(encoder, batch, GRID)[0]
+    assert call.layout is not None
+    assert call.layout.order is not None
+    assert call.selection is not None
+    heads, count = stock.q.shape[1:3]
+    mask = torch.zeros(len(stock.q), heads, count, count, dtype=torch.bool)
+    order = call.layout.order[0]
+    mask[:, :, order[:, None], order[None]] = call.selection.to_dense_mask()
+    tokens = {}
+    module = call.module
+    hook: Any = module.proj.register_forward_pre_hook(lambda m, args: tokens.update(x=args[0]))
+    encoder(*batch)
+    hook.remove()
+    want = mms.attention_reference(stock.q, stock.k, stock.v, mask=mask)
+    torch.testing.assert_close(tokens["x"], want.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4)
+    # Drawings are of raster positions too.
+    for token in range(0, count, 7):
+        share = kept_share(call.selection, [token])
+        torch.testing.assert_close(share, mask[0, :, token].float().mean(0))
+
+
+@torch.no_grad()
+def test_copies_attend_as_the_original_and_raster_differs() -> None:
+    encoder, batch = build("timm-dinov2")
+    mms.sparsify(encoder, GRID)
+    want, _ = encoder(*batch)
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert twin(*batch)[0].equal(want)
+    mms.sparsify(encoder, RASTER)
+    assert not encoder(*batch)[0].equal(want)
+
+
+@torch.no_grad()
+def test_report_counts_the_same_pairs() -> None:
+    encoder, batch = build("timm-dinov2")
+    mms.sparsify(encoder, GRID)
+    rows = mms.report(encoder, {"pictures": batch[0]}, mass=True).rows
+    for row in rows:
+        assert row.density == pytest.approx(0.3, abs=0.1)
+        assert row.mass is not None
+        assert row.density is not None
+        assert row.mass > row.density
+        assert row.pair_density == {(mms.Modality.IMAGE, mms.Modality.IMAGE): row.density}
