@@ -44,7 +44,9 @@ class HFSource:
         tokens, prefix, grid = k.shape[2], 0, None
         if self.tower is not None and q.shape[2] == tokens > self.tower.prefix and cuts is None:
             prefix, grid = self.tower.prefix, self.tower.grid_of(tokens)
-        key = (self.modality, q.shape[0], q.device, cuts, prefix, grid)
+        # What is made in inference mode is of no use to a backward pass.
+        inference = torch.is_inference_mode_enabled()
+        key = (self.modality, q.shape[0], q.device, cuts, prefix, grid, inference)
         if mask is None:
             key += (q.shape[2], k.shape[2], causal, window)
         memo = self._memo(mask)
@@ -78,8 +80,9 @@ class HFSource:
             return self.plain if now is None or self.modality is not None else {}
         # When a checkpoint computes again, the forward is over and the tracker says nothing.
         held = getattr(mask, "_mm_sparse_layouts", None)
-        if held is None or held[0] != mask._version or (now is not None and held[1] is not now):
-            held = mask._mm_sparse_layouts = (mask._version, now, {})
+        version = 0 if mask.is_inference() else mask._version
+        if held is None or held[0] != version or (now is not None and held[1] is not now):
+            held = mask._mm_sparse_layouts = (version, now, {})
         return held[2]
 
     def _kinds(

@@ -108,7 +108,9 @@ class TowerSource:
         grid = self.tower.grid_of(tokens)
         # The same tensor may come where True shows and where True hides.
         form = type(mask), getattr(mask, "attention", None) is None
-        key = (self.tower.modality, prefix, grid, rows, heads, tokens, causal, form, q.device)
+        # What is made in inference mode is of no use to a backward pass.
+        where = q.device, torch.is_inference_mode_enabled()
+        key = (self.tower.modality, prefix, grid, rows, heads, tokens, causal, form, where)
         memo = self._memo(mask)
         if key not in memo:
             if mask is None:
