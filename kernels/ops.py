@@ -113,12 +113,8 @@ def _backward(ctx, dout, _):
         return (None,) * 14
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    grads = ATTEND_BACKWARD(dout, *ctx.saved_tensors, *ctx.constants)
+    grads = attend_backward_op(dout, *ctx.saved_tensors, *ctx.constants)
     return (*grads, *(None,) * 11)
 
 
 attend_op.register_autograd(_backward, setup_context=_setup)
-
-# The registered ops themselves: a call through their definitions takes twice as long.
-ATTEND = torch.ops.mm_sparse.attend.default
-ATTEND_BACKWARD = torch.ops.mm_sparse.attend_backward.default

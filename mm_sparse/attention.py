@@ -14,7 +14,7 @@ from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
 from mm_sparse.grid_order import in_patch_order, restore
-from mm_sparse.kernels.ops import ATTEND, supports
+from mm_sparse.kernels.ops import attend_op, supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import Placed
@@ -66,7 +66,7 @@ def attend(
     if q.numel() == 0 or k.numel() == 0:
         return (q * 0).sum(-1, keepdim=True).expand_as(q) + 0 * v.sum()
     q, k, v = (last_contiguous(x) for x in (q, k, v))
-    out, _ = ATTEND(
+    out, _ = attend_op(
         q,
         k,
         v,
