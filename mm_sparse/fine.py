@@ -16,6 +16,7 @@ from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
 from mm_sparse.scorers import DISTANCE_BUCKETS, Scorer, share_of_units
+from mm_sparse.validation import check_shape, check_sizes
 
 
 class FineScorer(Scorer):
@@ -42,19 +43,7 @@ class FineScorer(Scorer):
         modalities: Sequence[Modality] = tuple(Modality),
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_query_heads", num_query_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("head_dim", head_dim),
-            ("parts", parts),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        if num_query_heads % num_kv_heads:
-            raise ValueError(
-                f"num_query_heads must be a multiple of num_kv_heads ({num_kv_heads}), "
-                f"got {num_query_heads}"
-            )
+        check_sizes(num_query_heads, num_kv_heads, head_dim=head_dim, parts=parts)
         if 16 % parts:
             raise ValueError(f"parts must divide 16, the smallest unit, got {parts}")
         self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
@@ -84,12 +73,7 @@ class FineScorer(Scorer):
 
     def features(self, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """What the maps are given: of tiles (B, H, T, S, 3 D), and of units (B, K, U, C, 3 D)."""
-        want = (self.num_query_heads, self.num_kv_heads, self.head_dim)
-        if (q.shape[1], k.shape[1], q.shape[-1]) != want:
-            raise ValueError(
-                f"q and k must have {want[0]} and {want[1]} heads of {want[2]}, "
-                f"got {q.shape[1]} and {k.shape[1]} heads of {q.shape[-1]}"
-            )
+        check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
         subpools = plan.live_subpools.shape[2]
         tiles = (plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles)
         units = (plan.units, plan.unit, self.parts, plan.regular)

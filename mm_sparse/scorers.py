@@ -18,7 +18,7 @@ from mm_sparse.layout import TokenLayout
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
-from mm_sparse.validation import check_heads
+from mm_sparse.validation import check_heads, check_shape, check_sizes
 
 # Elements of one block of sub-pool logits; more are computed block by block.
 BLOCK_ELEMENTS = 1 << 26
@@ -106,19 +106,7 @@ class RelevanceScorer(Scorer):
         self, *, num_query_heads: int, num_kv_heads: int, head_dim: int, rank: int = 64
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_query_heads", num_query_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("head_dim", head_dim),
-            ("rank", rank),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        if num_query_heads % num_kv_heads:
-            raise ValueError(
-                f"num_query_heads must be a multiple of num_kv_heads ({num_kv_heads}), "
-                f"got {num_query_heads}"
-            )
+        check_sizes(num_query_heads, num_kv_heads, head_dim=head_dim, rank=rank)
         kinds = len(Modality)
         self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
         self.head_dim, self.rank = head_dim, rank
@@ -133,15 +121,7 @@ class RelevanceScorer(Scorer):
     """(modalities,): each has a tower of its own."""
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        if (q.shape[1], k.shape[1], q.shape[-1]) != (
-            self.num_query_heads,
-            self.num_kv_heads,
-            self.head_dim,
-        ):
-            raise ValueError(
-                f"q and k must have {self.num_query_heads} and {self.num_kv_heads} heads of "
-                f"{self.head_dim}, got {q.shape[1]} and {k.shape[1]} heads of {q.shape[-1]}"
-            )
+        check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
         if not torch.is_grad_enabled():
             return self._rank(q, k, plan, scale)
         tile, exists = tile_descriptors(q, plan)

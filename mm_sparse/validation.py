@@ -58,3 +58,25 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]} heads"
         )
+
+
+def check_sizes(num_query_heads: int, num_kv_heads: int, **others: int) -> None:
+    """Refuse sizes of a layer or a scorer that are no positive ints, or heads in no groups."""
+    sizes = {"num_query_heads": num_query_heads, "num_kv_heads": num_kv_heads, **others}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}")
+    if num_query_heads % num_kv_heads:
+        raise ValueError(
+            f"num_query_heads must be a multiple of num_kv_heads ({num_kv_heads}), "
+            f"got {num_query_heads}"
+        )
+
+
+def check_shape(q: Tensor, k: Tensor, num_query_heads: int, num_kv_heads: int, dim: int) -> None:
+    """Refuse q and k of other heads than those that something was made for."""
+    if (q.shape[1], k.shape[1], q.shape[-1]) != (num_query_heads, num_kv_heads, dim):
+        raise ValueError(
+            f"q and k must have {num_query_heads} and {num_kv_heads} heads of {dim}, "
+            f"got {q.shape[1]} and {k.shape[1]} heads of {q.shape[-1]}"
+        )
