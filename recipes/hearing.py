@@ -16,13 +16,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from mm_sparse.recipes.audio_parts import HOP, AudioPart, NamingFrames
+from mm_sparse.recipes.samples import IGNORED
 from mm_sparse.recipes.spoken import SILENCE, SpokenWords
-
-IGNORED = -100
+from mm_sparse.recipes.teaching import teach_names
 
 
 def labelled(data: SpokenWords, indices: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,21 +43,12 @@ def teach(
     tower: NamingFrames, data: SpokenWords, *, steps: int, batch: int = 8, lr: float = 3e-3
 ) -> float:
     """Train the tower in place; returns the share of frames of the last batch named right."""
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    right = 0.0
-    tower.train()
-    for step in range(steps):
-        waves, lengths, labels = labelled(data, range(step * batch, (step + 1) * batch))
-        logits = tower.name(waves, lengths)
-        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        known = labels != IGNORED
-        right = (logits.argmax(-1) == labels)[known].float().mean().item()
-    return right
+
+    def name(indices: range) -> tuple[Tensor, Tensor]:
+        waves, lengths, labels = labelled(data, indices)
+        return tower.name(waves, lengths), labels
+
+    return teach_names(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.01)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,10 +16,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from mm_sparse.recipes.digits import DigitCanvases
 from mm_sparse.recipes.parts import NamingTower, VisionPart
+from mm_sparse.recipes.teaching import teach_names
 
 
 def patch_labels(
@@ -40,22 +40,14 @@ def teach(
     tower: NamingTower, data: DigitCanvases, *, steps: int, batch: int = 16, lr: float = 3e-3
 ) -> float:
     """Train the tower in place; returns the share of patches of the last batch named right."""
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     side = data.cell * data.scale
     grid = tower.tower.grid(data.rows * side, data.columns * side)
-    right = 0.0
-    tower.train()
-    for step in range(steps):
-        pictures, labels = patch_labels(data, range(step * batch, (step + 1) * batch), grid)
-        logits, _ = tower.name(pictures)
-        loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        right = (logits.argmax(-1) == labels).float().mean().item()
-    return right
+
+    def name(indices: range) -> tuple[Tensor, Tensor]:
+        pictures, labels = patch_labels(data, indices, grid)
+        return tower.name(pictures)[0], labels
+
+    return teach_names(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.05)
 
 
 def main(arguments: list[str] | None = None) -> None:
