@@ -123,9 +123,16 @@ def _best(
 
 
 @triton.jit
+def _budget(Budget, batch, head, tile, num_tiles, budgets):
+    """Tokens that a list may hold: its head's, or what all heads have."""
+    row = batch * budgets + tl.minimum(head, budgets - 1)
+    return tl.load(Budget + row * num_tiles + tile).to(tl.int32)
+
+
+@triton.jit
 def _keep(
     Values, Always, Hull, Units, UnitKind, Budget, Floor, Index, Count,
-    num_tiles, num_units, list_length, kv_heads,
+    num_tiles, num_units, list_length, kv_heads, budgets,
     KINDS: tl.constexpr, BLOCK_U: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
     """One list; the row of scores stays in registers."""
@@ -138,7 +145,7 @@ def _keep(
         Values + list_ * num_units, Always + own * num_units, Units + batch * num_units * 2,
         unit, num_units, tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1), UNIT, REGULAR,
     )  # fmt: skip
-    budget = tl.load(Budget + own).to(tl.int32)
+    budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
     if KINDS > 0:
         # The best of each modality up to its floor, whatever of it is kept anyway included.
         there = unit < num_units
@@ -173,7 +180,7 @@ def _keep(
 @triton.jit
 def _keep_long(
     Values, Always, Hull, Units, Budget, Index, Count,
-    num_tiles, num_units, list_length, kv_heads,
+    num_tiles, num_units, list_length, kv_heads, budgets,
     CHUNK: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
     """The same without floors, for a row of any length, CHUNK units at a time."""
@@ -185,7 +192,7 @@ def _keep_long(
     Always += own * num_units
     Units += batch * num_units * 2
     low, high = tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1)
-    budget = tl.load(Budget + own).to(tl.int32)
+    budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
     lowest, highest, smallest, taken = HIGHEST, LOWEST + 1, HIGHEST, 0
     for at in range(0, num_units, CHUNK):
         order, size, seen, first = _candidates(
@@ -246,7 +253,7 @@ def keep_best(
         values: (B, K, T, U) float32; with floors, U is at most IN_REGISTERS.
         always: (B, T, U) bool, kept whatever the scores.
         hull: (B, T, 2) int32, range of keys that a tile sees.
-        budget: (B, T) int64, tokens that a tile may keep.
+        budget: (B, K, T) or (B, 1, T) int64, tokens that a tile may keep.
         width: L, which no list exceeds.
         unit_kind: (B, U) int8, and
         floors: (kinds,) float32, least share of the budget for units of each kind.
@@ -259,7 +266,11 @@ def keep_best(
     count = torch.empty(batch, heads, num_tiles, dtype=torch.int32, device=values.device)
     grid = (num_tiles, batch * heads)
     inputs = (values.contiguous(), always, hull, units)
-    counts = (index, count, num_tiles, num_units, width, heads)
+    if budget.shape not in ((batch, heads, num_tiles), (batch, 1, num_tiles)):
+        raise ValueError(
+            f"budget must be ({batch}, {heads} or 1, {num_tiles}), got {tuple(budget.shape)}"
+        )
+    counts = (index, count, num_tiles, num_units, width, heads, budget.shape[1])
     regular = {"UNIT": unit or 1, "REGULAR": unit is not None}
     block = triton.next_power_of_2(max(num_units, width, 16))
     if block > IN_REGISTERS:

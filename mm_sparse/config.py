@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import fmean
 from typing import Any
 
 from mm_sparse.modality import Modality
@@ -56,8 +57,11 @@ class SparseConfig:
     """Run dense if fewer tokens are visible; None takes the measured length for the device."""
     dense_layers: tuple[int, ...] = ()
     """Indices of layers that stay dense."""
-    layer_ratio: Mapping[int, float] = field(default_factory=dict)
-    """Ratio of single layers of a decoder, by index; the others keep `ratio`."""
+    layer_ratio: Mapping[int, float | tuple[float, ...]] = field(default_factory=dict)
+    """Ratio of single layers of a decoder, by index, or ratios of their KV heads; the others keep
+    `ratio`."""
+    head_ratio: tuple[float, ...] = ()
+    """Ratios of the KV heads instead of `ratio`, one for each, where given."""
     backend: str = "auto"
     """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
 
@@ -88,6 +92,7 @@ class SparseConfig:
             self, "bidirectional", tuple(_modality("bidirectional", m) for m in kinds)
         )
         object.__setattr__(self, "layer_ratio", _ratios(self.layer_ratio))
+        object.__setattr__(self, "head_ratio", _heads("head_ratio", self.head_ratio))
         floors = self.floors()
         if sum(floors.values()) > 1:
             raise ValueError(
@@ -114,11 +119,15 @@ class SparseConfig:
         return {m: float(share) for m, share in floors.items() if share}
 
     def of_layer(self, index: int | None) -> SparseConfig:
-        """The config of one layer: its own ratio is the ratio."""
+        """The config of one layer: its own ratio is the ratio, or the mean of its heads'."""
         if not self.layer_ratio:
             return self
-        own = self.ratio if index is None else self.layer_ratio.get(index, self.ratio)
-        return replace(self, ratio=own, layer_ratio={})
+        own = None if index is None else self.layer_ratio.get(index)
+        if own is None:
+            return replace(self, layer_ratio={})
+        if isinstance(own, tuple):
+            return replace(self, ratio=fmean(own), head_ratio=own, layer_ratio={})
+        return replace(self, ratio=own, head_ratio=(), layer_ratio={})
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives an equal config back."""
@@ -141,14 +150,27 @@ class SparseConfig:
         return cls(**record)
 
 
-def _ratios(value: Any) -> dict[int, float]:
+def _heads(name: str, value: Any) -> tuple[float, ...]:
+    ratios = _sequence(name, value, "numbers")
+    for ratio in ratios:
+        _between(name, ratio)
+    return tuple(float(ratio) for ratio in ratios)
+
+
+def _ratios(value: Any) -> dict[int, float | tuple[float, ...]]:
     if not isinstance(value, Mapping):
         raise TypeError(f"layer_ratio must map layers to ratios, got {value!r}")
-    found: dict[int, float] = {}
+    found: dict[int, float | tuple[float, ...]] = {}
     for key, ratio in value.items():
         # JSON has no other keys than strings.
         layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
         _count("layer_ratio", layer)
+        if isinstance(ratio, Iterable) and not isinstance(ratio, str):
+            heads = _heads("layer_ratio", ratio)
+            if not heads:
+                raise ValueError(f"layer_ratio must have a ratio for layer {layer}, got none")
+            found[layer] = heads
+            continue
         _between("layer_ratio", ratio)
         found[layer] = float(ratio)
     return found

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.modality import Modality
-from mm_sparse.plan import Plan, build_plan, fill_documents, piece_edges
+from mm_sparse.pieces import fill_documents, piece_edges
+from mm_sparse.plan import Plan, build_plan
 from mm_sparse.spans import PAD, Span, image_heads, parse_row, shape_of
 
 
@@ -274,6 +275,11 @@ class TokenLayout:
             raise ValueError(
                 f"num_query_heads must be a multiple of num_kv_heads, "
                 f"got {num_query_heads} and {num_kv_heads}"
+            )
+        if config.head_ratio and len(config.head_ratio) != num_kv_heads:
+            raise ValueError(
+                f"head_ratio must have a ratio for each of {num_kv_heads} KV heads, "
+                f"got {len(config.head_ratio)}"
             )
         group = num_query_heads // num_kv_heads
         if group > config.tile:

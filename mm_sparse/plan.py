@@ -14,6 +14,15 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.modality import Modality
+from mm_sparse.pieces import (
+    cut,
+    drop_padding,
+    fill_documents,
+    is_regular,
+    majority,
+    per_piece,
+    piece_edges,
+)
 
 if TYPE_CHECKING:
     from mm_sparse.layout import TokenLayout
@@ -82,13 +91,25 @@ class Plan:
     @cached_property
     def budget(self) -> Tensor:
         """(B, T) int64: key tokens that a tile may keep, what is always kept included."""
-        seen = (self.visible * self.units[:, None, :, 1]).sum(-1)
-        config = self.config
+        config, seen = self.config, self._seen
         if config.mass is not None:
             return seen
         if config.tokens is not None:
             return seen.clamp(max=config.tokens)
-        return (seen * config.ratio).round().long().clamp(min=1).minimum(seen)
+        return _share(seen, config.ratio)
+
+    @cached_property
+    def head_budget(self) -> Tensor:
+        """(B, K, T) int64: the same by KV head, or (B, 1, T) where heads have no ratios."""
+        config = self.config
+        if not config.head_ratio or config.mass is not None or config.tokens is not None:
+            return self.budget[:, None]
+        return torch.stack([_share(self._seen, ratio) for ratio in config.head_ratio], 1)
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        """(B, T) int64: keys of visible units."""
+        return (self.visible * self.units[:, None, :, 1]).sum(-1)
 
     @cached_property
     def max_kept(self) -> int:
@@ -97,10 +118,11 @@ class Plan:
         if self.config.mass is not None or not self.tiles.shape[1] or not num_units:
             return num_units
         short = (self.visible & (self.units[:, None, :, 1] < self.unit)).sum(-1)
-        most, always = self.budget // self.unit + 1 + short, self.always.sum(-1)
+        budget = self.head_budget.amax(1)
+        most, always = budget // self.unit + 1 + short, self.always.sum(-1)
         if floors := self.config.floors():
             # Each rounds up to a unit, and all may lie outside of what is always kept.
-            share = (self.budget * sum(floors.values()) / self.unit).long()
+            share = (budget * sum(floors.values()) / self.unit).long()
             always = always + share + short + len(floors)
         most = most.maximum(always)
         return min(num_units, int(most.amax()) if most.numel() else 0)
@@ -156,6 +178,10 @@ class Plan:
         return (start < high) & (start + size > low) & (size > 0)
 
 
+def _share(seen: Tensor, ratio: float) -> Tensor:
+    return (seen * ratio).round().long().clamp(min=1).minimum(seen)
+
+
 def build_plan(
     layout: TokenLayout, config: SparseConfig, group: int, num_queries: int, offset: int
 ) -> Plan:
@@ -168,15 +194,15 @@ def build_plan(
     queries = slice(offset, offset + num_queries)
     tile_tokens = max(config.tile // group, 1)
     span = layout.visible_span(config.causal, config.bidirectional)[:, queries].contiguous()
-    tiles, tile_of = _cut(layout.segment[:, queries], layout.valid[:, queries], tile_tokens)
-    units, unit_of = _cut(layout.segment, layout.valid, config.unit)
-    units, unit_of = _drop_padding(units, unit_of, layout.valid)
+    tiles, tile_of = cut(layout.segment[:, queries], layout.valid[:, queries], tile_tokens)
+    units, unit_of = cut(layout.segment, layout.valid, config.unit)
+    units, unit_of = drop_padding(units, unit_of, layout.valid)
     low = torch.where(span[..., 0] < span[..., 1], span[..., 0], layout.length)
     num_tiles, num_units = tiles.shape[1], units.shape[1]
     hull = torch.stack(
         [
-            _per_piece(low, tile_of, num_tiles, "amin", layout.length),
-            _per_piece(span[..., 1], tile_of, num_tiles, "amax", 0),
+            per_piece(low, tile_of, num_tiles, "amin", layout.length),
+            per_piece(span[..., 1], tile_of, num_tiles, "amax", 0),
         ],
         -1,
     )
@@ -192,100 +218,8 @@ def build_plan(
         units=units,
         span=span,
         hull=hull,
-        tile_modality=_majority(modality[:, queries], tile_of, num_tiles),
-        unit_modality=_majority(modality, unit_of, num_units),
-        regular=_is_regular(units, config.unit, layout.length),
-        regular_tiles=_is_regular(tiles, tile_tokens, num_queries),
+        tile_modality=majority(modality[:, queries], tile_of, num_tiles),
+        unit_modality=majority(modality, unit_of, num_units),
+        regular=is_regular(units, config.unit, layout.length),
+        regular_tiles=is_regular(tiles, tile_tokens, num_queries),
     )
-
-
-def piece_edges(label: Tensor) -> tuple[Tensor, Tensor]:
-    """First token and end of the run of equal labels that each token is in: two (B, M) int32."""
-    batch, length = label.shape
-    position = torch.arange(length, device=label.device, dtype=torch.int32).expand(batch, -1)
-    change = torch.ones_like(label, dtype=torch.bool)
-    change[:, 1:] = label[:, 1:] != label[:, :-1]
-    return run_edges(change, position)
-
-
-def run_edges(change: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, from where runs begin."""
-    length = change.shape[1]
-    if not length:
-        return position, position
-    start = torch.where(change, position, 0).cummax(1).values
-    following = torch.full_like(position, length)
-    following[:, :-1] = torch.where(change[:, 1:], position[:, 1:], length)
-    return start, following.flip(1).cummin(1).values.flip(1)
-
-
-def fill_documents(document: Tensor) -> Tensor:
-    """Give padding the number of the document before it, so that holes do not part a document."""
-    if not document.shape[1]:
-        return document
-    position = torch.arange(document.shape[1], device=document.device).expand_as(document)
-    last = torch.where(document >= 0, position, -1).cummax(1).values
-    return torch.where(last >= 0, document.gather(1, last.clamp(min=0)), -1)
-
-
-def _cut(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Cut rows into pieces of at most `size` tokens: (B, P, 2) table, (B, M) piece of a token."""
-    batch, length = segment.shape
-    device = segment.device
-    if not length or not batch:
-        empty = torch.zeros(batch, 0, 2, dtype=torch.int32, device=device)
-        return empty, torch.zeros(batch, length, dtype=torch.int64, device=device)
-    position = torch.arange(length, device=device, dtype=torch.int32).expand(batch, -1)
-    start, end = piece_edges(segment)
-    long = (end - start) >= size
-    change = torch.ones_like(valid)
-    change[:, 1:] = (segment[:, 1:] != segment[:, :-1]) & (long[:, 1:] | long[:, :-1])
-    change[:, 1:] |= valid[:, 1:] != valid[:, :-1]
-    start, _ = run_edges(change, position)
-    first = change | ((position - start) % size == 0)
-    _, end = run_edges(first, position)
-    piece = first.cumsum(1) - 1
-    count = int(piece[:, -1].max()) + 1
-    table = torch.zeros(batch, count + 1, 2, dtype=torch.int32, device=device)
-    slot = torch.where(first, piece, count)[..., None].expand(-1, -1, 2)
-    table.scatter_(1, slot, torch.stack([position, end - position], -1))
-    return table[:, :count].contiguous(), piece
-
-
-def _drop_padding(table: Tensor, piece: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out pieces of padding: ids stay ascending in the row, fillers go last.
-
-    One filler at least stays, so that a batch of padding alone has a unit that nobody keeps.
-    """
-    if not table.shape[1]:
-        return table, piece
-    real = torch.zeros(table.shape[:2], dtype=torch.bool, device=table.device)
-    real.scatter_(1, piece, valid)
-    number = real.cumsum(1) - 1
-    count = max(int(number[:, -1].max()) + 1, 1)
-    slot = torch.where(real, number, count)
-    kept = table.new_zeros(table.shape[0], count + 1, 2)
-    kept.scatter_(1, slot[..., None].expand(-1, -1, 2), table)
-    return kept[:, :count].contiguous(), slot.gather(1, piece)
-
-
-def _per_piece(value: Tensor, piece: Tensor, count: int, reduce: str, empty: int) -> Tensor:
-    result = torch.full((len(value), count), empty, dtype=torch.int64, device=value.device)
-    result.scatter_reduce_(1, piece, value.long(), reduce, include_self=True)
-    return result.to(torch.int32)
-
-
-def _majority(modality: Tensor, piece: Tensor, count: int) -> Tensor:
-    """(B, P) int8: most frequent modality of each piece, -1 without a valid token."""
-    votes = torch.zeros(
-        len(modality), count + 1, len(Modality), dtype=torch.int32, device=modality.device
-    )
-    for kind in Modality:
-        votes[..., int(kind)].scatter_add_(1, piece, (modality == int(kind)).int())
-    votes = votes[:, :count]
-    best = votes.argmax(-1).to(torch.int8)
-    return torch.where(votes.sum(-1) > 0, best, -1).to(torch.int8)
-
-
-def _is_regular(table: Tensor, size: int, length: int) -> bool:
-    return table.shape[1] * size == length and bool((table[..., 1] == size).all())

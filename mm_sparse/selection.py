@@ -233,7 +233,7 @@ def _select(values: Tensor, plan: Plan) -> Selection:
     top, ids = ranked.topk(width, -1)
     size = plan.units[..., 1].long()[:, None, None].expand(-1, heads, num_tiles, -1).gather(-1, ids)
     before = size.cumsum(-1) - size
-    kept = before + (size + 1) // 2 <= plan.budget[:, None, :, None]
+    kept = before + (size + 1) // 2 <= plan.head_budget[..., None]
     if plan.config.mass is not None:
         kept = _mass_before(finite, ids, plan) < plan.config.mass
     kept[..., 0] = True
@@ -253,7 +253,7 @@ def _select_fused(values: Tensor, plan: Plan, width: int) -> Selection:
         plan.always,
         plan.hull,
         plan.units,
-        plan.budget,
+        plan.head_budget,
         width,
         unit_kind=plan.unit_modality,
         floors=plan.floors,
@@ -278,6 +278,6 @@ def _floors(ranked: Tensor, plan: Plan) -> Tensor:
         top, ids = ranked.masked_fill(~own, -math.inf).sort(-1, descending=True)
         size = plan.units[..., 1].long()[:, None, None].expand_as(ids).gather(-1, ids)
         before = size.cumsum(-1) - size
-        inside = (before < plan.budget[:, None, :, None] * share) & (top > -math.inf)
+        inside = (before < plan.head_budget[..., None] * share) & (top > -math.inf)
         kept |= torch.zeros_like(kept).scatter_(-1, ids, inside)
     return kept

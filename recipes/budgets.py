@@ -1,62 +1,101 @@
-"""Spread one mean density over the layers of a language model, by what each costs when sparse.
+"""Spread one mean density over the layers, or KV heads, of a language model by what each costs.
 
     python -m mm_sparse.recipes.budgets --scorers FOLDER --corpus corpus.npz
 
-A few layers lose most. Each is run sparse alone at several ratios, on sequences that nothing is
-reported on; then ratios go up where a step of density buys most.
+A few layers lose most, and in them a few heads. Each is run sparse alone at several ratios, on
+sequences that nothing is reported on; then ratios go up where a step of density buys most.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
+from mm_sparse.found import scorer_shape
 from mm_sparse.recipes.quality import change_of, predictions
 from mm_sparse.retrofit import config_of, keeping, layers
 
-LEVELS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
+LEVELS = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
+Place = tuple[int, int | None]
+"""A layer, and a KV head of it; None for all of them."""
+K = TypeVar("K", bound=Hashable)
 
 
-def layer_costs(
-    model: nn.Module, sequences: Sequence[Tensor], levels: Sequence[float] = LEVELS
-) -> dict[int, list[float]]:
-    """KL to dense of a model in which one layer is sparse, by index of the layer and by ratio.
+def places_of(model: nn.Module, by_head: bool) -> dict[Place, int]:
+    """Layers, or heads, that budgets are spread over, and how many KV heads their layer has."""
+    found: dict[Place, int] = {}
+    for layer in layers(model).values():
+        if layer.index is None or layer.known_mode()[0] != "sparse":
+            continue
+        heads = scorer_shape(layer.module)[1]
+        for head in range(heads) if by_head else [None]:
+            found[layer.index, head] = heads
+    if not found:
+        raise ValueError("model must have sparse layers of a decoder, which have an index")
+    return dict(sorted(found.items()))
+
+
+def costs_of(
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    levels: Sequence[float] = LEVELS,
+    *,
+    by_head: bool = False,
+) -> dict[Place, list[float]]:
+    """KL to dense of a model in which one layer, or KV head, drops keys, by place and ratio.
+
+    What a layer costs that keeps everything is rounding, and is taken off.
 
     Args:
         sequences: each (1, N) ids.
-        levels: ascending ratios; at 1.0 nothing is lost, which is not measured.
+        levels: ascending ratios; at 1.0 nothing is lost.
     """
-    every = sorted(i for layer in layers(model).values() if (i := layer.index) is not None)
-    if not every:
-        raise ValueError("model must have layers of a decoder, which have an index, got none")
-    costs = {i: [0.0] * len(levels) for i in every}
+    places = places_of(model, by_head)
+    every = {layer for layer, _ in places}
+    costs = {place: [0.0] * len(levels) for place in places}
     for ids in sequences:
         dense = predictions(model, ids, backend="dense")
-        for i in every:
-            others = tuple(j for j in every if j != i)
-            for at, ratio in enumerate(levels):
-                if ratio < 1:
-                    sparse = predictions(model, ids, dense_layers=others, layer_ratio={i: ratio})
-                    costs[i][at] += change_of(dense, sparse, ids)["kl"] / len(sequences)
+
+        def cost(layer: int, ratio: Any, dense: Tensor = dense, ids: Tensor = ids) -> float:
+            others = tuple(every - {layer})
+            sparse = predictions(model, ids, dense_layers=others, layer_ratio={layer: ratio})
+            return change_of(dense, sparse, ids)["kl"]
+
+        rounding = {layer: cost(layer, 1.0) for layer in every}
+        for (layer, head), heads in places.items():
+            for at, level in enumerate(levels):
+                if level < 1:
+                    ratio = [level if h == head else 1.0 for h in range(heads)]
+                    found = cost(layer, level if head is None else ratio) - rounding[layer]
+                    costs[layer, head][at] += max(found, 0.0) / len(sequences)
     return costs
 
 
-def spread(
-    costs: dict[int, list[float]], mean: float, levels: Sequence[float] = LEVELS
-) -> dict[int, float]:
-    """Ratios by layer whose mean is at most `mean`, from `layer_costs`.
+def layer_ratios(ratios: Mapping[Place, float]) -> dict[int, float | tuple[float, ...]]:
+    """`SparseConfig.layer_ratio` of ratios by place."""
+    found: dict[int, float | tuple[float, ...]] = {}
+    for (layer, head), ratio in sorted(ratios.items()):
+        before: Any = found.get(layer, ())
+        found[layer] = ratio if head is None else (*before, ratio)
+    return found
 
-    Greedy on the lower convex hull of each layer's costs, which is the optimum for a sum of them
-    up to one step of one layer.
+
+def spread(
+    costs: Mapping[K, Sequence[float]], mean: float, levels: Sequence[float] = LEVELS
+) -> dict[K, float]:
+    """Ratios whose mean is at most `mean`, from `costs_of`: whoever gains most gets the next step.
+
+    Greedy on the lower convex hull of each one's costs, which is the optimum for a sum of them
+    up to one step of one of them.
     """
     if not levels[0] <= mean <= levels[-1]:
         raise ValueError(f"mean must be in [{levels[0]}, {levels[-1]}], got {mean}")
-    steps: list[tuple[float, int, int, float]] = []
-    for layer, own in costs.items():
+    steps: list[tuple[float, K, int, float]] = []
+    for key, own in costs.items():
         at = 0
         while at < len(levels) - 1:
             gains = [
@@ -64,21 +103,21 @@ def spread(
                 for to in range(at + 1, len(levels))
             ]
             gain, to = max(gains)
-            steps.append((gain, layer, to, levels[to] - levels[at]))
+            steps.append((gain, key, to, levels[to] - levels[at]))
             at = to
     ratios = dict.fromkeys(costs, levels[0])
     left = (mean - levels[0]) * len(costs)
-    stopped: set[int] = set()
-    for _, layer, to, price in sorted(steps, key=lambda step: -step[0]):
-        if layer in stopped:
+    stopped: set[K] = set()
+    for _, key, to, price in sorted(steps, key=lambda step: -step[0]):
+        if key in stopped:
             continue
         if price > left + 1e-9:
-            # What is left goes to this layer as it is; a later step of it may not overtake.
-            ratios[layer] = round(ratios[layer] + max(left, 0.0), 4)
+            # What is left goes to this one as it is; a later step of it may not overtake.
+            ratios[key] = round(ratios[key] + max(left, 0.0), 4)
             left = 0.0
-            stopped.add(layer)
+            stopped.add(key)
             continue
-        ratios[layer], left = levels[to], left - price
+        ratios[key], left = levels[to], left - price
     return ratios
 
 
@@ -94,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--count", type=int, default=1, help="validation sequences of each kind")
+    parser.add_argument("--by", choices=("layer", "head"), default="head")
     parser.add_argument("--ratio", type=float, default=None, help="mean; the config's if not given")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,13 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     mms.load_scorers(model.eval().requires_grad_(False).to(device), args.scorers)
     kinds = CorpusData(args.corpus, args.tokens).kinds("validation")
     sequences = [row[None].to(device) for rows in kinds.values() for row in rows[: args.count]]
-    costs = layer_costs(model, sequences)
-    for layer, own in costs.items():
-        print(layer, *(f"{cost:.5f}" for cost in own))
+    costs = costs_of(model, sequences, by_head=args.by == "head")
+    for place, own in costs.items():
+        print(*place, *(f"{cost:.5f}" for cost in own))
     ratio = config_of(model).ratio if args.ratio is None else args.ratio
     ratios = spread(costs, ratio)
-    print(json.dumps({"ratios": ratios, "mean": sum(ratios.values()) / len(ratios)}))
-    with keeping(model, ratio=ratio, layer_ratio=ratios):
+    mean = sum(ratios.values()) / len(ratios)
+    print(json.dumps({"layer_ratio": layer_ratios(ratios), "mean": mean}))
+    with keeping(model, ratio=ratio, layer_ratio=layer_ratios(ratios)):
         mms.save_scorers(model, args.scorers)
 
 

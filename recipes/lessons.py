@@ -68,9 +68,9 @@ def dropped_mass(values: Tensor, mass: Tensor, plan: Plan, temperature: float) -
     mass = mass.detach().float() * open_units
     values = values.float().masked_fill(~open_units, -1e9)
     always = (plan.always * plan.units[:, None, :, 1]).sum(-1)
-    left = (plan.budget - always).clamp(min=0) // plan.unit  # (B, T) units
+    left = (plan.head_budget - always[:, None]).clamp(min=0) // plan.unit  # (B, 1 or K, T) units
     most = open_units[:, 0].sum(-1) - 1
-    left = left.minimum(most).clamp(min=1)[:, None, :, None].expand(*values.shape[:-1], 1)
+    left = left.minimum(most[:, None]).clamp(min=1)[..., None].expand(*values.shape[:-1], 1)
     with torch.no_grad():
         ranked = values.sort(-1, descending=True).values
         behind = left.clamp(max=values.shape[-1] - 1)

@@ -197,11 +197,14 @@ def test_true_mass_equals_the_law(name: str, reduce: str, device: str) -> None:
 
 def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> None:
     """Kernel and PyTorch keep the same where no two scores tie."""
-    law = select(values, plan.layout, replace(config, backend="torch"), num_query_heads=plan.group)
+    heads = values.shape[1]
+    law = select(
+        values, plan.layout, replace(config, backend="torch"), num_query_heads=heads * plan.group
+    )
     floors = config.floors()
     for unit in {None, plan.unit if plan.regular else None}:
         index, count = keep_best(
-            values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept, unit=unit,
+            values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept, unit=unit,
             unit_kind=plan.unit_modality,
             floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
         )  # fmt: skip
@@ -209,35 +212,34 @@ def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> N
         assert torch.equal(index, law.index)
 
 
+def ranked(batch, config: mms.SparseConfig, seed: int) -> tuple[Tensor, Plan] | None:
+    """Scores of two heads without ties, and a plan in which each head has its own budget."""
+    rows, side = batch
+    layout = TokenLayout.from_rows(rows, padding_side=side)
+    config = replace(config, head_ratio=(config.ratio, 0.4))
+    plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
+    if not plan.max_kept or not plan.tiles.shape[1]:
+        return None
+    shape = (layout.batch, 2, plan.tiles.shape[1], plan.units.shape[1])
+    order = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).argsort(-1).float()
+    return order - shape[-1] / 2, plan
+
+
 @FEW
 @given(batch=batches(), config=configs(mass=None), seed=st.integers(0, 99))
 def test_selections_equal_the_law(batch, config: mms.SparseConfig, seed: int) -> None:
-    rows, side = batch
-    layout = TokenLayout.from_rows(rows, padding_side=side)
-    plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
-    if not plan.max_kept or not plan.tiles.shape[1]:
-        return
-    shape = (layout.batch, 1, plan.tiles.shape[1], plan.units.shape[1])
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(shape, generator=generator).argsort(-1).float()
-    assert_same_lists(order - shape[-1] / 2, plan, config)
+    if (made := ranked(batch, config, seed)) is not None:
+        assert_same_lists(*made, made[1].config)
 
 
 @FEW
 @given(batch=batches(), config=configs(mass=None, modality_floor=0.0), seed=st.integers(0, 99))
 def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, seed: int) -> None:
-    rows, side = batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select_kernels, "IN_REGISTERS", 1)
         patch.setattr(select_kernels, "CHUNK", 4)
-        layout = TokenLayout.from_rows(rows, padding_side=side)
-        plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
-        if not plan.max_kept or not plan.tiles.shape[1]:
-            return
-        shape = (layout.batch, 1, plan.tiles.shape[1], plan.units.shape[1])
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(shape, generator=generator).argsort(-1).float()
-        assert_same_lists(order - shape[-1] / 2, plan, config)
+        if (made := ranked(batch, config, seed)) is not None:
+            assert_same_lists(*made, made[1].config)
 
 
 def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
@@ -253,7 +255,7 @@ def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
         values = values.masked_fill(~plan.visible[:, None], -1e30)
         assert_same_lists(values, plan, config)
         assert_same_lists(values * 1e30, plan, config)
-        args = (plan.always, plan.hull, plan.units, plan.budget, plan.max_kept)
+        args = (plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept)
         few = values.round()
         tied = keep_best(few, *args, unit=16)
         # The law's own ties go anywhere: make them go to the lowest id.
@@ -279,7 +281,7 @@ def test_long_rows_refuse_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.zeros(1, 1, plan.tiles.shape[1], num_units)
     with pytest.raises(ValueError, match=f"units must be at most 8 with floors, got {num_units}"):
         keep_best(
-            values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept,
+            values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept,
             unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
         )  # fmt: skip
 
@@ -289,7 +291,9 @@ def test_extreme_scores_and_ties() -> None:
     config = small(ratio=0.5, sinks=0, window=0)
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     values = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1])
-    index, count = keep_best(values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept)
+    index, count = keep_best(
+        values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
+    )
     slot = torch.arange(index.shape[-1])
     # Ties go to the lowest ids: the lists are 0, 1, 2, ...
     assert (count > 0).all()
@@ -298,7 +302,9 @@ def test_extreme_scores_and_ties() -> None:
     values[..., :3] = torch.tensor([1e-30, -1e30, 3.0])
     values[..., 6:] = -torch.arange(values.shape[-1] - 6) - 1.0
     law = select(values, layout, replace(config, backend="torch"))
-    index, count = keep_best(values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept)
+    index, count = keep_best(
+        values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
+    )
     assert torch.equal(count, law.count)
     assert torch.equal(index, law.index)
 
@@ -311,7 +317,9 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1, num_queries=1024)
     shape = (1, 1, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.rand(shape, device="cuda").argsort(-1).float()
-    index, count = keep_best(values, plan.always, plan.hull, plan.units, plan.budget, plan.max_kept)
+    index, count = keep_best(
+        values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
+    )
     kept = torch.zeros(shape, dtype=torch.int32, device="cuda")
     listed = torch.arange(index.shape[-1], device="cuda") < count[..., None]
     kept.scatter_reduce_(-1, index.clamp(min=0).long(), listed.int(), "amax")

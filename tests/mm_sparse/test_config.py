@@ -95,6 +95,11 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
             ValueError,
             "modality_floor must add up to at most 1 over modalities",
         ),
+        ("head_ratio", 0.2, TypeError, "head_ratio must be a sequence of numbers, got 0.2"),
+        ("head_ratio", (0.2, 0), ValueError, "head_ratio must be in (0, 1], got 0"),
+        ("layer_ratio", {0: ()}, ValueError, "layer_ratio must have a ratio for layer 0, got none"),
+        ("layer_ratio", {0: (0.2, 2)}, ValueError, "layer_ratio must be in (0, 1], got 2"),
+        ("layer_ratio", {0: "0.2"}, TypeError, "layer_ratio must be a number, got '0.2'"),
         ("subpools", 0, ValueError, "subpools must be at least 1, got 0"),
         ("subpools", 2.0, TypeError, "subpools must be an int, got 2.0"),
         ("reduce", "sum", ValueError, "reduce must be one of ('mean', 'max'), got 'sum'"),
@@ -172,3 +177,15 @@ def test_numbers_that_are_equal_hash_alike() -> None:
 
 def test_modalities_keep_their_numbers() -> None:
     assert {m.name: int(m) for m in mms.Modality} == {"TEXT": 0, "IMAGE": 1, "AUDIO": 2}
+
+
+def test_ratios_of_heads_survive_json_and_become_those_of_their_layer() -> None:
+    config = SparseConfig(0.2, layer_ratio={3: (0.1, 0.4), 5: 0.3}, head_ratio=(0.2, 0.3))
+    back = SparseConfig.from_json(config.to_json())
+    assert back == config
+    assert hash(back) == hash(config)
+    assert back.of_layer(3) == dataclasses.replace(
+        config, ratio=0.25, head_ratio=(0.1, 0.4), layer_ratio={}
+    )
+    assert back.of_layer(5) == dataclasses.replace(config, ratio=0.3, head_ratio=(), layer_ratio={})
+    assert back.of_layer(4) == dataclasses.replace(config, layer_ratio={})

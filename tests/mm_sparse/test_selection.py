@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ def kept_by_hand(values: Tensor, plan: Plan) -> Tensor:
         if not seen:
             continue
         best = sorted(seen, key=lambda u: -score[u])
-        budget = int(plan.budget[b, t])
+        budget = int(plan.head_budget.expand(-1, values.shape[1], -1)[b, h, t])
         first = set(plan.always[b, t].nonzero().flatten().tolist())
         for kind, share in config.floors().items():
             held = 0
@@ -209,3 +210,25 @@ def test_empty_batches_and_rows_select_nothing() -> None:
         assert selection.count.sum() == 0
         assert selection.density() == 1.0
         assert selection.to_dense_mask().shape == (layout.batch, 1, layout.length, layout.length)
+
+
+@given(batches(), configs(mass=None, tokens=None), st.tuples(*[st.floats(0.02, 1.0)] * 3))
+@FEW
+def test_heads_keep_what_they_would_keep_with_one_ratio(
+    batch: Batch, config: SparseConfig, ratios: tuple[float, float, float]
+) -> None:
+    layout = TokenLayout.from_rows(batch[0], padding_side=batch[1])
+    config = dataclasses.replace(config, ratio=ratios[0], head_ratio=ratios)
+    scores = random_scores(layout, config, kv_heads=3)
+    kept = kept_units(mms.select(scores, layout, config).check())
+    for head, ratio in enumerate(ratios):
+        alone = dataclasses.replace(config, ratio=ratio, head_ratio=())
+        values = scores.values[:, head : head + 1]
+        own = mms.select(values, layout, alone, num_query_heads=1)
+        assert torch.equal(kept[:, head], kept_units(own)[:, 0])
+
+
+def test_ratios_must_be_as_many_as_kv_heads() -> None:
+    layout, config = TokenLayout.text(1, 64), SparseConfig(head_ratio=(0.2, 0.3))
+    with pytest.raises(ValueError, match="head_ratio must have a ratio for each of 3 KV heads"):
+        layout.plan(config, num_query_heads=3, num_kv_heads=3)
