@@ -60,6 +60,8 @@ class Sample:
     """(L, B, K, U, C, 3 D)."""
     mass: Tensor
     """(L, B, K, T, U)."""
+    budget: Tensor
+    """(L, B, K, T) key tokens that each layer and head may keep."""
 
 
 class Ranking(nn.Module):
@@ -79,7 +81,8 @@ class Distill(L.LightningModule):
     def __init__(
         self,
         language: LanguagePart,
-        sparse: mms.SparseConfig,
+        sparse: mms.SparseConfig | None = None,
+        scorers_from: str | None = None,
         goal: Goal | None = None,
         optimizer: OptimizerPart | None = None,
         parts: int = 4,
@@ -88,24 +91,29 @@ class Distill(L.LightningModule):
         """
         Args:
             language: the model; `dtype: bfloat16` among its options saves time and memory.
-            sparse: what its layers will keep.
-            parts: C of `FineScorer`.
+            sparse: what its layers will keep; None takes the config beside `scorers_from`.
+            scorers_from: folder of `save_scorers` to start from; untrained ones if None.
+            parts: C of `FineScorer`, where `scorers_from` has none.
             out: folder that the scorers are written to at the end.
         """
         super().__init__()
         self.goal, self.optimizer_part = goal or Goal(), optimizer or OptimizerPart()
         self.out = out
         model = language.build(0).eval().requires_grad_(False)
-        make = partial(FineScorer, parts=parts, modalities=(Modality.TEXT,))
-        mms.sparsify(model, sparse, scorer=make)
+        if sparse is None and scorers_from is None:
+            raise ValueError("sparse must be given where scorers_from is not, got neither")
+        if sparse is not None:
+            make = partial(FineScorer, parts=parts, modalities=(Modality.TEXT,))
+            mms.sparsify(model, sparse, scorer=make)
+        if scorers_from is not None:
+            mms.load_scorers(model, scorers_from)
+        self.taught = scorers_from is not None
         # Outside the module: its weights are in no checkpoint of this one.
         self._frozen = (model,)
         self.scorers = scorers(model).float()
         shapes = {tuple(p.shape for p in s.parameters()) for s in self.scorers.values()}
         if len(shapes) != 1:
             raise ValueError(f"language must have layers of one shape, got {len(shapes)} shapes")
-        if sparse.layer_ratio:
-            raise ValueError("sparse must have one ratio while scorers learn, got layer_ratio")
 
     @property
     def language(self) -> Any:
@@ -129,7 +137,9 @@ class Distill(L.LightningModule):
                 where.append(call.scale)
             plan = where[0]
             features = scorer.features(call.q, call.k, plan)
-            found.append((*features, unit_mass(call.q, call.k, plan, call.scale)))
+            mass = unit_mass(call.q, call.k, plan, call.scale)
+            own = plan if call.config == plan.config else replace(plan, config=call.config)
+            found.append((*features, mass, own.head_budget.expand(mass.shape[:-1])))
 
         with keeping(self.language, backend="dense"), watch(self.language, keep):
             self.language.base_model(ids, use_cache=False)
@@ -153,7 +163,7 @@ class Distill(L.LightningModule):
         return torch.vmap(one)(state, sample.tiles, sample.units)
 
     def on_train_start(self) -> None:
-        if self.global_step:
+        if self.global_step or self.taught:
             return
         batch = next(iter(self.trainer.train_dataloader))  # type: ignore[arg-type]
         sample = self.look(batch.to(self.device), self.goal.tiles)
@@ -169,7 +179,7 @@ class Distill(L.LightningModule):
             loss = divergence(values, sample.mass, sample.plan, weighted=True)
             self.log("train/divergence", loss.detach(), prog_bar=True)
         else:
-            loss = dropped_mass(values, sample.mass, sample.plan, goal.temperature)
+            loss = dropped_mass(values, sample.mass, sample.plan, goal.temperature, sample.budget)
             self.log("train/dropped", loss.detach(), prog_bar=True)
         return loss
 

@@ -53,7 +53,9 @@ def divergence(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = Fal
     return loss.sum() / chosen.sum().clamp(min=1)
 
 
-def dropped_mass(values: Tensor, mass: Tensor, plan: Plan, temperature: float) -> Tensor:
+def dropped_mass(
+    values: Tensor, mass: Tensor, plan: Plan, temperature: float, budget: Tensor | None = None
+) -> Tensor:
     """Share of attention that a soft choice of the best units drops, mean over heads and tiles.
 
     A unit is kept by the sigmoid of its distance to the score of the last unit that the budget
@@ -63,12 +65,14 @@ def dropped_mass(values: Tensor, mass: Tensor, plan: Plan, temperature: float) -
     Args:
         values, mass: (..., B, K, T, U), as for `divergence`.
         temperature: in units of the scores, which are logarithms of shares.
+        budget: (..., B, K or 1, T) tokens, if not the plan's.
     """
     open_units = (plan.visible & ~plan.always)[:, None]
     mass = mass.detach().float() * open_units
     values = values.float().masked_fill(~open_units, -1e9)
     always = (plan.always * plan.units[:, None, :, 1]).sum(-1)
-    left = (plan.head_budget - always[:, None]).clamp(min=0) // plan.unit  # (B, 1 or K, T) units
+    budget = plan.head_budget if budget is None else budget
+    left = (budget - always[:, None]).clamp(min=0) // plan.unit  # units
     most = open_units[:, 0].sum(-1) - 1
     left = left.minimum(most[:, None]).clamp(min=1)[..., None].expand(*values.shape[:-1], 1)
     with torch.no_grad():

@@ -162,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method in args.methods:
         for ratio in args.ratios:
             # The ratios of single layers belong to the mean that they were spread for.
-            own = {} if ratio == mms.retrofit.config_of(model).ratio else {"layer_ratio": {}}
+            spread = method == "scorers" and ratio == mms.retrofit.config_of(model).ratio
+            own = {} if spread else {"layer_ratio": {}}
             settings[f"{method} {ratio}"] = method, {"ratio": ratio, **own}
     found = recall(model, trials(rows, tokenizer), settings, count=args.count)
     for row in found:

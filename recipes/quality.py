@@ -9,8 +9,9 @@ B rows, N tokens, K KV heads, T tiles, U units, V vocabulary
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mm_sparse.layer import Call
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.compare import machine
 from mm_sparse.recipes.lessons import divergence
-from mm_sparse.retrofit import keeping, layers, watch
+from mm_sparse.retrofit import config_of, keeping, layers, watch
 from mm_sparse.scorers import Scores
 
 
@@ -59,9 +60,10 @@ METHODS: dict[str, Callable[[], Scorer] | None] = {
     "bigbird": NearestAndRandom,
     "pooled": PooledScorer,
     "scorers": None,
+    "one ratio": None,
     "perfect": Perfect,
 }
-"""None stands for the scorers that the model has."""
+"""None stands for the model's own scorers, with its budgets of layers and heads or without."""
 
 
 @contextmanager
@@ -147,39 +149,48 @@ def kept_units(values: Tensor, plan: Plan) -> Tensor:
     return kept.scatter_add_(-1, chosen.index.clamp(min=0).long(), listed.int()) > 0
 
 
-def table(
+def tables(
     model: nn.Module,
     sequences: dict[str, Tensor],
     methods: Sequence[str],
     ratios: Sequence[float],
     **changes: Any,
-) -> list[dict[str, Any]]:
-    """`change_of` by kind of text, method and ratio: means over sequences, and the single KLs."""
+) -> Iterator[list[dict[str, Any]]]:
+    """`change_of` by kind of text, method and ratio, after every sequence of each kind.
+
+    Rows hold means over the sequences so far, and the single KLs. The budgets of layers and heads
+    belong to the mean ratio that they were spread for and to the model's own scorers: at other
+    ratios, and with other methods, all layers have one ratio.
+    """
     rows: dict[tuple[str, str, float], list[dict[str, float]]] = {}
     densities: dict[tuple[str, str, float], float] = {}
-    for kind, batch in sequences.items():
-        for ids in batch[:, None]:
+    own_ratio = config_of(model).ratio
+    for batches in zip_longest(*sequences.values()):
+        for kind, row in zip(sequences, batches, strict=True):
+            if row is None:
+                continue
+            ids = row[None]
             dense = predictions(model, ids, backend="dense")
-            for name in methods:
-                for ratio in ratios:
-                    own = changes if name == "scorers" else {}
-                    with ExitStack() as stack:
-                        stack.enter_context(ranked_by(model, METHODS[name]))
-                        sparse = predictions(model, ids, **{"ratio": ratio, **own})
-                    figures = change_of(dense, sparse, ids)
-                    key = kind, name, ratio
-                    if key not in densities:
-                        densities[key] = mms.report(model).density or 1.0
-                    rows.setdefault(key, []).append(figures)
-    return [
-        {
-            "text": kind, "method": name, "ratio": ratio,
-            "density": round(densities[kind, name, ratio], 4),
-            **{f: round(statistics.fmean(x[f] for x in found), 5) for f in found[0]},
-            "kls": [round(x["kl"], 5) for x in found],
-        }
-        for (kind, name, ratio), found in rows.items()
-    ]  # fmt: skip
+            for name, ratio in product(methods, ratios):
+                spread = name == "scorers" and ratio == own_ratio
+                own = {} if spread else {"layer_ratio": {}}
+                with ranked_by(model, METHODS[name]):
+                    sparse = predictions(model, ids, **{"ratio": ratio, **own, **changes})
+                key = kind, name, ratio
+                if key not in densities:
+                    densities[key] = mms.report(model).density or 1.0
+                rows.setdefault(key, []).append(change_of(dense, sparse, ids))
+        yield [_row(*key, densities[key], found) for key, found in rows.items()]
+
+
+def _row(
+    kind: str, method: str, ratio: float, density: float, found: list[dict[str, float]]
+) -> dict[str, Any]:
+    means = {f: round(statistics.fmean(x[f] for x in found), 5) for f in found[0]}
+    kls = [round(x["kl"], 5) for x in found]
+    return {"text": kind, "method": method, "ratio": ratio, "density": round(density, 4)} | {
+        **means, "kls": kls,
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
-    parser.add_argument("--scorers", help="folder of save_scorers; its config is used")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--scorers", help="folder of save_scorers, or the name of shipped ones")
     parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
@@ -199,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LanguagePart(args.model).build(0).eval().requires_grad_(False).to(device)
+    part = LanguagePart(args.model, options={"dtype": args.dtype})
+    model: Any = part.build(0).eval().requires_grad_(False).to(device)
     if args.scorers:
         mms.load_scorers(model, args.scorers)
     else:
@@ -207,11 +220,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.methods = [name for name in args.methods if name != "scorers"]
     data = CorpusData(args.corpus, args.tokens).kinds(args.split)
     data = {kind: rows[: args.count].to(device) for kind, rows in data.items()}
-    rows = table(model, data, args.methods, args.ratios)
-    for row in rows:
+    record: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype,
+                              "scorers": args.scorers, "rows": []}  # fmt: skip
+    for rows in tables(model, data, args.methods, args.ratios):
+        record["rows"] = rows
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for row in record["rows"]:
         print(json.dumps(row))
-    record = {"machine": machine(), "model": args.model, "scorers": args.scorers, "rows": rows}
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from mm_sparse.recipes import quality
 from mm_sparse.recipes.corpus import CorpusData
 from mm_sparse.recipes.distill import Distill, Goal, SaveScorers, some_tiles
 from mm_sparse.recipes.lessons import divergence, dropped_mass
-from mm_sparse.retrofit import layers
-from tests.recipes.tiny import SPARSE, TINY, TOKENS, make, mean, tiny, write_corpus
+from mm_sparse.retrofit import keeping, layers
+from tests.recipes.tiny import SPARSE, TINY, TOKENS, make, mean, sharpen, tiny, write_corpus
 
 
 @pytest.fixture
@@ -202,3 +202,26 @@ def test_the_shipped_config_is_one_that_the_recipe_takes(
 def test_impossible_goals_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Goal(**given)
+
+
+def test_scorers_go_on_from_a_folder_with_the_budgets_of_their_heads(
+    npz: str, tmp_path: Path
+) -> None:
+    module = make()
+    ratios = {1: (0.2, 0.5)}
+    with keeping(module.language, layer_ratio=ratios):
+        mms.save_scorers(module.language, tmp_path / "first")
+    again = Distill(
+        tiny(), scorers_from=str(tmp_path / "first"), goal=Goal(divergence_share=0.0, tiles=4)
+    )
+    sharpen(again.language)
+    sample = again.look(torch.randint(0, 40, (1, TOKENS)), 4)
+    seen = (sample.plan.visible * sample.plan.units[:, None, :, 1]).sum(-1)
+    for layer, heads in enumerate([(0.3, 0.3), (0.2, 0.5), (0.3, 0.3)]):
+        for head, ratio in enumerate(heads):
+            want = (seen * ratio).round().long()
+            assert torch.equal(sample.budget[layer, :, head], want)
+    fit(again, npz, 3)
+    assert any(p.abs().max() > 0 for p in again.scorers.parameters())
+    with pytest.raises(ValueError, match="sparse must be given where scorers_from is not"):
+        Distill(tiny())

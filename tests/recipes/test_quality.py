@@ -37,8 +37,10 @@ def test_the_table_has_every_method_beside_dense() -> None:
     sharpen(model)
     mms.sparsify(model, SPARSE, scorer="fine")
     rows = {"a": torch.randint(0, 40, (2, TOKENS))}
-    found = quality.table(model, rows, ["window", "bigbird", "scorers", "perfect"], [0.3, 1.0])
-    assert len(found) == 8
+    methods = ["window", "bigbird", "scorers", "perfect"]
+    *_, before, found = quality.tables(model, rows, methods, [0.3, 1.0])
+    assert len(before) == len(found) == 8
+    assert {len(row["kls"]) for row in before} == {1}
     for row in found:
         if row["ratio"] == 1.0:
             assert row["kl"] == pytest.approx(0, abs=1e-5)
@@ -88,3 +90,14 @@ def test_a_head_alone_costs_what_a_config_with_its_ratio_says(npz: str) -> None:
     spread = budgets.spread(costs, 0.5, (0.2, 1.0))
     found = budgets.layer_ratios(spread)
     assert {layer: len(own) for layer, own in found.items()} == dict.fromkeys(range(3), heads)
+
+
+def test_budgets_of_heads_belong_to_the_models_own_scorers_and_ratio() -> None:
+    model = tiny().build(0).eval()
+    sharpen(model)
+    mms.sparsify(model, replace(SPARSE, layer_ratio={0: (1.0, 1.0), 1: 1.0, 2: 1.0}))
+    rows = {"a": torch.randint(0, 40, (1, TOKENS))}
+    *_, found = quality.tables(model, rows, ["window", "scorers", "one ratio"], [0.2, 0.3])
+    density = {(row["method"], row["ratio"]): row["density"] for row in found}
+    assert density.pop(("scorers", 0.3)) == 1.0
+    assert max(density.values()) < 0.6
