@@ -1,0 +1,71 @@
+"""Where one forward spends its time: kernels, launches, and calls that wait for the device."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from mm_sparse.encoders.speed_report import kernels
+
+
+def profiled(forward: Callable[[], Any], what: str, device: str) -> dict[str, Any]:
+    """Profile one warm forward, print it, and return what was printed.
+
+    On a CPU, operators stand for kernels.
+
+    Args:
+        forward: runs it and waits for the device.
+        what: its name.
+    """
+    cuda = device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    forward()
+    start = time.perf_counter()
+    forward()
+    whole = (time.perf_counter() - start) * 1000
+    with profile(activities=activities) as seen:
+        forward()
+    rows = []
+    for event in seen.key_averages():
+        own: Any = event
+        on_device = own.device_type == DeviceType.CUDA
+        if on_device != cuda:
+            continue
+        spent = own.self_device_time_total if cuda else own.self_cpu_time_total
+        if spent:
+            rows.append({"what": own.key, "ms": round(spent / 1000, 4), "calls": own.count})
+    rows.sort(key=lambda row: -row["ms"])
+    found = {
+        "what": what, "ms": round(whole, 4),
+        "kernels_ms": round(sum(row["ms"] for row in rows), 4),
+        "launches": sum(row["calls"] for row in rows), "kernels": rows,
+        "waits": waits(forward) if cuda else {},
+    }  # fmt: skip
+    print(f"{what}: {found['ms']} ms, of which {found['kernels_ms']} in {found['launches']} kernels")
+    print(kernels(rows))
+    for place, count in found["waits"].items():
+        print(f"waits for the device {count} x: {place}")
+    return found
+
+
+def waits(forward: Callable[[], Any]) -> dict[str, int]:
+    """Lines that waited for the GPU in a forward, and how often."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            forward()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    lines = Counter(
+        f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower()
+    )
+    return dict(lines.most_common())
