@@ -164,12 +164,17 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.view(shape).expand_as(x))
 
 
+def _taken(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Take.apply(x, index, inverse, dim)
+    return _take(x, index, dim)
+
+
 def arrange(x: Tensor, layout: TokenLayout, first: int = 0) -> Tensor:
     """(B, H, N, D) tokens of the sequence from `first` on, in the order of `layout`."""
     if layout.order is None:
         return x
-    index, inverse = _window(layout, layout.order, first, x.shape[2])
-    return _Take.apply(x, index, inverse, 2)
+    return _taken(x, *_window(layout, layout.order, first, x.shape[2]), 2)
 
 
 def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> Tensor:
@@ -177,7 +182,7 @@ def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> 
     if layout.order is None:
         return x
     index, inverse = _window(layout, layout.order, first, x.shape[dim])
-    return _Take.apply(x, inverse, index, dim)
+    return _taken(x, inverse, index, dim)
 
 
 def in_patch_order(
