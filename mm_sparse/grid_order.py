@@ -21,6 +21,7 @@ from mm_sparse.placing import Placed
 RUNS = (128, 64, 32, 16, 4)
 # A cut between lines that lie so many apart leaves squares of 64 tokens whole.
 SIDE = 8
+RUN_BYTES = 16
 
 
 @lru_cache(maxsize=64)
@@ -157,11 +158,24 @@ class _Take(torch.autograd.Function):
 
 
 def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    moved = _in_runs(x)
     if len(index) == 1:
-        return x.index_select(dim, index[0])
+        return moved.index_select(dim, index[0]).view(x.dtype)
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
-    return x.gather(dim, index.view(shape).expand_as(x))
+    return moved.gather(dim, index.view(shape).expand_as(moved)).view(x.dtype)
+
+
+def _in_runs(x: Tensor) -> Tensor:
+    """The same memory as numbers of 16 bytes, where it can be: torch looks each number's place up.
+
+    A compiler makes a loop of its own, and has none for such numbers.
+    """
+    per = RUN_BYTES // x.element_size()
+    sizes = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    if torch.compiler.is_compiling() or x.stride(-1) != 1 or any(size % per for size in sizes):
+        return x
+    return x.view(torch.complex128)
 
 
 def _taken(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
