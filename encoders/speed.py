@@ -1,7 +1,7 @@
-"""Time whole encoders, dense and sparse, on one GPU in bfloat16, and how near the ceiling they come.
+"""Time whole encoders, dense and sparse, on one GPU in bfloat16, beside the ceiling of the run.
 
     python -m mm_sparse.encoders.speed --out results.json
-    python -m mm_sparse.encoders.speed --cases vit-b-2048 --profile
+    python -m mm_sparse.encoders.speed --profile vit-b-2048
 
 Weights and inputs are random: speed and memory only. A batch of one, in inference mode, from pixels
 or samples to features, scoring and selection included; runs of a case take turns, and a time is the
@@ -24,17 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_sparse.bench_report import Session, machine, reason
 from mm_sparse.config import SparseConfig
-from mm_sparse.encoders.audio import create_audio_encoder
 from mm_sparse.encoders.encoder import Encoder
+from mm_sparse.encoders.speed_cases import CASES, TINY, Case
 from mm_sparse.encoders.speed_cores import NoCore, core, eager
 from mm_sparse.encoders.speed_profile import profiled
-from mm_sparse.encoders.speed_report import DENSE, EAGER, REST, SPARSE, compared, table, timed
-from mm_sparse.encoders.vision import create_vision_encoder
+from mm_sparse.encoders.speed_report import (
+    DEFAULT,
+    DENSE,
+    EAGER,
+    REST,
+    SPARSE,
+    compared,
+    table,
+    timed,
+)
 from mm_sparse.retrofit import layers
 
 MIB = 2**20
@@ -42,61 +49,7 @@ BACKENDS = {
     f"{DENSE} SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     f"{DENSE} SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION,
 }
-DEFAULT = f"{DENSE} SDPA default"
 LIBRARIES = ("timm", "torchaudio")
-
-
-@dataclass(frozen=True)
-class Case:
-    """An encoder and the size of what it is given."""
-
-    model: str
-    create: Callable[..., Encoder]
-    architecture: str
-    size: int
-    """Pixels of a side, or samples."""
-    options: dict[str, Any] = field(default_factory=dict)
-    dense_below: int | None = None
-
-    def encoder(self, sparse: SparseConfig | None = None) -> Encoder:
-        """With random weights."""
-        return self.create(self.architecture, sparse=sparse, **self.options)
-
-    def batch(self) -> Tensor:
-        """A picture in [0, 1], or a waveform."""
-        generator = torch.Generator().manual_seed(0)
-        if self.create is create_vision_encoder:
-            return torch.rand(1, 3, self.size, self.size, generator=generator)
-        return torch.randn(1, self.size, generator=generator)
-
-    def config(self, unit: int, ratio: float) -> SparseConfig:
-        """As a user of encoders sets it: all that is kept is kept for its content."""
-        return SparseConfig(
-            ratio, unit=unit, causal=False, sinks=0, window=0, dense_below=self.dense_below
-        )
-
-
-CASES = {
-    "vit-b-2048": Case("ViT-B/16, 2048 px", create_vision_encoder, "vit_base_patch16_224", 2048),
-    "vit-l-1792": Case("ViT-L/14, 1792 px", create_vision_encoder, "vit_large_patch14_dinov2", 1792),
-    "wav2vec2-600s": Case("wav2vec2-base, 10 min", create_audio_encoder, "wav2vec2_base", 9_600_000),
-    "vit-b-512": Case("ViT-B/16, 512 px", create_vision_encoder, "vit_base_patch16_224", 512),
-}  # fmt: skip
-_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-_WAVE = {"encoder_embed_dim": 32, "encoder_num_layers": 2, "encoder_num_heads": 2,
-         "encoder_ff_interm_features": 48, "extractor_mode": "group_norm",
-         "extractor_conv_layer_config": [(8, 10, 10), (8, 8, 8), (8, 4, 4)],
-         "extractor_conv_bias": False, "encoder_projection_dropout": 0.0,
-         "encoder_pos_conv_kernel": 8, "encoder_pos_conv_groups": 4,
-         "encoder_attention_dropout": 0.0, "encoder_ff_interm_dropout": 0.0,
-         "encoder_dropout": 0.0, "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0,
-         "aux_num_out": None}  # fmt: skip
-TINY = {
-    "vit-b-2048": Case("tiny ViT", create_vision_encoder, "vit_tiny_patch16_224", 256, _VIT, 0),
-    "vit-l-1792": Case("tiny ViT", create_vision_encoder, "vit_tiny_patch16_224", 320, _VIT, 0),
-    "wav2vec2-600s": Case("tiny wave", create_audio_encoder, "wav2vec2_model", 64000, _WAVE, 0),
-    "vit-b-512": Case("tiny ViT", create_vision_encoder, "vit_tiny_patch16_224", 224, _VIT),
-}
 
 
 @dataclass
@@ -119,26 +72,31 @@ class Race:
     ) -> None:
         self.case, self.device, self.dtype, self.ratio = case, device, dtype, ratio
         self.session = session
-        self.encoder = self._placed(case.encoder())
+        self.encoder = self._made()
         self.batch = case.batch().to(device, dtype)
         own = {id(x): x.nbytes for x in (*self.encoder.parameters(), *self.encoder.buffers())}
         self.weights = sum(own.values())
         self.tokens = 0
         self.runs: list[Run] = []
 
-    def _placed(self, encoder: Encoder) -> Encoder:
-        return encoder.to(self.device, self.dtype)
+    def _made(self, sparse: SparseConfig | None = None) -> Encoder:
+        with torch.device(self.device):
+            return self.case.encoder(sparse).to(self.dtype)
 
     def sparse(self, unit: int) -> Run:
         """The encoder with sparse attention, on the very weights of the dense one."""
-        made = self.case.encoder(self.case.config(unit, self.ratio))
+        made = self._made(self.case.config(unit, self.ratio))
         made.load_state_dict(self.encoder.state_dict(), assign=True)
-        return Run(f"{SPARSE} units of {unit}", self._placed(made))
+        return Run(f"{SPARSE} units of {unit}", made)
 
-    def enter(self, units: Sequence[int]) -> None:
-        """Build all runs, warm them up and measure their memory, one after the other.
+    def enter(self, units: Sequence[int], only: str = "") -> None:
+        """Build runs, warm them up and measure their memory, one after the other.
 
         The tower without attention goes first: what libraries allocate once is then no run's own.
+
+        Args:
+            units: of the sparse runs.
+            only: how the names of the runs begin that are wanted.
         """
         none = NoCore()
         makers: list[tuple[str, Callable[[], Run]]] = [
@@ -152,6 +110,8 @@ class Race:
         # Last, since it may leave no memory for others.
         makers.append((EAGER, lambda: Run(EAGER, self.encoder, lambda: core(eager))))
         for what, make in makers:
+            if not what.startswith(only):
+                continue
             found = self.session.guard(what, what, partial(self._warm, make))
             if found is not None:
                 self.runs.append(found)
@@ -170,19 +130,24 @@ class Race:
         if cuda:
             above = torch.cuda.max_memory_allocated() - before
             whole = above + self.weights + self.batch.nbytes
-            run.known = {"peak_mib": round(whole / MIB, 1), "above_weights_mib": round(above / MIB, 1)}
+            run.known["peak_mib"] = round(whole / MIB, 1)
+            run.known["above_weights_mib"] = round(above / MIB, 1)
         if run.what.startswith(SPARSE):
             run.known.update(modes(run.encoder))
         return run
 
-    def once(self, run: Run) -> float:
-        """Milliseconds of one forward."""
-        self.wait()
+    def forward(self, run: Run) -> None:
+        """Launch one forward."""
         with torch.inference_mode(), run.around():
-            start = time.perf_counter()
             out, _ = run.encoder(self.batch)
-            self.wait()
         self.tokens = out.shape[1]
+
+    def once(self, run: Run) -> float:
+        """Milliseconds from the call of a forward until the device is done."""
+        self.wait()
+        start = time.perf_counter()
+        self.forward(run)
+        self.wait()
         return (time.perf_counter() - start) * 1000
 
     def wait(self) -> None:
@@ -243,18 +208,20 @@ def measure(case: Case, device: str, dtype: torch.dtype, args: Any) -> dict[str,
     """Everything about one case."""
     session = Session(seconds=args.seconds)
     race: Race | None = None
+    profiles: dict[str, Any] = {}
     try:
         race = Race(case, device, dtype, session, args.ratio)
-        race.enter(args.units)
-        race.turns(args.rounds, args.repeats)
+        race.enter(args.units, SPARSE if args.profile else "")
         if args.profile:
-            one = next(run for run in race.runs if run.what.startswith(SPARSE))
-            profile = profiled(lambda: race.once(one), one.what, device)
-            return {**race.result(), "profile": profile}
+            for run in race.runs:
+                profiles[run.what] = profiled(partial(race.forward, run), run.what, device)
+        else:
+            race.turns(args.rounds, args.repeats)
     # A tower that does not fit must not end the run of the others.
     except Exception as error:
         session.skip(case.model, reason(error))
-    return race.result() if race else {"model": case.model, "skipped": session.skipped}
+    found = race.result() if race else {"model": case.model, "skipped": session.skipped}
+    return {**found, "profiles": profiles} if profiles else found
 
 
 def versions() -> dict[str, str]:
@@ -278,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="forwards of a run in a round")
     parser.add_argument("--units", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--ratio", type=float, default=0.2)
-    parser.add_argument("--profile", action="store_true", help="what a sparse forward spends where")
+    parser.add_argument("--profile", choices=CASES, help="where a sparse forward spends its time")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
@@ -287,14 +254,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": {**machine(device, dtype), **versions()},
         "weights": "random: speed and memory only", "options": options, "cases": {},
     }  # fmt: skip
-    for name in args.cases:
+    for name in [args.profile] if args.profile else args.cases:
         content["cases"][name] = measure((CASES if cuda else TINY)[name], device, dtype, args)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(content, indent=1) + "\n")
         if cuda:
             torch.cuda.empty_cache()
-    print(table(content["cases"]))
+    if not args.profile:
+        print(table(content["cases"]))
 
 
 if __name__ == "__main__":

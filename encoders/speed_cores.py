@@ -1,4 +1,4 @@
-"""What stands in for `scaled_dot_product_attention` while a tower is timed, and how it is put there.
+"""What stands in for `scaled_dot_product_attention` while a tower is timed.
 
 B batch, H heads, N query tokens, M key tokens, D head dim
 """

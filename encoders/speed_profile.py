@@ -21,37 +21,42 @@ def profiled(forward: Callable[[], Any], what: str, device: str) -> dict[str, An
     On a CPU, operators stand for kernels.
 
     Args:
-        forward: runs it and waits for the device.
+        forward: launches it.
         what: its name.
     """
     cuda = device == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     forward()
+    wait()
     start = time.perf_counter()
     forward()
-    whole = (time.perf_counter() - start) * 1000
-    with profile(activities=activities) as seen:
+    launched = time.perf_counter() - start
+    wait()
+    whole = time.perf_counter() - start
+    with profile(activities=activities, acc_events=True) as seen:
         forward()
+        wait()
     rows = []
     for event in seen.key_averages():
         own: Any = event
-        on_device = own.device_type == DeviceType.CUDA
-        if on_device != cuda:
-            continue
         spent = own.self_device_time_total if cuda else own.self_cpu_time_total
-        if spent:
+        if (own.device_type == DeviceType.CUDA) == cuda and spent:
             rows.append({"what": own.key, "ms": round(spent / 1000, 4), "calls": own.count})
     rows.sort(key=lambda row: -row["ms"])
-    found = {
-        "what": what, "ms": round(whole, 4),
+    found: dict[str, Any] = {
+        "ms": round(whole * 1000, 4), "launched_ms": round(launched * 1000, 4),
         "kernels_ms": round(sum(row["ms"] for row in rows), 4),
-        "launches": sum(row["calls"] for row in rows), "kernels": rows,
+        "calls": sum(row["calls"] for row in rows), "kernels": rows,
         "waits": waits(forward) if cuda else {},
     }  # fmt: skip
-    print(f"{what}: {found['ms']} ms, of which {found['kernels_ms']} in {found['launches']} kernels")
+    print(
+        f"{what}: {found['ms']} ms, the host was done after {found['launched_ms']}; "
+        f"{found['calls']} kernels take {found['kernels_ms']}"
+    )
     print(kernels(rows))
     for place, count in found["waits"].items():
-        print(f"waits for the device {count} x: {place}")
+        print(f"the host waited {count} x at {place}")
     return found
 
 
@@ -65,7 +70,6 @@ def waits(forward: Callable[[], Any]) -> dict[str, int]:
             forward()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    lines = Counter(
-        f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower()
-    )
+    said = "called a synchronizing"
+    lines = Counter(f"{w.filename}:{w.lineno}" for w in caught if said in str(w.message))
     return dict(lines.most_common())
