@@ -101,7 +101,8 @@ class Shared:
         config, made = self.own.get((index, prefix), (None, None))
         if made is None or config is not self.config:
             made = self.config.of_layer(index)
-            made = replace(made, sinks=max(made.sinks, prefix))
+            if prefix > made.sinks:
+                made = replace(made, sinks=prefix)
             self.own[index, prefix] = self.config, made
         return made
 
