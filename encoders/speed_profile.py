@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mm_sparse.encoders.speed_report import kernels
@@ -41,7 +40,7 @@ def profiled(forward: Callable[[], Any], what: str, device: str) -> dict[str, An
     for event in seen.key_averages():
         own: Any = event
         spent = own.self_device_time_total if cuda else own.self_cpu_time_total
-        if (own.device_type == DeviceType.CUDA) == cuda and spent:
+        if (own.device_type.name == "CUDA") == cuda and spent:
             rows.append({"what": own.key, "ms": round(spent / 1000, 4), "calls": own.count})
     rows.sort(key=lambda row: -row["ms"])
     found: dict[str, Any] = {

@@ -1,13 +1,14 @@
 """What is timed, how it is written down, and that one run's failure is not the others'."""
 
 import json
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mm_sparse.bench_report import Session
-from mm_sparse.encoders import speed, speed_cores, speed_report
+from mm_sparse.encoders import speed, speed_cores, speed_profile, speed_report
 from mm_sparse.encoders.speed_cases import CASES, TINY
 from mm_sparse.encoders.speed_cores import NoCore, core, eager
 
@@ -176,6 +177,45 @@ def test_a_case_that_cannot_be_built_is_written_down_and_the_others_go_on(tmp_pa
     cases = json.loads(out.read_text())["cases"]
     assert list(cases) == list(CASES)
     assert cases["vit-b-512"]["skipped"][0]["why"] == "RuntimeError: no room for the picture"
+
+
+def test_memory_is_what_a_run_adds_and_backends_that_fail_are_named(monkeypatch):
+    race = raced()
+    before, peak = 7 * speed.MIB, 19 * speed.MIB
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: before)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
+    monkeypatch.setattr(speed.Race, "sparse", lambda self, unit: speed.Run("sparse", self.encoder))
+    monkeypatch.setattr(speed, "modes", lambda encoder: {"sparse_layers": 2})
+    race.device = "cuda"
+    race.enter([16])
+    race.turns(1, 1)
+    found = race.result()
+    resident = (race.weights + race.batch.nbytes) / speed.MIB
+    for row in found["runs"]:
+        assert row["above_weights_mib"] == 12.0
+        assert row["peak_mib"] == round(12 + resident, 1)
+    forced = ["dense SDPA cuDNN", "dense SDPA FlashAttention-2"]
+    run = [row["what"] for row in found["runs"] + found["skipped"]]
+    assert set(forced) <= set(run)
+    # No cuDNN on a CPU.
+    assert found["skipped"][0]["what"] == forced[0]
+    assert found["sparse"][0]["memory_of_dense SDPA default"] == 1.0
+
+
+def test_lines_that_wait_for_the_device_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+
+    def forward():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("Synchronization debug mode is a prototype", stacklevel=1)
+
+    ((place, count),) = speed_profile.waits(forward).items()
+    assert "test_speed.py:" in place
+    assert count == 3
 
 
 def test_after_the_time_of_a_case_nothing_starts(tmp_path, capsys):
