@@ -42,8 +42,9 @@ class RedirectedForward(Forward):
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        form = None if layer.shared.watchers else (layer.shared.config, _form(args, kwargs))
-        if form is not None and form == self._dense[0]:
+        form = None if layer.shared.watchers else _form(args, kwargs)
+        given = None if form is None else (layer.shared.config, form)
+        if given is not None and given == self._dense[0]:
             # Listening to every function of the forward takes longer than a short call itself.
             layer.record = self._dense[1]
             return self.stock(*args, **kwargs)
@@ -53,16 +54,24 @@ class RedirectedForward(Forward):
             problem = "its forward did not call scaled_dot_product_attention"
             layer.note(layer.refuse(problem), 0, 0)
         short = redirect.calls == 1 and layer.record is not None and layer.record.mode == "dense"
-        self._dense = (form, layer.record) if short else (None, None)
+        self._dense = (given, layer.record) if short else (None, None)
         return out
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """All of a call that decides whether it is dense: sizes and devices, and what is no tensor."""
-    return [
-        (name, x.shape, x.device) if isinstance(x, Tensor) else (name, x)
-        for name, x in (*enumerate(args), *kwargs.items())
-    ]
+    """All of a call that decides whether it is dense: sizes and devices, and what is no tensor.
+
+    None of a call with anything else in it.
+    """
+    found = []
+    for name, x in (*enumerate(args), *kwargs.items()):
+        if isinstance(x, Tensor):
+            found.append((name, x.shape, x.device))
+        elif x is None or isinstance(x, (bool, int, float, str)):
+            found.append((name, x))
+        else:
+            return None
+    return found
 
 
 class _Redirect(TorchFunctionMode):

@@ -85,6 +85,15 @@ def test_a_call_with_a_mask_of_its_own_is_another(listened) -> None:
         assert len(listened) == count
 
 
+def test_a_call_with_anything_but_tensors_and_numbers_is_listened_to() -> None:
+    x = torch.rand(1, 17, 32)
+    known = sdpa._form((x,), {"attn_mask": None, "is_causal": False})
+    assert known == sdpa._form((x + 1,), {"attn_mask": None, "is_causal": False})
+    assert known != sdpa._form((x[:, 1:],), {"attn_mask": None, "is_causal": False})
+    assert known != sdpa._form((x,), {"attn_mask": None, "is_causal": True})
+    assert sdpa._form((x, [x]), {}) is None
+
+
 def test_the_config_of_a_layer_is_made_once() -> None:
     model = tower()
     (first, *_) = retrofit.layers(model).values()
