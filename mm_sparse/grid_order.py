@@ -21,6 +21,7 @@ from mm_sparse.placing import Placed
 RUNS = (128, 64, 32, 16, 4)
 # A cut between lines that lie so many apart leaves squares of 64 tokens whole.
 SIDE = 8
+RUN_BYTES = 16
 
 
 @lru_cache(maxsize=64)
@@ -157,19 +158,37 @@ class _Take(torch.autograd.Function):
 
 
 def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    moved = _in_runs(x)
     if len(index) == 1:
-        return x.index_select(dim, index[0])
+        return moved.index_select(dim, index[0]).view(x.dtype)
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
-    return x.gather(dim, index.view(shape).expand_as(x))
+    return moved.gather(dim, index.view(shape).expand_as(moved)).view(x.dtype)
+
+
+def _in_runs(x: Tensor) -> Tensor:
+    """The same memory as numbers of 16 bytes, where it can be: torch looks each number's place up.
+
+    A compiler makes a loop of its own, and has none for such numbers.
+    """
+    per = RUN_BYTES // x.element_size()
+    sizes = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    if torch.compiler.is_compiling() or x.stride(-1) != 1 or any(size % per for size in sizes):
+        return x
+    return x.view(torch.complex128)
+
+
+def _taken(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Take.apply(x, index, inverse, dim)
+    return _take(x, index, dim)
 
 
 def arrange(x: Tensor, layout: TokenLayout, first: int = 0) -> Tensor:
     """(B, H, N, D) tokens of the sequence from `first` on, in the order of `layout`."""
     if layout.order is None:
         return x
-    index, inverse = _window(layout, layout.order, first, x.shape[2])
-    return _Take.apply(x, index, inverse, 2)
+    return _taken(x, *_window(layout, layout.order, first, x.shape[2]), 2)
 
 
 def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> Tensor:
@@ -177,7 +196,7 @@ def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> 
     if layout.order is None:
         return x
     index, inverse = _window(layout, layout.order, first, x.shape[dim])
-    return _Take.apply(x, inverse, index, dim)
+    return _taken(x, inverse, index, dim)
 
 
 def in_patch_order(

@@ -92,7 +92,19 @@ class Shared:
     timed: bool = False
     plain: dict[Any, Placed] = field(default_factory=dict)
     """Layouts of calls without a mask."""
+    own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
+    """By index of a layer and prefix: `config` as it was, and the layer's own."""
     masked: MaskMemo = field(default_factory=MaskMemo)
+
+    def config_of(self, index: int | None, prefix: int) -> SparseConfig:
+        """The config of a layer whose first `prefix` tokens are always kept; checked once."""
+        config, made = self.own.get((index, prefix), (None, None))
+        if made is None or config is not self.config:
+            made = self.config.of_layer(index)
+            if prefix > made.sinks:
+                made = replace(made, sinks=prefix)
+            self.own[index, prefix] = self.config, made
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +220,8 @@ class Layer(ABC):
                 placed = self._place_dense(q, k, v, mask, options)
                 if placed is not None:
                     placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
-        self.record = Record(mode, reason, q.shape[-2], k.shape[-2], _thin(selection))
+        kept = None if selection is None else selection.thinned(KEPT_ENTRIES)
+        self.record = Record(mode, reason, q.shape[-2], k.shape[-2], kept)
         if self.shared.watchers:
             seconds = None if start is None else self._clock(q) - start
             where = (None, None, 0) if placed is None else self._where(placed)
@@ -241,10 +254,7 @@ class Layer(ABC):
 
     def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
         """The layer's config, the layout and the place of the first query."""
-        config = self.shared.config.of_layer(self.index)
-        if placed.prefix > config.sinks:
-            config = replace(config, sinks=placed.prefix)
-        return config, placed.layout, placed.first
+        return self.shared.config_of(self.index, placed.prefix), placed.layout, placed.first
 
     def _place_dense(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
@@ -277,21 +287,3 @@ class Layer(ABC):
         if q.device.type == "cuda":
             torch.cuda.synchronize(q.device)
         return time.perf_counter()
-
-
-def _thin(selection: Selection | None) -> Selection | None:
-    """A selection of every n-th tile, small enough to keep."""
-    if selection is None:
-        return None
-    step = -(-selection.index.numel() // KEPT_ENTRIES)
-    if step <= 1:
-        return selection
-    plan, some = selection.plan, slice(None, None, step)
-    plan = replace(
-        plan,
-        tiles=plan.tiles[:, some],
-        hull=plan.hull[:, some],
-        tile_modality=plan.tile_modality[:, some],
-        regular_tiles=False,
-    )
-    return Selection(selection.index[:, :, some].clone(), selection.count[:, :, some].clone(), plan)

@@ -17,6 +17,8 @@ from mm_sparse.masks import spans_from_dense
 
 # Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
 PLAIN_LAYOUTS = 8
+# Entries of a mask up to which it is compared with the one before.
+COMPARED = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class MaskMemo:
 
     def __init__(self) -> None:
         self._of: list[tuple[weakref.ref[Tensor], int]] = []
+        self._rows: list[Tensor] = []
         self._made: dict[Any, Placed] = {}
 
     def __reduce__(self) -> Any:
@@ -42,15 +45,36 @@ class MaskMemo:
     def of(self, masks: tuple[Tensor, ...]) -> dict[Any, Placed]:
         """What was made of these very masks, unless they were written to since."""
         if any(mask.is_inference() for mask in masks):
-            return {}
+            return self._of_equal(masks)
         same = len(masks) == len(self._of) and all(
             ref() is mask and version == mask._version
             for mask, (ref, version) in zip(masks, self._of, strict=True)
         )
         if not same:
-            self._of = [(weakref.ref(mask), mask._version) for mask in masks]
+            self._of, self._rows = [(weakref.ref(mask), mask._version) for mask in masks], []
             self._made = {}
         return self._made
+
+    def _of_equal(self, masks: tuple[Tensor, ...]) -> dict[Any, Placed]:
+        """The same of masks that do not count what is written to them: those of equal entries."""
+        rows = [one_for_all(mask) for mask in masks]
+        if any(row.numel() > COMPARED for row in rows):
+            return {}
+        same = len(rows) == len(self._rows) and all(
+            (row.shape, row.dtype, row.device) == (kept.shape, kept.dtype, kept.device)
+            and torch.equal(row, kept)
+            for row, kept in zip(rows, self._rows, strict=True)
+        )
+        if not same:
+            self._of, self._rows = [], [row.clone() for row in rows]
+            self._made = {}
+        return self._made
+
+
+def one_for_all(mask: Tensor) -> Tensor:
+    """The part for one query of a mask that is expanded over queries, others as they are."""
+    expanded = mask.dim() > 1 and mask.stride(-2) == 0 and mask.shape[-2] > 1
+    return mask[..., :1, :] if expanded else mask
 
 
 def make_room(plain: dict[Any, Placed]) -> None:

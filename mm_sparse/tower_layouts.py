@@ -18,6 +18,7 @@ from mm_sparse.placing import (
     MaskMemo,
     Placed,
     make_room,
+    one_for_all,
     spans_of_tensor,
     spans_without_mask,
 )
@@ -133,9 +134,7 @@ class TowerSource:
 
 
 def _seen(mask: Tensor) -> Tensor:
-    if mask.dim() > 1 and mask.stride(-2) == 0 and mask.shape[-2] > 1:
-        mask = mask[..., :1, :]  # the same for all queries: one of them says it all
-    return shown(mask, HIDDEN)
+    return shown(one_for_all(mask), HIDDEN)
 
 
 def _square(mask: Any, rows: int, heads: int, tokens: int) -> Tensor:
