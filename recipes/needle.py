@@ -89,14 +89,16 @@ def recall(
     *,
     count: int = 200,
     most: int = 1000,
-) -> list[dict[str, Any]]:
-    """Share of the facts that dense recalls, by setting and depth.
+    every: int = 20,
+) -> Iterator[list[dict[str, Any]]]:
+    """Share of the facts that dense recalls, by setting and depth, as it stands by and by.
 
     Args:
         model: sparsified.
         settings: by name a method of `quality.METHODS`, and fields of the config that change.
         count: facts that dense recalls, after which it stops.
         most: facts after which it stops in any case.
+        every: facts that dense recalls between two results.
     """
     device = next(model.parameters()).device
     known: list[Trial] = []
@@ -112,8 +114,15 @@ def recall(
         for name, (method, changes) in settings.items():
             with keeping(model, **changes), ranked_by(model, METHODS[method]):
                 right[name].append(recalls(model, trial, device))
+        if len(known) % every == 0:
+            yield _rows(known, right, tried)
     if not known:
         raise ValueError(f"model must recall a fact when it is dense, got none of {tried}")
+    if len(known) % every:
+        yield _rows(known, right, tried)
+
+
+def _rows(known: list[Trial], right: dict[str, list[bool]], tried: int) -> list[dict[str, Any]]:
     depths = sorted({trial.depth for trial in known})
     return [
         {
@@ -157,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.methods = [name for name in args.methods if name != "scorers"]
     smollm2 = args.model == "smollm2"
     tokenizer: Any = SmolLM2Tokenizer() if smollm2 else HFTokenizer(args.model)
-    rows = torch.cat(list(CorpusData(args.corpus, args.tokens).kinds("test").values()))
+    texts = torch.cat(list(CorpusData(args.corpus, args.tokens).kinds("test").values()))
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for method in args.methods:
         for ratio in args.ratios:
@@ -165,11 +174,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             spread = method == "scorers" and ratio == mms.retrofit.config_of(model).ratio
             own = {} if spread else {"layer_ratio": {}}
             settings[f"{method} {ratio}"] = method, {"ratio": ratio, **own}
-    found = recall(model, trials(rows, tokenizer), settings, count=args.count)
-    for row in found:
+    record: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype,
+                              "scorers": args.scorers, "rows": []}  # fmt: skip
+    for rows in recall(model, trials(texts, tokenizer), settings, count=args.count):
+        record["rows"] = rows
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for row in record["rows"]:
         print(json.dumps(row))
-    record = {"machine": machine(), "model": args.model, "scorers": args.scorers, "rows": found}
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

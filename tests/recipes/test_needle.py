@@ -88,14 +88,14 @@ def test_only_what_dense_recalls_counts(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(needle, "keeping", keeping)
     monkeypatch.setattr(needle, "ranked_by", ranked_by)
     settings = {"good": ("window", {"mode": "good"}), "bad": ("window", {"mode": "bad"})}
-    good, bad = needle.recall(model, marked(), settings, count=6)
+    *_, (good, bad) = needle.recall(model, marked(), settings, count=6)
     assert (good["trials"], good["tried"]) == (6, 8)
     assert good["recalled"] == 1.0
     assert bad["recalled"] == 0.5
     assert bad["by_depth"] == {0.1: 0.0, 0.5: 1.0}
     model.known["dense"] = ()
     with pytest.raises(ValueError, match="model must recall a fact when it is dense, got none of"):
-        needle.recall(model, marked(), settings, most=4)
+        list(needle.recall(model, marked(), settings, most=4))
 
 
 def test_a_real_model_at_a_whole_ratio_recalls_what_it_recalls_dense() -> None:
@@ -109,7 +109,7 @@ def test_a_real_model_at_a_whole_ratio_recalls_what_it_recalls_dense() -> None:
             ahead = model(trial.ids, use_cache=False).logits[0, -trial.answer - 1 : -1].argmax(-1)
         trial.ids[0, -trial.answer :] = ahead
     settings = {"whole": ("pooled", {"ratio": 1.0})}
-    (row,) = needle.recall(model, iter([trial]), settings, count=1)
+    ((row,),) = needle.recall(model, iter([trial]), settings, count=1)
     assert row["recalled"] == 1.0
     assert config_of(model) == SPARSE
 

@@ -88,12 +88,14 @@ def test_the_shipped_config_is_one_that_the_recipe_takes(
     cli = main(
         ["fit", "--config", str(root / "recipes/tuning_smollm2.yaml"), "--data.path", npz,
          "--data.tokens", str(TOKENS), "--model.language", json.dumps(language),
+         "--model.sparse", '{"ratio": 0.3, "tile": 64, "bidirectional": [], "dense_below": 0}',
          "--model.scorers_from", "null", "--model.out", "null", "--trainer.max_steps", "1",
          "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1",
          "--trainer.logger", "false", "--trainer.accelerator", "cpu", "--data.length", "1",
          "--trainer.enable_checkpointing", "false"]
     )  # fmt: skip
     assert cli.trainer.global_step == 1
+    assert len(cli.model.scorers) == 3
 
 
 @pytest.mark.parametrize(
