@@ -18,6 +18,7 @@ from mm_sparse.kernels.reference import dense_mask
 from mm_sparse.kernels.transpose import transpose_lists
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
+from mm_sparse.pairs import count_pairs
 from mm_sparse.plan import Plan
 from mm_sparse.scorers import Scores
 
@@ -131,51 +132,18 @@ class Selection:
 
     def density(self) -> float:
         """Kept visible query-key pairs over visible pairs; 1.0 where nothing is visible."""
-        kept, seen = (x.sum().item() for x in self._pairs())
+        kept, seen = (x.sum().item() for x in count_pairs(self.index, self.count, self.plan))
         return kept / seen if seen else 1.0
 
     def density_by_modality(self) -> dict[tuple[Modality, Modality], float]:
         """The same by (query modality, key modality), for pairs that occur."""
-        kept, seen = self._pairs()
+        kept, seen = count_pairs(self.index, self.count, self.plan)
         return {
             (a, b): (kept[a, b] / seen[a, b]).item()
             for a in Modality
             for b in Modality
             if seen[a, b] > 0
         }
-
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Kept and visible query-key pairs by modality, (4, 3) float64 each, tile by tile.
-
-        The last row is of tiles of padding, which may see keys all the same.
-        """
-        plan = self.plan
-        kinds = len(Modality)
-        rows = (kinds + 1) * kinds
-        kept = torch.zeros(rows, dtype=torch.float64, device=self.index.device)
-        seen = torch.zeros_like(kept)
-        start, size = plan.units.unbind(-1)
-        end = start + size
-        offset = torch.arange(plan.tile_tokens, device=start.device)
-        slot = torch.arange(self.index.shape[-1], device=start.device)
-        key_kind = plan.unit_modality.long().clamp(min=0)
-        for t in range(plan.tiles.shape[1]):
-            token = plan.tiles[:, t, :1] + offset  # (B, tokens)
-            exists = offset < plan.tiles[:, t, 1:]
-            picked = token.clamp(max=max(plan.num_queries - 1, 0)).long()
-            low, high = plan.span.gather(1, picked[..., None].expand(-1, -1, 2)).unbind(-1)
-            low = low.masked_fill(~exists, 0)
-            high = high.masked_fill(~exists, 0)
-            common = high[..., None].minimum(end[:, None]) - low[..., None].maximum(start[:, None])
-            pairs = common.clamp(min=0).sum(1).double()  # (B, U)
-            kind = plan.tile_modality[:, t].long()
-            cell = torch.where(kind >= 0, kind, kinds)[:, None] * kinds + key_kind
-            seen.index_add_(0, cell.flatten(), pairs.flatten() * self.index.shape[1])
-            listed = slot < self.count[:, :, t, None]  # (B, K, L)
-            ids = self.index[:, :, t].masked_fill(~listed, 0).long().flatten(1)
-            chosen = pairs.gather(1, ids) * listed.flatten(1)
-            kept.index_add_(0, cell.gather(1, ids).flatten(), chosen.flatten())
-        return kept.view(-1, kinds), seen.view(-1, kinds)
 
 
 def select(
