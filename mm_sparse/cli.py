@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,21 +29,28 @@ def inspect(argv: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"bench": bench, "inspect": inspect}
 """Each gets the options behind its name; its docstring is its line of help."""
+GROUP = "mm_sparse.commands"
+
+
+def commands() -> dict[str, Callable[[Sequence[str]], None]]:
+    """`COMMANDS`, and what packages installed under the entry points of `GROUP`."""
+    return COMMANDS | {entry.name: entry.load() for entry in entry_points(group=GROUP)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    listing = "\n".join(f"  {name:8}{run.__doc__}" for name, run in COMMANDS.items())
+    known = commands()
+    listing = "\n".join(f"  {name:8}{run.__doc__}" for name, run in known.items())
     parser = argparse.ArgumentParser(
         prog="mm-sparse",
         description=f"Attention that computes only what matters.\n\ncommands:\n{listing}",
         epilog="mm-sparse COMMAND --help tells the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", choices=known, metavar="COMMAND")
     args = parser.parse_args(argv[:1])
-    COMMANDS[args.command](argv[1:])
+    known[args.command](argv[1:])
     return 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
@@ -19,6 +20,7 @@ from mm_sparse.layer import LAYER, Call, Layer, Shared
 from mm_sparse.named_scorers import NAMED, make_scorer
 from mm_sparse.scorer_files import read_scorers, write_scorers
 from mm_sparse.scorers import Scorer
+from mm_sparse.shipped import scorers_folder
 from mm_sparse.tower_layouts import Tower
 from mm_sparse.towers import TowerFound, TowerLayer, find_towers
 
@@ -194,19 +196,26 @@ def watch(
         shared.timed = before
 
 
-def save_scorers(model: nn.Module, folder: str | Path) -> None:
-    """Write the scorers of a sparsified model: safetensors, and JSON with one entry per layer."""
+def save_scorers(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the scorers of a sparsified model: safetensors, and JSON with one entry per layer.
+
+    Args:
+        dtype: of the weights in the file, theirs if None.
+    """
     state = _state(model)
-    write_scorers(state.layers, state.shared.config, Path(folder))
+    write_scorers(state.layers, state.shared.config, Path(folder), dtype)
 
 
 def load_scorers(model: M, folder: str | Path) -> M:
     """Read what `save_scorers` wrote; a model that is not sparsified is, with the stored config.
 
+    Args:
+        folder: of `save_scorers`, or the name of scorers that come with the package
+            (`mm_sparse.shipped.shipped_scorers()`).
     Raises:
         ValueError: the files are missing, or are of another model's layers.
     """
-    stored = read_scorers(Path(folder))
+    stored = read_scorers(scorers_folder(folder))
     if STATE not in vars(model):
         sparsify(model, stored.config)
     stored.install(_state(model).layers)

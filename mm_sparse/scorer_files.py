@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
@@ -21,8 +22,10 @@ WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
 _SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")
 
 
-def write_scorers(layers: dict[str, Layer], config: SparseConfig, folder: Path) -> None:
-    """Write the scorers of the layers that may run sparse."""
+def write_scorers(
+    layers: dict[str, Layer], config: SparseConfig, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write the scorers of the layers that may run sparse, their numbers in `dtype` if given."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +36,8 @@ def write_scorers(layers: dict[str, Layer], config: SparseConfig, folder: Path) 
             continue
         scorer = layer.scorer or PooledScorer()
         for key, value in scorer.state_dict().items():
-            tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
+            stored = value.to(dtype if value.is_floating_point() else None)
+            tensors[f"{name}:{key}"] = stored.detach().cpu().contiguous()
         entries[name] = {"scorer": type(scorer).__name__}
         if isinstance(scorer, RelevanceScorer):
             entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "rank")}

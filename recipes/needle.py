@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mm_sparse as mms
 from mm_sparse import SparseConfig
 from mm_sparse.recipes.compare import machine
-from mm_sparse.recipes.quality import METHODS, ranked_by
+from mm_sparse.recipes.quality import METHODS, budgets_of, ranked_by
 from mm_sparse.retrofit import keeping
 
 PLACES = (
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--scorers", help="folder of save_scorers; its config is used")
+    parser.add_argument("--scorers", help="folder of save_scorers, or the name of shipped ones")
     parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--count", type=int, default=200, help="facts that dense recalls")
@@ -170,10 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for method in args.methods:
         for ratio in args.ratios:
-            # The ratios of single layers belong to the mean that they were spread for.
-            spread = method == "scorers" and ratio == mms.retrofit.config_of(model).ratio
-            own = {} if spread else {"layer_ratio": {}}
-            settings[f"{method} {ratio}"] = method, {"ratio": ratio, **own}
+            own = budgets_of(mms.retrofit.config_of(model), method, ratio)
+            settings[f"{method} {ratio}"] = method, {"dense_below": 0} | own
     record: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype,
                               "scorers": args.scorers, "rows": []}  # fmt: skip
     for rows in recall(model, trials(texts, tokenizer), settings, count=args.count):

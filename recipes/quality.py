@@ -84,7 +84,7 @@ def ranked_by(model: nn.Module, make: Callable[[], Scorer] | None) -> Any:
 def predictions(model: Any, ids: Tensor, **changes: Any) -> Tensor:
     """(N / 2, V) log probabilities of the second half of a sequence (1, N)."""
     half = ids.shape[1] // 2
-    with keeping(model, **changes):
+    with keeping(model, **{"dense_below": 0} | changes):
         logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - half).logits
     return logits[0].float().log_softmax(-1)
 
@@ -149,6 +149,19 @@ def kept_units(values: Tensor, plan: Plan) -> Tensor:
     return kept.scatter_add_(-1, chosen.index.clamp(min=0).long(), listed.int()) > 0
 
 
+def budgets_of(config: SparseConfig, method: str, ratio: float) -> dict[str, Any]:
+    """Fields that make a config keep `ratio`, with its own budgets, scaled, for its own scorers."""
+    if method != "scorers":
+        return {"ratio": ratio, "layer_ratio": {}}
+    part = ratio / config.ratio
+
+    def scaled(own: Any) -> Any:
+        return tuple(map(scaled, own)) if isinstance(own, tuple) else min(own * part, 1.0)
+
+    own = {layer: scaled(ratios) for layer, ratios in config.layer_ratio.items()}
+    return {"ratio": ratio, "layer_ratio": own}
+
+
 def tables(
     model: nn.Module,
     sequences: dict[str, Tensor],
@@ -159,12 +172,11 @@ def tables(
     """`change_of` by kind of text, method and ratio, after every sequence of each kind.
 
     Rows hold means over the sequences so far, and the single KLs. The budgets of layers and heads
-    belong to the mean ratio that they were spread for and to the model's own scorers: at other
-    ratios, and with other methods, all layers have one ratio.
+    belong to the model's own scorers: with other methods all layers have one ratio.
     """
     rows: dict[tuple[str, str, float], list[dict[str, float]]] = {}
     densities: dict[tuple[str, str, float], float] = {}
-    own_ratio = config_of(model).ratio
+    config = config_of(model)
     for batches in zip_longest(*sequences.values()):
         for kind, row in zip(sequences, batches, strict=True):
             if row is None:
@@ -172,10 +184,9 @@ def tables(
             ids = row[None]
             dense = predictions(model, ids, backend="dense")
             for name, ratio in product(methods, ratios):
-                spread = name == "scorers" and ratio == own_ratio
-                own = {} if spread else {"layer_ratio": {}}
+                own = budgets_of(config, name, ratio) | changes
                 with ranked_by(model, METHODS[name]):
-                    sparse = predictions(model, ids, **{"ratio": ratio, **own, **changes})
+                    sparse = predictions(model, ids, **own)
                 key = kind, name, ratio
                 if key not in densities:
                     densities[key] = mms.report(model).density or 1.0

@@ -1,0 +1,89 @@
+"""Shipped scorers: they load by name, and their card can be measured again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse import shipped
+from mm_sparse.recipes import evaluate, parts, quality
+from mm_sparse.retrofit import layers
+from tests.recipes.tiny import SPARSE, TINY, TOKENS, sharpen, tiny, write_corpus
+
+SMOLLM2 = {
+    "vocab_size": 40, "hidden_size": 576, "intermediate_size": 48, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def test_every_shipped_card_names_tables_with_figures() -> None:
+    assert "smollm2-135m" in shipped.shipped_scorers()
+    for name in shipped.shipped_scorers():
+        card = shipped.read_card(name)
+        assert {"model", "data", "training", "hardware", "tables"} <= set(card)
+        for table in card["tables"].values():
+            assert table["rows"]
+        size = sum(path.stat().st_size for path in shipped.scorers_folder(name).iterdir())
+        assert size < 12e6
+
+
+def test_scorers_load_by_name_into_the_model_they_are_for() -> None:
+    model = parts.LanguagePart(options=SMOLLM2).build(0).eval()
+    mms.load_scorers(model, "smollm2-135m")
+    found = layers(model)
+    assert len(found) == 30
+    assert all(layer.scorer is not None for layer in found.values())
+    ratios = model_ratios(model)
+    assert sum(ratios) / len(ratios) == pytest.approx(0.2, abs=1e-3)
+    model(torch.randint(0, 40, (1, 64)))
+    with pytest.raises(ValueError, match="folder must hold scorers of the model.s layers"):
+        mms.load_scorers(tiny().build(0), "smollm2-135m")
+
+
+def model_ratios(model: torch.nn.Module) -> list[float]:
+    every = mms.retrofit.config_of(model).layer_ratio.values()
+    return [ratio for own in every for ratio in (own if isinstance(own, tuple) else (own,))]
+
+
+def test_an_unknown_name_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match=r"among the shipped \[.*'smollm2-135m'.*\], got 'gpt'"):
+        mms.load_scorers(tiny().build(0), "gpt")
+    with pytest.raises(ValueError, match="name must be among"):
+        shipped.read_card("gpt")
+
+
+def test_a_card_is_measured_again_beside_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny().build(0)
+    mms.sparsify(model, SPARSE, scorer="fine")
+    mms.save_scorers(model, tmp_path / "tiny", dtype=torch.float16)
+    old = {"text": "a", "method": "window", "ratio": 0.3, "kl": 7.25}
+    table = {"program": "quality", "about": "KL", "rows": [old], "options": ["--methods", "window"]}
+    card = {"model": "m", "tables": {"text": table, "other": table | {"program": "none"}}}
+    (tmp_path / "tiny" / "card.json").write_text(json.dumps(card))
+    monkeypatch.setattr(shipped, "CHECKPOINTS", tmp_path)
+
+    def build(self: parts.LanguagePart, vocabulary: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        built = original(parts.LanguagePart(options=TINY), vocabulary)
+        sharpen(built)
+        return built
+
+    original = parts.LanguagePart.build
+    monkeypatch.setattr(parts.LanguagePart, "build", build)
+    out = tmp_path / "out.json"
+    options = ["--corpus", write_corpus(tmp_path), "--tokens", str(TOKENS), "--ratios", "0.3"]
+    evaluate.main(["tiny", "--only", "text", "--out", str(out), *options])
+    record = json.loads(out.read_text())
+    assert set(record) == {"text"}
+    (row,) = record["text"]["rows"]
+    assert row["kl"] > 0
+    assert f"{row['kl']:g} (7.25)" in capsys.readouterr().out
+    assert list(tmp_path.glob("out*")) == [out]
+    with pytest.raises(SystemExit):
+        evaluate.main(["tiny", "--only", "speed", "--out", str(out)])
+    assert "must name tables of" in capsys.readouterr().err
+    assert quality.METHODS["scorers"] is None
