@@ -47,6 +47,9 @@ class SparseConfig:
     """Tokens next to a query, always kept: before it, or half on either side if it sees both."""
     modality_floor: float | Mapping[Modality, float] = 0.0
     """Least share of the budget for every modality in view, one number or one per modality."""
+    sampled: float = 0.0
+    """Share of the budget, in [0, 1), that goes to an even sample of the units that are not among
+    the best. It stands for all of them: their keys count as often as there are others for each."""
     subpools: int = 4
     """Query descriptors of a tile."""
     reduce: str = "mean"
@@ -74,6 +77,12 @@ class SparseConfig:
         _count("sinks", self.sinks)
         _count("window", self.window)
         _count("subpools", self.subpools, least=1)
+        _between("sampled", self.sampled, zero=True)
+        if self.sampled == 1 or (self.sampled and self.mass is not None):
+            raise ValueError(
+                "sampled must leave a share of the budget to the best, and be 0 with mass, "
+                f"got {self.sampled} with mass={self.mass}"
+            )
         if self.dense_below is not None:
             _count("dense_below", self.dense_below)
         for name in ("causal", "grid_order"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mm_sparse.attention import attend
+from mm_sparse.calls import Call
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_length
 from mm_sparse.found import Found
@@ -23,7 +24,6 @@ from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import MaskMemo, Placed
-from mm_sparse.plan import Plan
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs
@@ -36,52 +36,6 @@ KEPT_ENTRIES = 1 << 18
 _POOLED = PooledScorer()
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What a layer was given and what it made of it, as `retrofit.watch` hands it out.
-
-    Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if
-    `layout.order` is set. `grid_order.restore(call.q, call.layout, call.first)` is as the model
-    has them.
-    """
-
-    name: str
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    scores: Scores | None
-    """None if the layer ran dense; `scores.plan.layout` is the layout."""
-    selection: Selection | None
-    reason: str
-    """Why it ran dense, or empty."""
-    seconds: float | None
-    """Only while timing."""
-    config: SparseConfig | None = None
-    """The layer's own; None where the call has no layout."""
-    layout: TokenLayout | None = None
-    """Of the keys, also of a layer that runs dense because `backend` says so."""
-    first: int = 0
-    """Place of the first query among the keys."""
-
-    def plan(self) -> Plan:
-        """Tiles and units of the call.
-
-        Raises:
-            ValueError: the call has no layout.
-        """
-        if self.layout is None or self.config is None:
-            raise ValueError(f"{self.name} has no layout: {self.reason or 'it was not placed'}")
-        return self.layout.plan(
-            self.config,
-            num_query_heads=self.q.shape[1],
-            num_kv_heads=self.k.shape[1],
-            num_queries=self.q.shape[2],
-            query_offset=self.first,
-        )
-
-
 @dataclass
 class Shared:
     """What the layers of a sparsified model have in common."""
@@ -89,6 +43,8 @@ class Shared:
     config: SparseConfig
     strict: bool
     watchers: list[Callable[[Call], None]] = field(default_factory=list)
+    instead: Callable[[Call], Tensor] | None = None
+    """Computes the attention of a sparse layer in place of score, select, attend."""
     timed: bool = False
     plain: dict[Any, Placed] = field(default_factory=dict)
     """Layouts of calls without a mask."""
@@ -221,8 +177,13 @@ class Layer(ABC):
 
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float
-    ) -> tuple[Tensor, Scores, Selection]:
-        config, layout, _ = self._where(placed)
+    ) -> tuple[Tensor, Scores | None, Selection | None]:
+        config, layout, first = self._where(placed)
+        if self.shared.instead is not None:
+            none = (None, None, "", None)
+            call = Call(self.name, self.module, q, k, v, scale, *none, config, layout, first)
+            out = self.shared.instead(call).transpose(1, 2)
+            return restore(out, layout, first, dim=1).contiguous(), None, None
         scorer = self.scorer or _POOLED
         weight = next(scorer.parameters(), None)
         if weight is not None and weight.device != q.device:

@@ -5,7 +5,7 @@ B batch, N query tokens, M key tokens, T tiles, U units, P pieces (tiles or unit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.modality import Modality
+from mm_sparse.pieces import fill_documents, piece_edges, run_edges
 
 if TYPE_CHECKING:
     from mm_sparse.layout import TokenLayout
@@ -89,6 +90,19 @@ class Plan:
         if config.tokens is not None:
             return seen.clamp(max=config.tokens)
         return (seen * config.ratio).round().long().clamp(min=1).minimum(seen)
+
+    @cached_property
+    def best(self) -> Plan:
+        """The same pieces with what is left of the budget for the best units (`sampled`)."""
+        config = self.config
+        if not config.sampled:
+            return self
+        share = 1 - config.sampled
+        tokens = None if config.tokens is None else max(round(config.tokens * share), 1)
+        config = replace(config, ratio=config.ratio * share, tokens=tokens, sampled=0.0)
+        best = replace(self, config=config)
+        vars(best).update(visible=self.visible, always=self.always)
+        return best
 
     @cached_property
     def max_kept(self) -> int:
@@ -197,35 +211,6 @@ def build_plan(
         regular=_is_regular(units, config.unit, layout.length),
         regular_tiles=_is_regular(tiles, tile_tokens, num_queries),
     )
-
-
-def piece_edges(label: Tensor) -> tuple[Tensor, Tensor]:
-    """First token and end of the run of equal labels that each token is in: two (B, M) int32."""
-    batch, length = label.shape
-    position = torch.arange(length, device=label.device, dtype=torch.int32).expand(batch, -1)
-    change = torch.ones_like(label, dtype=torch.bool)
-    change[:, 1:] = label[:, 1:] != label[:, :-1]
-    return run_edges(change, position)
-
-
-def run_edges(change: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, from where runs begin."""
-    length = change.shape[1]
-    if not length:
-        return position, position
-    start = torch.where(change, position, 0).cummax(1).values
-    following = torch.full_like(position, length)
-    following[:, :-1] = torch.where(change[:, 1:], position[:, 1:], length)
-    return start, following.flip(1).cummin(1).values.flip(1)
-
-
-def fill_documents(document: Tensor) -> Tensor:
-    """Give padding the number of the document before it, so that holes do not part a document."""
-    if not document.shape[1]:
-        return document
-    position = torch.arange(document.shape[1], device=document.device).expand_as(document)
-    last = torch.where(document >= 0, position, -1).cummax(1).values
-    return torch.where(last >= 0, document.gather(1, last.clamp(min=0)), -1)
 
 
 def _cut(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:

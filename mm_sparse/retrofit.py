@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from mm_sparse.calls import Call
 from mm_sparse.config import SparseConfig
 from mm_sparse.found import Found
 from mm_sparse.hf import NAME, HFLayer, register
 from mm_sparse.hf_layers import HFFound, dispatches, find_layers
 from mm_sparse.hf_modality import ModalityTracker
-from mm_sparse.layer import LAYER, Call, Layer, Shared
+from mm_sparse.layer import LAYER, Layer, Shared
 from mm_sparse.named_scorers import NAMED, make_scorer
 from mm_sparse.scorer_files import read_scorers, write_scorers
 from mm_sparse.scorers import Scorer

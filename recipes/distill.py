@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality, unit_mass
-from mm_sparse.layer import Call
+from mm_sparse.calls import Call
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.corpus import CorpusData
 from mm_sparse.recipes.lessons import divergence, dropped_mass

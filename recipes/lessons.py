@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse import unit_mass
-from mm_sparse.layer import Call
+from mm_sparse.calls import Call
 from mm_sparse.plan import Plan
 from mm_sparse.retrofit import layers, watch
 from mm_sparse.scorers import Scorer, Scores

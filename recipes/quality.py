@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
 from mm_sparse import PooledScorer, Scorer, SparseConfig, select, unit_mass
-from mm_sparse.layer import Call
+from mm_sparse.calls import Call
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.compare import machine
 from mm_sparse.recipes.lessons import divergence

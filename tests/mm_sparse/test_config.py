@@ -95,6 +95,9 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
             ValueError,
             "modality_floor must add up to at most 1 over modalities",
         ),
+        ("sampled", -0.1, ValueError, "sampled must be in [0, 1], got -0.1"),
+        ("sampled", 1.0, ValueError, "sampled must leave a share of the budget to the best"),
+        ("sampled", "half", TypeError, "sampled must be a number, got 'half'"),
         ("subpools", 0, ValueError, "subpools must be at least 1, got 0"),
         ("subpools", 2.0, TypeError, "subpools must be an int, got 2.0"),
         ("reduce", "sum", ValueError, "reduce must be one of ('mean', 'max'), got 'sum'"),
@@ -117,6 +120,12 @@ def test_a_bad_field_is_refused_by_name(
 ) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         SparseConfig(**{field: value})
+
+
+def test_a_sample_needs_a_fixed_budget() -> None:
+    with pytest.raises(ValueError, match=re.escape("and be 0 with mass, got 0.5 with mass=0.9")):
+        SparseConfig(mass=0.9, sampled=0.5)
+    assert SparseConfig.from_json(SparseConfig(sampled=0.5).to_json()).sampled == 0.5
 
 
 def test_one_floor_holds_for_every_modality() -> None:
