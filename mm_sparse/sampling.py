@@ -54,8 +54,10 @@ def draw(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Samp
     size = plan.units[:, None, None, :, 1]
     others = plan.visible[:, None] & ~best
     left = plan.budget[:, None] - (best * size).sum(-1)
-    have = others.sum(-1)
+    have, keys = others.sum(-1), (others * size).sum(-1)
     take = ((left + plan.unit // 2) // plan.unit).clamp(min=0).minimum(have)
+    # Short units must not leave anything out where the budget holds all.
+    take = torch.where(left < keys, take, have)
     tile = torch.arange(ids.shape[2], device=ids.device)
     head = torch.arange(ids.shape[1], device=ids.device)[:, None]
     start = (tile * STEP_TILE + head * STEP_HEAD) % TURN * have // TURN
@@ -65,7 +67,7 @@ def draw(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Samp
     chosen = others & steps
     width = max(plan.max_kept, 1)
     drawn, drawn_count = _listed(chosen, width)
-    keys, taken = (others * size).sum(-1), (chosen * size).sum(-1)
+    taken = (chosen * size).sum(-1)
     weight = (keys.float() / taken.clamp(min=1)).clamp(min=1).log()
     whole = _listed(best | chosen, min(width + index.shape[-1], num_units))
     return *whole, Sample(index, count, drawn, drawn_count, weight)
