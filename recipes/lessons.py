@@ -56,19 +56,31 @@ def divergence(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = Fal
 def dropped_mass(values: Tensor, mass: Tensor, plan: Plan, temperature: float) -> Tensor:
     """Share of attention that a soft choice of the best units drops, mean over heads and tiles.
 
-    A unit is kept by the sigmoid of its distance to the score of the last unit that the budget
-    holds, over `temperature`. That threshold moves with the scores such that the number of kept
-    units stays: what counts is who is above it (as in differentiable top-k operators).
-
     Args:
         values, mass: (..., B, K, T, U), as for `divergence`.
-        temperature: in units of the scores, which are logarithms of shares.
+        temperature: of `soft_choice`.
     """
     open_units = (plan.visible & ~plan.always)[:, None]
     mass = mass.detach().float() * open_units
+    choice = open_units[:, 0].sum(-1) > 1
+    kept = soft_choice(values, plan, temperature)
+    return ((mass * (1 - kept)).sum(-1) * choice[:, None]).mean()
+
+
+def soft_choice(values: Tensor, plan: Plan, temperature: float) -> Tensor:
+    """How much of each open unit is kept, (..., B, K, T, U) in [0, 1].
+
+    A unit is kept by the sigmoid of its distance to the score of the last unit that the budget of
+    the best holds, over `temperature`. That threshold moves with the scores such that the number of
+    kept units stays: what counts is who is above it (as in differentiable top-k operators).
+
+    Args:
+        temperature: in units of the scores, which are logarithms of shares.
+    """
+    open_units = (plan.visible & ~plan.always)[:, None]
     values = values.float().masked_fill(~open_units, -1e9)
     always = (plan.always * plan.units[:, None, :, 1]).sum(-1)
-    left = (plan.budget - always).clamp(min=0) // plan.unit  # (B, T) units
+    left = (plan.best.budget - always).clamp(min=0) // plan.unit  # (B, T) units
     most = open_units[:, 0].sum(-1) - 1
     left = left.minimum(most).clamp(min=1)[:, None, :, None].expand(*values.shape[:-1], 1)
     with torch.no_grad():
@@ -79,9 +91,7 @@ def dropped_mass(values: Tensor, mass: Tensor, plan: Plan, temperature: float) -
         slope = kept * (1 - kept)
         slope = slope / slope.sum(-1, keepdim=True).clamp(min=TINY)
     drift = (slope * values).sum(-1, keepdim=True)
-    kept = torch.sigmoid((values - threshold - (drift - drift.detach())) / temperature)
-    choice = (most > 0)[:, None]
-    return ((mass * (1 - kept)).sum(-1) * choice).mean()
+    return torch.sigmoid((values - threshold - (drift - drift.detach())) / temperature)
 
 
 @dataclass

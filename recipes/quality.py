@@ -102,9 +102,12 @@ def logit_change(model: nn.Module, ids: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def layer_figures(model: nn.Module, ids: Tensor) -> dict[str, dict[str, float]]:
+def layer_figures(
+    model: nn.Module, ids: Any, run: Callable[[Any], Any] | None = None
+) -> dict[str, dict[str, float]]:
     """By layer of a dense run: divergence, kept mass of what is open, overlap with the perfect.
 
+    `run` is a forward pass on `ids`, that of a language model if None.
     Kept mass and overlap also by pair of modalities, query first, where more than one is there.
     """
     served = layers(model)
@@ -135,7 +138,10 @@ def layer_figures(model: nn.Module, ids: Tensor) -> dict[str, dict[str, float]]:
         found[call.name] = figures
 
     with keeping(model, backend="dense"), watch(model, measure):
-        model.base_model(ids, use_cache=False)  # type: ignore[operator]
+        if run is not None:
+            run(ids)
+        else:
+            model.base_model(ids, use_cache=False)  # type: ignore[operator]
     return found
 
 
