@@ -188,10 +188,10 @@ class Distiller(L.LightningModule):
         """Log `quality.layer_figures`, the mean over layers and each."""
         for name in next(iter(found.values())):
             mean = sum(figures[name] for figures in found.values()) / len(found)
-            self.log(f"validation/{name}", mean, sync_dist=True)
+            self.log(f"validation/{name}", mean, sync_dist=True, add_dataloader_idx=False)
         for i, figures in enumerate(found.values()):
             own = {f"layers/{i:02d}/{name}": value for name, value in figures.items()}
-            self.log_dict(own, sync_dist=True)
+            self.log_dict(own, sync_dist=True, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
