@@ -57,10 +57,10 @@ class SparseConfig:
     the largest ("max"), so that one query with a sharp need is heard among many without."""
     dense_below: int | None = None
     """Run dense if fewer tokens are visible; None takes the measured length for the device."""
-    dense_layers: tuple[int, ...] = ()
-    """Indices of layers that stay dense."""
-    layer_ratio: Mapping[int, float] = field(default_factory=dict)
-    """Ratio of single layers of a decoder, by index; the others keep `ratio`."""
+    dense_layers: tuple[int | str, ...] = ()
+    """Layers that stay dense: of a decoder by index, of any model by the name in `report`."""
+    layer_ratio: Mapping[int | str, float] = field(default_factory=dict)
+    """Ratio of single layers, by index or name; the others keep `ratio`."""
     backend: str = "auto"
     """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
 
@@ -88,9 +88,10 @@ class SparseConfig:
         for name in ("causal", "grid_order"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        layers = _sequence("dense_layers", self.dense_layers, "ints")
+        layers = _sequence("dense_layers", self.dense_layers, "ints or names")
         for layer in layers:
-            _count("dense_layers", layer)
+            if not isinstance(layer, str) or layer.isdecimal():
+                _count("dense_layers", layer)
         object.__setattr__(self, "dense_layers", layers)
         kinds = _sequence("bidirectional", self.bidirectional, "modalities")
         object.__setattr__(
@@ -122,12 +123,19 @@ class SparseConfig:
             _between("modality_floor", share, zero=True)
         return {m: float(share) for m, share in floors.items() if share}
 
-    def of_layer(self, index: int | None) -> SparseConfig:
+    def of_layer(self, index: int | None, name: str = "") -> SparseConfig:
         """The config of one layer: its own ratio is the ratio."""
         if not self.layer_ratio:
             return self
-        own = self.ratio if index is None else self.layer_ratio.get(index, self.ratio)
+        own = self.layer_ratio.get(name, self.ratio)
+        if index is not None:
+            own = self.layer_ratio.get(index, own)
         return replace(self, ratio=own, layer_ratio={})
+
+    @property
+    def named_layers(self) -> frozenset[str]:
+        """Layers that `dense_layers` and `layer_ratio` name."""
+        return frozenset(x for x in (*self.dense_layers, *self.layer_ratio) if isinstance(x, str))
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives an equal config back."""
@@ -150,14 +158,15 @@ class SparseConfig:
         return cls(**record)
 
 
-def _ratios(value: Any) -> dict[int, float]:
+def _ratios(value: Any) -> dict[int | str, float]:
     if not isinstance(value, Mapping):
         raise TypeError(f"layer_ratio must map layers to ratios, got {value!r}")
-    found: dict[int, float] = {}
+    found: dict[int | str, float] = {}
     for key, ratio in value.items():
         # JSON has no other keys than strings.
         layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
-        _count("layer_ratio", layer)
+        if not isinstance(layer, str):
+            _count("layer_ratio", layer)
         _between("layer_ratio", ratio)
         found[layer] = float(ratio)
     return found

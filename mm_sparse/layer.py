@@ -101,7 +101,7 @@ class Layer(ABC):
             return "refused", self.refusal
         if self.cross:
             return "dense", "cross-attention"
-        if self.index is not None and self.index in self.shared.config.dense_layers:
+        if not {self.index, self.name}.isdisjoint(self.shared.config.dense_layers):
             return "dense", "in dense_layers"
         if self.shared.config.backend == "dense":
             return "dense", 'backend is "dense"'
@@ -202,7 +202,7 @@ class Layer(ABC):
 
     def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
         """The layer's config, the layout and the place of the first query."""
-        config = self.shared.config.of_layer(self.index)
+        config = self.shared.config.of_layer(self.index, self.name)
         if placed.prefix > config.sinks:
             config = replace(config, sinks=placed.prefix)
         return config, placed.layout, placed.first

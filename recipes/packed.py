@@ -8,7 +8,7 @@ B inputs
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ MEL_LOW, MEL_STEP = -1.0, 4 / 255
 
 
 def write_packed(
-    path: str | Path, items: dict[str, Sequence[Any]], names: dict[str, Sequence[str]]
+    path: str | Path, items: Mapping[str, Sequence[Any]], names: Mapping[str, Sequence[str]]
 ) -> None:
     """Write items by split and kind ("train/photos"): bytes of picture files, or (80, F) features.
 

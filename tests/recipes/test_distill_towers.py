@@ -20,10 +20,12 @@ import mm_sparse as mms
 from mm_sparse import SparseConfig, TokenLayout
 from mm_sparse.attending import attending
 from mm_sparse.recipes import soft_attention
+from mm_sparse.recipes.budgets import spread
 from mm_sparse.recipes.distill_towers import DistillTower, TowerGoal, TowerPart, main
 from mm_sparse.recipes.lessons import dropped_mass
 from mm_sparse.recipes.packed import Packed, PackedData, write_packed
 from mm_sparse.recipes.parts import OptimizerPart, VisionPart
+from mm_sparse.recipes.tower_budgets import tower_costs
 from mm_sparse.retrofit import layers
 
 SPARSE = SparseConfig(
@@ -158,8 +160,7 @@ def test_a_few_steps_lower_the_loss(target: str, npz: str) -> None:
     found = []
     for _ in range(15):
         # What counts is the choice: a soft one may keep more than the budget holds.
-        with torch.no_grad():
-            found.append(loss(1e-3).item())
+        found.append(loss(1e-3).item())
         step.zero_grad()
         loss(0.2).backward()
         step.step()
@@ -234,6 +235,27 @@ def test_the_shipped_configs_are_ones_that_the_recipe_takes(
          "--trainer.enable_progress_bar", "false"]
     )  # fmt: skip
     assert cli.trainer.global_step == 1
+
+
+def test_density_goes_to_the_layer_that_loses(npz: str) -> None:
+    model, pictures = make().model, batch(npz)
+    first, second = layers(model)
+    levels = (0.1, 0.5, 1.0)
+    costs = tower_costs(model, [pictures], levels)
+    assert list(costs) == [first, second]
+    assert all(own[0] > own[1] > 0 and own[2] == 0 for own in costs.values())
+    ratios = spread(costs, 0.5, levels)
+    assert sum(ratios.values()) == pytest.approx(1.0)
+    with mms.retrofit.keeping(model, layer_ratio={first: 1.0}, dense_layers=(second,)):
+        whole = model(pictures)[0]
+        assert [row.mode for row in mms.report(model).rows] == ["sparse", "dense"]
+    torch.testing.assert_close(whole, mms.densify(model)(pictures)[0], rtol=1e-3, atol=1e-3)
+    config = dataclasses.replace(SPARSE, layer_ratio={first: 0.4, 1: 0.2}, dense_layers=(second,))
+    assert SparseConfig.from_json(config.to_json()) == config
+    mms.sparsify(model, config)
+    wrong = dataclasses.replace(config, dense_layers=("blocks",))
+    with pytest.raises(ValueError, match=r"config must name layers of TimmVision.*got 'blocks'"):
+        mms.sparsify(model, wrong)
 
 
 def test_packed_inputs_come_back(npz: str, tmp_path: Path) -> None:
