@@ -201,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sampled", type=float, help="share of the budget, else the config's")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -213,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.methods = [name for name in args.methods if name != "scorers"]
     data = CorpusData(args.corpus, args.tokens).kinds(args.split)
     data = {kind: rows[: args.count].to(device) for kind, rows in data.items()}
-    rows = table(model, data, args.methods, args.ratios)
+    with keeping(model, **({} if args.sampled is None else {"sampled": args.sampled})):
+        rows = table(model, data, args.methods, args.ratios)
     for row in rows:
         print(json.dumps(row))
     record = {"machine": machine(), "model": args.model, "scorers": args.scorers, "rows": rows}

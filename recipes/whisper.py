@@ -95,7 +95,7 @@ def load_encoder(weights: str | None = None) -> Any:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     # The sizes of tiny.en are what a WhisperConfig starts from, but for those of the layers.
-    shape = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6}
+    shape: dict[str, Any] = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6}
     encoder = WhisperEncoder(WhisperConfig(**shape, encoder_ffn_dim=4 * 384)).eval()
     encoder.load_state_dict(load_file(weights))
     return encoder

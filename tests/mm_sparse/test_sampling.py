@@ -8,6 +8,7 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Modality, Selection, SparseConfig, TokenLayout
+from mm_sparse.kernels.ops import interpreted
 from tests.mm_sparse.layouts import BATCHES, GROUPS, IDS, random_qk
 from tests.mm_sparse.selections import random_scores
 
@@ -77,6 +78,46 @@ def test_low_precision_stays_near(dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     bound = 2e-5 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
     assert (out.double() - want).abs().max() < bound * v.abs().max()
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", ["mixed", "packed"])
+def test_kernels_give_what_the_gathers_give(name: str) -> None:
+    found = []
+    for backend in ("torch", "triton"):
+        selection = chosen(name, dataclasses.replace(CONFIG, backend=backend), 2, 2)
+        torch.manual_seed(0)
+        shape = (selection.plan.layout.batch, 4, selection.plan.layout.length, 16)
+        q, k, v = (torch.randn(shape)[:, :h].clone().requires_grad_() for h in (4, 2, 2))
+        out = mms.attend(q, k, v, selection)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), out.detach().cos())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_what_a_cpu_gives(dtype: torch.dtype) -> None:
+    config = dataclasses.replace(CONFIG, ratio=0.2, causal=False)
+    selection = long(config, kv_heads=2)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 1640, 64) for _ in range(3)]
+    layout = selection.plan.layout.to("cuda")
+    scores = mms.Scores(
+        random_scores(selection.plan.layout, config, 2).values.cuda(),
+        layout.plan(config, num_query_heads=2, num_kv_heads=2),
+    )
+    chosen_there = mms.select(scores, layout, config)
+    assert torch.equal(chosen_there.to_dense_mask().cpu(), selection.to_dense_mask())
+    results = []
+    for own, device in ((selection, "cpu"), (chosen_there, "cuda")):
+        q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs)
+        out = mms.attend(q, k, v, own)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), out.detach().cos())))
+    bound = 5e-3 if dtype == torch.float32 else 4e-2
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.float(), b.float().cpu(), rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
