@@ -18,6 +18,7 @@ from mm_sparse.kernels.ops import attend_op, supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import Placed
+from mm_sparse.sampling import attend_sampled
 from mm_sparse.scorers import PooledScorer, Scorer
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs, check_heads, check_qkv
@@ -30,6 +31,7 @@ def attend(
 ) -> Tensor:
     """Softmax attention under `selection.to_dense_mask()`, without ever building it.
 
+    Where the selection has a sample (`SparseConfig.sampled`), its keys count several times.
     Differentiable in q, k and v; sums run in a fixed order, so results repeat bit for bit.
     Under autocast the inputs are cast to its dtype.
 
@@ -66,6 +68,9 @@ def attend(
     if q.numel() == 0 or k.numel() == 0:
         return (q * 0).sum(-1, keepdim=True).expand_as(q) + 0 * v.sum()
     q, k, v = (last_contiguous(x) for x in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if selection.sample is not None:
+        return attend_sampled(q, k, v, selection.sample, plan, scale)
     out, _ = attend_op(
         q,
         k,
@@ -75,7 +80,7 @@ def attend(
         plan.span,
         selection.index,
         selection.count,
-        1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        scale,
         plan.tile_tokens,
         plan.unit,
         plan.regular,

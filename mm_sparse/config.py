@@ -48,6 +48,9 @@ class SparseConfig:
     """Tokens next to a query, always kept: before it, or half on either side if it sees both."""
     modality_floor: float | Mapping[Modality, float] = 0.0
     """Least share of the budget for every modality in view, one number or one per modality."""
+    sampled: float = 0.0
+    """Share of the budget, in [0, 1), that goes to an even sample of the units that are not among
+    the best. It stands for all of them: their keys count as often as there are others for each."""
     subpools: int = 4
     """Query descriptors of a tile."""
     reduce: str = "mean"
@@ -55,10 +58,10 @@ class SparseConfig:
     the largest ("max"), so that one query with a sharp need is heard among many without."""
     dense_below: int | None = None
     """Run dense if fewer tokens are visible; None takes the measured length for the device."""
-    dense_layers: tuple[int, ...] = ()
-    """Indices of layers that stay dense."""
-    layer_ratio: Mapping[int, float | tuple[float, ...]] = field(default_factory=dict)
-    """Ratio of single layers of a decoder, by index, or ratios of their KV heads; the others keep
+    dense_layers: tuple[int | str, ...] = ()
+    """Layers that stay dense: of a decoder by index, of any model by the name in `report`."""
+    layer_ratio: Mapping[int | str, float | tuple[float, ...]] = field(default_factory=dict)
+    """Ratio of single layers, by index or name, or ratios of their KV heads; the others keep
     `ratio`."""
     head_ratio: tuple[float, ...] = ()
     """Ratios of the KV heads instead of `ratio`, one for each, where given."""
@@ -78,14 +81,21 @@ class SparseConfig:
         _count("sinks", self.sinks)
         _count("window", self.window)
         _count("subpools", self.subpools, least=1)
+        _between("sampled", self.sampled, zero=True)
+        if self.sampled == 1 or (self.sampled and self.mass is not None):
+            raise ValueError(
+                "sampled must leave a share of the budget to the best, and be 0 with mass, "
+                f"got {self.sampled} with mass={self.mass}"
+            )
         if self.dense_below is not None:
             _count("dense_below", self.dense_below)
         for name in ("causal", "grid_order"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        layers = _sequence("dense_layers", self.dense_layers, "ints")
+        layers = _sequence("dense_layers", self.dense_layers, "ints or names")
         for layer in layers:
-            _count("dense_layers", layer)
+            if not isinstance(layer, str) or layer.isdecimal():
+                _count("dense_layers", layer)
         object.__setattr__(self, "dense_layers", layers)
         kinds = _sequence("bidirectional", self.bidirectional, "modalities")
         object.__setattr__(
@@ -118,16 +128,22 @@ class SparseConfig:
             _between("modality_floor", share, zero=True)
         return {m: float(share) for m, share in floors.items() if share}
 
-    def of_layer(self, index: int | None) -> SparseConfig:
+    def of_layer(self, index: int | None, name: str = "") -> SparseConfig:
         """The config of one layer: its own ratio is the ratio, or the mean of its heads'."""
         if not self.layer_ratio:
             return self
         own = None if index is None else self.layer_ratio.get(index)
+        own = self.layer_ratio.get(name) if own is None else own
         if own is None:
             return replace(self, layer_ratio={})
         if isinstance(own, tuple):
             return replace(self, ratio=fmean(own), head_ratio=own, layer_ratio={})
         return replace(self, ratio=own, head_ratio=(), layer_ratio={})
+
+    @property
+    def named_layers(self) -> frozenset[str]:
+        """Layers that `dense_layers` and `layer_ratio` name."""
+        return frozenset(x for x in (*self.dense_layers, *self.layer_ratio) if isinstance(x, str))
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives an equal config back."""
@@ -157,14 +173,15 @@ def _heads(name: str, value: Any) -> tuple[float, ...]:
     return tuple(float(ratio) for ratio in ratios)
 
 
-def _ratios(value: Any) -> dict[int, float | tuple[float, ...]]:
+def _ratios(value: Any) -> dict[int | str, float | tuple[float, ...]]:
     if not isinstance(value, Mapping):
         raise TypeError(f"layer_ratio must map layers to ratios, got {value!r}")
-    found: dict[int, float | tuple[float, ...]] = {}
+    found: dict[int | str, float | tuple[float, ...]] = {}
     for key, ratio in value.items():
         # JSON has no other keys than strings.
         layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
-        _count("layer_ratio", layer)
+        if not isinstance(layer, str):
+            _count("layer_ratio", layer)
         if isinstance(ratio, Iterable) and not isinstance(ratio, str):
             heads = _heads("layer_ratio", ratio)
             if not heads:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mm_sparse.attention import attend
+from mm_sparse.calls import Call
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_length
 from mm_sparse.found import Found
@@ -23,7 +24,6 @@ from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import MaskMemo, Placed
-from mm_sparse.plan import Plan
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs
@@ -36,52 +36,6 @@ KEPT_ENTRIES = 1 << 18
 _POOLED = PooledScorer()
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What a layer was given and what it made of it, as `retrofit.watch` hands it out.
-
-    Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if
-    `layout.order` is set. `grid_order.restore(call.q, call.layout, call.first)` is as the model
-    has them.
-    """
-
-    name: str
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    scores: Scores | None
-    """None if the layer ran dense; `scores.plan.layout` is the layout."""
-    selection: Selection | None
-    reason: str
-    """Why it ran dense, or empty."""
-    seconds: float | None
-    """Only while timing."""
-    config: SparseConfig | None = None
-    """The layer's own; None where the call has no layout."""
-    layout: TokenLayout | None = None
-    """Of the keys, also of a layer that runs dense because `backend` says so."""
-    first: int = 0
-    """Place of the first query among the keys."""
-
-    def plan(self) -> Plan:
-        """Tiles and units of the call.
-
-        Raises:
-            ValueError: the call has no layout.
-        """
-        if self.layout is None or self.config is None:
-            raise ValueError(f"{self.name} has no layout: {self.reason or 'it was not placed'}")
-        return self.layout.plan(
-            self.config,
-            num_query_heads=self.q.shape[1],
-            num_kv_heads=self.k.shape[1],
-            num_queries=self.q.shape[2],
-            query_offset=self.first,
-        )
-
-
 @dataclass
 class Shared:
     """What the layers of a sparsified model have in common."""
@@ -89,21 +43,23 @@ class Shared:
     config: SparseConfig
     strict: bool
     watchers: list[Callable[[Call], None]] = field(default_factory=list)
+    instead: Callable[[Call], Tensor] | None = None
+    """Computes the attention of a sparse layer in place of score, select, attend."""
     timed: bool = False
     plain: dict[Any, Placed] = field(default_factory=dict)
     """Layouts of calls without a mask."""
     own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
-    """By index of a layer and prefix: `config` as it was, and the layer's own."""
+    """By name of a layer and prefix: `config` as it was, and the layer's own."""
     masked: MaskMemo = field(default_factory=MaskMemo)
 
-    def config_of(self, index: int | None, prefix: int) -> SparseConfig:
+    def config_of(self, index: int | None, name: str, prefix: int) -> SparseConfig:
         """The config of a layer whose first `prefix` tokens are always kept; checked once."""
-        config, made = self.own.get((index, prefix), (None, None))
+        config, made = self.own.get((name, prefix), (None, None))
         if made is None or config is not self.config:
-            made = self.config.of_layer(index)
+            made = self.config.of_layer(index, name)
             if prefix > made.sinks:
                 made = replace(made, sinks=prefix)
-            self.own[index, prefix] = self.config, made
+            self.own[name, prefix] = self.config, made
         return made
 
 
@@ -157,7 +113,7 @@ class Layer(ABC):
             return "refused", self.refusal
         if self.cross:
             return "dense", "cross-attention"
-        if self.index is not None and self.index in self.shared.config.dense_layers:
+        if not {self.index, self.name}.isdisjoint(self.shared.config.dense_layers):
             return "dense", "in dense_layers"
         if self.shared.config.backend == "dense":
             return "dense", 'backend is "dense"'
@@ -234,8 +190,13 @@ class Layer(ABC):
 
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float
-    ) -> tuple[Tensor, Scores, Selection]:
-        config, layout, _ = self._where(placed)
+    ) -> tuple[Tensor, Scores | None, Selection | None]:
+        config, layout, first = self._where(placed)
+        if self.shared.instead is not None:
+            none = (None, None, "", None)
+            call = Call(self.name, self.module, q, k, v, scale, *none, config, layout, first)
+            out = self.shared.instead(call).transpose(1, 2)
+            return restore(out, layout, first, dim=1).contiguous(), None, None
         scorer = self.scorer or _POOLED
         weight = next(scorer.parameters(), None)
         if weight is not None and weight.device != q.device:
@@ -254,7 +215,8 @@ class Layer(ABC):
 
     def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
         """The layer's config, the layout and the place of the first query."""
-        return self.shared.config_of(self.index, placed.prefix), placed.layout, placed.first
+        config = self.shared.config_of(self.index, self.name, placed.prefix)
+        return config, placed.layout, placed.first
 
     def _place_dense(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
@@ -279,7 +241,9 @@ class Layer(ABC):
             return f"dropout of {options['dropout']} on attention weights while training"
         if v.shape[-1] > k.shape[-1]:
             return f"values have {v.shape[-1]} dimensions, keys only {k.shape[-1]}"
-        return supports(q, k, self.shared.config.unit, self.shared.config.backend)
+        config = self.shared.config
+        # A watcher of a dense run asks what could run sparse.
+        return supports(q, k, config.unit, "auto" if config.backend == "dense" else config.backend)
 
     def _clock(self, q: Tensor) -> Any:
         if not self.shared.timed:

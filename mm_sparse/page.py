@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.calls import Call
 from mm_sparse.heatmaps import draw_heads, draw_modalities
-from mm_sparse.layer import Call
 from mm_sparse.reporting import Report, report
 from mm_sparse.retrofit import watch
 from mm_sparse.selection import Selection

@@ -5,7 +5,7 @@ B batch, N query tokens, M key tokens, T tiles, U units, P pieces (tiles or unit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -110,6 +110,22 @@ class Plan:
     def _seen(self) -> Tensor:
         """(B, T) int64: keys of visible units."""
         return (self.visible * self.units[:, None, :, 1]).sum(-1)
+
+    @cached_property
+    def best(self) -> Plan:
+        """The same pieces with what is left of the budget for the best units (`sampled`)."""
+        config = self.config
+        if not config.sampled:
+            return self
+        share = 1 - config.sampled
+        tokens = None if config.tokens is None else max(round(config.tokens * share), 1)
+        heads = tuple(ratio * share for ratio in config.head_ratio)
+        config = replace(
+            config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sampled=0.0
+        )
+        best = replace(self, config=config)
+        vars(best).update(visible=self.visible, always=self.always)
+        return best
 
     @cached_property
     def max_kept(self) -> int:

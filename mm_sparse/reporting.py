@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.layer import Call, Layer
+from mm_sparse.calls import Call
+from mm_sparse.layer import Layer
 from mm_sparse.mass import unit_mass
 from mm_sparse.modality import Modality
 from mm_sparse.retrofit import layers, watch

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.calls import Call
 from mm_sparse.config import SparseConfig
 from mm_sparse.found import Found
 from mm_sparse.hf import NAME, HFLayer, register
 from mm_sparse.hf_layers import HFFound, dispatches, find_layers
 from mm_sparse.hf_modality import ModalityTracker
-from mm_sparse.layer import LAYER, Call, Layer, Shared
+from mm_sparse.layer import LAYER, Layer, Shared
 from mm_sparse.named_scorers import NAMED, make_scorer
 from mm_sparse.scorer_files import read_scorers, write_scorers
 from mm_sparse.scorers import Scorer
@@ -253,6 +254,11 @@ def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
             f"{first.name} ({type(first.module).__name__}) cannot run sparse: {first.refusal}; "
             f"{len(refused)} of {len(found)} layers of {name} are like that, strict=False leaves "
             "them as they are"
+        )
+    unknown = sorted(config.named_layers - {f.name for f in found})
+    if unknown:
+        raise ValueError(
+            f"config must name layers of {name}, such as {found[0].name!r}, got {unknown[0]!r}"
         )
     taken = [f.name for f in found if LAYER in vars(f.module)]
     if taken:

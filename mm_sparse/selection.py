@@ -20,6 +20,7 @@ from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 from mm_sparse.pairs import count_pairs
 from mm_sparse.plan import Plan
+from mm_sparse.sampling import Sample, draw
 from mm_sparse.scorers import Scores
 
 # Units of a row that the kernel's registers hold, which floors need.
@@ -35,6 +36,8 @@ class Selection:
     count: Tensor
     """(B, K, T) int32."""
     plan: Plan
+    sample: Sample | None = None
+    """What of the lists stands for units that are not kept; None if `config.sampled` is 0."""
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -106,6 +109,8 @@ class Selection:
         """The same mask as a `BlockMask` of FlexAttention (torch.nn.attention.flex_attention)."""
         from mm_sparse.flex import block_mask
 
+        if self.sample is not None:
+            raise ValueError("to_block_mask cannot weigh keys, config.sampled must be 0")
         return block_mask(self, block_size)
 
     def transpose(self) -> tuple[Tensor, Tensor]:
@@ -158,7 +163,8 @@ def select(
     """Keep the best units of every tile within the budget of `config`.
 
     What is always kept (sinks, window) comes first, then the best units of each modality up to
-    its floor, then the best of the rest, to the nearest unit. Only visible units compete.
+    its floor, then the best of the rest, to the nearest unit. Only visible units compete. Of those
+    that lose, `config.sampled` of the budget keeps an even sample (`mm_sparse.sampling`).
 
     Args:
         scores: what a scorer returned, or (B, K, T, U) values with `num_query_heads` (K if None),
@@ -195,7 +201,11 @@ def select(
         )
     if values.device != layout.device:
         raise ValueError(f"scores must be on {layout.device} as layout is, got {values.device}")
-    return _select(values.detach(), plan)
+    best = _select(values.detach(), plan.best)
+    if plan.best is plan:
+        return best
+    index, count, sample = draw(best.index, best.count, plan)
+    return Selection(index, count, plan, sample)
 
 
 def _select(values: Tensor, plan: Plan) -> Selection:

@@ -8,7 +8,7 @@ sequences that nothing is reported on; then ratios go up where a step of density
 
 import argparse
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,50 +20,49 @@ from mm_sparse.recipes.quality import change_of, predictions
 from mm_sparse.retrofit import config_of, keeping, layers
 
 LEVELS = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
-Place = tuple[int, int | None]
-"""A layer, and a KV head of it; None for all of them."""
+Place = tuple[int | str, int | None]
+"""A layer, by its index in a decoder or else by name, and a KV head of it; None for all heads."""
 K = TypeVar("K", bound=Hashable)
 
 
 def places_of(model: nn.Module, by_head: bool) -> dict[Place, int]:
     """Layers, or heads, that budgets are spread over, and how many KV heads their layer has."""
     found: dict[Place, int] = {}
-    for layer in layers(model).values():
-        if layer.index is None or layer.known_mode()[0] != "sparse":
-            continue
-        heads = scorer_shape(layer.module)[1]
-        for head in range(heads) if by_head else [None]:
-            found[layer.index, head] = heads
+    for name, layer in layers(model).items():
+        if layer.known_mode()[0] == "sparse":
+            heads = scorer_shape(layer.module)[1]
+            for head in range(heads) if by_head else [None]:
+                found[name if layer.index is None else layer.index, head] = heads
     if not found:
-        raise ValueError("model must have sparse layers of a decoder, which have an index")
-    return dict(sorted(found.items()))
+        raise ValueError("model must have layers that may run sparse, got none")
+    return found
 
 
 def costs_of(
     model: nn.Module,
-    sequences: Sequence[Tensor],
+    cases: Sequence[tuple[Any, Any]],
+    measure: Callable[..., float],
     levels: Sequence[float] = LEVELS,
     *,
     by_head: bool = False,
 ) -> dict[Place, list[float]]:
-    """KL to dense of a model in which one layer, or KV head, drops keys, by place and ratio.
+    """Mean cost of a model in which one layer, or KV head, drops keys, by place and ratio.
 
     What a layer costs that keeps everything is rounding, and is taken off.
 
     Args:
-        sequences: each (1, N) ids.
+        cases: inputs and what the dense model gives for them.
+        measure: cost of a case under changes of the config.
         levels: ascending ratios; at 1.0 nothing is lost.
     """
     places = places_of(model, by_head)
-    every = {layer for layer, _ in places}
+    every = dict.fromkeys(layer for layer, _ in places)
     costs = {place: [0.0] * len(levels) for place in places}
-    for ids in sequences:
-        dense = predictions(model, ids, backend="dense")
+    for case in cases:
 
-        def cost(layer: int, ratio: Any, dense: Tensor = dense, ids: Tensor = ids) -> float:
-            others = tuple(every - {layer})
-            sparse = predictions(model, ids, dense_layers=others, layer_ratio={layer: ratio})
-            return change_of(dense, sparse, ids)["kl"]
+        def cost(layer: int | str, ratio: Any, case: tuple[Any, Any] = case) -> float:
+            others = tuple(other for other in every if other != layer)
+            return measure(*case, dense_layers=others, layer_ratio={layer: ratio})
 
         rounding = {layer: cost(layer, 1.0) for layer in every}
         for (layer, head), heads in places.items():
@@ -71,14 +70,30 @@ def costs_of(
                 if level < 1:
                     ratio = [level if h == head else 1.0 for h in range(heads)]
                     found = cost(layer, level if head is None else ratio) - rounding[layer]
-                    costs[layer, head][at] += max(found, 0.0) / len(sequences)
+                    costs[layer, head][at] += max(found, 0.0) / len(cases)
     return costs
 
 
-def layer_ratios(ratios: Mapping[Place, float]) -> dict[int, float | tuple[float, ...]]:
+def language_costs(
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    levels: Sequence[float] = LEVELS,
+    *,
+    by_head: bool = False,
+) -> dict[Place, list[float]]:
+    """`costs_of` a language model: KL to dense on sequences of (1, N) ids."""
+
+    def measure(ids: Tensor, dense: Tensor, **changes: Any) -> float:
+        return change_of(dense, predictions(model, ids, **changes), ids)["kl"]
+
+    cases = [(ids, predictions(model, ids, backend="dense")) for ids in sequences]
+    return costs_of(model, cases, measure, levels, by_head=by_head)
+
+
+def layer_ratios(ratios: Mapping[Place, float]) -> dict[int | str, float | tuple[float, ...]]:
     """`SparseConfig.layer_ratio` of ratios by place."""
-    found: dict[int, float | tuple[float, ...]] = {}
-    for (layer, head), ratio in sorted(ratios.items()):
+    found: dict[int | str, float | tuple[float, ...]] = {}
+    for (layer, head), ratio in ratios.items():
         before: Any = found.get(layer, ())
         found[layer] = ratio if head is None else (*before, ratio)
     return found
@@ -141,15 +156,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     mms.load_scorers(model.eval().requires_grad_(False).to(device), args.scorers)
     kinds = CorpusData(args.corpus, args.tokens).kinds("validation")
     sequences = [row[None].to(device) for rows in kinds.values() for row in rows[: args.count]]
-    costs = costs_of(model, sequences, by_head=args.by == "head")
+    costs = language_costs(model, sequences, by_head=args.by == "head")
+    save_spread(model, costs, args.ratio, args.scorers)
+
+
+def save_spread(
+    model: nn.Module, costs: dict[Place, list[float]], ratio: float | None, folder: str
+) -> None:
+    """Print costs and ratios, and write the scorers with them; the config's ratio if None."""
     for place, own in costs.items():
         print(*place, *(f"{cost:.5f}" for cost in own))
-    ratio = config_of(model).ratio if args.ratio is None else args.ratio
+    ratio = config_of(model).ratio if ratio is None else ratio
     ratios = spread(costs, ratio)
     mean = sum(ratios.values()) / len(ratios)
     print(json.dumps({"layer_ratio": layer_ratios(ratios), "mean": mean}))
     with keeping(model, ratio=ratio, layer_ratio=layer_ratios(ratios)):
-        mms.save_scorers(model, args.scorers)
+        mms.save_scorers(model, folder)
 
 
 if __name__ == "__main__":

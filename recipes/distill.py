@@ -2,80 +2,24 @@
 
     python -m mm_sparse.recipes.distill fit --config recipes/distill_smollm2.yaml
 
-B rows, N tokens, K KV heads, T tiles, U units, L layers
+B rows, N tokens
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LightningCLI
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse import FineScorer, Modality, unit_mass
-from mm_sparse.layer import Call
-from mm_sparse.plan import Plan
+from mm_sparse import Modality
 from mm_sparse.recipes.corpus import CorpusData
-from mm_sparse.recipes.lessons import divergence, dropped_mass
-from mm_sparse.recipes.optimizer import optimize
+from mm_sparse.recipes.distiller import Distiller, Goal
 from mm_sparse.recipes.parts import LanguagePart, OptimizerPart
 from mm_sparse.recipes.quality import layer_figures, logit_change
-from mm_sparse.retrofit import keeping, layers, scorers, watch
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What scorers are trained for, first one, then the other."""
-
-    divergence_share: float = 0.1
-    """Share of the steps, at the start, that minimise the divergence from the true mass."""
-    temperature: float = 0.2
-    """Of the soft choice whose dropped mass the other steps minimise."""
-    tiles: int = 24
-    """Tiles of a sequence that a step looks at, drawn at random."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.divergence_share <= 1:
-            raise ValueError(f"divergence_share must be in [0, 1], got {self.divergence_share}")
-        if self.temperature <= 0 or self.tiles < 1:
-            raise ValueError(
-                f"temperature and tiles must be positive, got {self.temperature} and {self.tiles}"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """What the scorers of all layers see of one forward pass: features and true mass by layer."""
-
-    plan: Plan
-    """Of the tiles that were drawn."""
-    scale: float
-    tiles: Tensor
-    """(L, B, H, T, S, 3 D)."""
-    units: Tensor
-    """(L, B, K, U, C, 3 D)."""
-    mass: Tensor
-    """(L, B, K, T, U)."""
-    budget: Tensor
-    """(L, B, K, T) key tokens that each layer and head may keep."""
-
-
-class Ranking(nn.Module):
-    """`FineScorer.rank` as a forward, for `functional_call`."""
-
-    def __init__(self, scorer: FineScorer) -> None:
-        super().__init__()
-        self.scorer = scorer
-
-    def forward(self, tiles: Tensor, units: Tensor, plan: Plan, scale: float) -> Tensor:
-        return self.scorer.rank(tiles, units, plan, scale, torch.float32)
-
-
-class Distill(L.LightningModule):
+class Distill(Distiller):
     """Scorers of a frozen language model, all layers in one batched product."""
 
     def __init__(
@@ -96,150 +40,25 @@ class Distill(L.LightningModule):
             parts: C of `FineScorer`, where `scorers_from` has none.
             out: folder that the scorers are written to at the end.
         """
-        super().__init__()
-        self.goal, self.optimizer_part = goal or Goal(), optimizer or OptimizerPart()
-        self.out = out
-        model = language.build(0).eval().requires_grad_(False)
-        if sparse is None and scorers_from is None:
-            raise ValueError("sparse must be given where scorers_from is not, got neither")
-        if sparse is not None:
-            make = partial(FineScorer, parts=parts, modalities=(Modality.TEXT,))
-            mms.sparsify(model, sparse, scorer=make)
-        if scorers_from is not None:
-            mms.load_scorers(model, scorers_from)
-        self.taught = scorers_from is not None
-        # Outside the module: its weights are in no checkpoint of this one.
-        self._frozen = (model,)
-        self.scorers = scorers(model).float()
-        shapes = {tuple(p.shape for p in s.parameters()) for s in self.scorers.values()}
-        if len(shapes) != 1:
-            raise ValueError(f"language must have layers of one shape, got {len(shapes)} shapes")
+        super().__init__(
+            language.build(0), sparse, goal or Goal(), optimizer,
+            name="language", parts=parts, modalities=(Modality.TEXT,), out=out,
+            scorers_from=scorers_from,
+        )  # fmt: skip
 
     @property
     def language(self) -> Any:
         """The sparsified model."""
-        return self._frozen[0]
+        return self.model
 
-    def setup(self, stage: str | None = None) -> None:
-        self.language.to(self.trainer.strategy.root_device)
-
-    @torch.no_grad()
-    def look(self, ids: Tensor, tiles: int) -> Sample:
-        """Run the dense model on (B, N) ids: what scorers see of so many tiles, drawn at random."""
-        served, found, where = layers(self.language), [], []
-
-        def keep(call: Call) -> None:
-            scorer = served[call.name].scorer
-            if not isinstance(scorer, FineScorer):
-                return
-            if not where:
-                where.append(some_tiles(call.plan(), tiles))
-                where.append(call.scale)
-            plan = where[0]
-            features = scorer.features(call.q, call.k, plan)
-            mass = unit_mass(call.q, call.k, plan, call.scale)
-            own = plan if call.config == plan.config else replace(plan, config=call.config)
-            found.append((*features, mass, own.head_budget.expand(mass.shape[:-1])))
-
-        with keeping(self.language, backend="dense"), watch(self.language, keep):
-            self.language.base_model(ids, use_cache=False)
-        if not found:
-            raise ValueError("language must run layers with a FineScorer, got none")
-        return Sample(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
-
-    def rank(self, sample: Sample) -> Tensor:
-        """(L, B, K, T, U) scores of all layers."""
-        own: Any = list(self.scorers.values())
-        names = [f"scorer.{name}" for name, _ in own[0].named_parameters()]
-        weights = zip(*(scorer.parameters() for scorer in own), strict=True)
-        state = {name: torch.stack(each) for name, each in zip(names, weights, strict=True)}
-        for name, _ in own[0].named_buffers():
-            state[f"scorer.{name}"] = torch.stack([s.get_buffer(name) for s in own])
-        frame = Ranking(own[0])
-
-        def one(state: dict[str, Tensor], tiles: Tensor, units: Tensor) -> Tensor:
-            return functional_call(frame, state, (tiles, units, sample.plan, sample.scale))
-
-        return torch.vmap(one)(state, sample.tiles, sample.units)
-
-    def on_train_start(self) -> None:
-        if self.global_step or self.taught:
-            return
-        batch = next(iter(self.trainer.train_dataloader))  # type: ignore[arg-type]
-        sample = self.look(batch.to(self.device), self.goal.tiles)
-        own: Any = self.scorers.values()
-        for scorer, tiles, units in zip(own, sample.tiles, sample.units, strict=True):
-            scorer.calibrate(tiles, units)
-
-    def training_step(self, ids: Tensor, index: int) -> Tensor:
-        sample = self.look(ids, self.goal.tiles)
-        values = self.rank(sample)
-        goal, steps = self.goal, self.trainer.estimated_stepping_batches
-        if self.global_step < goal.divergence_share * steps:
-            loss = divergence(values, sample.mass, sample.plan, weighted=True)
-            self.log("train/divergence", loss.detach(), prog_bar=True)
-        else:
-            loss = dropped_mass(values, sample.mass, sample.plan, goal.temperature, sample.budget)
-            self.log("train/dropped", loss.detach(), prog_bar=True)
-        return loss
+    def run(self, batch: Tensor) -> Any:
+        """(B, N) ids."""
+        return self.model.base_model(batch, use_cache=False)
 
     def validation_step(self, ids: Tensor, index: int) -> None:
-        found = layer_figures(self.language, ids)
-        for name in next(iter(found.values())):
-            mean = sum(figures[name] for figures in found.values()) / len(found)
-            self.log(f"validation/{name}", mean, sync_dist=True)
-        for i, figures in enumerate(found.values()):
-            own = {f"layers/{i:02d}/{name}": value for name, value in figures.items()}
-            self.log_dict(own, sync_dist=True)
-        change = logit_change(self.language, ids)
+        self.log_layers(layer_figures(self.model, ids))
+        change = logit_change(self.model, ids)
         self.log_dict({f"validation/{k}": v for k, v in change.items()}, sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        steps = int(self.trainer.estimated_stepping_batches)
-        return optimize(self.optimizer_part, self, ("scorers",), steps)
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        return [] if self.out is None else [SaveScorers(self.out)]
-
-
-class SaveScorers(L.Callback):
-    """Writes a `Distill`'s scorers every so many steps, at the end, and when the run breaks off."""
-
-    def __init__(self, folder: str, every: int = 500) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        self.folder, self.every = folder, every
-
-    def save(self, trainer: L.Trainer, module: Any) -> None:
-        if trainer.is_global_zero:
-            mms.save_scorers(module.language, self.folder)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step % self.every == 0:
-            self.save(trainer, pl_module)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.save(trainer, pl_module)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.save(trainer, pl_module)
-
-
-def some_tiles(plan: Plan, count: int) -> Plan:
-    """The plan of `count` of its tiles, drawn at random among those that have a choice."""
-    choice = ((plan.visible & ~plan.always).sum(-1) > 1).any(0).nonzero().flatten()
-    if not len(choice):
-        raise ValueError("tiles must have units to choose from, the sequence is too short for that")
-    own = choice[torch.randperm(len(choice), device=choice.device)[:count]].sort().values
-    return replace(
-        plan,
-        tiles=plan.tiles[:, own].contiguous(),
-        hull=plan.hull[:, own].contiguous(),
-        tile_modality=plan.tile_modality[:, own].contiguous(),
-        regular_tiles=False,
-    )
 
 
 def main(args: Any = None) -> LightningCLI:

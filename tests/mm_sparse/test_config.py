@@ -100,6 +100,9 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("layer_ratio", {0: ()}, ValueError, "layer_ratio must have a ratio for layer 0, got none"),
         ("layer_ratio", {0: (0.2, 2)}, ValueError, "layer_ratio must be in (0, 1], got 2"),
         ("layer_ratio", {0: "0.2"}, TypeError, "layer_ratio must be a number, got '0.2'"),
+        ("sampled", -0.1, ValueError, "sampled must be in [0, 1], got -0.1"),
+        ("sampled", 1.0, ValueError, "sampled must leave a share of the budget to the best"),
+        ("sampled", "half", TypeError, "sampled must be a number, got 'half'"),
         ("subpools", 0, ValueError, "subpools must be at least 1, got 0"),
         ("subpools", 2.0, TypeError, "subpools must be an int, got 2.0"),
         ("reduce", "sum", ValueError, "reduce must be one of ('mean', 'max'), got 'sum'"),
@@ -107,7 +110,7 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("dense_below", 1.0, TypeError, "dense_below must be an int, got 1.0"),
         ("dense_layers", (0, -1), ValueError, "dense_layers must be at least 0, got -1"),
         ("dense_layers", ("0",), TypeError, "dense_layers must be an int, got '0'"),
-        ("dense_layers", 3, TypeError, "dense_layers must be a sequence of ints, got 3"),
+        ("dense_layers", 3, TypeError, "dense_layers must be a sequence of ints or names, got 3"),
         (
             "backend",
             "cuda",
@@ -122,6 +125,12 @@ def test_a_bad_field_is_refused_by_name(
 ) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         SparseConfig(**{field: value})
+
+
+def test_a_sample_needs_a_fixed_budget() -> None:
+    with pytest.raises(ValueError, match=re.escape("and be 0 with mass, got 0.5 with mass=0.9")):
+        SparseConfig(mass=0.9, sampled=0.5)
+    assert SparseConfig.from_json(SparseConfig(sampled=0.5).to_json()).sampled == 0.5
 
 
 def test_one_floor_holds_for_every_modality() -> None:

@@ -10,7 +10,8 @@ import torch
 import mm_sparse as mms
 from mm_sparse.recipes import quality
 from mm_sparse.recipes.corpus import CorpusData
-from mm_sparse.recipes.distill import Distill, Goal, SaveScorers, some_tiles
+from mm_sparse.recipes.distill import Distill
+from mm_sparse.recipes.distiller import Goal, SaveScorers, some_tiles
 from mm_sparse.recipes.lessons import divergence, dropped_mass
 from mm_sparse.retrofit import keeping, layers
 from tests.recipes.tiny import SPARSE, TINY, TOKENS, make, mean, sharpen, tiny, write_corpus

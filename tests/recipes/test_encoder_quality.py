@@ -10,8 +10,10 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
+import mm_sparse as mms
+from mm_sparse import retrofit
 from mm_sparse.encoders.vision import create_vision_encoder
-from mm_sparse.recipes import encoder_quality, whisper
+from mm_sparse.recipes import encoder_quality, prompts, whisper
 
 
 def test_neighbours_vote_without_the_picture_itself() -> None:
@@ -23,10 +25,10 @@ def test_neighbours_vote_without_the_picture_itself() -> None:
 
 def test_clips_are_packed_into_windows_with_all_their_words() -> None:
     clips = [(np.ones(10 * 16000, np.float32), f"clip {n}") for n in range(5)]
-    windows = list(encoder_quality.packed(iter(clips)))
+    windows = list(prompts.packed(iter(clips)))
     assert [text for _, text in windows] == ["clip 0 clip 1", "clip 2 clip 3"]
     assert all(len(samples) <= 30 * 16000 for samples, _ in windows)
-    assert encoder_quality.plain("Press 1, (then) Don't.") == ["press", "1", "then", "don't"]
+    assert prompts.plain("Press 1, (then) Don't.") == ["press", "1", "then", "don't"]
 
 
 def test_methods_keep_equally_much_and_leave_the_model_dense() -> None:
@@ -36,7 +38,9 @@ def test_methods_keep_equally_much_and_leave_the_model_dense() -> None:
         "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
     )
     subject.batch, subject.labels, subject.dense = torch.rand(4, 3, 64, 64), list("aabb"), None
-    methods, orders = list(encoder_quality.METHODS), ["raster", "grid"]
+    subject.by_kind = False
+    methods = [method for method in encoder_quality.METHODS if method != "trained"]
+    orders = ["raster", "grid"]
     rows = list(encoder_quality.compare(subject, methods, [0.25], orders))
     assert [row["method"] for row in rows[1::2]] == ["scores", "window", "random", "perfect"]
     assert [row["order"] for row in rows] == ["", *orders * 4]
@@ -65,6 +69,36 @@ def test_whisper_writes_what_it_was_told() -> None:
     torch.testing.assert_close(whisper.sinusoids(1500, 384).float(), places, atol=1e-3, rtol=0)
 
 
+def test_trained_scorers_are_one_more_method(tmp_path) -> None:
+    pytest.importorskip("PIL")
+    subject: Any = object.__new__(encoder_quality.Pictures)
+    subject.model = create_vision_encoder(
+        "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    )
+    subject.batch, subject.labels, subject.dense = torch.rand(2, 3, 64, 64), ["a", "b"], None
+    subject.by_kind = True
+    config = encoder_quality.config(0.25)
+    with mms.sparse(subject.model, config, scorer="fine"):
+        for parameter in retrofit.scorer_parameters(subject.model):
+            torch.nn.init.normal_(parameter, std=1.0)
+        mms.save_scorers(subject.model, tmp_path)
+    axes = ["scores", "trained"], [0.25], ["grid"], [0.0, 0.5]
+    rows = list(encoder_quality.compare(subject, *axes, tmp_path))
+    assert [(r["method"], r["sampled"]) for r in rows[1:]] == [
+        ("scores", 0.0), ("scores", 0.5), ("trained", 0.0), ("trained", 0.5)
+    ]  # fmt: skip
+    assert len({row["patch_cosine"] for row in rows}) == 5
+    for row in rows:
+        kinds = (row["patch_cosine/a"] + row["patch_cosine/b"]) / 2
+        assert kinds == pytest.approx(row["patch_cosine"])
+
+
+def test_scorers_and_the_method_trained_come_together(capsys) -> None:
+    with pytest.raises(SystemExit):
+        encoder_quality.main(["pictures", "--methods", "trained", "--out", "x.json"])
+    assert "must be given with the method trained" in capsys.readouterr().err
+
+
 def test_unknown_methods_are_refused(capsys) -> None:
     with pytest.raises(SystemExit):
         encoder_quality.main(["speech", "--methods", "magic", "--out", "x.json"])
@@ -74,4 +108,4 @@ def test_unknown_methods_are_refused(capsys) -> None:
 def test_missing_prompts_say_where_they_were_sought(tmp_path) -> None:
     options = argparse.Namespace(root=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"root must hold .*asterisk-core-sounds-en"):
-        next(encoder_quality.prompts(options.root))
+        next(prompts.prompts(options.root))

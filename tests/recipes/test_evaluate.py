@@ -38,7 +38,7 @@ def test_scorers_load_by_name_into_the_model_they_are_for() -> None:
     ratios = model_ratios(model)
     assert sum(ratios) / len(ratios) == pytest.approx(0.2, abs=1e-3)
     model(torch.randint(0, 40, (1, 64)))
-    with pytest.raises(ValueError, match="folder must hold scorers of the model.s layers"):
+    with pytest.raises(ValueError, match=r"folder must hold scorers of the model.s layers"):
         mms.load_scorers(tiny().build(0), "smollm2-135m")
 
 

@@ -64,7 +64,7 @@ def test_what_matters_more_gets_more() -> None:
 def test_costs_of_a_layer_are_those_of_the_model_in_which_it_alone_is_sparse(npz: str) -> None:
     module = make()
     ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
-    costs = budgets.costs_of(module.language, [ids], (0.2, 0.4, 1.0))
+    costs = budgets.language_costs(module.language, [ids], (0.2, 0.4, 1.0))
     assert sorted(costs) == [(0, None), (1, None), (2, None)]
     for own in costs.values():
         assert own[0] >= own[1] > 0
@@ -79,7 +79,7 @@ def test_costs_of_a_layer_are_those_of_the_model_in_which_it_alone_is_sparse(npz
 def test_a_head_alone_costs_what_a_config_with_its_ratio_says(npz: str) -> None:
     module = make()
     ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
-    costs = budgets.costs_of(module.language, [ids], (0.2, 1.0), by_head=True)
+    costs = budgets.language_costs(module.language, [ids], (0.2, 1.0), by_head=True)
     heads = len([place for place in costs if place[0] == 0])
     assert heads > 1
     assert sorted(costs) == [(layer, head) for layer in range(3) for head in range(heads)]
