@@ -6,6 +6,8 @@ B batch, K KV heads, T tiles, U units, L list length
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,10 @@ from torch import Tensor
 
 LOWEST = tl.constexpr(-2147483648)
 HIGHEST = tl.constexpr(2147483647)
+# Where a tile and a head start to count when they take every n-th unit, in 65536ths of a turn:
+# multiples of the golden ratio and of its kin in three dimensions.
+STEP_TILE, STEP_HEAD = tl.constexpr(40503), tl.constexpr(53813)
+TURN = tl.constexpr(65536)
 # Units of a row that registers hold; longer rows are read again in each step of the bisection.
 IN_REGISTERS = 16384
 CHUNK = 4096
@@ -130,12 +136,41 @@ def _budget(Budget, batch, head, tile, num_tiles, budgets):
 
 
 @triton.jit
+def _list(kept, unit, Index, Count, list_length):
+    """Write the ids of kept units, ascending, -1 behind them, and their number."""
+    rank = tl.cumsum(kept.to(tl.int32), 0)
+    count = tl.sum(kept.to(tl.int32), 0)
+    tl.store(Index + rank - 1, unit, mask=kept & (rank <= list_length))
+    tl.store(Index + unit, -1, mask=(unit >= count) & (unit < list_length))
+    tl.store(Count, tl.minimum(count, list_length))
+
+
+@triton.jit
+def _every_nth(others, size, tile, head, left, unit):
+    """Of the units `others` so many as `left` tokens hold, evenly spaced, and the log of how many
+    keys each key of them stands for; `mm_sparse.sampling.draw` is the law."""
+    have = tl.sum(others.to(tl.int32), 0)
+    keys = tl.sum(tl.where(others, size, 0), 0)
+    take = tl.minimum(tl.maximum((left + unit // 2) // unit, 0), have)
+    take = tl.where(left < keys, take, have)
+    start = (tile * STEP_TILE + head * STEP_HEAD) % TURN * have // TURN
+    rank = tl.cumsum(others.to(tl.int32), 0) - 1 + start.to(tl.int32)
+    per = tl.maximum(have, 1)
+    chosen = others & ((rank + 1) * take // per > rank * take // per)
+    taken = tl.sum(tl.where(chosen, size, 0), 0)
+    share = keys.to(tl.float32) / tl.maximum(taken, 1).to(tl.float32)
+    return chosen, tl.log(tl.maximum(share, 1.0))
+
+
+@triton.jit
 def _keep(
     Values, Always, Hull, Units, UnitKind, Budget, Floor, Index, Count,
+    WholeBudget, Drawn, DrawnCount, All, AllCount, Weight, drawn_length, all_length, unit_size,
     num_tiles, num_units, list_length, kv_heads, budgets,
-    KINDS: tl.constexpr, BLOCK_U: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+    KINDS: tl.constexpr, SAMPLED: tl.constexpr,
+    BLOCK_U: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
-    """One list; the row of scores stays in registers."""
+    """One list, and where SAMPLED a sample of the rest; the row of scores stays in registers."""
     tile = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     batch = group // kv_heads
@@ -169,12 +204,15 @@ def _keep(
     least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
     cut = _crossing(order, size, low, highest, budget, least, most, UNIT, REGULAR)
     kept = _best(order, size, unit, cut, budget, True, UNIT, REGULAR)
-    rank = tl.cumsum(kept.to(tl.int32), 0)
-    count = tl.sum(kept.to(tl.int32), 0)
-    Index += list_ * list_length
-    tl.store(Index + rank - 1, unit, mask=kept & (rank <= list_length))
-    tl.store(Index + unit, -1, mask=(unit >= count) & (unit < list_length))
-    tl.store(Count + list_, tl.minimum(count, list_length))
+    _list(kept, unit, Index + list_ * list_length, Count + list_, list_length)
+    if SAMPLED:
+        head = group - batch * kv_heads
+        whole = _budget(WholeBudget, batch, head, tile, num_tiles, budgets)
+        left = whole - tl.sum(tl.where(kept, size, 0), 0)
+        chosen, weight = _every_nth(seen & ~kept, size, tile, head, left, unit_size)
+        _list(chosen, unit, Drawn + list_ * drawn_length, DrawnCount + list_, drawn_length)
+        _list(chosen | kept, unit, All + list_ * all_length, AllCount + list_, all_length)
+        tl.store(Weight + list_, weight)
 
 
 @triton.jit
@@ -243,10 +281,37 @@ def _keep_long(
     tl.store(Count + list_, tl.minimum(count, list_length))
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What `keep_best` shall draw of the units that it does not keep."""
+
+    budget: Tensor
+    """(B, K or 1, T) int64, tokens that the best and the sample may be together."""
+    unit: int
+    """Most tokens of a unit."""
+    width: int
+    """Length of a list of the sample."""
+    whole: int
+    """Length of a list of both."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What it drew: lists of the sample, of both, and logs of keys that a key stands for."""
+
+    index: Tensor
+    count: Tensor
+    all_index: Tensor
+    all_count: Tensor
+    weight: Tensor
+    """(B, K, T) float32."""
+
+
 def keep_best(
     values: Tensor, always: Tensor, hull: Tensor, units: Tensor, budget: Tensor, width: int, *,
     unit_kind: Tensor | None = None, floors: Tensor | None = None, unit: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    drawing: Drawing | None = None,
+) -> tuple[Tensor, Tensor, Drawn | None]:  # fmt: skip
     """Lists of the kept units, as `mm_sparse.selection` defines them; ties go to the lowest id.
 
     Args:
@@ -258,8 +323,9 @@ def keep_best(
         unit_kind: (B, U) int8, and
         floors: (kinds,) float32, least share of the budget for units of each kind.
         unit: if not None, unit u is exactly the keys [u * unit, (u + 1) * unit).
+        drawing: what else to draw; U is at most IN_REGISTERS then, too.
     Returns:
-        index (B, K, T, L) int32, -1 behind the end, and count (B, K, T) int32.
+        index (B, K, T, L) int32, -1 behind the end, count (B, K, T) int32, and what was drawn.
     """
     batch, heads, num_tiles, num_units = values.shape
     index = torch.empty(batch, heads, num_tiles, width, dtype=torch.int32, device=values.device)
@@ -272,19 +338,27 @@ def keep_best(
         )
     counts = (index, count, num_tiles, num_units, width, heads, budget.shape[1])
     regular = {"UNIT": unit or 1, "REGULAR": unit is not None}
-    block = triton.next_power_of_2(max(num_units, width, 16))
+    lists = [width] if drawing is None else [width, drawing.width, drawing.whole]
+    block = triton.next_power_of_2(max(num_units, *lists, 16))
     if block > IN_REGISTERS:
-        if floors is not None:
-            raise ValueError(f"units must be at most {IN_REGISTERS} with floors, got {num_units}")
+        if floors is not None or drawing is not None:
+            what = "floors" if drawing is None else "a sample"
+            raise ValueError(f"units must be at most {IN_REGISTERS} with {what}, got {num_units}")
         _keep_long[grid](*inputs, budget, *counts, CHUNK=CHUNK, **regular, num_warps=8)
-        return index, count
+        return index, count, None
+    drawn, sample = None, (budget, index, count, index, count, values, 0, 0, 1)
+    if drawing is not None:
+        tables = [index.new_empty(*count.shape, length) for length in lists[1:]]
+        tables = [x for table in tables for x in (table, torch.empty_like(count))]
+        drawn = Drawn(*tables, torch.empty_like(count, dtype=torch.float32))
+        sample = (drawing.budget, *tables, drawn.weight, *lists[1:], drawing.unit)
     _keep[grid](
         *inputs, units if unit_kind is None else unit_kind, budget,
-        values if floors is None else floors, *counts,
-        KINDS=0 if floors is None else len(floors), BLOCK_U=block, **regular,
-        num_warps=keep_warps(block),
+        values if floors is None else floors, index, count, *sample, *counts[2:],
+        KINDS=0 if floors is None else len(floors), SAMPLED=drawing is not None,
+        BLOCK_U=block, **regular, num_warps=keep_warps(block),
     )  # fmt: skip
-    return index, count
+    return index, count, drawn
 
 
 def keep_warps(block: int) -> int:

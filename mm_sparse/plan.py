@@ -144,6 +144,15 @@ class Plan:
         return min(num_units, int(most.amax()) if most.numel() else 0)
 
     @cached_property
+    def tile_of(self) -> Tensor:
+        """(B, N) int64: the tile that a query is in."""
+        position = torch.arange(self.num_queries, device=self.tiles.device)
+        # Tiles follow one another, fillers without a token go last.
+        start = self.tiles[..., 0].masked_fill(self.tiles[..., 1] == 0, self.num_queries)
+        position = position.expand(len(start), -1).contiguous()
+        return torch.searchsorted(start.long().contiguous(), position, right=True) - 1
+
+    @cached_property
     def members(self) -> Tensor:
         """(B, T) int64: queries of a tile that see a key."""
         keys = torch.nn.functional.pad(self.layout.valid.cumsum(1), (1, 0))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_sparse.descriptors import fused
 from mm_sparse.kernels.ops import attend_backward_op, attend_op
 from mm_sparse.plan import Plan
 
@@ -65,12 +66,18 @@ def draw(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Samp
     per = have.clamp(min=1)[..., None]
     steps = (rank + 1) * take[..., None] // per > rank * take[..., None] // per
     chosen = others & steps
-    width = max(plan.max_kept, 1)
+    width, both = list_lengths(index.shape[-1], plan)
     drawn, drawn_count = _listed(chosen, width)
     taken = (chosen * size).sum(-1)
     weight = (keys.float() / taken.clamp(min=1)).clamp(min=1).log()
-    whole = _listed(best | chosen, min(width + index.shape[-1], num_units))
+    whole = _listed(best | chosen, both)
     return *whole, Sample(index, count, drawn, drawn_count, weight)
+
+
+def list_lengths(best: int, plan: Plan) -> tuple[int, int]:
+    """Of the sample, and of the sample and lists of the best so long."""
+    width = max(plan.max_kept, 1)
+    return width, min(width + best, plan.units.shape[1])
 
 
 def _listed(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -100,18 +107,14 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sample: Sample, plan: Plan, scale: float
     ) -> Tensor:
-        log = _of_queries(sample.weight, plan)
+        log = of_queries(sample.weight, plan)
         best, seen = attend_op(
             q, k, v, *_geometry(plan), sample.best_index, sample.best_count, *_rest(plan, scale)
         )
         other, sampled = attend_op(
             q, k, v, *_geometry(plan), sample.index, sample.count, *_rest(plan, scale)
         )
-        sampled = sampled + log
-        whole = torch.logaddexp(seen, sampled)
-        # Where nothing is seen both are -inf, and so is their sum.
-        share = (sampled - whole).exp().nan_to_num(0.0)[..., None].to(_wide(q))
-        out = torch.lerp(best.to(share.dtype), other.to(share.dtype), share).to(q.dtype)
+        out, whole = _merge(best, other, seen, sampled, log, plan)
         ctx.save_for_backward(q, k, v, out, whole, whole - log)
         ctx.own = sample, plan, scale
         return out
@@ -134,6 +137,22 @@ class _Attend(torch.autograd.Function):
         return (*(a + b for a, b in zip(*found, strict=True)), None, None, None)
 
 
+def _merge(
+    best: Tensor, other: Tensor, seen: Tensor, sampled: Tensor, log: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """The output on both lists and its log-sum-exp; `kernels.merge` where kernels select."""
+    if fused(best, plan) and best.is_contiguous() and other.is_contiguous():
+        from mm_sparse.kernels.merge import merge_outputs
+
+        return merge_outputs(best, other, seen, sampled, log)
+    sampled = sampled + log
+    whole = torch.logaddexp(seen, sampled)
+    # Where nothing is seen both are -inf, and so is their sum.
+    share = (sampled - whole).exp().nan_to_num(0.0)[..., None].to(_wide(best))
+    out = torch.lerp(best.to(share.dtype), other.to(share.dtype), share)
+    return out.to(best.dtype), whole
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -147,11 +166,7 @@ def _rest(plan: Plan, scale: float) -> tuple[Any, ...]:
     return scale, plan.tile_tokens, plan.unit, *regular, plan.config.backend
 
 
-def _of_queries(value: Tensor, plan: Plan) -> Tensor:
+def of_queries(value: Tensor, plan: Plan) -> Tensor:
     """(B, K, T) of tiles -> (B, H, N) of their queries."""
-    position = torch.arange(plan.num_queries, device=value.device).expand(len(value), -1)
-    # Tiles follow one another, fillers without a token go last.
-    start = plan.tiles[..., 0].masked_fill(plan.tiles[..., 1] == 0, plan.num_queries).long()
-    tile = torch.searchsorted(start.contiguous(), position.contiguous(), right=True) - 1
-    tile = tile[:, None].expand(-1, value.shape[1], -1)
-    return value.gather(2, tile).repeat_interleave(plan.group, 1)
+    found = value.gather(2, plan.tile_of[:, None].expand(-1, value.shape[1], -1))
+    return found if plan.group == 1 else found.repeat_interleave(plan.group, 1)

@@ -20,7 +20,7 @@ from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 from mm_sparse.pairs import count_pairs
 from mm_sparse.plan import Plan
-from mm_sparse.sampling import Sample, draw
+from mm_sparse.sampling import Sample, draw, list_lengths
 from mm_sparse.scorers import Scores
 
 # Units of a row that the kernel's registers hold, which floors need.
@@ -201,11 +201,19 @@ def select(
         )
     if values.device != layout.device:
         raise ValueError(f"scores must be on {layout.device} as layout is, got {values.device}")
-    best = _select(values.detach(), plan.best)
+    values = values.detach()
     if plan.best is plan:
-        return best
+        return _select(values, plan)
+    if _in_registers(values, plan.best) and plan.best.max_kept:
+        return _select_fused(values, plan)
+    best = _select(values, plan.best)
     index, count, sample = draw(best.index, best.count, plan)
     return Selection(index, count, plan, sample)
+
+
+def _in_registers(values: Tensor, plan: Plan) -> bool:
+    """Whether the kernel that holds a row of units in registers serves."""
+    return plan.config.mass is None and fused(values, plan) and values.shape[-1] <= MOST_UNITS
 
 
 def _select(values: Tensor, plan: Plan) -> Selection:
@@ -214,9 +222,9 @@ def _select(values: Tensor, plan: Plan) -> Selection:
     if not width or not num_tiles or not batch:
         index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=torch.int32)
         return Selection(index, index.new_zeros(batch, heads, num_tiles), plan)
-    fits = num_units <= MOST_UNITS or not plan.config.floors()
-    if plan.config.mass is None and fused(values, plan) and fits:
-        return _select_fused(values.float(), plan, width)
+    long = plan.config.mass is None and fused(values, plan) and not plan.config.floors()
+    if long or _in_registers(values, plan):
+        return _select_fused(values, plan)
     big = torch.finfo(torch.float32).max
     finite = torch.nan_to_num(values.float(), nan=-big, posinf=big, neginf=-big)
     visible = plan.visible[:, None]
@@ -237,22 +245,30 @@ def _select(values: Tensor, plan: Plan) -> Selection:
     return Selection(index.masked_fill(index == num_units, -1), count, plan)
 
 
-def _select_fused(values: Tensor, plan: Plan, width: int) -> Selection:
-    """The same by a kernel, ties to the lowest id."""
-    from mm_sparse.kernels.select import keep_best
+def _select_fused(values: Tensor, plan: Plan) -> Selection:
+    """The same by a kernel, ties to the lowest id, and with it what `draw` draws."""
+    from mm_sparse.kernels.select import Drawing, keep_best
 
-    index, count = keep_best(
-        values,
+    best, drawing = plan.best, None
+    if best is not plan:
+        width, whole = list_lengths(best.max_kept, plan)
+        drawing = Drawing(plan.head_budget, plan.unit, width, whole)
+    index, count, drawn = keep_best(
+        values.float(),
         plan.always,
         plan.hull,
         plan.units,
-        plan.head_budget,
-        width,
+        best.head_budget,
+        best.max_kept,
         unit_kind=plan.unit_modality,
-        floors=plan.floors,
+        floors=best.floors,
         unit=plan.unit if plan.regular else None,
+        drawing=drawing,
     )
-    return Selection(index, count, plan)
+    if drawn is None:
+        return Selection(index, count, plan)
+    sample = Sample(index, count, drawn.index, drawn.count, drawn.weight)
+    return Selection(drawn.all_index, drawn.all_count, plan, sample)
 
 
 def _mass_before(finite: Tensor, ids: Tensor, plan: Plan) -> Tensor:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mm_sparse.kernels import backward, decode, forward, hopper, mass, score, select
+from mm_sparse.kernels import backward, decode, forward, hopper, mass, merge, score, select
 
 POINTERS = {
     "Q",
@@ -35,9 +35,12 @@ POINTERS = {
     "Rows",
     "Keys",
     "Parts",
+    "Other",
 }
 FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
+FLOATS |= {"Log", "OtherLog", "Whole"}
 NARROW = {"Exists": "i1", "Always": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
+NARROW["WholeBudget"] = "i64"
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 
@@ -108,12 +111,15 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
         "COLS": max(64 if size == 2 else 16, unit),
     }  # fmt: skip
-    keep = {"KINDS": 3, "BLOCK_U": 4096}
+    keep = {"KINDS": 3, "BLOCK_U": 4096, "SAMPLED": False}
+    drawn = {**keep, "SAMPLED": True}
+    merged = {"BLOCK_R": 32}
     return [
         (score._pool, pool, warps, 2), (score._log_sums, share, 4, stages),
         (score._share, share, 4, stages), (score._share, own, 4, fine_stages),
         (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),
+        (select._keep, drawn, select.keep_warps(4096), 2), (merge._merge, merged, 4, 2),
         (select._keep_long, {"CHUNK": select.CHUNK}, 8, 2),
     ]  # fmt: skip
 

@@ -203,7 +203,7 @@ def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> N
     )
     floors = config.floors()
     for unit in {None, plan.unit if plan.regular else None}:
-        index, count = keep_best(
+        index, count, _ = keep_best(
             values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept, unit=unit,
             unit_kind=plan.unit_modality,
             floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
@@ -291,7 +291,7 @@ def test_extreme_scores_and_ties() -> None:
     config = small(ratio=0.5, sinks=0, window=0)
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     values = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1])
-    index, count = keep_best(
+    index, count, _ = keep_best(
         values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
     )
     slot = torch.arange(index.shape[-1])
@@ -302,7 +302,7 @@ def test_extreme_scores_and_ties() -> None:
     values[..., :3] = torch.tensor([1e-30, -1e30, 3.0])
     values[..., 6:] = -torch.arange(values.shape[-1] - 6) - 1.0
     law = select(values, layout, replace(config, backend="torch"))
-    index, count = keep_best(
+    index, count, _ = keep_best(
         values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
     )
     assert torch.equal(count, law.count)
@@ -317,7 +317,7 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     plan = layout.plan(config, num_query_heads=2, num_kv_heads=2, num_queries=1024)
     shape = (1, 2, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.rand(shape, device="cuda").argsort(-1).float()
-    index, count = keep_best(
+    index, count, _ = keep_best(
         values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
     )
     kept = torch.zeros(shape, dtype=torch.int32, device="cuda")

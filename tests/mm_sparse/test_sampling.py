@@ -4,13 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Modality, Selection, SparseConfig, TokenLayout
 from mm_sparse.kernels.ops import interpreted
-from tests.mm_sparse.layouts import BATCHES, GROUPS, IDS, random_qk
-from tests.mm_sparse.selections import random_scores
+from tests.mm_sparse.layouts import BATCHES, FEW, GROUPS, IDS, batches, configs, random_qk
+from tests.mm_sparse.selections import Batch, random_scores
 
 CONFIG = SparseConfig(0.5, tile=64, unit=16, sinks=4, window=8, sampled=0.5)
 
@@ -193,3 +195,59 @@ def test_floors_and_sinks_are_not_left_to_the_sample() -> None:
 def test_a_block_mask_cannot_weigh_keys() -> None:
     with pytest.raises(ValueError, match="to_block_mask cannot weigh keys"):
         chosen("text").to_block_mask()
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+@given(batches(), configs(mass=None), st.sampled_from([0.25, 0.5, 0.9]), st.booleans())
+@FEW
+def test_the_kernel_draws_what_the_law_draws(
+    batch: Batch, config: SparseConfig, share: float, by_head: bool
+) -> None:
+    layout = TokenLayout.from_rows(batch[0], padding_side=batch[1])
+    heads = (config.ratio, 0.3) if by_head else ()
+    found = []
+    for backend in ("torch", "triton"):
+        own = dataclasses.replace(config, sampled=share, head_ratio=heads, backend=backend)
+        found.append(mms.select(random_scores(layout, own, 2), layout, own))
+    law, kernel = found
+    assert law.sample is not None
+    if kernel.sample is None:
+        return
+    assert torch.equal(law.count, kernel.count)
+    assert torch.equal(law.to_dense_mask(), kernel.to_dense_mask())
+    for name in ("best_count", "count"):
+        assert torch.equal(getattr(law.sample, name), getattr(kernel.sample, name))
+    for name in ("best_index", "index"):
+        a, b = getattr(law.sample, name), getattr(kernel.sample, name)
+        width = min(a.shape[-1], b.shape[-1])
+        assert torch.equal(a[..., :width], b[..., :width])
+        assert not (a[..., width:] >= 0).any()
+        assert not (b[..., width:] >= 0).any()
+    torch.testing.assert_close(law.sample.weight, kernel.sample.weight)
+
+
+def test_kernel_and_law_start_to_count_at_one_place() -> None:
+    from mm_sparse import sampling
+    from mm_sparse.kernels import select
+
+    for name in ("STEP_TILE", "STEP_HEAD", "TURN"):
+        assert getattr(select, name).value == getattr(sampling, name)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [32, 80])
+def test_merged_outputs_are_those_of_both_lists(dtype: torch.dtype, dim: int) -> None:
+    from mm_sparse.kernels.merge import merge_outputs
+
+    torch.manual_seed(0)
+    out, other = (torch.randn(2, 3, 77, dim).to(dtype) for _ in range(2))
+    log, other_log, weight = (torch.randn(2, 3, 77) * 3 for _ in range(3))
+    log[0, 0, :5], other_log[0, 0, 3:9] = -torch.inf, -torch.inf
+    out[0, 0, :5], other[0, 0, 3:9] = 0, 0
+    one, two = (x.double().exp()[..., None] for x in (log, other_log + weight))
+    want = (out * one + other * two) / (one + two).clamp(min=1e-300)
+    got, whole = merge_outputs(out.clone(), other, log, other_log, weight)
+    # Half a unit in the last place of the output's own precision.
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(whole.double(), (one + two).log()[..., 0], rtol=1e-5, atol=1e-5)
