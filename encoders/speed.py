@@ -83,19 +83,20 @@ class Race:
         with torch.device(self.device):
             return self.case.encoder(sparse).to(self.dtype)
 
-    def sparse(self, unit: int) -> Run:
+    def sparse(self, what: str, unit: int, sampled: float) -> Run:
         """The encoder with sparse attention, on the very weights of the dense one."""
-        made = self._made(self.case.config(unit, self.ratio))
+        made = self._made(self.case.config(unit, self.ratio, sampled))
         made.load_state_dict(self.encoder.state_dict(), assign=True)
-        return Run(f"{SPARSE} units of {unit}", made)
+        return Run(what, made)
 
-    def enter(self, units: Sequence[int], only: str = "") -> None:
+    def enter(self, units: Sequence[int], sampled: float = 0.0, only: str = "") -> None:
         """Build runs, warm them up and measure their memory, one after the other.
 
         The tower without attention goes first: what libraries allocate once is then no run's own.
 
         Args:
             units: of the sparse runs.
+            sampled: if not 0, one more of the first units, that share of its budget a sample.
             only: how the names of the runs begin that are wanted.
         """
         none = NoCore()
@@ -106,7 +107,10 @@ class Race:
         for what, backend in BACKENDS.items() if self.device == "cuda" else ():
             around = partial(sdpa_kernel, backend)
             makers.append((what, partial(Run, what, self.encoder, around)))
-        makers += [(f"{SPARSE} units of {unit}", partial(self.sparse, unit)) for unit in units]
+        kinds = [(f"{SPARSE} units of {unit}", unit, 0.0) for unit in units]
+        if sampled and units:
+            kinds.append((f"{kinds[0][0]}, {sampled:.0%} sampled", units[0], sampled))
+        makers += [(kind[0], partial(self.sparse, *kind)) for kind in kinds]
         # Last, since it may leave no memory for others.
         makers.append((EAGER, lambda: Run(EAGER, self.encoder, lambda: core(eager))))
         for what, make in makers:
@@ -211,7 +215,7 @@ def measure(case: Case, device: str, dtype: torch.dtype, args: Any) -> dict[str,
     profiles: dict[str, Any] = {}
     try:
         race = Race(case, device, dtype, session, args.ratio)
-        race.enter(args.units, SPARSE if args.profile else "")
+        race.enter(args.units, args.sampled, SPARSE if args.profile else "")
         if args.profile:
             for run in race.runs:
                 profiles[run.what] = profiled(partial(race.forward, run), run.what, device)
@@ -245,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="forwards of a run in a round")
     parser.add_argument("--units", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--ratio", type=float, default=0.2)
+    parser.add_argument(
+        "--sampled", type=float, default=0.5, help="of the last sparse run; 0: none"
+    )
     parser.add_argument("--profile", choices=CASES, help="where a sparse forward spends its time")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()

@@ -38,11 +38,12 @@ class Case:
             return torch.rand(1, 3, self.size, self.size, generator=generator)
         return torch.randn(1, self.size, generator=generator)
 
-    def config(self, unit: int, ratio: float) -> SparseConfig:
+    def config(self, unit: int, ratio: float, sampled: float = 0.0) -> SparseConfig:
         """As a user of encoders sets it: all that is kept is kept for its content."""
         return SparseConfig(
-            ratio, unit=unit, causal=False, sinks=0, window=0, dense_below=self.dense_below
-        )
+            ratio, unit=unit, causal=False, sinks=0, window=0, sampled=sampled,
+            dense_below=self.dense_below,
+        )  # fmt: skip
 
 
 _BASE, _LARGE = "vit_base_patch16_224", "vit_large_patch14_dinov2"

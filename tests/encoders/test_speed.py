@@ -121,7 +121,7 @@ def test_eager_attention_estimates_its_memory_first(monkeypatch):
 
 def test_sparse_encoders_share_the_weights_of_the_dense_one():
     race = raced()
-    made = race.sparse(64)
+    made = race.sparse("sparse", 64, 0.0)
     dense = dict(race.encoder.named_parameters())
     assert all(p.data_ptr() == dense[n].data_ptr() for n, p in made.encoder.named_parameters())
     config = TINY["vit-b-2048"].config(64, 0.2)
