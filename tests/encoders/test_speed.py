@@ -16,7 +16,7 @@ for needed in ("timm", "torchaudio"):
     pytest.importorskip(needed)
 
 QUICK = ["--rounds", "2", "--repeats", "1"]
-SPARSE = ["sparse units of 16", "sparse units of 64"]
+SPARSE = ["sparse units of 16", "sparse units of 64", "sparse units of 16, 50% sampled"]
 RUNS = ["no attention core", "dense SDPA default", *SPARSE, "eager"]
 
 
@@ -142,7 +142,7 @@ def test_the_file_has_all_cases(tmp_path, capsys):
         assert [row["what"] for row in case["sparse"]] == SPARSE
         assert case["skipped"] == []
     long, short = content["cases"]["wav2vec2-600s"], content["cases"]["vit-b-512"]
-    assert [row.get("sparse_layers") for row in long["runs"]] == [None, None, 2, 2, None]
+    assert [row.get("sparse_layers") for row in long["runs"]] == [None, None, 2, 2, 2, None]
     assert all(row["density"] < 0.5 for row in long["runs"] if "density" in row)
     assert long["sparse"][0]["share_of_ceiling"] is not None
     dense = short["runs"][2]
@@ -186,7 +186,7 @@ def test_memory_is_what_a_run_adds_and_backends_that_fail_are_named(monkeypatch)
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: before)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
-    monkeypatch.setattr(speed.Race, "sparse", lambda self, unit: speed.Run("sparse", self.encoder))
+    monkeypatch.setattr(speed.Race, "sparse", lambda self, *kind: speed.Run("sparse", self.encoder))
     monkeypatch.setattr(speed, "modes", lambda encoder: {"sparse_layers": 2})
     race.device = "cuda"
     race.enter([16])
