@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import patterns
     from .attention import attend, attention_reference, sparse_attention
+    from .checkpoints import load_scorers, save_scorers
     from .config import SparseConfig
     from .fine import FineScorer
     from .layout import Modality, TokenLayout
     from .mass import unit_mass
     from .reporting import report
-    from .retrofit import densify, load_scorers, save_scorers, sparse, sparsify
+    from .retrofit import densify, sparse, sparsify
     from .scorers import PooledScorer, RelevanceScorer, Scorer, Scores
     from .selection import Selection, select
 
@@ -63,8 +64,8 @@ _HOME = {
     "attention_reference": "attention",
     "sparse_attention": "attention",
     "densify": "retrofit",
-    "load_scorers": "retrofit",
-    "save_scorers": "retrofit",
+    "load_scorers": "checkpoints",
+    "save_scorers": "checkpoints",
     "sparse": "retrofit",
     "sparsify": "retrofit",
     "report": "reporting",

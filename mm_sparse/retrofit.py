@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mm_sparse.calls import Call
@@ -19,9 +17,7 @@ from mm_sparse.hf_layers import HFFound, dispatches, find_layers
 from mm_sparse.hf_modality import ModalityTracker
 from mm_sparse.layer import LAYER, Layer, Shared
 from mm_sparse.named_scorers import NAMED, make_scorer
-from mm_sparse.scorer_files import read_scorers, write_scorers
 from mm_sparse.scorers import Scorer
-from mm_sparse.shipped import scorers_folder
 from mm_sparse.tower_layouts import Tower
 from mm_sparse.towers import TowerFound, TowerLayer, find_towers
 
@@ -76,7 +72,7 @@ def sparsify(
         raise ValueError(f"scorer must be None, one of {(*NAMED,)} or a callable, got {scorer!r}")
     kept = {}
     if STATE in vars(model):
-        kept = {name: layer.scorer for name, layer in _state(model).layers.items()}
+        kept = {name: layer.scorer for name, layer in state_of(model).layers.items()}
     previous = vars(model).get(STATE)
     if previous is not None:
         densify(model)
@@ -124,13 +120,13 @@ def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iter
 
 def config_of(model: nn.Module) -> SparseConfig:
     """The config of a sparsified model."""
-    return _state(model).shared.config
+    return state_of(model).shared.config
 
 
 @contextmanager
 def keeping(model: nn.Module, **changes: Any) -> Iterator[None]:
     """The same layers and scorers with other fields of their config, around a block."""
-    shared = _state(model).shared
+    shared = state_of(model).shared
     before, shared.config = shared.config, replace(shared.config, **changes)
     try:
         yield
@@ -140,12 +136,12 @@ def keeping(model: nn.Module, **changes: Any) -> Iterator[None]:
 
 def layers(model: nn.Module) -> dict[str, Layer]:
     """The attention layers of a sparsified model by name."""
-    return dict(_state(model).layers)
+    return dict(state_of(model).layers)
 
 
 def scorers(model: nn.Module) -> nn.ModuleDict:
     """The scorers of a sparsified model; "/" stands for "." in the names of layers."""
-    found = {n: la.scorer for n, la in _state(model).layers.items() if la.scorer is not None}
+    found = {n: la.scorer for n, la in state_of(model).layers.items() if la.scorer is not None}
     return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in found.items()})
 
 
@@ -164,7 +160,7 @@ def given_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
     """
     if not isinstance(modality, Tensor) or modality.dim() != 2 or modality.is_floating_point():
         raise ValueError(f"modality must be a (batch, tokens) tensor of integers, got {modality!r}")
-    trackers = _state(model).trackers
+    trackers = state_of(model).trackers
     if not trackers:
         raise ValueError(f"model must hold a transformers model, got {type(model).__name__}")
     for tracker in trackers:
@@ -187,7 +183,7 @@ def watch(
     under gradient checkpointing is called once more in the backward pass: gather there and losses
     count double.
     """
-    shared = _state(model).shared
+    shared = state_of(model).shared
     shared.watchers.append(watcher)
     before, shared.timed = shared.timed, timed or shared.timed
     try:
@@ -197,40 +193,14 @@ def watch(
         shared.timed = before
 
 
-def save_scorers(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the scorers of a sparsified model: safetensors, and JSON with one entry per layer.
-
-    Args:
-        dtype: of the weights in the file, theirs if None.
-    """
-    state = _state(model)
-    write_scorers(state.layers, state.shared.config, Path(folder), dtype)
-
-
-def load_scorers(model: M, folder: str | Path) -> M:
-    """Read what `save_scorers` wrote; a model that is not sparsified is, with the stored config.
-
-    Args:
-        folder: of `save_scorers`, or the name of scorers that come with the package
-            (`mm_sparse.shipped.shipped_scorers()`).
-    Raises:
-        ValueError: the files are missing, or are of another model's layers.
-    """
-    stored = read_scorers(scorers_folder(folder))
-    if STATE not in vars(model):
-        sparsify(model, stored.config)
-    stored.install(_state(model).layers)
-    return model
-
-
-def _state(model: nn.Module) -> State:
+def state_of(model: nn.Module) -> State:
     state = vars(model).get(STATE)
     if state is None:
         raise ValueError(f"model must be sparsified, got a {type(model).__name__} that is not")
     return state
 
 
-def _find(model: nn.Module) -> list[Found]:
+def find_all(model: nn.Module) -> list[Found]:
     """Attention layers of all libraries, in the order of the model's modules."""
     found: dict[str, Found] = {f.name: f for f in find_layers(model)}
     # To transformers, a tower that one of its models wraps has attention that does not dispatch.
@@ -240,7 +210,7 @@ def _find(model: nn.Module) -> list[Found]:
 
 def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
     """Find the layers and check them; changes nothing."""
-    found = _find(model)
+    found = find_all(model)
     name = type(model).__name__
     refused = [f for f in found if f.refusal is not None]
     if not found:

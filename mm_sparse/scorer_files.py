@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,29 @@ class Stored:
     entries: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor]
 
+    def named_as(self, names: Sequence[str]) -> Stored:
+        """The same for a model of these layers, where they differ in what all names begin with.
+
+        So scorers of a tower serve it bare and wrapped.
+        """
+        if not self.entries or set(self.entries) <= set(names):
+            return self
+        old, new = _stem(list(self.entries)), _stem(names)
+        if not {new + name[len(old) :] for name in self.entries} <= set(names):
+            return self
+
+        def renamed(name: Any) -> Any:
+            return new + name[len(old) :] if name in self.entries else name
+
+        config = replace(
+            self.config,
+            dense_layers=tuple(map(renamed, self.config.dense_layers)),
+            layer_ratio={renamed(name): r for name, r in self.config.layer_ratio.items()},
+        )
+        entries = {renamed(name): entry for name, entry in self.entries.items()}
+        parts = ((key.partition(":"), value) for key, value in self.tensors.items())
+        return Stored(config, entries, {f"{renamed(n)}:{key}": v for (n, _, key), v in parts})
+
     def install(self, layers: dict[str, Layer]) -> None:
         """Give the layers their scorers: all of them or, with an error, none."""
         unknown = sorted(set(self.entries) - set(layers))
@@ -92,6 +117,13 @@ class Stored:
         own = {k.partition(":")[2]: v for k, v in self.tensors.items() if k.startswith(name + ":")}
         scorer.load_state_dict(own)
         return scorer
+
+
+def _stem(names: Sequence[str]) -> str:
+    """What all dotted names begin with, whole parts of a name only and never all of one."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, columns)
+    return "".join(f"{parts[0]}." for parts in shared)
 
 
 def read_scorers(folder: Path) -> Stored:

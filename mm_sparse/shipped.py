@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CHECKPOINTS = Path(__file__).parent / "trained"
 CARD = "card.json"
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,28 @@ def test_under_autocast_scores_and_lessons_see_its_dtype() -> None:
     sparse = [call for call in calls if call.selection is not None]
     assert sparse
     assert all(call.q.dtype == call.k.dtype == torch.bfloat16 for call in sparse)
+
+
+@torch.no_grad()
+def test_scorers_of_a_wrapped_tower_serve_the_bare_one(tmp_path: Path) -> None:
+    """Names that differ in what all begin with are those of one tower."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = build("llama").model
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            return self.tower(**inputs).logits
+
+    inputs = build("llama").inputs("none")
+    wrapped, bare = Wrapped(), build("llama").model
+    name = "tower.model.layers.1.self_attn"
+    mms.sparsify(wrapped, replace(SPARSE, layer_ratio={name: 0.9}), scorer="fine")
+    for parameter in retrofit.scorer_parameters(wrapped):
+        parameter.normal_(std=0.3)
+    mms.save_scorers(wrapped, tmp_path)
+    mms.load_scorers(bare, tmp_path)
+    assert list(retrofit.config_of(bare).layer_ratio) == ["model.layers.1.self_attn"]
+    assert bare(**inputs).logits.equal(wrapped(**inputs))
+    mms.load_scorers(Wrapped(), tmp_path)
