@@ -60,7 +60,7 @@ def beside(rows: Sequence[dict[str, Any]], card: Sequence[dict[str, Any]]) -> st
 
 
 def _is_name(key: str, value: Any) -> bool:
-    return isinstance(value, str) or key in ("ratio", "sampled")
+    return isinstance(value, str) or key in ("ratio", "mass", "sampled")
 
 
 def _is_figure(key: str, value: Any) -> bool:

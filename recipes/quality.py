@@ -173,15 +173,20 @@ def tables(
     sequences: dict[str, Tensor],
     methods: Sequence[str],
     ratios: Sequence[float],
+    masses: Sequence[float] = (),
     **changes: Any,
 ) -> Iterator[list[dict[str, Any]]]:
-    """`change_of` by kind of text, method and ratio, after every sequence of each kind.
+    """`change_of` by kind of text, method and budget, after every sequence of each kind.
 
     Rows hold means over the sequences so far, and the single KLs. The budgets of layers and heads
     belong to the model's own scorers: with other methods all layers have one ratio.
+
+    Args:
+        masses: budgets besides ratios, thresholds on the predicted mass.
     """
-    rows: dict[tuple[str, str, float], list[dict[str, float]]] = {}
-    densities: dict[tuple[str, str, float], float] = {}
+    rows: dict[Row, list[dict[str, float]]] = {}
+    densities: dict[Row, float] = {}
+    budgets = [*(("ratio", r) for r in ratios), *(("mass", m) for m in masses)]
     config = config_of(model)
     for batches in zip_longest(*sequences.values()):
         for kind, row in zip(sequences, batches, strict=True):
@@ -189,23 +194,29 @@ def tables(
                 continue
             ids = row[None]
             dense = predictions(model, ids, backend="dense")
-            for name, ratio in product(methods, ratios):
-                own = budgets_of(config, name, ratio) | changes
+            for name, (budget, value) in product(methods, budgets):
+                own = {"mass": value} if budget == "mass" else budgets_of(config, name, value)
+                own |= changes
                 with ranked_by(model, METHODS[name]):
                     sparse = predictions(model, ids, **own)
-                key = kind, name, ratio
+                key = kind, name, budget, value
                 if key not in densities:
                     densities[key] = mms.report(model).density or 1.0
                 rows.setdefault(key, []).append(change_of(dense, sparse, ids))
         yield [_row(*key, densities[key], found) for key, found in rows.items()]
 
 
+Row = tuple[str, str, str, float]
+"""Kind of text, method, field of the budget and its value."""
+
+
 def _row(
-    kind: str, method: str, ratio: float, density: float, found: list[dict[str, float]]
-) -> dict[str, Any]:
+    kind: str, method: str, budget: str, value: float, density: float,
+    found: list[dict[str, float]],
+) -> dict[str, Any]:  # fmt: skip
     means = {f: round(statistics.fmean(x[f] for x in found), 5) for f in found[0]}
     kls = [round(x["kl"], 5) for x in found]
-    return {"text": kind, "method": method, "ratio": ratio, "density": round(density, 4)} | {
+    return {"text": kind, "method": method, budget: value, "density": round(density, 4)} | {
         **means, "kls": kls,
     }  # fmt: skip
 
@@ -222,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.2])
+    parser.add_argument("--masses", type=float, nargs="+", default=[], help="thresholds, too")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sampled", type=float, help="share of the budget, else the config's")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
@@ -241,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype,
                               "scorers": args.scorers, "rows": []}  # fmt: skip
     changes = {} if args.sampled is None else {"sampled": args.sampled}
-    for rows in tables(model, data, args.methods, args.ratios, **changes):
+    for rows in tables(model, data, args.methods, args.ratios, args.masses, **changes):
         record["rows"] = rows
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:

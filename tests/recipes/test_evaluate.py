@@ -8,7 +8,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse import shipped
-from mm_sparse.recipes import evaluate, parts, quality
+from mm_sparse.recipes import evaluate, parts, quality, quality_plot
 from mm_sparse.retrofit import layers
 from tests.recipes.tiny import SPARSE, TINY, TOKENS, sharpen, tiny, write_corpus
 
@@ -87,3 +87,21 @@ def test_a_card_is_measured_again_beside_its_figures(
         evaluate.main(["tiny", "--only", "speed", "--out", str(out)])
     assert "must name tables of" in capsys.readouterr().err
     assert quality.METHODS["scorers"] is None
+
+
+def test_results_become_a_picture(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"text": text, "method": method, "density": density, "kl": 0.1 / density}
+        for text in ("text", "code") for method in ("window", "scorers") for density in (0.1, 0.2)
+    ]  # fmt: skip
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"text": {"rows": rows}, "needle": {"rows": [{"setting": "x"}]}}))
+    quality_plot.main([str(file), str(tmp_path / "out.png")])
+    with image.open(tmp_path / "out.png") as picture:
+        assert picture.width > picture.height > 100
+        colours = picture.convert("RGB").getcolors(1 << 24)
+    assert len(colours) > 20
+    with pytest.raises(ValueError, match="rows must hold results"):
+        quality_plot.draw([], tmp_path / "none.png")
