@@ -4,7 +4,7 @@ B batch, H query heads, N query tokens, D head dim
 """
 
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
-# pyright: reportIndexIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 import torch
 import triton
 import triton.language as tl
