@@ -47,6 +47,7 @@ class Linformers(nn.Module):
         return self.of(call)(call.q, call.k, call.v, scale=call.scale)
 
 
+@torch.enable_grad()
 def train_linformers(
     model: nn.Module,
     batches: Iterator[Tensor],
