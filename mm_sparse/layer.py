@@ -279,7 +279,10 @@ class Layer(ABC):
             return f"dropout of {options['dropout']} on attention weights while training"
         if v.shape[-1] > k.shape[-1]:
             return f"values have {v.shape[-1]} dimensions, keys only {k.shape[-1]}"
-        return supports(q, k, self.shared.config.unit, self.shared.config.backend)
+        config = self.shared.config
+        # A watcher of a dense run scores on this device, whose own kernels those are.
+        backend = "auto" if config.backend == "dense" else config.backend
+        return supports(q, k, config.unit, backend)
 
     def _clock(self, q: Tensor) -> Any:
         if not self.shared.timed:

@@ -176,3 +176,15 @@ def test_under_autocast_scores_and_lessons_see_its_dtype() -> None:
     sparse = [call for call in calls if call.selection is not None]
     assert sparse
     assert all(call.q.dtype == call.k.dtype == torch.bfloat16 for call in sparse)
+
+
+@torch.no_grad()
+def test_a_watched_dense_run_has_a_layout_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    case = build("llama")
+    mms.sparsify(case.model, SPARSE)
+    calls: list[retrofit.Call] = []
+    with retrofit.keeping(case.model, backend="dense"), retrofit.watch(case.model, calls.append):
+        case.model(long_ids())
+    assert calls
+    assert all(call.selection is None and call.plan().units.shape[1] > 1 for call in calls)
