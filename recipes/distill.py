@@ -5,6 +5,7 @@
 B rows, N tokens, K KV heads, T tiles, U units, L layers
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,6 +76,35 @@ class Ranking(nn.Module):
         return self.scorer.rank(tiles, units, plan, scale, torch.float32)
 
 
+@torch.no_grad()
+def look(model: nn.Module, run: Callable[[], Any], tiles: int) -> Sample:
+    """What the `FineScorer`s of a sparsified model see of so many tiles, drawn at random.
+
+    Args:
+        run: runs the model, which attends densely in it.
+    """
+    served, found, where = layers(model), [], []
+
+    def keep(call: Call) -> None:
+        scorer = served[call.name].scorer
+        if not isinstance(scorer, FineScorer):
+            return
+        if not where:
+            where.append(some_tiles(call.plan(), tiles))
+            where.append(call.scale)
+        plan = where[0]
+        features = scorer.features(call.q, call.k, plan)
+        mass = unit_mass(call.q, call.k, plan, call.scale)
+        own = plan if call.config == plan.config else replace(plan, config=call.config)
+        found.append((*features, mass, own.head_budget.expand(mass.shape[:-1])))
+
+    with keeping(model, backend="dense"), watch(model, keep):
+        run()
+    if not found:
+        raise ValueError("language must run layers with a FineScorer, got none")
+    return Sample(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
+
+
 class Distill(L.LightningModule):
     """Scorers of a frozen language model, all layers in one batched product."""
 
@@ -123,29 +153,9 @@ class Distill(L.LightningModule):
     def setup(self, stage: str | None = None) -> None:
         self.language.to(self.trainer.strategy.root_device)
 
-    @torch.no_grad()
     def look(self, ids: Tensor, tiles: int) -> Sample:
         """Run the dense model on (B, N) ids: what scorers see of so many tiles, drawn at random."""
-        served, found, where = layers(self.language), [], []
-
-        def keep(call: Call) -> None:
-            scorer = served[call.name].scorer
-            if not isinstance(scorer, FineScorer):
-                return
-            if not where:
-                where.append(some_tiles(call.plan(), tiles))
-                where.append(call.scale)
-            plan = where[0]
-            features = scorer.features(call.q, call.k, plan)
-            mass = unit_mass(call.q, call.k, plan, call.scale)
-            own = plan if call.config == plan.config else replace(plan, config=call.config)
-            found.append((*features, mass, own.head_budget.expand(mass.shape[:-1])))
-
-        with keeping(self.language, backend="dense"), watch(self.language, keep):
-            self.language.base_model(ids, use_cache=False)
-        if not found:
-            raise ValueError("language must run layers with a FineScorer, got none")
-        return Sample(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
+        return look(self.language, lambda: self.language.base_model(ids, use_cache=False), tiles)
 
     def rank(self, sample: Sample) -> Tensor:
         """(L, B, K, T, U) scores of all layers."""
