@@ -53,8 +53,10 @@ LEARNED: dict[str, dict[str, Any]] = {
 class Variant:
     """What ranks units in a row of the table, and what the config says of modalities."""
 
-    scorer: str | Callable[[], Scorer] | None
-    """A key of `LEARNED`, a scorer that learns nothing, or None: an untrained `FineScorer`."""
+    scorer: Callable[[], Scorer] | None = None
+    """What learns nothing; an untrained `FineScorer` if neither this nor `learned` is given."""
+    learned: str = ""
+    """A key of `LEARNED`."""
     shares: Literal["", "floor", "budget"] = ""
     """"floor": a least share of the budget for each modality. "budget": all of it is dealt out, by
     the share of attention that each modality gets in training samples."""
@@ -63,14 +65,14 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "sliding window": Variant(Nearest),
     "pooled, untrained": Variant(PooledScorer),
-    "parts, untrained": Variant(None),
-    "blind": Variant("blind"),
-    "blind, floors": Variant("blind", "floor"),
-    "maps": Variant("maps"),
-    "bias": Variant("bias"),
-    "maps and bias": Variant("maps and bias"),
-    "maps and bias, floors": Variant("maps and bias", "floor"),
-    "maps and bias, budgets": Variant("maps and bias", "budget"),
+    "parts, untrained": Variant(),
+    "blind": Variant(learned="blind"),
+    "blind, floors": Variant(learned="blind", shares="floor"),
+    "maps": Variant(learned="maps"),
+    "bias": Variant(learned="bias"),
+    "maps and bias": Variant(learned="maps and bias"),
+    "maps and bias, floors": Variant(learned="maps and bias", shares="floor"),
+    "maps and bias, budgets": Variant(learned="maps and bias", shares="budget"),
     "perfect": Variant(Perfect),
 }
 
@@ -157,10 +159,8 @@ def run(
         )
     model.eval().requires_grad_(False)
     kinds = [Modality(m) for m in model.modality(held_out[0]).unique().tolist()]
-    options = {
-        name: {"modalities": kinds, **LEARNED[name]}
-        for name in {v.scorer: v for v in variants.values() if v.scorer in LEARNED}
-    }
+    wanted = dict.fromkeys(v.learned for v in variants.values() if v.learned)
+    options = {name: {"modalities": kinds, **LEARNED[name]} for name in wanted}
     learned: dict[str, list[OwnScorers]] = {name: [] for name in options}
     losses: list[dict[str, list[float]]] = []
     shares: dict[Modality, float] = {}
@@ -193,7 +193,7 @@ def run(
                     found.append(measure(model, held_out, dense, looked_at))
                 ratios.append(round(ratio, 5))
                 cost = _cost(model, held_out[0])
-        own = learned[variant.scorer][0].values() if variant.scorer in learned else ()
+        own = learned[variant.learned][0].values() if variant.learned else ()
         size = sum(p.numel() for scorer in own for p in scorer.parameters())
         rows[name] = {"parameters": size, "cost": cost, "ratios": ratios} | summary(found)
     for row in rows.values() if "blind" in rows else ():
@@ -214,8 +214,8 @@ def _rankings(
     model: Multimodal, variant: Variant, learned: Mapping[str, list[OwnScorers]]
 ) -> list[Mapping[str, Scorer]]:
     """The scorers of a variant by layer, one for each seed if they learned."""
-    if isinstance(variant.scorer, str):
-        return list(learned[variant.scorer])
+    if variant.learned:
+        return list(learned[variant.learned])
     own = fresh(model.language, modalities=None, pairs=False)
     return [own if variant.scorer is None else {name: variant.scorer() for name in own}]
 

@@ -71,8 +71,10 @@ def learn(
 
 
 def _loss(own: OwnScorers, sample: Sample, goal: Goal, first: bool) -> Tensor:
+    plan, scale = sample.plan, sample.scale
     seen = zip(own.values(), sample.tiles, sample.units, strict=True)
-    values = torch.stack([s.rank(*x, sample.plan, sample.scale, torch.float32) for s, *x in seen])
+    ranked = [s.rank(tiles, units, plan, scale, torch.float32) for s, tiles, units in seen]
+    values = torch.stack(ranked)
     if first:
-        return divergence(values, sample.mass, sample.plan, weighted=True)
-    return dropped_mass(values, sample.mass, sample.plan, goal.temperature, sample.budget)
+        return divergence(values, sample.mass, plan, weighted=True)
+    return dropped_mass(values, sample.mass, plan, goal.temperature, sample.budget)
