@@ -34,7 +34,11 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name, first in runs[0].items():
         values = [run[name] for run in runs]
         if isinstance(first, dict):
-            found[name] = {k: round(statistics.fmean(v[k] for v in values), 4) for k in first}
+            # A pair may be without a best unit where a seed's layers see other queries.
+            keys = dict.fromkeys(key for value in values for key in value)
+            found[name] = {
+                key: round(statistics.fmean(v[key] for v in values if key in v), 4) for key in keys
+            }
         elif isinstance(first, float):
             found[name] = round(statistics.fmean(values), 5)
             if len(values) > 1:

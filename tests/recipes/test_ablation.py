@@ -202,7 +202,11 @@ def test_divergence_is_per_row_and_errors_are_over_seeds() -> None:
     first, second = kl_by_row(dense, sparse, torch.tensor([0, 0, 5]))
     assert first == 0
     assert second > 1
-    runs = [{"kl": kl, "kl_by_sample": [kl, kl + 1]} for kl in (1.0, 3.0)]
+    runs = [
+        {"kl": kl, "kl_by_sample": [kl, kl + 1], "overlap_by_pair": {"TEXT>TEXT": kl / 4, **more}}
+        for kl, more in ((1.0, {}), (3.0, {"AUDIO>TEXT": 0.5}))
+    ]
     found = summary(runs)
+    assert found["overlap_by_pair"] == {"TEXT>TEXT": 0.5, "AUDIO>TEXT": 0.5}
     assert (found["kl"], found["kl_se"]) == (2.0, 1.0)
     assert (found["kl_by_sample"], found["kl_se_samples"]) == ([2.0, 3.0], 0.5)
