@@ -87,13 +87,24 @@ def dense_run(model: Multimodal, batches: Sequence[Batch]) -> tuple[list[Said], 
 
 
 @torch.no_grad()
-def matched_ratio(model: Multimodal, batch: Batch, target: float, ratio: float) -> float:
-    """The ratio at which the layers' density on a batch is nearest to `target`, from `ratio` on."""
+def density_on(model: Multimodal, batches: Sequence[Batch]) -> float:
+    """Density of the layers that run sparse, mean over batches."""
+    found = []
+    for batch in batches:
+        model.run(batch, logits_to_keep=1)
+        found.append(densities(model)["all"])
+    return statistics.fmean(found)
+
+
+@torch.no_grad()
+def matched_ratio(
+    model: Multimodal, batches: Sequence[Batch], target: float, ratio: float
+) -> float:
+    """The ratio at which the layers' density on batches is nearest to `target`, from `ratio` on."""
     low, high, tried = 0.0, 1.0, []
     for _ in range(8):
         with keeping(model.language, ratio=ratio):
-            model.run(batch, logits_to_keep=1)
-        found = densities(model)["all"]
+            found = density_on(model, batches)
         tried.append((abs(found / target - 1), ratio))
         if tried[-1][0] < 2e-3:
             break
@@ -178,9 +189,8 @@ def run(
     floors: dict[str, Any] = {"": 0.0, "floor": floor, "budget": shares}
     rows: dict[str, dict[str, Any]] = {}
     untrained = ranked_by(model.language, fresh(model.language))
-    with keeping(model.language, modality_floor=0.0), untrained, torch.no_grad():
-        model.run(held_out[0], logits_to_keep=1)
-    target = densities(model)["all"]
+    with keeping(model.language, modality_floor=0.0), untrained:
+        target = density_on(model, held_out[:looked_at])
     for name, variant in variants.items():
         found, ratios = [], []
         for ranked in _rankings(model, variant, learned):
@@ -188,7 +198,7 @@ def run(
                 keeping(model.language, modality_floor=floors[variant.shares]),
                 ranked_by(model.language, ranked),
             ):
-                ratio = matched_ratio(model, held_out[0], target, config.ratio)
+                ratio = matched_ratio(model, held_out[:looked_at], target, config.ratio)
                 with keeping(model.language, ratio=ratio):
                     found.append(measure(model, held_out, dense, looked_at))
                 ratios.append(round(ratio, 5))
