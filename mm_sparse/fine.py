@@ -30,7 +30,9 @@ class FineScorer(Scorer):
     Args:
         num_query_heads, num_kv_heads, head_dim: H, K, D of the layer.
         parts: C, which divides 16.
-        modalities: which have maps of their own; tokens of others count with their means.
+        modalities: which have maps of their own; tokens of others count with their means. None: one
+            map that all share.
+        pairs: a bias per pair of modalities and distance; without, per distance only.
     """
 
     def __init__(
@@ -40,7 +42,8 @@ class FineScorer(Scorer):
         num_kv_heads: int,
         head_dim: int,
         parts: int = 4,
-        modalities: Sequence[Modality] = tuple(Modality),
+        modalities: Sequence[Modality] | None = tuple(Modality),
+        pairs: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(num_query_heads, num_kv_heads, head_dim=head_dim, parts=parts)
@@ -48,19 +51,23 @@ class FineScorer(Scorer):
             raise ValueError(f"parts must divide 16, the smallest unit, got {parts}")
         self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
         self.head_dim, self.parts = head_dim, parts
-        self.modalities = tuple(Modality(m) for m in modalities)
-        if not self.modalities or len(set(self.modalities)) < len(self.modalities):
+        own = None if modalities is None else tuple(Modality(m) for m in modalities)
+        if own is not None and (not own or len(set(own)) < len(own)):
             raise ValueError(f"modalities must be one or more, each once, got {modalities!r}")
-        kinds, all_kinds = len(self.modalities), len(Modality)
+        if not isinstance(pairs, bool):
+            raise TypeError(f"pairs must be a bool, got {pairs!r}")
+        self.modalities, self.pairs = own, pairs
+        kinds, all_kinds = 1 if own is None else len(own), len(Modality)
+        bias_kinds = all_kinds if pairs else 1
         self.query_map = nn.Parameter(torch.zeros(kinds, num_query_heads, 3 * head_dim, head_dim))
         self.key_map = nn.Parameter(torch.zeros(kinds, num_kv_heads, 3 * head_dim, head_dim))
         self.pair_bias = nn.Parameter(
-            torch.zeros(num_kv_heads, all_kinds, all_kinds, DISTANCE_BUCKETS)
+            torch.zeros(num_kv_heads, bias_kinds, bias_kinds, DISTANCE_BUCKETS)
         )
         self.register_buffer("query_size", torch.ones(num_query_heads, 3 * head_dim))
         self.register_buffer("key_size", torch.ones(num_kv_heads, 3 * head_dim))
-        place = torch.full((all_kinds,), -1)
-        place[[int(m) for m in self.modalities]] = torch.arange(kinds)
+        place = torch.full((all_kinds,), -1 if own else 0)
+        place[[int(m) for m in own or ()]] = torch.arange(len(own or ()))
         self.register_buffer("map_of", place, persistent=False)
         self._kept = Kept()
 
@@ -106,7 +113,7 @@ class FineScorer(Scorer):
             whole.to(dtype),
             plan.live_subpools,
             plan,
-            self.pair_bias,
+            self.pair_bias.expand(-1, len(Modality), len(Modality), -1),
             parts.to(dtype) if self.parts > 1 else None,
         )
 
@@ -135,4 +142,6 @@ class FineScorer(Scorer):
         return made[0] * scale, made[1]
 
     def _describe(self, x: Tensor, maps: Tensor, modality: Tensor, plan: Plan) -> Tensor:
+        if self.modalities is None:
+            return x.to(maps.dtype) @ maps[0]
         return describe(x, maps, self.map_of, [int(m) for m in self.modalities], modality, plan)

@@ -45,7 +45,9 @@ def write_scorers(
             entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "rank")}
         elif isinstance(scorer, FineScorer):
             entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "parts")}
-            entries[name]["modalities"] = [m.name for m in scorer.modalities]
+            own = scorer.modalities
+            kinds = None if own is None else [m.name for m in own]
+            entries[name] |= {"modalities": kinds, "pairs": scorer.pairs}
     save_file(tensors, folder / WEIGHTS)
     record = {"format": 1, "config": json.loads(config.to_json()), "layers": entries}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -106,7 +108,7 @@ class Stored:
                     f"of {name}, got {got}"
                 )
             weight = next(layer.module.parameters(), None)
-            if "modalities" in entry:
+            if entry.get("modalities") is not None:
                 entry["modalities"] = [Modality[name] for name in entry["modalities"]]
             scorer = made[kind](**entry).to("cpu" if weight is None else weight.device)
         elif scorer is None or type(scorer).__name__ != kind:

@@ -3,7 +3,7 @@
 B rows, N tokens, K KV heads, T tiles, U units, L layers
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -71,6 +71,49 @@ class Ranking(nn.Module):
         return self.scorer.rank(tiles, units, plan, scale, torch.float32)
 
 
+def true_mass(call: Call, plan: Plan) -> Tensor:
+    """(B, K, T, U): the share of attention that the units of a call have."""
+    return unit_mass(call.q, call.k, plan, call.scale)
+
+
+@torch.no_grad()
+def look(
+    model: nn.Module,
+    run: Callable[[], Any],
+    tiles: int,
+    truth: Callable[[Call, Plan], Tensor] = true_mass,
+    *,
+    name: str = "model",
+) -> Sample:
+    """What the `FineScorer`s of a sparsified model see of so many tiles, drawn at random.
+
+    Args:
+        run: runs the model, which attends densely in it.
+        truth: what scorers learn to rank the units of a call by.
+        name: of the argument that gave the model, for messages.
+    """
+    served, found, where = layers(model), [], []
+
+    def keep(call: Call) -> None:
+        scorer = served[call.name].scorer
+        if not isinstance(scorer, FineScorer):
+            return
+        if not where:
+            where.append(some_tiles(call.plan(), tiles))
+            where.append(call.scale)
+        plan = where[0]
+        features = scorer.features(call.q, call.k, plan)
+        weight = truth(call, plan)
+        own = plan if call.config == plan.config else replace(plan, config=call.config)
+        found.append((*features, weight, own.best.head_budget.expand(weight.shape[:-1])))
+
+    with keeping(model, backend="dense"), watch(model, keep):
+        run()
+    if not found:
+        raise ValueError(f"{name} must run layers with a FineScorer, got none")
+    return Sample(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
+
+
 class Distiller(L.LightningModule):
     """Scorers of a frozen model; a subclass says how the model runs on a batch.
 
@@ -127,34 +170,14 @@ class Distiller(L.LightningModule):
 
     def truth(self, call: Call, plan: Plan) -> Tensor:
         """(B, K, T, U): what scorers learn to rank the units of a call by."""
-        return unit_mass(call.q, call.k, plan, call.scale)
+        return true_mass(call, plan)
 
     def setup(self, stage: str | None = None) -> None:
         self.model.to(self.trainer.strategy.root_device)
 
-    @torch.no_grad()
     def look(self, batch: Any, tiles: int) -> Sample:
         """Run the dense model on a batch: what scorers see of so many tiles, drawn at random."""
-        served, found, where = layers(self.model), [], []
-
-        def keep(call: Call) -> None:
-            scorer = served[call.name].scorer
-            if not isinstance(scorer, FineScorer):
-                return
-            if not where:
-                where.append(some_tiles(call.plan(), tiles))
-                where.append(call.scale)
-            plan = where[0]
-            features = scorer.features(call.q, call.k, plan)
-            truth = self.truth(call, plan)
-            own = plan if call.config == plan.config else replace(plan, config=call.config)
-            found.append((*features, truth, own.best.head_budget.expand(truth.shape[:-1])))
-
-        with keeping(self.model, backend="dense"), watch(self.model, keep):
-            self.run(batch)
-        if not found:
-            raise ValueError(f"{self._name} must run layers with a FineScorer, got none")
-        return Sample(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
+        return look(self.model, lambda: self.run(batch), tiles, self.truth, name=self._name)
 
     def rank(self, sample: Sample) -> Tensor:
         """(L, B, K, T, U) scores of all layers."""

@@ -29,25 +29,48 @@ class Verdict:
     """(A,) bool: every token of the answer was the likeliest one, given those before it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Said:
+    """Predictions of the answer tokens of a batch, P of them."""
+
+    logits: Tensor
+    """(P, vocabulary) float32."""
+    labels: Tensor
+    """(P,) true ids."""
+    answer: Tensor
+    """(P,) number of the answer that each is of."""
+    row: Tensor
+    """(P,) row of the batch."""
+
+    def exact(self) -> Tensor:
+        """(A,) bool, as `Verdict` has it."""
+        found = torch.ones(int(self.answer.max()) + 1, dtype=torch.int8, device=self.labels.device)
+        right = (self.logits.argmax(-1) == self.labels).to(torch.int8)
+        return found.scatter_reduce(0, self.answer, right, "amin").bool()
+
+
 class Multimodal(Reader):
     """A `Reader` that learns to give the answers of its batches."""
 
     def forward(self, batch: Batch) -> Verdict:
         """Teacher forcing: every token of an answer is predicted from the true ones before it."""
-        labels, answer = batch["labels"][:, 1:], batch["answer_index"][:, 1:]
+        labels = batch["labels"][:, 1:]
         if not labels.numel() or not bool((labels != IGNORED).any()):
             nothing = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
             return Verdict(torch.as_tensor(nothing), labels.new_zeros(0, dtype=torch.bool))
+        said = self.answers(batch)
+        return Verdict(cross_entropy(said.logits, said.labels), said.exact())
+
+    def answers(self, batch: Batch) -> Said:
+        """What a batch with answers makes the model say where it is asked."""
+        labels, answer = batch["labels"][:, 1:], batch["answer_index"][:, 1:]
         # Logits of all positions of a long picture would not fit for a large vocabulary.
         columns = (labels != IGNORED).any(0).nonzero().flatten()
         logits = self.run(batch, logits_to_keep=columns).logits
         labels, answer = labels[:, columns], answer[:, columns]
         asked = labels != IGNORED
-        logits, labels, answer = logits[asked].float(), labels[asked], answer[asked]
-        exact = torch.ones(int(answer.max()) + 1, dtype=torch.int8, device=labels.device)
-        right = (logits.argmax(-1) == labels).to(torch.int8)
-        exact = exact.scatter_reduce(0, answer, right, "amin")
-        return Verdict(cross_entropy(logits, labels), exact.bool())
+        rows = asked.nonzero()[:, 0]
+        return Said(logits[asked].float(), labels[asked], answer[asked], rows)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         goals, loss = self.objectives, torch.zeros((), device=self.device)

@@ -9,7 +9,7 @@ B rows, N tokens, K KV heads, T tiles, U units, V vocabulary
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product, zip_longest
 from pathlib import Path
@@ -67,13 +67,23 @@ METHODS: dict[str, Callable[[], Scorer] | None] = {
 
 
 @contextmanager
-def ranked_by(model: nn.Module, make: Callable[[], Scorer] | None) -> Any:
-    """The layers of a sparsified model with other scorers, around a block."""
+def ranked_by(
+    model: nn.Module, make: Callable[[], Scorer] | Mapping[str, Scorer] | None
+) -> Iterator[None]:
+    """The layers of a sparsified model with other scorers, around a block.
+
+    Args:
+        make: called once a layer, or scorers by name of the layer; None changes nothing.
+    """
     served = layers(model)
     before = {name: layer.scorer for name, layer in served.items()}
     try:
-        for layer in served.values() if make is not None else ():
-            layer.scorer = make()  # type: ignore[misc]
+        if isinstance(make, Mapping):
+            for name, scorer in make.items():
+                served[name].scorer = scorer
+        elif make is not None:
+            for layer in served.values():
+                layer.scorer = make()
         yield
     finally:
         for name, layer in served.items():

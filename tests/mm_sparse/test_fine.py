@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,31 @@ def test_tokens_without_a_map_count_with_their_means() -> None:
     assert_equal_where_visible(a.values, b.values.detach(), a.plan, 1e-5)
 
 
+def test_one_map_and_one_bias_for_all_know_no_modality() -> None:
+    layout = TokenLayout.from_rows([MIXED])
+    other = replace(layout, modality=(layout.modality + 1) % len(Modality), made={})
+    q, k = random_qk(layout, 6, 2)
+    config = small_config(bidirectional=())  # what is visible must not change
+    blind, some = trained(modalities=None, pairs=False), trained(modalities=None)
+    for scorer, changes in ((blind, False), (some, True)):
+        a, b = (scorer(q, k, layout=x, config=config) for x in (layout, other))
+        change = torch.where(a.plan.visible[:, None], a.values - b.values, 0)
+        assert bool(change.any()) == changes
+
+
+def test_a_shared_map_is_the_same_map_for_each() -> None:
+    layout = TokenLayout.from_rows([MIXED])
+    q, k = random_qk(layout, 6, 2)
+    blind, every = trained(modalities=None, pairs=False), trained()
+    with torch.no_grad():
+        for name, own in every.named_parameters():
+            own.copy_(blind.get_parameter(name).expand_as(own))
+        every.query_size.copy_(blind.query_size)
+        every.key_size.copy_(blind.key_size)
+    a, b = (s(q, k, layout=layout, config=small_config()) for s in (blind, every))
+    assert_equal_where_visible(a.values, b.values.detach(), a.plan, 1e-5)
+
+
 def test_calibration_sets_the_size_of_features() -> None:
     layout = TokenLayout.text(1, 256)
     q, k = random_qk(layout, 6, 2)
@@ -166,7 +192,15 @@ def test_a_scorer_of_impossible_sizes_is_refused(given: dict, message: str) -> N
         FineScorer(**{"num_query_heads": 4, "num_kv_heads": 2, "head_dim": 8, **given})
 
 
-def test_it_survives_a_file(tmp_path) -> None:
+def test_pairs_must_be_a_bool() -> None:
+    with pytest.raises(TypeError, match="pairs must be a bool, got 1"):
+        FineScorer(num_query_heads=4, num_kv_heads=2, head_dim=8, pairs=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"modalities": None, "pairs": False}], ids=["aware", "blind"]
+)
+def test_it_survives_a_file(tmp_path, options: dict) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -176,8 +210,9 @@ def test_it_survives_a_file(tmp_path) -> None:
     model = LlamaForCausalLM(config).eval()
     sparse = small_config(dense_below=0)
     mms.sparsify(
-        model, sparse, scorer=lambda **kw: trained(kw["num_query_heads"], kw["num_kv_heads"])
-    )
+        model, sparse,
+        scorer=lambda **kw: trained(kw["num_query_heads"], kw["num_kv_heads"], **options),
+    )  # fmt: skip
     ids = torch.randint(0, 50, (1, 120), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = model(ids).logits

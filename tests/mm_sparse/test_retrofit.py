@@ -202,3 +202,15 @@ def test_scorers_of_a_wrapped_tower_serve_the_bare_one(tmp_path: Path) -> None:
     assert list(retrofit.config_of(bare).layer_ratio) == ["model.layers.1.self_attn"]
     assert bare(**inputs).logits.equal(wrapped(**inputs))
     mms.load_scorers(Wrapped(), tmp_path)
+
+
+@torch.no_grad()
+def test_a_watched_dense_run_has_a_layout_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    case = build("llama")
+    mms.sparsify(case.model, SPARSE)
+    calls: list[retrofit.Call] = []
+    with retrofit.keeping(case.model, backend="dense"), retrofit.watch(case.model, calls.append):
+        case.model(long_ids())
+    assert calls
+    assert all(call.selection is None and call.plan().units.shape[1] > 1 for call in calls)
