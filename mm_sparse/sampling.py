@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mm_sparse.descriptors import fused
 from mm_sparse.kernels.ops import attend_backward_op, attend_op
+from mm_sparse.lists import lists_of_units, units_of_lists
 from mm_sparse.plan import Plan
 
 # Multiples of the golden ratio and of its kin in three dimensions, in 65536ths: where a tile and a
@@ -47,11 +48,7 @@ def draw(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Samp
     Of the other visible units of a tile so many are taken as the budget still holds, evenly spaced.
     Where the spacing starts follows from the numbers of tile and head: nothing is random.
     """
-    num_units = plan.units.shape[1]
-    slot = torch.arange(index.shape[-1], device=index.device)
-    ids = torch.where(slot < count[..., None], index, num_units).long()
-    best = torch.zeros(*ids.shape[:3], num_units + 1, dtype=torch.bool, device=index.device)
-    best = best.scatter_(-1, ids, True)[..., :num_units]
+    best = units_of_lists(index, count, plan.units.shape[1])
     size = plan.units[:, None, None, :, 1]
     others = plan.visible[:, None] & ~best
     left = plan.head_budget - (best * size).sum(-1)
@@ -59,18 +56,18 @@ def draw(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Samp
     take = ((left + plan.unit // 2) // plan.unit).clamp(min=0).minimum(have)
     # Short units must not leave anything out where the budget holds all.
     take = torch.where(left < keys, take, have)
-    tile = torch.arange(ids.shape[2], device=ids.device)
-    head = torch.arange(ids.shape[1], device=ids.device)[:, None]
+    tile = torch.arange(index.shape[2], device=index.device)
+    head = torch.arange(index.shape[1], device=index.device)[:, None]
     start = (tile * STEP_TILE + head * STEP_HEAD) % TURN * have // TURN
     rank = others.cumsum(-1) - 1 + start[..., None]
     per = have.clamp(min=1)[..., None]
     steps = (rank + 1) * take[..., None] // per > rank * take[..., None] // per
     chosen = others & steps
     width, both = list_lengths(index.shape[-1], plan)
-    drawn, drawn_count = _listed(chosen, width)
+    drawn, drawn_count = lists_of_units(chosen, width)
     taken = (chosen * size).sum(-1)
     weight = (keys.float() / taken.clamp(min=1)).clamp(min=1).log()
-    whole = _listed(best | chosen, both)
+    whole = lists_of_units(best | chosen, both)
     return *whole, Sample(index, count, drawn, drawn_count, weight)
 
 
@@ -78,15 +75,6 @@ def list_lengths(best: int, plan: Plan) -> tuple[int, int]:
     """Of the sample, and of the sample and lists of the best so long."""
     width = max(plan.max_kept, 1)
     return width, min(width + best, plan.units.shape[1])
-
-
-def _listed(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Ascending ids of at most `width` units where `kept` (B, K, T, U) is True, and their count."""
-    slot = torch.where(kept, kept.cumsum(-1) - 1, width)
-    index = torch.full((*kept.shape[:3], width + 1), -1, dtype=torch.int32, device=kept.device)
-    ids = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device).expand_as(slot)
-    index = index.scatter_(-1, slot, ids)[..., :width].contiguous()
-    return index, kept.sum(-1, dtype=torch.int32)
 
 
 def attend_sampled(

@@ -17,6 +17,7 @@ from mm_sparse.descriptors import fused
 from mm_sparse.kernels.reference import dense_mask
 from mm_sparse.kernels.transpose import transpose_lists
 from mm_sparse.layout import TokenLayout
+from mm_sparse.lists import lists_of_units
 from mm_sparse.modality import Modality
 from mm_sparse.pairs import count_pairs
 from mm_sparse.plan import Plan
@@ -74,11 +75,8 @@ class Selection:
                 f"kept must be bool (batch, KV heads, tiles, {num_units}), "
                 f"got {kept.dtype} {tuple(kept.shape)}"
             )
-        count = kept.sum(-1, dtype=torch.int32)
-        ids = torch.arange(num_units, device=kept.device, dtype=torch.int32)
-        index = torch.where(kept, ids, num_units).sort(-1).values
-        index = index[..., : max(int(count.max()) if count.numel() else 0, 1)]
-        return cls(index.masked_fill(index == num_units, -1).contiguous(), count, plan)
+        most = int(kept.sum(-1).max()) if kept.shape[:3].numel() else 0
+        return cls(*lists_of_units(kept, max(most, 1)), plan)
 
     def check(self) -> Selection:
         """Refuse lists that are not ascending ids of units in range (reads the whole index)."""

@@ -11,16 +11,13 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse import SparseConfig
-from mm_sparse.recipes.compare import machine
-from mm_sparse.recipes.quality import METHODS, budgets_of, ranked_by
+from mm_sparse.recipes.quality import METHODS, add_options, budgets_of, prepared, ranked_by
 from mm_sparse.retrofit import keeping
 
 PLACES = (
@@ -141,29 +138,15 @@ def _rows(known: list[Trial], right: dict[str, list[bool]], tried: int) -> list[
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     from mm_sparse.recipes.corpus import CorpusData
-    from mm_sparse.recipes.parts import LanguagePart
     from mm_sparse.recipes.pretrained import SmolLM2Tokenizer
     from mm_sparse.recipes.vocabulary import HFTokenizer
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--scorers", help="folder of save_scorers, or the name of shipped ones")
-    parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
-    parser.add_argument("--tokens", type=int, default=8192)
+    add_options(parser)
     parser.add_argument("--count", type=int, default=200, help="facts that dense recalls")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = LanguagePart(args.model, options={"dtype": args.dtype}).build(0)
-    model.eval().requires_grad_(False).to(device)
-    if args.scorers:
-        mms.load_scorers(model, args.scorers)
-    else:
-        mms.sparsify(model, SparseConfig(bidirectional=(), dense_below=0))
-        args.methods = [name for name in args.methods if name != "scorers"]
+    model, record = prepared(args)
     smollm2 = args.model == "smollm2"
     tokenizer: Any = SmolLM2Tokenizer() if smollm2 else HFTokenizer(args.model)
     texts = torch.cat(list(CorpusData(args.corpus, args.tokens).kinds("test").values()))
@@ -172,8 +155,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for ratio in args.ratios:
             own = budgets_of(mms.retrofit.config_of(model), method, ratio)
             settings[f"{method} {ratio}"] = method, {"dense_below": 0} | own
-    record: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype,
-                              "scorers": args.scorers, "rows": []}  # fmt: skip
     for rows in recall(model, trials(texts, tokenizer), settings, count=args.count):
         record["rows"] = rows
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 import mm_sparse as mms
 from mm_sparse import PooledScorer, Scorer, SparseConfig, select, unit_mass
 from mm_sparse.calls import Call
+from mm_sparse.lists import units_of_lists
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.compare import machine
 from mm_sparse.recipes.lessons import divergence
@@ -160,9 +161,7 @@ def layer_figures(
 def kept_units(values: Tensor, plan: Plan) -> Tensor:
     """(B, K, T, U) bool: what `select` keeps."""
     chosen = select(Scores(values, plan), plan.layout, plan.config)
-    listed = torch.arange(chosen.index.shape[-1], device=values.device) < chosen.count[..., None]
-    kept = torch.zeros_like(values, dtype=torch.int32)
-    return kept.scatter_add_(-1, chosen.index.clamp(min=0).long(), listed.int()) > 0
+    return units_of_lists(chosen.index, chosen.count, values.shape[-1])
 
 
 def budgets_of(config: SparseConfig, method: str, ratio: float) -> dict[str, Any]:
@@ -231,37 +230,52 @@ def _row(
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    from mm_sparse.recipes.corpus import CorpusData
-    from mm_sparse.recipes.parts import LanguagePart
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of programs that compare methods on a language model and a corpus."""
     parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--scorers", help="folder of save_scorers, or the name of shipped ones")
     parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
-    parser.add_argument("--ratios", type=float, nargs="*", default=[0.2])
-    parser.add_argument("--masses", type=float, nargs="+", default=[], help="thresholds, too")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--sampled", type=float, help="share of the budget, else the config's")
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
+
+
+def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The sparsified model of `add_options`, frozen, and a record without rows.
+
+    Without scorers the method that is named after them is left out of `args.methods`.
+    """
+    from mm_sparse.recipes.parts import LanguagePart
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    part = LanguagePart(args.model, options={"dtype": args.dtype})
-    model: Any = part.build(0).eval().requires_grad_(False).to(device)
+    model: Any = LanguagePart(args.model, options={"dtype": args.dtype}).build(0)
+    model.eval().requires_grad_(False).to(device)
     if args.scorers:
         mms.load_scorers(model, args.scorers)
     else:
         mms.sparsify(model, SparseConfig(bidirectional=(), dense_below=0))
         args.methods = [name for name in args.methods if name != "scorers"]
+    names = {"model": args.model, "dtype": args.dtype, "scorers": args.scorers}
+    return model, {"machine": machine(), **names, "rows": []}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    from mm_sparse.recipes.corpus import CorpusData
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.2])
+    parser.add_argument("--masses", type=float, nargs="+", default=[], help="thresholds, too")
+    parser.add_argument("--sampled", type=float, help="share of the budget, else the config's")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    args = parser.parse_args(argv)
+    model, record = prepared(args)
+    device = next(model.parameters()).device
     data = CorpusData(args.corpus, args.tokens).kinds(args.split)
     data = {kind: rows[: args.count].to(device) for kind, rows in data.items()}
-    record: dict[str, Any] = {"machine": machine(), "model": args.model, "dtype": args.dtype,
-                              "scorers": args.scorers, "rows": []}  # fmt: skip
     changes = {} if args.sampled is None else {"sampled": args.sampled}
     for rows in tables(model, data, args.methods, args.ratios, args.masses, **changes):
         record["rows"] = rows

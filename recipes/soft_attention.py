@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mm_sparse import select
+from mm_sparse.lists import units_of_lists
 from mm_sparse.plan import Plan
 from mm_sparse.pooling import gather_pieces
 from mm_sparse.recipes.lessons import soft_choice
@@ -32,14 +33,14 @@ def unit_weights(
         straight: the choice itself in the forward pass, the soft one in the backward pass.
     """
     chosen = select(Scores(values.detach(), plan), plan.layout, plan.config)
-    stands = torch.zeros_like(values)
+    stands, num_units = torch.zeros_like(values), values.shape[-1]
     best = chosen.index, chosen.count
     if chosen.sample is not None:
         sample = chosen.sample
         best = sample.best_index, sample.best_count
         weight = sample.weight.exp()[..., None]
-        stands = _listed(sample.index, sample.count, plan) * weight
-    hard = _listed(*best, plan)
+        stands = units_of_lists(sample.index, sample.count, num_units) * weight
+    hard = units_of_lists(*best, num_units).float()
     soft = soft_choice(values, plan, temperature)
     kept = torch.where(plan.always[:, None], 1.0, soft)
     # A tile that has nothing to choose keeps what it keeps.
@@ -48,15 +49,6 @@ def unit_weights(
     if straight:
         kept = hard + kept - kept.detach()
     return kept + (1 - kept) * stands
-
-
-def _listed(index: Tensor, count: Tensor, plan: Plan) -> Tensor:
-    """(B, K, T, U) float32, 1 for what the lists hold."""
-    num_units = plan.units.shape[1]
-    slot = torch.arange(index.shape[-1], device=index.device)
-    ids = torch.where(slot < count[..., None], index, num_units).long()
-    kept = torch.zeros(*ids.shape[:3], num_units + 1, device=index.device)
-    return kept.scatter_(-1, ids, 1.0)[..., :num_units]
 
 
 def weighted_attention(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mm_sparse import Modality, unit_mass
-from mm_sparse.layer import Call
+from mm_sparse.calls import Call
 from mm_sparse.pairs import count_pairs
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.quality import kept_units
