@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_sparse.bench_report import Session, machine, reason
 from mm_sparse.config import SparseConfig
+from mm_sparse.encoders.captured import Captured
 from mm_sparse.encoders.encoder import Encoder
 from mm_sparse.encoders.speed_cases import CASES, TINY, Case
 from mm_sparse.encoders.speed_cores import NoCore, core, eager
@@ -49,6 +50,7 @@ BACKENDS = {
     f"{DENSE} SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     f"{DENSE} SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION,
 }
+GRAPH = ", CUDA graph"
 LIBRARIES = ("timm", "torchaudio")
 
 
@@ -59,6 +61,7 @@ class Run:
     what: str
     encoder: Encoder
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    replay: Captured | None = None
     samples: list[list[float]] = field(default_factory=list)
     """Milliseconds of the forwards of each round."""
     known: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +92,11 @@ class Race:
         made.load_state_dict(self.encoder.state_dict(), assign=True)
         return Run(what, made)
 
+    def captured(self, make: Callable[[], Run]) -> Run:
+        """The same run as a CUDA graph."""
+        run = make()
+        return Run(f"{run.what}{GRAPH}", run.encoder, replay=Captured(run.encoder, self.batch))
+
     def enter(self, units: Sequence[int], sampled: float = 0.0, only: str = "") -> None:
         """Build runs, warm them up and measure their memory, one after the other.
 
@@ -111,6 +119,12 @@ class Race:
         if sampled and units:
             kinds.append((f"{kinds[0][0]}, {sampled:.0%} sampled", units[0], sampled))
         makers += [(kind[0], partial(self.sparse, *kind)) for kind in kinds]
+        if self.device == "cuda":
+            makers += [
+                (f"{what}{GRAPH}", partial(self.captured, make))
+                for what, make in makers
+                if what in (DEFAULT, *(kind[0] for kind in kinds))
+            ]
         # Last, since it may leave no memory for others.
         makers.append((EAGER, lambda: Run(EAGER, self.encoder, lambda: core(eager))))
         for what, make in makers:
@@ -131,7 +145,8 @@ class Race:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         self.once(run)
-        if cuda:
+        # A graph holds its memory, used or not.
+        if cuda and run.replay is None:
             above = torch.cuda.max_memory_allocated() - before
             whole = above + self.weights + self.batch.nbytes
             run.known["peak_mib"] = round(whole / MIB, 1)
@@ -143,7 +158,7 @@ class Race:
     def forward(self, run: Run) -> None:
         """Launch one forward."""
         with torch.inference_mode(), run.around():
-            out, _ = run.encoder(self.batch)
+            out, _ = (run.replay or run.encoder)(self.batch)
         self.tokens = out.shape[1]
 
     def once(self, run: Run) -> float:

@@ -104,6 +104,12 @@ def _scores(q: Tensor, k: Tensor, chunk: _Chunk, group: int) -> Tensor:
     return scores
 
 
+def new_output(q: Tensor) -> Tensor:
+    """An output (B, H, N, D) for queries, in memory as projections behind attention read it."""
+    batch, heads, num_queries, dim = q.shape
+    return q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+
+
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
     count: Tensor, scale: float, tile_tokens: int, unit: int,
@@ -111,7 +117,7 @@ def attend_forward(
     """As `forward.attend_forward`; sums in float32 (float64 for float64 inputs)."""
     batch, heads, num_queries, dim = q.shape
     group = heads // k.shape[1]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 2 * dim)
     for b, h, chunk in walk:

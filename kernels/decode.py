@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cpu import new_output
+from .fast_launch import launch
 from .primitives import LOG2E, listed_units, load_rows, row_span, softmax_step, tile_rows
 
 # Keys of the smallest part: below, merging costs more than it brings.
@@ -75,8 +77,9 @@ def _part(
 
 @triton.jit
 def _merge(
-    Part, Weight, Out, Lse, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr
-):
+    Part, Weight, Out, Lse, parts, heads, num_queries, stride_ob, stride_oh, stride_on,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """One query of one head: the parts' mean by their weights, always in the same order."""
     row = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
@@ -101,7 +104,9 @@ def _merge(
     seen = total != 0
     total = tl.where(seen, total, 1.0)
     tl.store(Lse + row, tl.where(seen, top + tl.log(total), -float("inf")))
-    tl.store(Out + row * D + dim, (acc / total).to(Out.dtype.element_ty), mask=dim < D)
+    pointer = Out + row // num_queries // heads * stride_ob
+    pointer += row // num_queries % heads * stride_oh + row % num_queries * stride_on
+    tl.store(pointer + dim, (acc / total).to(Out.dtype.element_ty), mask=dim < D)
 
 
 def parts_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
@@ -126,11 +131,12 @@ def attend_forward(
     cols = 32 if wide else 64
     keys_of_part = triton.cdiv(triton.cdiv(list_length * unit, parts), cols) * cols
     parts = triton.cdiv(list_length * unit, keys_of_part)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     part = q.new_empty(batch, heads, num_queries, parts, head_dim, dtype=torch.float32)
     weight = q.new_empty(batch, heads, num_queries, parts, dtype=torch.float32)
-    _part[(num_tiles * parts, batch * kv_heads)](
+    launch(
+        _part, (num_tiles * parts, batch * kv_heads),
         q, k, v, part, weight, tiles, units, span, index, count,
         scale, num_queries, num_tiles, units.shape[1], list_length, kv_heads, parts, keys_of_part,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -139,8 +145,10 @@ def attend_forward(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=1 if q.element_size() == 4 else 2 if wide or rows > 64 else 3,
     )  # fmt: skip
-    _merge[(batch * heads * num_queries,)](
-        part, weight, out, lse, parts, D=head_dim, BLOCK_D=block_d,
+    launch(
+        _merge, (batch * heads * num_queries,),
+        part, weight, out, lse, parts, heads, num_queries, *out.stride()[:3], D=head_dim,
+        BLOCK_D=block_d,
         WIDTH=min(triton.next_power_of_2(parts), 16), num_warps=4,
     )  # fmt: skip
     return out, lse

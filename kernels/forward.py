@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cpu import new_output
+from .fast_launch import launch
 from .primitives import (
     LOG2E,
     describe,
@@ -126,13 +128,14 @@ def attend_forward(
     kv_heads, num_tiles = k.shape[1], tiles.shape[1]
     group = heads // kv_heads
     rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     all_rows, major = rows, generation(q)
     rows, cols, warps, stages = forward_blocks(rows, unit, head_dim, q.element_size(), major)
     block_d = max(triton.next_power_of_2(head_dim), 16)
     whole = regular and cols <= unit
-    _forward[(num_tiles * (all_rows // rows), batch * kv_heads)](
+    launch(
+        _forward, (num_tiles * (all_rows // rows), batch * kv_heads),
         q, k, v, *(describe(x, cols, block_d) if whole else None for x in (k, v)),
         out, lse, tiles, units, span, index, count,
         scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads,

@@ -27,6 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .cpu import new_output
+from .fast_launch import launch
 from .primitives import multiprocessors, row_span, tile_rows
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -181,7 +183,8 @@ def _consume(
         t = num_tiles - 1 - item % num_tiles
         row = w * 64 + gl.arange(0, 64, rows_w)
         token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
-        base = batch * stride_qb + (head * GROUP + g) * stride_qh + token * stride_qn
+        base = batch * stride_qb + (head * GROUP + g).to(gl.int64) * stride_qh
+        base += token * stride_qn
         q.store(gl.load(Q + base[:, None] + dim, mask=exists[:, None], other=0.0))
         fence_async_shared()
         top = gl.full([64], -float("inf"), gl.float32, rows_s)
@@ -285,7 +288,8 @@ def _consume(
         q.store(acc.to(dtype))
         row = w * 64 + gl.arange(0, 64, rows_w)
         token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
-        base = batch * stride_ob + (head * GROUP + g) * stride_oh + token * stride_on
+        base = batch * stride_ob + (head * GROUP + g).to(gl.int64) * stride_oh
+        base += token * stride_on
         gl.store(Out + base[:, None] + dim, q.load(whole), mask=exists[:, None])
 
 
@@ -426,10 +430,11 @@ def attend_forward(
     kv_heads, num_keys = k.shape[1:3]
     num_tiles, num_units, list_length = tiles.shape[1], units.shape[1], index.shape[-1]
     group = heads // kv_heads
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     order, inner = torch.empty_like(index), torch.empty_like(count)
-    _sort_lists[(num_tiles, batch * kv_heads)](
+    launch(
+        _sort_lists, (num_tiles, batch * kv_heads),
         order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
         list_length, kv_heads, TOKENS=tile_tokens, LENGTH=triton.next_power_of_2(tile_tokens),
         UNIT=unit, WIDTH=min(triton.next_power_of_2(list_length), 1024),
@@ -441,7 +446,8 @@ def attend_forward(
         TensorDescriptor(x, list(x.shape), list(x.stride()), box, BOXED.value) for x in (k, v)
     ]
     items = num_tiles * batch * kv_heads
-    _forward[(min(triton.cdiv(items, workers), multiprocessors(q)),)](
+    launch(
+        _forward, (min(triton.cdiv(items, workers), multiprocessors(q)),),
         q, *described, out, lse, tiles, units, span, order, inner, count, scale, items,
         num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, *q.stride()[:3],
         *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, REGULAR=regular,

@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fast_launch import launch
+
 
 @triton.jit
 def _merge(
-    Out, Other, Log, OtherLog, Weight, Whole, rows,
+    Out, Other, Log, OtherLog, Weight, Whole, rows, heads, queries,
+    stride_b, stride_h, stride_n, other_b, other_h, other_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -31,10 +34,12 @@ def _merge(
     tl.store(Whole + row, tl.where(seen, whole, -float("inf")), mask=there)
     share = tl.where(seen, two / tl.where(seen, total, 1.0), 0.0)
     column = tl.arange(0, BLOCK_D)
-    at = row[:, None] * D + column[None]
     mask = there[:, None] & (column < D)[None]
+    b, h, n = row // queries // heads, row // queries % heads, row % queries
+    at = (b * stride_b + h * stride_h + n * stride_n)[:, None] + column[None]
+    from_ = (b * other_b + h * other_h + n * other_n)[:, None] + column[None]
     out = tl.load(Out + at, mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(Other + at, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(Other + from_, mask=mask, other=0.0).to(tl.float32)
     out += (other - out) * share[:, None]
     tl.store(Out + at, out.to(Out.dtype.element_ty), mask=mask)
 
@@ -45,7 +50,7 @@ def merge_outputs(
     """Attention on both lists, in the place of `out`, and its log-sum-exp.
 
     Args:
-        out, other: (B, H, N, D), contiguous.
+        out, other: (B, H, N, D), the last dimension contiguous.
         log, other_log: (B, H, N) float32, natural log-sum-exps, -inf where nothing was seen.
         weight: (B, H, N) float32, log of how often a key of the other list counts.
     """
@@ -55,5 +60,9 @@ def merge_outputs(
     block_r = max(4096 // block_d, 1)
     grid = (triton.cdiv(log.numel(), block_r),)
     logs = (log.contiguous(), other_log.contiguous(), weight.contiguous(), whole)
-    _merge[grid](out, other, *logs, log.numel(), D=dim, BLOCK_D=block_d, BLOCK_R=block_r)
+    launch(
+        _merge, grid,
+        out, other, *logs, log.numel(), *log.shape[1:], *out.stride()[:3], *other.stride()[:3],
+        D=dim, BLOCK_D=block_d, BLOCK_R=block_r,
+    )  # fmt: skip
     return out, whole

@@ -5,11 +5,15 @@ U units, L list length
 """
 
 import os
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu
+from .cpu import new_output
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNITS = (16, 32, 64, 128)
@@ -34,11 +38,16 @@ def supports(q: Tensor, k: Tensor, unit: int, backend: str = "auto") -> str | No
         return f"unit must be one of {UNITS}, got {unit}"
     if on_gpu and q.shape[-1] > 256:
         return f"head dim must be at most 256, got {q.shape[-1]}"
-    if on_gpu and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if on_gpu and _capability(q.device) < (8, 0):
         return "needs compute capability 8.0 (A100) or newer"
     if k.shape[2] >= 2**31 or q.shape[2] >= 2**31:
         return "needs fewer than 2**31 tokens"
     return None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def interpreted() -> bool:
@@ -46,8 +55,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.library.custom_op("mm_sparse::attend", mutates_args=())
-def attend_op(
+def _attend(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
     count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, regular_tiles: bool,
     backend: str,
@@ -60,6 +68,27 @@ def attend_op(
         return attend_forward(*args, regular, regular_tiles)
     with torch.autocast("cpu", enabled=False):
         return cpu.attend_forward(*args)
+
+
+attend_op = torch.library.custom_op("mm_sparse::attend", _attend, mutates_args=())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`attend_op`, without the 0.1 ms of the dispatcher where nobody listens to it."""
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wanted or torch.compiler.is_compiling() or _listening(q):
+        return attend_op(q, k, v, *rest)
+    return _attend(q, k, v, *rest)
+
+
+def _listening(q: Tensor) -> bool:
+    """Whether a mode, a transform or a subclass of tensors must see the operator."""
+    return (
+        type(q) not in (Tensor, torch.nn.Parameter)
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 @torch.library.custom_op("mm_sparse::attend_backward", mutates_args=())
@@ -87,8 +116,7 @@ def _(
     q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, regular, regular_tiles,
     backend,
 ):  # fmt: skip
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return new_output(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @attend_backward_op.register_fake

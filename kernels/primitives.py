@@ -6,6 +6,8 @@ D head dim (padded to a power of two)
 
 # Names of a kernel's constants, which pyright cannot follow.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -176,12 +178,19 @@ def unmasked_columns(
 def generation(x: Tensor) -> int:
     """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell, 12 its desktop kind."""
     # What the interpreter runs is what Hopper would.
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    return _known(x.device)[0] if x.is_cuda else 9
 
 
 def multiprocessors(x: Tensor) -> int:
     """Of the GPU that holds x; the interpreter counts as an H100."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+    return _known(x.device)[1] if x.is_cuda else 132
+
+
+@cache
+def _known(device: torch.device) -> tuple[int, int]:
+    """Major compute capability and multiprocessors; torch takes 10 us to say each."""
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.multi_processor_count
 
 
 def describable(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm_sparse.kernels.fast_launch import launch
 from mm_sparse.kernels.primitives import LOG2E, generation
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -30,7 +31,7 @@ def _finite(x):
 
 @triton.jit
 def _pool(
-    X, Table, Out, pieces, parts, heads, stride_b, stride_h, stride_n,
+    X, Table, Out, scale, pieces, parts, heads, stride_b, stride_h, stride_n,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +64,7 @@ def _pool(
     ROW: tl.constexpr = 3 * D if EXTREMES else D
     place = ((batch * heads + head) * pieces * parts + index)[:, None] * ROW + dim[None, :]
     mask = there[:, None] & (dim < D)[None, :]
-    mean = tl.sum(x, 1) / tl.maximum(members, 1)[:, None]
+    mean = tl.sum(x, 1) * (scale / tl.maximum(members, 1))[:, None]
     tl.store(Out + place, mean.to(Out.dtype.element_ty), mask=mask)
     if EXTREMES:
         some = (members > 0)[:, None]
@@ -82,7 +83,7 @@ def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int]:
 
 def pool(
     x: Tensor, table: Tensor, size: int, parts: int = 1, extremes: bool = False,
-    regular: bool = False,
+    regular: bool = False, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Mean of every part of every piece, and its extremes; zero where nothing exists.
 
@@ -92,6 +93,7 @@ def pool(
         size: most tokens in a piece.
         parts: runs of ceil(size / parts) tokens that a piece is cut into.
         regular: piece p is exactly the tokens [p * size, (p + 1) * size).
+        scale: factor on the means.
     Returns:
         (B, H, P, parts, D or 3 D) in x's dtype: the mean, and with `extremes` behind it the largest
         and the smallest.
@@ -101,8 +103,9 @@ def pool(
     out = x.new_empty(batch, heads, pieces, parts, 3 * dim if extremes else dim)
     if out.numel():
         together, warps = pool_blocks(width, dim, x.element_size())
-        _pool[(triton.cdiv(pieces * parts, together), batch * heads)](
-            x, table, out, pieces, parts, heads, *x.stride()[:3],
+        launch(
+            _pool, (triton.cdiv(pieces * parts, together), batch * heads),
+            x, table, out, scale, pieces, parts, heads, *x.stride()[:3],
             SIZE=size, WIDTH=width, TOGETHER=together, D=dim,
             BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(dim),
             EXTREMES=extremes, REGULAR=regular, num_warps=warps,
@@ -478,9 +481,9 @@ def share_of_units(
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
         "num_warps": 4, "num_stages": stages,
     }  # fmt: skip
-    _log_sums[grid](*inputs, *counts, **constants)
-    _share[grid](
-        *inputs, inputs[1] if parts is None else parts.contiguous(), out, table,
+    launch(_log_sums, grid, *inputs, *counts, **constants)
+    launch(
+        _share, grid, *inputs, inputs[1] if parts is None else parts.contiguous(), out, table,
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
         tiles, *counts, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fast_launch import launch
+
 LOWEST = tl.constexpr(-2147483648)
 HIGHEST = tl.constexpr(2147483647)
 # Where a tile and a head start to count when they take every n-th unit, in 65536ths of a turn:
@@ -344,7 +346,7 @@ def keep_best(
         if floors is not None or drawing is not None:
             what = "floors" if drawing is None else "a sample"
             raise ValueError(f"units must be at most {IN_REGISTERS} with {what}, got {num_units}")
-        _keep_long[grid](*inputs, budget, *counts, CHUNK=CHUNK, **regular, num_warps=8)
+        launch(_keep_long, grid, *inputs, budget, *counts, CHUNK=CHUNK, **regular, num_warps=8)
         return index, count, None
     drawn, sample = None, (budget, index, count, index, count, values, 0, 0, 1)
     if drawing is not None:
@@ -352,8 +354,8 @@ def keep_best(
         tables = [x for table in tables for x in (table, torch.empty_like(count))]
         drawn = Drawn(*tables, torch.empty_like(count, dtype=torch.float32))
         sample = (drawing.budget, *tables, drawn.weight, *lists[1:], drawing.unit)
-    _keep[grid](
-        *inputs, units if unit_kind is None else unit_kind, budget,
+    launch(
+        _keep, grid, *inputs, units if unit_kind is None else unit_kind, budget,
         values if floors is None else floors, index, count, *sample, *counts[2:],
         KINDS=0 if floors is None else len(floors), SAMPLED=drawing is not None,
         BLOCK_U=block, **regular, num_warps=keep_warps(block),

@@ -14,7 +14,8 @@ from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
 from mm_sparse.grid_order import in_patch_order, restore
-from mm_sparse.kernels.ops import attend_op, supports
+from mm_sparse.kernels import ops
+from mm_sparse.kernels.ops import supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import Placed
@@ -71,7 +72,7 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if selection.sample is not None:
         return attend_sampled(q, k, v, selection.sample, plan, scale)
-    out, _ = attend_op(
+    out, _ = ops.attend(
         q,
         k,
         v,

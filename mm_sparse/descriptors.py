@@ -26,17 +26,21 @@ def fused(x: Tensor, plan: Plan) -> bool:
     return plan.group * min(plan.config.subpools, plan.tile_tokens) <= MOST_ROWS
 
 
-def tile_descriptors(q: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Means of the sub-pools of every tile (B, H, T, S, D), and which exist (B, T, S)."""
+def tile_descriptors(q: Tensor, plan: Plan, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Means of sub-pools of tiles (B, H, T, S, D), times `scale`, and which exist (B, T, S)."""
     if torch.is_grad_enabled() or not fused(q, plan):
-        return tile_subpools(
+        tile, exists = tile_subpools(
             q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
         )
+        return (tile if scale == 1 else tile * scale), exists
     from mm_sparse.kernels.score import pool
 
     live = plan.live_subpools
     q = last_contiguous(q)
-    return pool(q, plan.tiles, plan.tile_tokens, live.shape[2], regular=plan.regular_tiles), live
+    tile = pool(
+        q, plan.tiles, plan.tile_tokens, live.shape[2], regular=plan.regular_tiles, scale=scale
+    )
+    return tile, live
 
 
 def piece_features(

@@ -184,11 +184,11 @@ def _taken(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
     return _take(x, index, dim)
 
 
-def arrange(x: Tensor, layout: TokenLayout, first: int = 0) -> Tensor:
-    """(B, H, N, D) tokens of the sequence from `first` on, in the order of `layout`."""
+def arrange(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> Tensor:
+    """Tokens of the sequence from `first` on, along `dim`, in the order of `layout`."""
     if layout.order is None:
         return x
-    return _taken(x, *_window(layout, layout.order, first, x.shape[2]), 2)
+    return _taken(x, *_window(layout, layout.order, first, x.shape[dim]), dim)
 
 
 def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> Tensor:

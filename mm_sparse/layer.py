@@ -24,6 +24,7 @@ from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import MaskMemo, Placed
+from mm_sparse.records import Record, thinned
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs
@@ -32,7 +33,7 @@ R = TypeVar("R")
 # The attribute of a module that says which layer serves it.
 LAYER = "_mm_sparse_layer"
 # Entries of a selection that a layer keeps for `report`; of longer ones, every n-th tile.
-KEPT_ENTRIES = 1 << 18
+KEPT_ENTRIES = 1 << 16
 _POOLED = PooledScorer()
 
 
@@ -63,17 +64,6 @@ class Shared:
         return made
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
-    """The last call of a layer, for `report`."""
-
-    mode: str
-    reason: str
-    queries: int
-    keys: int
-    selection: Selection | None
-
-
 class Source(Protocol):
     """Where the layouts of a layer come from."""
 
@@ -93,6 +83,8 @@ class Layer(ABC):
         self.shared, self.source = shared, source
         self.scorer: Scorer | None = None
         self.record: Record | None = None
+        self.ordered: Placed | None = None
+        """Of a call whose tokens came in patch order, and go back in it."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -143,7 +135,7 @@ class Layer(ABC):
 
     def note(self, mode: tuple[str, str], queries: int, keys: int) -> None:
         """Record a call that ran as without us."""
-        self.record = Record(*mode, queries, keys, None)
+        self.record = Record(*mode, queries, keys)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
@@ -160,6 +152,8 @@ class Layer(ABC):
             if problem is not None:
                 mode, reason = self.refuse(problem)
         if mode == "sparse":
+            placed = self.ordered
+        if mode == "sparse" and placed is None:
             try:
                 placed = self.source.place(self.module, q, k, mask, options)
             except ValueError as error:
@@ -176,7 +170,7 @@ class Layer(ABC):
                 placed = self._place_dense(q, k, v, mask, options)
                 if placed is not None:
                     placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
-        kept = None if selection is None else selection.thinned(KEPT_ENTRIES)
+        kept = None if selection is None else thinned(selection, KEPT_ENTRIES)
         self.record = Record(mode, reason, q.shape[-2], k.shape[-2], kept)
         if self.shared.watchers:
             seconds = None if start is None else self._clock(q) - start
@@ -196,7 +190,7 @@ class Layer(ABC):
             none = (None, None, "", None)
             call = Call(self.name, self.module, q, k, v, scale, *none, config, layout, first)
             out = self.shared.instead(call).transpose(1, 2)
-            return restore(out, layout, first, dim=1).contiguous(), None, None
+            return self._back(out, layout, first), None, None
         scorer = self.scorer or _POOLED
         weight = next(scorer.parameters(), None)
         if weight is not None and weight.device != q.device:
@@ -211,7 +205,13 @@ class Layer(ABC):
         if width < k.shape[-1]:
             v = pad(v, (0, k.shape[-1] - width))
         out = attend(q, k, v, selection, scale=scale)[..., :width].transpose(1, 2)
-        return restore(out, layout, placed.first, dim=1).contiguous(), scores, selection
+        return self._back(out, layout, first), scores, selection
+
+    def _back(self, out: Tensor, layout: TokenLayout, first: int) -> Tensor:
+        """(B, N, H, D) in the order that the call's tokens came in."""
+        if self.ordered is None:
+            out = restore(out, layout, first, dim=1)
+        return out.contiguous()
 
     def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
         """The layer's config, the layout and the place of the first query."""

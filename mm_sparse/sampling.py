@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mm_sparse.descriptors import fused
-from mm_sparse.kernels.ops import attend_backward_op, attend_op
+from mm_sparse.kernels import ops
+from mm_sparse.kernels.ops import attend_backward_op
 from mm_sparse.lists import lists_of_units, units_of_lists
 from mm_sparse.plan import Plan
 
@@ -96,10 +97,10 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sample: Sample, plan: Plan, scale: float
     ) -> Tensor:
         log = of_queries(sample.weight, plan)
-        best, seen = attend_op(
+        best, seen = ops.attend(
             q, k, v, *_geometry(plan), sample.best_index, sample.best_count, *_rest(plan, scale)
         )
-        other, sampled = attend_op(
+        other, sampled = ops.attend(
             q, k, v, *_geometry(plan), sample.index, sample.count, *_rest(plan, scale)
         )
         out, whole = _merge(best, other, seen, sampled, log, plan)
@@ -111,7 +112,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         q, k, v, out, whole, shifted = ctx.saved_tensors
         sample, plan, scale = ctx.own
-        dout = grads[0].contiguous()
+        dout = grads[0]
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         found = []
         for log, index, count in (
             (whole, sample.best_index, sample.best_count),
@@ -129,7 +131,7 @@ def _merge(
     best: Tensor, other: Tensor, seen: Tensor, sampled: Tensor, log: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """The output on both lists and its log-sum-exp; `kernels.merge` where kernels select."""
-    if fused(best, plan) and best.is_contiguous() and other.is_contiguous():
+    if fused(best, plan):
         from mm_sparse.kernels.merge import merge_outputs
 
         return merge_outputs(best, other, seen, sampled, log)

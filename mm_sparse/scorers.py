@@ -84,9 +84,9 @@ class PooledScorer(Scorer):
     """
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        tile, exists = tile_descriptors(q, plan)
+        tile, exists = tile_descriptors(q, plan, scale)
         (unit,) = unit_descriptors(k, plan, extremes=False)
-        return share_of_units(tile * scale, unit, exists, plan)
+        return share_of_units(tile, unit, exists, plan)
 
 
 class RelevanceScorer(Scorer):

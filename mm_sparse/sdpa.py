@@ -10,8 +10,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from mm_sparse.grid_order import arrange, restore
+
 if TYPE_CHECKING:
-    from mm_sparse.layer import Layer, Record
+    from mm_sparse.layer import Layer
+    from mm_sparse.records import Record
+    from mm_sparse.towers import TowerLayer
 
 
 class Forward:
@@ -35,12 +39,15 @@ class Forward:
 class RedirectedForward(Forward):
     """Projections, norms, rotations and gates are the module's, attention is the layer's."""
 
-    def __init__(self, layer: Layer, before: Callable[..., Any] | None) -> None:
+    layer: TowerLayer
+
+    def __init__(self, layer: TowerLayer, before: Callable[..., Any] | None) -> None:
         super().__init__(layer, before)
         self._dense: tuple[Any, Record | None] = (None, None)
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._uncompiled(*args, **kwargs)
         layer = self.layer
         form = None if layer.shared.watchers else _form(args, kwargs)
         given = None if form is None else (layer.shared.config, form)
@@ -48,14 +55,32 @@ class RedirectedForward(Forward):
             # Listening to every function of the forward takes longer than a short call itself.
             layer.record = self._dense[1]
             return self.stock(*args, **kwargs)
+        alone = len(args) == 1 and isinstance(args[0], Tensor)
+        if alone and all(x is None or x is False for x in kwargs.values()):
+            layer.ordered = layer.place_in_order(args[0])
+        try:
+            out, calls = self._listened(*args, **kwargs)
+        finally:
+            layer.ordered = None
+        short = calls == 1 and layer.record is not None and layer.record.mode == "dense"
+        self._dense = (given, layer.record) if short else (None, None)
+        return out
+
+    _uncompiled = torch.compiler.disable(__call__)
+
+    def _listened(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        """What the forward gives, and how often it called for attention."""
+        layer, placed = self.layer, self.layer.ordered
+        if placed is not None:
+            args = (arrange(args[0], placed.layout, placed.first, dim=1),)
         with _Redirect(layer) as redirect:
             out = self.stock(*args, **kwargs)
         if not redirect.calls:
             problem = "its forward did not call scaled_dot_product_attention"
             layer.note(layer.refuse(problem), 0, 0)
-        short = redirect.calls == 1 and layer.record is not None and layer.record.mode == "dense"
-        self._dense = (given, layer.record) if short else (None, None)
-        return out
+        if placed is not None:
+            out = restore(out, placed.layout, placed.first, dim=1)
+        return out, redirect.calls
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

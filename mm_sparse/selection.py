@@ -6,7 +6,7 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, T tiles, U uni
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -117,21 +117,6 @@ class Selection:
         return transpose_lists(
             plan.tiles, plan.units, plan.span, self.index, self.count, plan.tile_tokens, plan.unit
         )
-
-    def thinned(self, entries: int) -> Selection:
-        """The lists of every n-th tile, so that `index` has about `entries`; itself if it has."""
-        step = -(-self.index.numel() // entries)
-        if step <= 1:
-            return self
-        plan, some = self.plan, slice(None, None, step)
-        plan = replace(
-            plan,
-            tiles=plan.tiles[:, some],
-            hull=plan.hull[:, some],
-            tile_modality=plan.tile_modality[:, some],
-            regular_tiles=False,
-        )
-        return Selection(self.index[:, :, some].clone(), self.count[:, :, some].clone(), plan)
 
     def density(self) -> float:
         """Kept visible query-key pairs over visible pairs; 1.0 where nothing is visible."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from mm_sparse.found import Found, defining_class, forward_source, prefixes
+from mm_sparse.grid_order import ordered_layout
 from mm_sparse.layer import LAYER, Layer, Shared
 from mm_sparse.modality import Modality
+from mm_sparse.placing import Placed
 from mm_sparse.tower_layouts import Tower, TowerSource
 
 LIBRARIES = ("timm", "open_clip", "torchaudio")
@@ -20,6 +22,8 @@ FUSED = "scaled_dot_product_attention"
 # Attributes of modules that say what the arguments of the call do not say before it is made.
 UNFUSED = ("fused_attn", "use_fsdpa")
 BIASES = ("relative_position_bias_table", "rel_pos", "use_rel_pos", "has_position_bias")
+# Give each token what it would get in any other order of the tokens, and ask for no positions.
+EQUIVARIANT = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 CHANNELS = ("XCA", "CrossCovarianceAttn", "ChannelAttention", "ChannelAttentionV2")
 
 
@@ -61,6 +65,27 @@ class TowerLayer(Layer):
         del own["forward"], own[LAYER]
         if forward.before is not None:
             own["forward"] = forward.before
+
+    def place_in_order(self, tokens: Tensor) -> Placed | None:
+        """Where (B, N, C) tokens would be in patch order, if the module may be given them so.
+
+        Then two gathers do, of what comes in and what goes out, where q, k, v and the output take
+        four. Nobody must look on: what is inside of the module is in patch order, too.
+        """
+        shared, module = self.shared, self.module
+        if tokens.dim() != 3 or shared.watchers or shared.instead or not _equivariant(type(module)):
+            return None
+        if any(part._forward_hooks or part._forward_pre_hooks for part in module.children()):
+            return None
+        if self.early_mode(tokens.shape[1], tokens.device)[0] != "sparse":
+            return None
+        heads: Any = module.num_heads
+        q = tokens[:, None, :, :1].expand(-1, heads, -1, -1)
+        placed = self.source.place(module, q, q, None, {})
+        layout = ordered_layout(
+            placed.layout, self._where(placed)[0], num_queries=q.shape[2], query_offset=placed.first
+        )
+        return None if layout is placed.layout else replace(placed, layout=layout)
 
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
         queries, keys = q.shape[-2], k.shape[-2]
@@ -109,6 +134,11 @@ def _library(module: nn.Module, around: list[nn.Module]) -> str | None:
 def _home(cls: type) -> str | None:
     roots = [base.__module__.partition(".")[0] for base in cls.__mro__]
     return next((root for root in roots if root in LIBRARIES), None)
+
+
+@cache
+def _equivariant(cls: type) -> bool:
+    return f"{cls.__module__}.{cls.__qualname__}" in EQUIVARIANT
 
 
 @cache
