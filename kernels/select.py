@@ -24,6 +24,7 @@ TURN = tl.constexpr(65536)
 # Units of a row that registers hold; longer rows are read again in each step of the bisection.
 IN_REGISTERS = 16384
 CHUNK = 4096
+RUN = tl.constexpr(16)
 
 
 @triton.jit
@@ -138,12 +139,20 @@ def _budget(Budget, batch, head, tile, num_tiles, budgets):
 
 
 @triton.jit
-def _list(kept, unit, Index, Count, list_length):
-    """Write the ids of kept units, ascending, -1 behind them, and their number."""
-    rank = tl.cumsum(kept.to(tl.int32), 0)
-    count = tl.sum(kept.to(tl.int32), 0)
-    tl.store(Index + rank - 1, unit, mask=kept & (rank <= list_length))
-    tl.store(Index + unit, -1, mask=(unit >= count) & (unit < list_length))
+def _list(kept, Index, Count, list_length, FILL: tl.constexpr):
+    """Write the ids of kept units, ascending, -1 behind them, and their number.
+
+    Places are counted by runs, then in each run: that takes half the instructions of one sum.
+    """
+    RUNS: tl.constexpr = kept.shape[0] // RUN
+    some = tl.reshape(kept.to(tl.int32), (RUNS, RUN))
+    in_run = tl.sum(some, 1)
+    place = tl.cumsum(some, 1) + (tl.cumsum(in_run, 0) - in_run)[:, None] - 1
+    count = tl.sum(in_run, 0)
+    unit = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    tl.store(Index + place, unit, mask=(some > 0) & (place < list_length))
+    slot = tl.arange(0, FILL)
+    tl.store(Index + slot, -1, mask=(slot >= count) & (slot < list_length))
     tl.store(Count, tl.minimum(count, list_length))
 
 
@@ -170,7 +179,7 @@ def _keep(
     WholeBudget, Drawn, DrawnCount, All, AllCount, Weight, drawn_length, all_length, unit_size,
     num_tiles, num_units, list_length, kv_heads, budgets,
     KINDS: tl.constexpr, SAMPLED: tl.constexpr,
-    BLOCK_U: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+    BLOCK_U: tl.constexpr, FILL: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
     """One list, and where SAMPLED a sample of the rest; the row of scores stays in registers."""
     tile = tl.program_id(0).to(tl.int64)
@@ -206,14 +215,14 @@ def _keep(
     least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
     cut = _crossing(order, size, low, highest, budget, least, most, UNIT, REGULAR)
     kept = _best(order, size, unit, cut, budget, True, UNIT, REGULAR)
-    _list(kept, unit, Index + list_ * list_length, Count + list_, list_length)
+    _list(kept, Index + list_ * list_length, Count + list_, list_length, FILL)
     if SAMPLED:
         head = group - batch * kv_heads
         whole = _budget(WholeBudget, batch, head, tile, num_tiles, budgets)
         left = whole - tl.sum(tl.where(kept, size, 0), 0)
         chosen, weight = _every_nth(seen & ~kept, size, tile, head, left, unit_size)
-        _list(chosen, unit, Drawn + list_ * drawn_length, DrawnCount + list_, drawn_length)
-        _list(chosen | kept, unit, All + list_ * all_length, AllCount + list_, all_length)
+        _list(chosen, Drawn + list_ * drawn_length, DrawnCount + list_, drawn_length, FILL)
+        _list(chosen | kept, All + list_ * all_length, AllCount + list_, all_length, FILL)
         tl.store(Weight + list_, weight)
 
 
@@ -358,7 +367,8 @@ def keep_best(
         _keep, grid, *inputs, units if unit_kind is None else unit_kind, budget,
         values if floors is None else floors, index, count, *sample, *counts[2:],
         KINDS=0 if floors is None else len(floors), SAMPLED=drawing is not None,
-        BLOCK_U=block, **regular, num_warps=keep_warps(block),
+        BLOCK_U=block, FILL=triton.next_power_of_2(max(lists)), **regular,
+        num_warps=keep_warps(block),
     )  # fmt: skip
     return index, count, drawn
 

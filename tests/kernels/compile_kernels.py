@@ -111,7 +111,7 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
         "COLS": max(64 if size == 2 else 16, unit),
     }  # fmt: skip
-    keep = {"KINDS": 3, "BLOCK_U": 4096, "SAMPLED": False}
+    keep = {"KINDS": 3, "BLOCK_U": 4096, "FILL": 1024, "SAMPLED": False}
     drawn = {**keep, "SAMPLED": True}
     merged = {"BLOCK_R": 32}
     return [
