@@ -105,11 +105,12 @@ def time_of(run: Callable[[], Any], device: str, calls: int = 3) -> dict[str, fl
     if device == "cuda":
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
             for _ in range(calls):
                 run()
             torch.cuda.synchronize()
-        spent = sum(event.self_device_time_total for event in seen.key_averages())
+        events: list[Any] = [e for e in seen.key_averages() if e.device_type.name == "CUDA"]
+        spent = sum(event.self_device_time_total for event in events)
         found["kernel_ms"] = spent / calls / 1000
     return found
 
