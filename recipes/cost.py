@@ -13,6 +13,7 @@ in them.
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from mm_sparse.bench_report import median_ms
 from mm_sparse.calls import Call
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.compare import machine
-from mm_sparse.retrofit import keeping, layers, watch
+from mm_sparse.retrofit import config_of, keeping, layers, watch
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 
 SECONDS = 0.03
@@ -42,10 +43,13 @@ def costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
         run: runs the model on one input without padding.
     """
     served, times, work = layers(model), {}, [0.0, 0.0, 0.0]
+    backend = config_of(model).backend
 
     def measure(call: Call) -> None:
-        if call.layout is None:
+        if call.layout is None or call.config is None:
             return
+        # The model runs dense meanwhile; what is timed does not.
+        call = replace(call, config=replace(call.config, backend=backend))
         scorer = served[call.name].scorer or PooledScorer()
         for part, step in parts_of(call, scorer).items():
             for name, value in time_of(step, call.q.device.type).items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from mm_sparse.recipes.parts import LanguagePart
 from tests.recipes.tiny import SPARSE, TINY, TOKENS, tiny, write_corpus
 
 
-def model_of(scorer: str | None) -> torch.nn.Module:
+def model_of(scorer: str | None, sampled: float = 0.0) -> torch.nn.Module:
     model = tiny().build(0).eval().requires_grad_(False)
-    return mms.sparsify(model, SPARSE, scorer=scorer)
+    return mms.sparsify(model, replace(SPARSE, sampled=sampled), scorer=scorer)
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +24,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "SECONDS", 1e-4)
 
 
-def test_every_part_of_every_layer_is_timed() -> None:
-    model = model_of("fine")
+@pytest.mark.parametrize("sampled", [0.0, 0.5])
+def test_every_part_of_every_layer_is_timed(sampled: float) -> None:
+    model = model_of("fine", sampled)
     ids = torch.randint(0, 40, (1, TOKENS))
     found = cost.costs(model, lambda: model.base_model(ids, use_cache=False))
     assert found["layers"] == 3
