@@ -11,12 +11,11 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
 from mm_sparse.found import scorer_shape
-from mm_sparse.recipes.quality import change_of, predictions
+from mm_sparse.recipes.quality import change_of, predictions, prepared
 from mm_sparse.retrofit import config_of, keeping, layers
 
 LEVELS = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
@@ -139,7 +138,6 @@ def spread(
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: the scorers' folder gets the ratios into its config."""
     from mm_sparse.recipes.corpus import CorpusData
-    from mm_sparse.recipes.parts import LanguagePart
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
@@ -151,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--by", choices=("layer", "head"), default="head")
     parser.add_argument("--ratio", type=float, default=None, help="mean; the config's if not given")
     args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = LanguagePart(args.model, options={"dtype": args.dtype}).build(0)
-    mms.load_scorers(model.eval().requires_grad_(False).to(device), args.scorers)
+    model, _ = prepared(args)
+    device = next(model.parameters()).device
     kinds = CorpusData(args.corpus, args.tokens).kinds("validation")
     sequences = [row[None].to(device) for rows in kinds.values() for row in rows[: args.count]]
     costs = language_costs(model, sequences, by_head=args.by == "head")

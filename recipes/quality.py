@@ -164,10 +164,8 @@ def kept_units(values: Tensor, plan: Plan) -> Tensor:
     return units_of_lists(chosen.index, chosen.count, values.shape[-1])
 
 
-def budgets_of(config: SparseConfig, method: str, ratio: float) -> dict[str, Any]:
-    """Fields that make a config keep `ratio`, with its own budgets, scaled, for its own scorers."""
-    if method != "scorers":
-        return {"ratio": ratio, "layer_ratio": {}}
+def scaled_budgets(config: SparseConfig, ratio: float) -> dict[str, Any]:
+    """Fields that make a config keep `ratio`, its budgets of layers and heads scaled alike."""
     part = ratio / config.ratio
 
     def scaled(own: Any) -> Any:
@@ -175,6 +173,13 @@ def budgets_of(config: SparseConfig, method: str, ratio: float) -> dict[str, Any
 
     own = {layer: scaled(ratios) for layer, ratios in config.layer_ratio.items()}
     return {"ratio": ratio, "layer_ratio": own}
+
+
+def budgets_of(config: SparseConfig, method: str, ratio: float) -> dict[str, Any]:
+    """Fields that make a config keep `ratio`, with its own budgets only for its own scorers."""
+    if method != "scorers":
+        return {"ratio": ratio, "layer_ratio": {}}
+    return scaled_budgets(config, ratio)
 
 
 def tables(

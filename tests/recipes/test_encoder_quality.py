@@ -1,6 +1,7 @@
 """Figures of encoders: neighbours, packing, methods that keep equally much, Whisper's file."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def test_methods_keep_equally_much_and_leave_the_model_dense() -> None:
     )
     subject.batch, subject.labels, subject.dense = torch.rand(4, 3, 64, 64), list("aabb"), None
     subject.by_kind = False
-    methods = [m for m in encoder_quality.METHODS if m not in ("trained", "linformer")]
+    stored = (*encoder_quality.STORED, "linformer")
+    methods = [m for m in encoder_quality.METHODS if m not in stored]
     orders = ["raster", "grid"]
     rows = list(encoder_quality.compare(subject, methods, [0.25], orders))
     assert [row["method"] for row in rows[1::2]] == [
@@ -64,15 +66,56 @@ def test_positions_of_whisper_are_those_of_transformers() -> None:
     torch.testing.assert_close(whisper.sinusoids(64, 32).float(), sinusoids(64, 32))
 
 
-def test_whisper_writes_what_it_was_told() -> None:
+@pytest.mark.parametrize(("size", "width"), [("tiny.en", 384), ("base", 512)])
+def test_whisper_writes_what_it_was_told(size: str, width: int) -> None:
     try:
-        tiny = whisper.whisper_tiny()
+        own = whisper.load_whisper(size)
     except FileNotFoundError as error:
         pytest.skip(str(error))
     silence = torch.full((1, 80, 3000), -1.0)
-    assert len(tiny.transcribe(silence, most=8)) == 1
-    places = tiny.model.get_encoder().embed_positions.weight
-    torch.testing.assert_close(whisper.sinusoids(1500, 384).float(), places, atol=1e-3, rtol=0)
+    assert len(own.transcribe(silence, most=8)) == 1
+    unknown = own.tokenizer.unk_token_id
+    assert all(own.tokenizer.convert_tokens_to_ids(t) not in (None, unknown) for t in own.prompt)
+    places = own.model.get_encoder().embed_positions.weight
+    torch.testing.assert_close(whisper.sinusoids(1500, width).float(), places, atol=1e-3, rtol=0)
+
+
+def test_whisper_hears_human_speech_in_the_language_that_it_is_told() -> None:
+    pytest.importorskip("soundfile")
+    try:
+        samples, words = next(prompts.packed(prompts.prompts(Path("/"))))
+        base = whisper.load_whisper("base")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    from transformers import WhisperFeatureExtractor
+
+    extract: Any = WhisperFeatureExtractor()
+    features = extract([samples], sampling_rate=16000, return_tensors="pt").input_features
+    (heard,) = base.transcribe(features)
+    shared = set(prompts.plain(heard)) & set(prompts.plain(words))
+    assert len(shared) > 0.8 * len(set(prompts.plain(words)))
+
+
+def test_an_encoders_file_says_what_it_is(tmp_path) -> None:
+    from safetensors.torch import save_file
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        d_model=128, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=512
+    )
+    made = WhisperEncoder(config).eval()
+    save_file(made.state_dict(), tmp_path / "encoder.safetensors")
+    read = whisper.load_encoder(str(tmp_path / "encoder.safetensors"))
+    sound = torch.rand(1, 80, 3000)
+    with torch.no_grad():
+        assert torch.equal(read(sound).last_hidden_state, made(sound).last_hidden_state)
+    with pytest.raises(
+        ValueError, match=r"weights must be None, one of tiny\.en, base or a file, got"
+    ):
+        whisper.load_encoder("large")
+    with pytest.raises(ValueError, match=r"name must be one of tiny\.en, base, got 'large'"):
+        whisper.load_whisper("large")
 
 
 def test_trained_scorers_are_one_more_method(tmp_path) -> None:
@@ -99,10 +142,46 @@ def test_trained_scorers_are_one_more_method(tmp_path) -> None:
         assert kinds == pytest.approx(row["patch_cosine"])
 
 
-def test_scorers_and_the_method_trained_come_together(capsys) -> None:
+def test_budgets_of_layers_are_scaled_for_trained_scorers_alone(tmp_path) -> None:
+    pytest.importorskip("PIL")
+    subject: Any = object.__new__(encoder_subjects.Pictures)
+    subject.model = create_vision_encoder(
+        "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    )
+    subject.batch, subject.labels, subject.dense = torch.rand(1, 3, 64, 64), ["a"], None
+    subject.by_kind = True
+    config = encoder_quality.config(0.25)
+    with mms.sparse(subject.model, config, scorer="fine"):
+        first, second = retrofit.layers(subject.model)
+        own = {first: 0.1, second: (0.4, 0.4)}
+        with retrofit.keeping(subject.model, layer_ratio=own):
+            mms.save_scorers(subject.model, tmp_path)
+    kept: dict[int, list[float]] = {}
+    run = subject.run
+
+    def seen() -> Any:
+        found = run()
+        if hasattr(subject.model, "_mm_sparse"):
+            rows = mms.report(subject.model).rows
+            kept[len(kept)] = [round(float(row.density or 0), 2) for row in rows]
+        return found
+
+    subject.run = seen
+    list(encoder_quality.compare(
+        subject, ["trained", "one ratio"], [0.25, 0.5], ["grid"], scorers=str(tmp_path)
+    ))  # fmt: skip
+    quarter, quarter_one, half, half_one = kept.values()
+    assert quarter[1] > 2 * quarter[0]
+    assert half == pytest.approx([2 * x for x in quarter], abs=0.07)
+    for one, ratio in ((quarter_one, 0.25), (half_one, 0.5)):
+        assert one == pytest.approx([ratio] * 2, abs=0.07)
+
+
+@pytest.mark.parametrize("method", ["trained", "one ratio"])
+def test_scorers_and_the_methods_that_use_them_come_together(capsys, method: str) -> None:
     with pytest.raises(SystemExit):
-        encoder_quality.main(["pictures", "--methods", "trained", "--out", "x.json"])
-    assert "must be given with the method trained" in capsys.readouterr().err
+        encoder_quality.main(["pictures", "--methods", method, "--out", "x.json"])
+    assert "must be given with the methods trained and one ratio" in capsys.readouterr().err
 
 
 def test_unknown_methods_are_refused(capsys) -> None:
