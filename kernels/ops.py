@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu
@@ -86,7 +87,7 @@ def _listening(q: Tensor) -> bool:
     return (
         type(q) not in (Tensor, torch.nn.Parameter)
         or _get_current_dispatch_mode() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
 
