@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend
 from mm_sparse import bench_peers as peers
 from mm_sparse import bench_report as report
 from mm_sparse.attention import attend
+from mm_sparse.bench_graph import replayed
 from mm_sparse.bench_peers import Contestant, Shape, flex_runner, inputs, random_selection
 from mm_sparse.bench_report import Record, Session, median_ms
 from mm_sparse.cli import bench_parser, bench_shapes
@@ -52,6 +53,7 @@ class Bench:
         self.flops = 4 * pairs * (0.5 if shape.causal else 1) * shape.head_dim
         self.forward = "decode" if shape.queries else "forward"
         self.backward = shape.tokens <= longest and not shape.queries
+        self.graphs = device == "cuda" and not shape.queries and type(self) is Bench
 
     @property
     def where(self) -> dict[str, Any]:
@@ -170,6 +172,9 @@ class Bench:
             if not parts or family in parts:
                 backward = family == "attend" or family in parts
                 self.enter(f"{what} unit {unit}", family, partial(build, run), backward=backward)
+            if self.graphs and family != "attend" and (not parts or family in parts):
+                captured = partial(lambda run: build(replayed(run)), run)
+                self.enter(f"{what} unit {unit}, CUDA graph", family, captured, backward=False)
 
     def sparse_peers(self, block: int, ratio: float = 0.2) -> None:
         """Sparse peers on random blocks, held against `attend` on the same."""
