@@ -9,8 +9,8 @@ question and one answer for each of its windows: the last one is answered with a
 """
 
 from collections.abc import Iterator
+from random import Random
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +55,7 @@ class Joined(Samples):
         self.windows, self.length, self.seed = windows, length, seed
         self.sizes = _sizes("samples", samples, seconds)
         self.sizes_before = self.sizes if before is None else _sizes("before", before, seconds)
+        self.numbers, self.numbers_before = list(self.sizes), list(self.sizes_before)
         self.groups = list(self._in_order()) if length is None else []
 
     def __len__(self) -> int:
@@ -62,8 +63,10 @@ class Joined(Samples):
 
     def size(self, index: int) -> float:
         """Seconds of all windows."""
-        sizes = [self._seconds(g, self.sizes_before) for g in self._plan(index)[:-1]]
-        return sum(sizes) + self._seconds(self._plan(index)[-1], self.sizes)
+        *first, last = self._plan(index)
+        return sum(self._seconds(g, self.sizes_before) for g in first) + self._seconds(
+            last, self.sizes
+        )
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
@@ -77,21 +80,28 @@ class Joined(Samples):
 
     def _plan(self, index: int) -> list[list[int]]:
         """Numbers of the clips of every window, the last window's of `samples`."""
-        rng = np.random.default_rng([self.seed, index])
-        plan = [self._drawn(rng, self.sizes_before) for _ in range(self.windows - 1)]
-        return [
-            *plan,
-            self._drawn(rng, self.sizes) if self.length is not None else self.groups[index],
+        chance = Random(f"{self.seed} {index}")
+        plan = [
+            self._drawn(chance, self.numbers_before, self.sizes_before)
+            for _ in range(self.windows - 1)
         ]
+        last = (
+            self._drawn(chance, self.numbers, self.sizes)
+            if self.length is not None
+            else self.groups[index]
+        )
+        return [*plan, last]
 
-    def _drawn(self, rng: np.random.Generator, sizes: dict[int, float]) -> list[int]:
+    def _drawn(self, chance: Random, numbers: list[int], sizes: dict[int, float]) -> list[int]:
         """Clips at random until the next one would not fit."""
-        room = self.seconds if self.shortest is None else rng.uniform(self.shortest, self.seconds)
-        known = list(sizes)
+        room = self.seconds
+        if self.shortest is not None:
+            room = chance.uniform(self.shortest, self.seconds)
         group: list[int] = []
         while True:
-            clip = known[int(rng.integers(len(known)))]
-            if group and self._seconds([*group, clip], sizes) > room:
+            clip = numbers[int(chance.random() * len(numbers))]
+            room -= sizes[clip] + self.pause * bool(group)
+            if group and room < 0:
                 return group
             group.append(clip)
 

@@ -84,3 +84,20 @@ def test_the_encoder_of_the_wheel_hears():
         out = encoder(torch.zeros(1, 80, 3000)).last_hidden_state
     assert out.shape == (1, 1500, 384)
     assert torch.isfinite(out).all()
+
+
+def test_an_encoder_comes_back_from_its_file(tmp_path):
+    from safetensors.torch import save_file
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        d_model=128, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=96
+    )
+    encoder = WhisperEncoder(config).eval()
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    again = load_encoder(str(tmp_path / "encoder.safetensors"))
+    assert again.config.encoder_attention_heads == 2
+    mel = torch.randn(1, 80, 3000)
+    with torch.no_grad():
+        assert again(mel).last_hidden_state.equal(encoder(mel).last_hidden_state)
