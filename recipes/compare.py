@@ -2,7 +2,13 @@
 
     python -m mm_sparse.recipes.compare --config recipes/vlm_smollm2.yaml --out results.json
 
-More arguments go to both runs, `--trainer.max_steps=50` for one.
+More arguments go to both runs, `--trainer.max_steps=50` for one; `{run}` in them becomes the name
+of the run, as in `--model.weights=runs/prompts/checkpoints/{run}/last.ckpt`. Two GPUs run them side
+by side:
+
+    CUDA_VISIBLE_DEVICES=0 python -m mm_sparse.recipes.compare ... --only sparse --out sparse.json &
+    CUDA_VISIBLE_DEVICES=1 python -m mm_sparse.recipes.compare ... --only dense --out dense.json
+    python -m mm_sparse.recipes.compare --join sparse.json dense.json --out results.json
 """
 
 import argparse
@@ -48,8 +54,12 @@ class StepTimes(Callback):
 
 def options_of(name: str, config: str) -> list[str]:
     """What a recipe adds to a run of `RUNS`: dense is its tower as well."""
-    hears = recipe_of(config) in ("speech", "omni")
-    return ["--model.sparse_audio=null"] if hears and name == "dense" else []
+    if name != "dense":
+        return []
+    return {
+        "speech": ["--model.sparse_audio=null", "--model.scorers_from=null"],
+        "omni": ["--model.sparse_audio=null"],
+    }.get(recipe_of(config), [])
 
 
 def recipe_of(config: str) -> str:
@@ -64,6 +74,7 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
     """
     from mm_sparse.recipes.cli import main as recipe
 
+    options = [option.replace("{run}", name) for option in options]
     given = [f"--config={config}", *options, *options_of(name, config)]
     cli = recipe(recipe_of(config), given, run=False)
     for checkpoint in cli.trainer.checkpoint_callbacks:
@@ -82,15 +93,39 @@ def run(name: str, config: str, options: list[str]) -> dict[str, Any]:
     cli.trainer.callbacks.append(times)
     cli.trainer.fit(cli.model, cli.datamodule)
     seconds = time.perf_counter() - start
+    trained = _peak()
+    start = time.perf_counter()
     (scores,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    validation = time.perf_counter() - start
     return {
         "steps": cli.trainer.global_step,
         "seconds": round(seconds, 1),
         "median_step_s": round(statistics.median(times.seconds), 4) if times.seconds else None,
-        "peak_gib": None if peak is None else round(peak, 2),
+        "peak_gib": trained,
+        "validation_s": round(validation, 1),
         **{name: round(value, 4) for name, value in scores.items()},
     }
+
+
+def _peak() -> float | None:
+    """GiB that training has had at most, on a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def join(paths: list[Path]) -> dict[str, Any]:
+    """The records of single runs as one: they must be of one config, machine and options."""
+    records = [json.loads(path.read_text()) for path in paths]
+    first = {key: records[0][key] for key in ("machine", "config", "options")}
+    for path, record in zip(paths, records, strict=True):
+        for key, value in first.items():
+            if record[key] != value:
+                raise ValueError(
+                    f"{path}: {key} must be {value} as in the first, got {record[key]}"
+                )
+    found = {name: record[name] for name in RUNS for record in records if name in record}
+    return {**first, **found}
 
 
 def machine() -> dict[str, str]:
@@ -103,10 +138,15 @@ def machine() -> dict[str, str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="recipe to run")
+    source.add_argument("--join", type=Path, nargs="+", help="files of single runs: one record")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--only", choices=RUNS, default=None, help="one run instead of both")
     args, more = parser.parse_known_args()
+    if args.join:
+        args.out.write_text(json.dumps(join(args.join), indent=1) + "\n")
+        return
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
     record: dict[str, Any] = {"machine": machine(), "config": args.config, "options": more}

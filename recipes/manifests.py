@@ -36,6 +36,8 @@ class Clip:
     """File and row, for errors and logs."""
     duration: float | None = None
     """Seconds."""
+    key: str | None = None
+    """Text that decides on the split, `text` if None."""
 
 
 class SoundSamples(Samples):
@@ -83,7 +85,7 @@ class Clips(SoundSamples):
         super().__init__()
         if split is not None:
             check_split(split)
-            clips = [clip for clip in clips if split_of(clip.text) == split]
+            clips = [clip for clip in clips if split_of(clip.key or clip.text) == split]
         if max_seconds is not None:
             clips = [clip for clip in clips if (clip.duration or 0.0) <= max_seconds]
         if not clips:
@@ -118,13 +120,16 @@ class Manifest(Clips):
         split: Split | None = None,
         question: str = QUESTION,
         answer: str = "text",
+        split_by: str | None = None,
         max_seconds: float | None = None,
     ) -> None:
         """
         Args:
             split: the part of the texts that is read, all of them if None.
             question: what the model is asked to do.
-            answer: key of what it is to say, "translation" for one; `split` goes by it.
+            answer: key of what it is to say, "translation" for one.
+            split_by: key of the text that decides on the split, `answer` if None: one key for all
+                tasks keeps clips that one of them holds out from the others.
             max_seconds: longer clips are left out.
         """
         clips = []
@@ -139,7 +144,8 @@ class Manifest(Clips):
             found = Path(path).parent / file
             if not found.is_file():
                 raise ValueError(f"{name}: audio_filepath {str(found)!r} is not a file")
-            clips.append(Clip(found, text, name, float(seconds)))
+            key = need(name, row, split_by, str) if split_by is not None else None
+            clips.append(Clip(found, text, name, float(seconds), key))
         super().__init__(clips, path, split=split, question=question, max_seconds=max_seconds)
 
 

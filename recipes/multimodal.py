@@ -122,7 +122,7 @@ class Multimodal(Reader):
         """The scorers' divergence from the attention of a run that keeps everything."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self.keeping(ratio=1.0, tokens=None, mass=None))
+            stack.enter_context(self.keeping(ratio=1.0, tokens=None, mass=None, layer_ratio={}))
             learned = stack.enter_context(self.lessons())
             self.run(batch, logits_to_keep=1)
         return mean_lesson(learned)

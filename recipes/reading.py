@@ -8,6 +8,7 @@ B rows, L tokens, E width of the language model
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,9 @@ from mm_sparse.recipes.parts import LoraPart, OptimizerPart
 from mm_sparse.recipes.samples import IGNORED, Batch
 from mm_sparse.recipes.sharding import shard
 from mm_sparse.recipes.vocabulary import Tokenizer
-from mm_sparse.retrofit import given_modality, scorers
+from mm_sparse.retrofit import find_all, given_modality, scorers
+from mm_sparse.scorer_files import read_scorers
+from mm_sparse.shipped import scorers_folder
 
 ScorerName = Literal["pooled", "relevance", "fine"]
 
@@ -74,8 +77,25 @@ class Reader(L.LightningModule):
         self.scorer, self.freeze_names, self.checkpointing = scorer, freeze, checkpointing
         self.optimizer_part = optimizer or OptimizerPart()
 
-    def assemble(self, lora: LoraPart | None, weights: str | None) -> None:
+    def assemble(
+        self,
+        lora: LoraPart | None,
+        weights: str | None,
+        scorers_from: Mapping[str, str] | None = None,
+    ) -> None:
         """Freeze, adapt, make sparse and load, once all parts are there."""
+        trained = dict(scorers_from or {})
+        unknown = sorted(set(trained) - set(self.sparse_configs))
+        if unknown:
+            raise ValueError(
+                f"scorers_from must name parts that run sparse, {tuple(self.sparse_configs)}, "
+                f"got {unknown[0]!r}"
+            )
+        if trained and self.objectives.narrowing_steps:
+            raise ValueError(
+                "objectives.narrowing_steps must be 0 with scorers_from, whose layers have ratios "
+                f"of their own, got {self.objectives.narrowing_steps}"
+            )
         self.frozen = tuple(part for part in self.freeze_names if part != "scorers")
         for part in self.frozen:
             getattr(self, part).requires_grad_(False)
@@ -85,9 +105,17 @@ class Reader(L.LightningModule):
         if self.checkpointing:
             self.language.gradient_checkpointing_enable({"use_reentrant": False})
         self.scorers = nn.ModuleDict()
-        for name, config in self.sparse_configs.items():
+        for name, config in list(self.sparse_configs.items()):
             learned = None if self.scorer == "pooled" else self.scorer
-            mms.sparsify(getattr(self, name), config, scorer=learned)
+            part = getattr(self, name)
+            if name in trained:
+                stored = read_scorers(scorers_folder(trained[name]))
+                own = stored.named_as([found.name for found in find_all(part)]).config.layer_ratio
+                config = replace(config, layer_ratio=own)
+            self.sparse_configs[name] = config
+            mms.sparsify(part, config, scorer=learned)
+            if name in trained:
+                mms.load_scorers(part, trained[name])
             prefix = "" if name == "language" else f"{name}/"
             found = scorers(getattr(self, name)).items()
             self.scorers.update({prefix + layer: scorer for layer, scorer in found})
@@ -189,12 +217,15 @@ class Reader(L.LightningModule):
             )
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int = 64) -> list[str]:
+    def generate(self, batch: Batch, max_new_tokens: int = 64, *, last: bool = False) -> list[str]:
         """The model's own first answer to every row, greedy, from what stands before the true one.
 
-        The rows must not be packed.
+        Of rows with several it can give the `last`. The rows must not be packed.
         """
         places, learned = batch["position_ids"], batch["labels"] != IGNORED
+        if last and learned.numel():
+            number = batch["answer_index"]
+            learned = learned & (number == number.amax(1, keepdim=True))
         if bool((places[:, 1:] == 0).any()):
             raise ValueError("batch must have one sample per row to generate, got packed rows")
         if not len(learned):

@@ -25,7 +25,9 @@ SETS = {
     "captions": ("tuxpaint-stamps-default",),
 }
 Found = tuple[Path, dict[str, str]]
-LINE = re.compile(r"^([\w/.-]+):\s*([^\[\s].*)$")
+LINE = re.compile(r"^([\w/.-]+):\s*(.+)$")
+# [tones], (10 seconds of silence), <beep ascending>: what nobody says
+UNSPOKEN = re.compile(r"\[[^]]*\]|\([^)]*\)|<[^>]*>")
 # dialogId("name", "font", "English") dialogStr("the other language")
 DIALOGUE = re.compile(
     r'dialogId\(\s*"([^"]+)"\s*,\s*"[^"]*"\s*,\s*"((?:\\.|[^"\\])*)"\s*\)'
@@ -45,13 +47,14 @@ def fetch(packages: tuple[str, ...], root: Path) -> None:
 
 
 def prompts(root: Path) -> Iterator[Found]:
-    """The list beside the sounds names each and says its text; tones stand in brackets."""
+    """The list beside the sounds names each and says its text; remarks stand in brackets."""
     listing = root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
     sounds = root / "usr/share/asterisk/sounds/en_US_f_Allison"
     for line in gzip.decompress(listing.read_bytes()).decode(errors="replace").splitlines():
         match = LINE.match(line.strip())
         if match:
-            yield sounds / f"{match[1]}.wav", {"text": match[2].strip(), "language": "en"}
+            text = " ".join(UNSPOKEN.sub(" ", match[2]).split())
+            yield sounds / f"{match[1]}.wav", {"text": text, "language": "en"}
 
 
 def dialogue(root: Path) -> Iterator[Found]:

@@ -86,15 +86,21 @@ class Samples(Dataset[Sample], ABC):
 class Course(Samples):
     """Samples of several sets, one set after the other: what is easy first.
 
-    For `SampleData(shuffle=False)`. Sizes of pictures may differ from set to set if every set but
-    the last fills whole batches.
+    With `SampleData(shuffle=False)` it is a course, shuffled a mixture. Sizes of pictures may
+    differ from set to set if every set but the last fills whole batches.
     """
 
-    def __init__(self, parts: list[Samples]) -> None:
+    def __init__(self, parts: list[Samples], times: list[int] | None = None) -> None:
+        """`times`: how often each set comes, one after the other; once if None."""
         if not parts:
             raise ValueError("parts must hold at least one set of samples, got none")
-        self.parts = parts
-        self.ends = list(accumulate(len(part) for part in parts))
+        times = [1] * len(parts) if times is None else times
+        if len(times) != len(parts) or min(times) < 1:
+            raise ValueError(
+                f"times must be a number of at least 1 for each of {len(parts)} parts, got {times}"
+            )
+        self.parts = [part for part, often in zip(parts, times, strict=True) for _ in range(often)]
+        self.ends = list(accumulate(len(part) for part in self.parts))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -102,8 +108,16 @@ class Course(Samples):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        part, place = self._place(index)
+        return part[place]
+
+    def size(self, index: int) -> float | None:
+        part, place = self._place(index)
+        return part.size(place)
+
+    def _place(self, index: int) -> tuple[Samples, int]:
         number = bisect_right(self.ends, index)
-        return self.parts[number][index - (self.ends[number - 1] if number else 0)]
+        return self.parts[number], index - (self.ends[number - 1] if number else 0)
 
 
 @dataclass(frozen=True)

