@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -83,12 +84,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]
 
 
 def _listening(q: Tensor) -> bool:
-    """Whether a mode, a transform or a subclass of tensors must see the operator."""
+    """Whether a profiler, a mode, a transform or a subclass of tensors must see the operator."""
     return (
         type(q) not in (Tensor, torch.nn.Parameter)
         or _get_current_dispatch_mode() is not None
         or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 
