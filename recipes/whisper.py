@@ -124,11 +124,11 @@ def load_encoder(weights: str | None = None, name: str = "tiny.en") -> Any:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     state = {key: value.float() for key, value in load_file(weights).items()}
-    width = state["layer_norm.weight"].shape[0]
+    inner, width = state["layers.0.fc1.weight"].shape
     # What is not named here is alike in all of them, and what a WhisperConfig starts from.
     config = WhisperConfig(
         d_model=width, encoder_layers=len({n.split(".")[1] for n in state if "layers." in n}),
-        encoder_attention_heads=width // 64, encoder_ffn_dim=4 * width,
+        encoder_attention_heads=width // 64, encoder_ffn_dim=inner,
     )  # fmt: skip
     encoder = WhisperEncoder(config).eval()
     encoder.load_state_dict(state)
