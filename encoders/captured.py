@@ -7,9 +7,7 @@ from torch import Tensor
 
 from mm_sparse.encoders.encoder import Encoder
 from mm_sparse.encoders.interleave import Piece
-
-# What is compiled, planned and allocated in a first call must not be part of the graph.
-WARM_CALLS = 3
+from mm_sparse.graphs import replayed
 
 
 class Captured:
@@ -33,15 +31,8 @@ class Captured:
                 raise ValueError(f"inputs[{number}] must be a tensor on a CUDA device, got {where}")
         self.encoder = encoder
         self._inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.inference_mode():
-            for _ in range(WARM_CALLS):
-                encoder(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph), torch.inference_mode():
-            self._tokens, self._piece = encoder(*self._inputs)
+        with torch.inference_mode():
+            self._replay = replayed(lambda: encoder(*self._inputs))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Piece]:
         """Tokens and their piece, as the encoder gives them; the next call overwrites the tokens.
@@ -58,5 +49,4 @@ class Captured:
                     f"got {x.dtype} {tuple(x.shape)}"
                 )
             own.copy_(x)
-        self._graph.replay()
-        return self._tokens, self._piece
+        return self._replay()

@@ -36,13 +36,7 @@ def profiled(forward: Callable[[], Any], what: str, device: str) -> dict[str, An
     with profile(activities=activities, acc_events=True) as seen:
         forward()
         wait()
-    rows = []
-    for event in seen.key_averages():
-        own: Any = event
-        spent = own.self_device_time_total if cuda else own.self_cpu_time_total
-        if (own.device_type.name == "CUDA") == cuda and spent:
-            rows.append({"what": own.key, "ms": round(spent / 1000, 4), "calls": own.count})
-    rows.sort(key=lambda row: -row["ms"])
+    rows = spent(seen, cuda)
     found: dict[str, Any] = {
         "ms": round(whole * 1000, 4), "launched_ms": round(launched * 1000, 4),
         "kernels_ms": round(sum(row["ms"] for row in rows), 4),
@@ -57,6 +51,17 @@ def profiled(forward: Callable[[], Any], what: str, device: str) -> dict[str, An
     for place, count in found["waits"].items():
         print(f"the host waited {count} x at {place}")
     return found
+
+
+def spent(seen: Any, cuda: bool) -> list[dict[str, Any]]:
+    """Milliseconds and calls of each kernel, or operator of a CPU, the longest first."""
+    rows = []
+    for event in seen.key_averages():
+        own: Any = event
+        time_us = own.self_device_time_total if cuda else own.self_cpu_time_total
+        if (own.device_type.name == "CUDA") == cuda and time_us:
+            rows.append({"what": own.key, "ms": round(time_us / 1000, 4), "calls": own.count})
+    return sorted(rows, key=lambda row: -row["ms"])
 
 
 def waits(forward: Callable[[], Any]) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Launch a Triton kernel again for a quarter of what Triton's own launch costs the host.
+"""Launch a Triton kernel again for less than what Triton's own launch costs the host.
 
-Triton looks at every argument of every launch, some 40 us, to find the compiled kernel. Here what
-it would find is looked up by a coarser key: types, and what numbers and pointers divide by.
+Triton looks at every argument of every launch to find the compiled kernel. Here what it would find
+is looked up by a coarser key: types, and what numbers and pointers divide by.
 """
 
 # Attributes of compiled kernels, which pyright does not know.

@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend
 from mm_sparse import bench_peers as peers
 from mm_sparse import bench_report as report
 from mm_sparse.attention import attend
-from mm_sparse.bench_graph import replayed
 from mm_sparse.bench_peers import Contestant, Shape, flex_runner, inputs, random_selection
 from mm_sparse.bench_report import Record, Session, median_ms
 from mm_sparse.cli import bench_parser, bench_shapes
 from mm_sparse.config import SparseConfig
+from mm_sparse.graphs import replayed
 from mm_sparse.scorers import PooledScorer
 from mm_sparse.selection import Selection, select
 
@@ -173,7 +173,7 @@ class Bench:
                 backward = family == "attend" or family in parts
                 self.enter(f"{what} unit {unit}", family, partial(build, run), backward=backward)
             if self.graphs and family != "attend" and (not parts or family in parts):
-                captured = partial(lambda run: build(replayed(run)), run)
+                captured = partial(lambda run: build(replayed(torch.no_grad()(run))), run)
                 self.enter(f"{what} unit {unit}, CUDA graph", family, captured, backward=False)
 
     def sparse_peers(self, block: int, ratio: float = 0.2) -> None:

@@ -203,17 +203,14 @@ def _whisper(path: str | None, options: dict[str, Any]) -> Any:
     from transformers import WhisperConfig, WhisperModel
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+    from mm_sparse.recipes.whisper import FILES, load_encoder
+
     if path is None:
         return WhisperEncoder(WhisperConfig(**options))
-    if path in ("tiny.en", "base"):
-        from mm_sparse.recipes.whisper import load_encoder
-
-        return load_encoder(name=path)
-    if path.endswith(".safetensors"):
-        if not Path(path).is_file():
-            raise ValueError(f"path must be a file if it ends with .safetensors, got {path!r}")
-        from mm_sparse.recipes.whisper import load_encoder
-
+    stored = path.endswith(".safetensors")
+    if stored and not Path(path).is_file():
+        raise ValueError(f"path must be a file if it ends with .safetensors, got {path!r}")
+    if stored or path in FILES:
         return load_encoder(path)
     return WhisperModel.from_pretrained(path, **options).encoder
 

@@ -27,6 +27,7 @@ from mm_sparse import FineScorer, select
 from mm_sparse.attention import attend
 from mm_sparse.bench_report import median_ms
 from mm_sparse.calls import Call
+from mm_sparse.encoders.speed_profile import spent
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.compare import machine
 from mm_sparse.retrofit import config_of, keeping, layers, watch
@@ -113,9 +114,7 @@ def time_of(run: Callable[[], Any], device: str, calls: int = 3) -> dict[str, fl
             for _ in range(calls):
                 run()
             torch.cuda.synchronize()
-        events: list[Any] = [e for e in seen.key_averages() if e.device_type.name == "CUDA"]
-        spent = sum(event.self_device_time_total for event in events)
-        found["kernel_ms"] = spent / calls / 1000
+        found["kernel_ms"] = sum(row["ms"] for row in spent(seen, cuda=True)) / calls
     return found
 
 

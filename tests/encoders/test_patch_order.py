@@ -116,3 +116,21 @@ def test_report_counts_the_same_pairs() -> None:
         assert row.density is not None
         assert row.mass > row.density
         assert row.pair_density == {(mms.Modality.IMAGE, mms.Modality.IMAGE): row.density}
+
+
+@torch.no_grad()
+def test_tokens_put_in_order_once_give_what_q_k_v_and_output_give_one_by_one() -> None:
+    encoder, batch = build("timm-dinov2")
+    tokens = torch.randn(1, calls_of(encoder, batch, GRID)[0].q.shape[2], encoder.width)
+    layers = retrofit.layers(encoder)
+    assert all(layer.place_in_order(tokens) is not None for layer in layers.values())
+    once, _ = encoder(*batch)
+    # Who looks into the module sees tokens as they are, and so it takes the other way.
+    handles = [layer.module.qkv.register_forward_hook(lambda *_: None) for layer in layers.values()]
+    assert all(layer.place_in_order(tokens) is None for layer in layers.values())
+    one_by_one, _ = encoder(*batch)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(once, one_by_one, rtol=1e-5, atol=1e-5)
+    raster, _ = mms.sparsify(encoder, RASTER)(*batch)
+    assert not torch.allclose(once, raster, atol=1e-3)
