@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import (
+    COUNTS,
     LOG2E,
     describe,
     generation,
@@ -54,7 +55,7 @@ def _query_step(
     return tl.dot(dscore.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_queries(
     Q, K, V, Kd, Vd, Out, Dout, Lse, Delta, Dq, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
@@ -157,7 +158,7 @@ def _key_step(
     return tl.dot(dscore.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_keys(
     Q, K, V, Qd, Dd, Dout, Lse, Delta, Dk, Dv, Tiles, Units, Span, TileIds, Edges,
     chunks, scale, num_queries, num_keys, num_tiles, num_units, kv_heads,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cpu import new_output
 from .fast_launch import launch
-from .primitives import LOG2E, listed_units, load_rows, row_span, softmax_step, tile_rows
+from .primitives import COUNTS, LOG2E, listed_units, load_rows, row_span, softmax_step, tile_rows
 
 # Keys of the smallest part: below, merging costs more than it brings.
 LEAST_KEYS = 256
@@ -24,7 +24,7 @@ LEAST_KEYS = 256
 MOST_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _part(
     Q, K, V, Part, Weight, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads, parts, keys_of_part,
@@ -75,7 +75,7 @@ def _part(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _merge(
     Part, Weight, Out, Lse, parts, heads, num_queries, stride_ob, stride_oh, stride_on,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,

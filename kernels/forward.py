@@ -15,6 +15,7 @@ from torch import Tensor
 from .cpu import new_output
 from .fast_launch import launch
 from .primitives import (
+    COUNTS,
     LOG2E,
     describe,
     generation,
@@ -27,7 +28,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward(
     Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,

@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .cpu import new_output
 from .fast_launch import launch
-from .primitives import multiprocessors, row_span, tile_rows
+from .primitives import COUNTS, multiprocessors, row_span, tile_rows
 
 LOG2E = gl.constexpr(1.4426950408889634)
 FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
@@ -38,7 +38,7 @@ BOXED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))
 BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sort_lists(
     Order, Inner, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
     kv_heads, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
@@ -338,7 +338,7 @@ def _buffers(
     return q_smem, k_pieces, v_pieces, k_smem, v_smem, k_ready, k_free, v_ready, v_free
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def _forward(
     Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, scale, items, num_queries,
     num_keys, num_tiles, num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn,

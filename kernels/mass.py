@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LOG2E, load_keys, load_rows, row_span, tile_rows
+from .primitives import COUNTS, LOG2E, load_keys, load_rows, row_span, tile_rows
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _in_view(Ub, first, num_units, lowest, highest, STEP: tl.constexpr):
     return tl.max(seen.to(tl.int32), 0) > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _mass(
     Q, K, Out, Tiles, Units, Span, scale, num_queries, num_tiles, num_units, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,

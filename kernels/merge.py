@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .fast_launch import launch
+from .primitives import COUNTS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _merge(
     Out, Other, Log, OtherLog, Weight, Whole, rows, heads, queries,
     stride_b, stride_h, stride_n, other_b, other_h, other_n,

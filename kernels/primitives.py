@@ -15,6 +15,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Numbers that differ from call to call. Triton compiles a kernel anew for numbers that are 1 or
+# divide by 16: with batches of any length it would do so for most of a training run's first hour.
+ROW_COUNTS = (
+    "num_queries", "num_keys", "num_tiles", "list_length", "drawn_length", "all_length", "items",
+    "pieces", "queries", "query_offset", "rows", "splits", "parts", "keys_of_part", "chunk",
+    "chunks",
+)  # fmt: skip
+COUNTS = (*ROW_COUNTS, "num_units")
+"""Where rows of `num_units` are read or written at once, whether they are aligned matters."""
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mm_sparse.kernels.fast_launch import launch
-from mm_sparse.kernels.primitives import LOG2E, generation
+from mm_sparse.kernels.primitives import COUNTS, LOG2E, ROW_COUNTS, generation
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Programs that keep the largest GPUs busy to the end.
@@ -29,7 +29,7 @@ def _finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pool(
     X, Table, Out, scale, pieces, parts, heads, stride_b, stride_h, stride_n,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
@@ -209,7 +209,7 @@ def _logits(
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _log_sums(
     Rows, Keys, Exists, Hull, Units, Sums, num_tiles, num_units, kv_heads, splits, chunk,
     GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
@@ -293,7 +293,7 @@ def _deny(Out, own, first, last, num_tiles, num_units, COLS: tl.constexpr):
         tl.store(out, value, mask=(own < num_tiles)[:, None] & (unit < last)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _share(
     Rows, Keys, Exists, Hull, Units, Sums, Parts, Out, Bias, TileKind, UnitKind, Tiles,
     num_tiles, num_units, kv_heads, splits, chunk, query_offset,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fast_launch import launch
+from .primitives import ROW_COUNTS
 
 LOWEST = tl.constexpr(-2147483648)
 HIGHEST = tl.constexpr(2147483647)
@@ -173,7 +174,7 @@ def _every_nth(others, size, tile, head, left, unit):
     return chosen, tl.log(tl.maximum(share, 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _keep(
     Values, Always, Hull, Units, UnitKind, Budget, Floor, Index, Count,
     WholeBudget, Drawn, DrawnCount, All, AllCount, Weight, drawn_length, all_length, unit_size,
@@ -226,7 +227,7 @@ def _keep(
         tl.store(Weight + list_, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _keep_long(
     Values, Always, Hull, Units, Budget, Index, Count,
     num_tiles, num_units, list_length, kv_heads, budgets,

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .primitives import COUNTS
+
 # Tiles that a program scatters one after the other, so that those of a unit stay ascending.
 IN_TURN = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _count(
     Slot, Counts, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
     kv_heads, chunks, chunk, UNIT: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
@@ -47,7 +49,7 @@ def _count(
         tl.atomic_add(Counts + slot, 1, mask=listed, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scatter(
     Slot, Counts, Edges, Tile, Count, num_tiles, list_length, chunk, WIDTH: tl.constexpr
 ):  # fmt: skip

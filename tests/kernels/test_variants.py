@@ -1,0 +1,61 @@
+"""Lengths that no two batches share must not have kernels compiled again and again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mm_sparse as mms
+
+# What a model or a config fixes; and rows of units, which are read faster where they are aligned.
+FIXED = {"scale", "heads", "kv_heads", "budgets", "unit_size", "other_b", "other_h", "other_n"}
+ALIGNED = {"_share", "_keep", "_keep_long"}
+# The interpreter knows nothing of how kernels are compiled, so this runs without it.
+LOOK = """
+import importlib, json
+from triton.runtime import JITFunction
+found = {}
+for name in "backward decode forward hopper mass merge score select transpose_triton".split():
+    for kernel in vars(importlib.import_module("mm_sparse.kernels." + name)).values():
+        if isinstance(kernel, JITFunction) and kernel.module.endswith("." + name):
+            numbers = [p for p in kernel.params if not p.is_constexpr]
+            compiled = [p.name for p in numbers if not p.do_not_specialize]
+            if len(compiled) < len(numbers):
+                found[name + "." + kernel.__name__] = compiled
+print(json.dumps(found))
+"""
+
+
+def test_no_number_that_differs_between_calls_is_compiled_in():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    looked = subprocess.run(
+        [sys.executable, "-c", LOOK], capture_output=True, text=True, check=True, env=environment
+    )
+    found = json.loads(looked.stdout)
+    assert len(found) == 16
+    for kernel, names in found.items():
+        numbers = {n for n in names if not n[0].isupper() and not n.startswith("stride")}
+        if kernel.split(".")[1] in ALIGNED:
+            numbers.discard("num_units")
+        assert numbers <= FIXED, kernel
+
+
+@pytest.mark.gpu
+def test_twenty_lengths_compile_attention_four_times_at_most():
+    from mm_sparse.kernels import backward, hopper
+
+    attention = (hopper._forward, backward._backward_queries, backward._backward_keys)
+    before = [len(kernel.device_caches[0][0]) for kernel in attention]
+    config = mms.SparseConfig(ratio=0.3, unit=16, tile=128, sinks=16, window=32, dense_below=0)
+    torch.manual_seed(0)
+    for length in torch.randint(600, 1500, (20,)).tolist():
+        q, k, v = torch.randn(3, 1, 2, length, 64, device="cuda", dtype=torch.half).unbind()
+        q.requires_grad_()
+        layout = mms.TokenLayout.text(1, length, device="cuda")
+        mms.sparse_attention(q, k, v, layout=layout, config=config).sum().backward()
+    for kernel, old in zip(attention, before, strict=True):
+        # Units and tiles are regular or not.
+        assert 1 <= len(kernel.device_caches[0][0]) - old <= 4, kernel.__name__
