@@ -289,5 +289,8 @@ class TokenLayout:
         key = (config, group, num_queries, offset)
         # A plan is a function of the frozen layout and of this key alone.
         if key not in self.made:
-            self.made[key] = build_plan(self, config, group, num_queries, offset)
+            alike = (config.tile, config.unit, config.causal, config.bidirectional, *key[1:])
+            if alike not in self.made:
+                self.made[alike] = build_plan(self, config, group, num_queries, offset)
+            self.made[key] = replace(self.made[alike], config=config)
         return self.made[key]

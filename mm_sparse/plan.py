@@ -5,9 +5,10 @@ B batch, N query tokens, M key tokens, T tiles, U units, P pieces (tiles or unit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ from mm_sparse.pieces import (
 
 if TYPE_CHECKING:
     from mm_sparse.layout import TokenLayout
+
+R = TypeVar("R")
+
+
+class OfPieces(Generic[R]):
+    """A property that tiles and units alone decide: found once for all configs that cut alike."""
+
+    def __init__(self, find: Callable[[Plan], R]) -> None:
+        self.find, self.__doc__ = find, find.__doc__
+
+    def __get__(self, plan: Plan, owner: type | None = None) -> R:
+        return self if plan is None else plan.once(self.find.__name__, lambda: self.find(plan))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +69,32 @@ class Plan:
     """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
     regular_tiles: bool
     """The same of tiles and queries."""
+    known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """What was found of the pieces; plans that differ in nothing but the budget share it."""
 
     @property
     def unit(self) -> int:
         """Most key tokens in a unit."""
         return self.config.unit
 
-    @cached_property
+    def once(self, name: Hashable, find: Callable[[], R]) -> R:
+        """What `find` gave the first time that a plan of these pieces asked for `name`."""
+        if name not in self.known:
+            self.known[name] = find()
+        return self.known[name]
+
+    @OfPieces
     def visible(self) -> Tensor:
         """(B, T, U) bool: some query of the tile sees some key of the unit."""
         return self._overlap(self.hull[..., 0], self.hull[..., 1])
 
-    @cached_property
+    @property
     def always(self) -> Tensor:
         """(B, T, U) bool: kept whatever the scores say (sinks of the document, local window)."""
+        config = self.config
+        return self.once(("always", config.sinks, config.window), self._always)
+
+    def _always(self) -> Tensor:
         config, layout = self.config, self.layout
         first = self.tiles[..., 0] + self.query_offset
         last = first + self.tiles[..., 1]
@@ -91,7 +116,7 @@ class Plan:
     @cached_property
     def budget(self) -> Tensor:
         """(B, T) int64: key tokens that a tile may keep, what is always kept included."""
-        config, seen = self.config, self._seen
+        config, seen = self.config, self.seen
         if config.mass is not None:
             return seen
         if config.tokens is not None:
@@ -104,10 +129,11 @@ class Plan:
         config = self.config
         if not config.head_ratio or config.mass is not None or config.tokens is not None:
             return self.budget[:, None]
-        return torch.stack([_share(self._seen, ratio) for ratio in config.head_ratio], 1)
+        ratios = torch.tensor(config.head_ratio, device=self.units.device)
+        return _share(self.seen[:, None], ratios[:, None])
 
-    @cached_property
-    def _seen(self) -> Tensor:
+    @OfPieces
+    def seen(self) -> Tensor:
         """(B, T) int64: keys of visible units."""
         return (self.visible * self.units[:, None, :, 1]).sum(-1)
 
@@ -123,27 +149,34 @@ class Plan:
         config = replace(
             config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sampled=0.0
         )
-        best = replace(self, config=config)
-        vars(best).update(visible=self.visible, always=self.always)
-        return best
+        return replace(self, config=config)
 
     @cached_property
     def max_kept(self) -> int:
         """No tile keeps more units than this."""
-        num_units = self.units.shape[1]
-        if self.config.mass is not None or not self.tiles.shape[1] or not num_units:
+        config, num_units = self.config, self.units.shape[1]
+        if config.mass is not None or not self.tiles.shape[1] or not num_units:
             return num_units
-        short = (self.visible & (self.units[:, None, :, 1] < self.unit)).sum(-1)
-        budget = self.head_budget.amax(1)
-        most, always = budget // self.unit + 1 + short, self.always.sum(-1)
-        if floors := self.config.floors():
+        seen, short, always = self.once(("most", config.sinks, config.window), self._most)
+        budget = seen if config.tokens is None else min(seen, config.tokens)
+        if config.tokens is None:
+            # Rounding in float32 may go the other way than here: one more than it can be.
+            budget = min(int(seen * max((config.ratio, *config.head_ratio))) + 1, seen)
+        if floors := config.floors():
             # Each rounds up to a unit, and all may lie outside of what is always kept.
-            share = (budget * sum(floors.values()) / self.unit).long()
-            always = always + share + short + len(floors)
-        most = most.maximum(always)
-        return min(num_units, int(most.amax()) if most.numel() else 0)
+            always += int(budget * sum(floors.values()) / self.unit) + short + len(floors)
+        return min(num_units, max(budget // self.unit + 1 + short, always))
 
-    @cached_property
+    def _most(self) -> tuple[int, int, int]:
+        """Over tiles: most keys seen, short units seen, units always kept."""
+        if not self.tiles.numel():
+            return 0, 0, 0
+        short = (self.visible & (self.units[:, None, :, 1] < self.unit)).sum(-1)
+        found = (self.seen, short, self.always.sum(-1))
+        seen, short, always = torch.stack([x.amax() for x in found]).tolist()
+        return seen, short, always
+
+    @OfPieces
     def tile_of(self) -> Tensor:
         """(B, N) int64: the tile that a query is in."""
         position = torch.arange(self.num_queries, device=self.tiles.device)
@@ -152,7 +185,7 @@ class Plan:
         position = position.expand(len(start), -1).contiguous()
         return torch.searchsorted(start.long().contiguous(), position, right=True) - 1
 
-    @cached_property
+    @OfPieces
     def members(self) -> Tensor:
         """(B, T) int64: queries of a tile that see a key."""
         keys = torch.nn.functional.pad(self.layout.valid.cumsum(1), (1, 0))
@@ -162,7 +195,7 @@ class Plan:
         edges = self.tiles.long().cumsum(-1).unbind(-1)
         return before.gather(1, edges[1]) - before.gather(1, edges[0])
 
-    @cached_property
+    @OfPieces
     def modalities(self) -> frozenset[int]:
         """Of tiles and units; pieces without a valid token have none."""
         kinds = torch.cat([self.tile_modality.flatten(), self.unit_modality.flatten()])
@@ -183,7 +216,7 @@ class Plan:
         found = [shares.get(kind, 0.0) for kind in Modality]
         return torch.tensor(found, device=self.units.device) if shares else None
 
-    @cached_property
+    @OfPieces
     def distance(self) -> Tensor:
         """(B, T, U) int32: key tokens from the middle of a tile to the middle of a unit, signed."""
         tile = self.tiles[..., 0] + self.query_offset + self.tiles[..., 1] // 2
@@ -203,7 +236,7 @@ class Plan:
         return (start < high) & (start + size > low) & (size > 0)
 
 
-def _share(seen: Tensor, ratio: float) -> Tensor:
+def _share(seen: Tensor, ratio: float | Tensor) -> Tensor:
     return (seen * ratio).round().long().clamp(min=1).minimum(seen)
 
 
