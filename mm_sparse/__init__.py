@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import patterns
     from .attention import attend, attention_reference, sparse_attention
+    from .cache import DescriptorCache
     from .checkpoints import load_scorers, save_scorers
     from .config import SparseConfig
     from .fine import FineScorer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DescriptorCache",
     "FineScorer",
     "Modality",
     "PooledScorer",
@@ -52,6 +54,7 @@ _HOME = {
     "Modality": "layout",
     "TokenLayout": "layout",
     "SparseConfig": "config",
+    "DescriptorCache": "cache",
     "PooledScorer": "scorers",
     "RelevanceScorer": "scorers",
     "Scorer": "scorers",

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from mm_sparse.cache import DescriptorCache
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
@@ -101,6 +102,7 @@ def sparse_attention(
     scorer: Scorer | None = None,
     query_offset: int | None = None,
     scale: float | None = None,
+    descriptors: DescriptorCache | None = None,
 ) -> Tensor:
     """Score, select, attend; dense below `config.dense_below` tokens or with backend "dense".
 
@@ -111,6 +113,7 @@ def sparse_attention(
         q: (B, H, N, D), the last N tokens of the layout unless `query_offset` says otherwise.
         k, v: (B, K, M, D), one key per token of the layout.
         scorer: `PooledScorer()` if None.
+        descriptors: of the keys that earlier calls for this layer and sequence had, for decoding.
     Returns:
         (B, H, N, D).
     """
@@ -128,6 +131,8 @@ def sparse_attention(
     inner = placed.layout
     # Selection passes no gradient.
     with torch.no_grad():
-        scores = scorer(q, k, layout=inner, config=config, query_offset=first, scale=scale)
+        # A scorer that came before there were such caches need not know of them.
+        kept = {} if descriptors is None else {"descriptors": descriptors}
+        scores = scorer(q, k, layout=inner, config=config, query_offset=first, scale=scale, **kept)
     out = attend(q, k, v, select(scores, inner, config), scale=scale)
     return out if inner is layout else restore(out, inner, first)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.cache import described
 from mm_sparse.descriptors import piece_features
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
@@ -96,13 +97,25 @@ class FineScorer(Scorer):
         self, tiles: Tensor, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
     ) -> Tensor:
         """(B, K, T, U) scores of `features`; products are taken in `dtype`."""
-        subpools = tiles.shape[3]
-        query_map, key_map = self._maps(scale, dtype)
-        kind = plan.tile_modality.repeat_interleave(subpools, 1)
-        tiles = self._describe(tiles.flatten(2, 3), query_map, kind, plan)
+        return self._rank(
+            tiles, self._describe_units(units, plan, scale, dtype), plan, scale, dtype
+        )
+
+    def _describe_units(
+        self, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        """(B, K, U, C, D)."""
         kind = plan.unit_modality.repeat_interleave(self.parts, 1)
-        parts = self._describe(units.flatten(2, 3), key_map, kind, plan)
-        parts = parts.unflatten(2, (-1, self.parts))  # (B, K, U, C, D)
+        parts = self._describe(units.flatten(2, 3), self._maps(scale, dtype)[1], kind, plan)
+        return parts.unflatten(2, (-1, self.parts))
+
+    def _rank(
+        self, tiles: Tensor, parts: Tensor, plan: Plan, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        """Scores of features of tiles and of the descriptors of parts of units."""
+        subpools = tiles.shape[3]
+        kind = plan.tile_modality.repeat_interleave(subpools, 1)
+        tiles = self._describe(tiles.flatten(2, 3), self._maps(scale, dtype)[0], kind, plan)
         if plan.regular:
             whole = parts.mean(3)
         else:
@@ -118,7 +131,17 @@ class FineScorer(Scorer):
         )
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        return self.rank(*self.features(q, k, plan), plan, scale, q.dtype)
+        if plan.descriptors is None:
+            return self.rank(*self.features(q, k, plan), plan, scale, q.dtype)
+        check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
+
+        def describe_units(part: Plan) -> Tensor:
+            features = piece_features(k, part.units, part.unit, self.parts, part.regular, part)
+            return self._describe_units(features, part, scale, q.dtype)
+
+        subpools = plan.live_subpools.shape[2]
+        tiles = piece_features(q, plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles, plan)
+        return self._rank(tiles, described(k, plan, describe_units), plan, scale, q.dtype)
 
     def _maps(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """From features to descriptors, (modalities + 1, heads, 3 D, D), the last for no modality.

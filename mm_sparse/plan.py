@@ -26,6 +26,7 @@ from mm_sparse.pieces import (
 )
 
 if TYPE_CHECKING:
+    from mm_sparse.cache import DescriptorCache
     from mm_sparse.layout import TokenLayout
 
 R = TypeVar("R")
@@ -71,6 +72,8 @@ class Plan:
     """The same of tiles and queries."""
     known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What was found of the pieces; plans that differ in nothing but the budget share it."""
+    descriptors: DescriptorCache | None = None
+    """Of units that were described in earlier calls."""
 
     @property
     def unit(self) -> int:

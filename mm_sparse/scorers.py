@@ -7,11 +7,12 @@ T tiles, U units, S sub-pools of a tile, R rank of the learned score space
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.cache import DescriptorCache, described
 from mm_sparse.config import SparseConfig
 from mm_sparse.descriptors import fused, piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
@@ -51,6 +52,7 @@ class Scorer(nn.Module):
         config: SparseConfig,
         query_offset: int | None = None,
         scale: float | None = None,
+        descriptors: DescriptorCache | None = None,
     ) -> Scores:
         """Score the units of `k` for the tiles of `q`.
 
@@ -58,6 +60,7 @@ class Scorer(nn.Module):
             q: (B, H, N, D), the last N tokens of the layout unless `query_offset` says otherwise.
             k: (B, K, M, D), one key per token of the layout.
             scale: factor on q.k, 1 / sqrt(D) if None.
+            descriptors: of the keys that earlier calls for this layer and sequence had.
         """
         check_heads(q, k, k, layout)
         plan = layout.plan(
@@ -68,6 +71,8 @@ class Scorer(nn.Module):
             query_offset=query_offset,
         )
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        if descriptors is not None:
+            plan = replace(plan, descriptors=descriptors)
         return Scores(self.score(q, k, plan, scale), plan)
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
@@ -85,7 +90,7 @@ class PooledScorer(Scorer):
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
         tile, exists = tile_descriptors(q, plan, scale)
-        (unit,) = unit_descriptors(k, plan, extremes=False)
+        unit = described(k, plan, lambda part: unit_descriptors(k, part, extremes=False)[0])
         return share_of_units(tile, unit, exists, plan)
 
 
@@ -153,11 +158,15 @@ class RelevanceScorer(Scorer):
 
         query_map, key_map = self._kept.get(towers, (scale, q.dtype), make)
         tile, exists = tile_descriptors(q, plan)
-        features = piece_features(k, plan.units, plan.unit, 1, plan.regular, plan).squeeze(3)
         kinds = [int(m) for m in Modality]
+
+        def describe_units(part: Plan) -> Tensor:
+            features = piece_features(k, part.units, part.unit, 1, part.regular, part).squeeze(3)
+            return describe(features, key_map, self.map_of, kinds, part.unit_modality, part)
+
         own = plan.tile_modality.repeat_interleave(tile.shape[3], 1)
         tile = describe(tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan)
-        unit = describe(features, key_map, self.map_of, kinds, plan.unit_modality, plan)
+        unit = described(k, plan, describe_units)
         tile = tile.unflatten(2, exists.shape[1:])
         return share_of_units(tile, unit, exists, plan, self.pair_bias)
 

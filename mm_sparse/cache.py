@@ -1,0 +1,107 @@
+"""Descriptors of keys beside a KV cache: what is new is described, the rest was before.
+
+B batch, K KV heads, M key tokens, U units
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mm_sparse.plan import Plan
+
+
+class DescriptorCache:
+    """What a scorer makes of the units of one layer's keys, for calls between which keys only grow.
+
+    A step of decoding reads all keys to rank them, unless their descriptors are kept: with units of
+    16 tokens those are a sixteenth of the keys. Give one to every call of `sparse_attention` (or of
+    a scorer) for the layer and the sequence, as you do with its KV cache, and `clear` it when that
+    changes: another prompt, rows that were reordered or dropped, tokens that were taken back. Keys
+    that a call has seen are not looked at again, except those of a unit that was not full.
+
+    Only calls without gradients use it. A scorer of your own has to ask for it
+    (`mm_sparse.cache.described`); one that does not ranks as it does without.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: the next call describes all its keys."""
+        self._described: Tensor | None = None
+        self._pieces: tuple[Tensor, Tensor] | None = None
+        self._tokens = 0
+
+    def __len__(self) -> int:
+        """Key tokens of the last call."""
+        return self._tokens
+
+    def update(self, k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:
+        """(B, K, U, ...): descriptors of a call's units, those of new and changed units made anew.
+
+        Args:
+            k: (B, K, M, D).
+            describe: makes them for the units of the plan that it is given.
+        Raises:
+            ValueError: not the rows and heads of the call before, or fewer keys.
+        """
+        before = self._described
+        if before is None or self._pieces is None:
+            made = describe(plan)
+        else:
+            if k.shape[:2] != before.shape[:2] or k.shape[2] < self._tokens:
+                raise ValueError(
+                    f"k must have {tuple(before.shape[:2])} rows and heads and at least "
+                    f"{self._tokens} tokens as in the call before, got {tuple(k.shape[:3])}; "
+                    "clear() the descriptors when the sequence is another"
+                )
+            same = units_alike(plan, *self._pieces)
+            made = describe(without_units(plan, same) if same else plan)
+            if same:
+                made = torch.cat([before[:, :, :same].to(made.dtype), made], 2)
+        self._described, self._pieces = made, (plan.units, plan.unit_modality)
+        self._tokens = k.shape[2]
+        return made
+
+
+def units_alike(plan: Plan, units: Tensor, modality: Tensor) -> int:
+    """How many units in front are those of another plan's tables, in all rows.
+
+    Args:
+        units: (B, U, 2), as `Plan.units`.
+        modality: (B, U), as `Plan.unit_modality`.
+    """
+
+    def count() -> tuple[Tensor, int]:
+        most = min(units.shape[1], plan.units.shape[1])
+        same = (plan.units[:, :most] == units[:, :most]).all(-1)
+        same &= plan.unit_modality[:, :most] == modality[:, :most]
+        return units, int(same.all(0).long().cumprod(0).sum())
+
+    # Layers that share plans share the answer, and the wait for it. Their table is held with it, so
+    # that no other table can have its id.
+    return plan.once(("alike", id(units)), count)[1]
+
+
+def without_units(plan: Plan, first: int) -> Plan:
+    """The plan without the units before `first`, for those who describe units."""
+    return replace(
+        plan,
+        units=plan.units[:, first:].contiguous(),
+        unit_modality=plan.unit_modality[:, first:].contiguous(),
+        regular=False,
+        known={"modalities": plan.modalities},
+    )
+
+
+def described(k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:
+    """(B, K, U, ...): what `describe` makes of the plan's units, out of its cache if it has one."""
+    if plan.descriptors is None or torch.is_grad_enabled():
+        return describe(plan)
+    return plan.descriptors.update(k, plan, describe)
