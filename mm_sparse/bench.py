@@ -24,7 +24,8 @@ from mm_sparse.bench_report import Record, Session, median_ms
 from mm_sparse.cli import bench_parser, bench_shapes
 from mm_sparse.config import SparseConfig
 from mm_sparse.graphs import replayed
-from mm_sparse.scorers import PooledScorer
+from mm_sparse.layout import TokenLayout
+from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
 
 __all__ = ["Bench", "Record", "Shape", "flex_runner", "inputs", "median_ms", "random_selection"]
@@ -53,7 +54,8 @@ class Bench:
         self.flops = 4 * pairs * (0.5 if shape.causal else 1) * shape.head_dim
         self.forward = "decode" if shape.queries else "forward"
         self.backward = shape.tokens <= longest and not shape.queries
-        self.graphs = device == "cuda" and not shape.queries and type(self) is Bench
+        self.graphs: tuple[str, ...] = ("select", "whole") if device == "cuda" else ()
+        """What is also timed as a CUDA graph."""
 
     @property
     def where(self) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class Bench:
         def picked() -> Selection:
             layout = chosen()[0].plan.layout
             with torch.no_grad():
-                return select(scorer(q, k, layout=layout, config=config), layout, config)
+                return select(self.scores(scorer, layout, config), layout, config)
 
         def build(run: Callable[[], Tensor]) -> Contestant:
             made = Contestant(run, self.problem.leaves, self.dout, density=chosen()[1])
@@ -172,9 +174,13 @@ class Bench:
             if not parts or family in parts:
                 backward = family == "attend" or family in parts
                 self.enter(f"{what} unit {unit}", family, partial(build, run), backward=backward)
-            if self.graphs and family != "attend" and (not parts or family in parts):
+            if family in self.graphs and (not parts or family in parts):
                 captured = partial(lambda run: build(replayed(torch.no_grad()(run))), run)
                 self.enter(f"{what} unit {unit}, CUDA graph", family, captured, backward=False)
+
+    def scores(self, scorer: Scorer, layout: TokenLayout, config: SparseConfig) -> Scores:
+        """What selection is given."""
+        return scorer(self.q, self.k, layout=layout, config=config)
 
     def sparse_peers(self, block: int, ratio: float = 0.2) -> None:
         """Sparse peers on random blocks, held against `attend` on the same."""
@@ -202,36 +208,10 @@ class Bench:
         return chosen
 
 
-class MemoryBench(Bench):
-    """Peak memory in place of time; a layout's plan, which layers share, is made before."""
-
-    def measure(self, made: Contestant, way: str) -> float:
-        """MiB beyond inputs and output; gradients count, and the call before is not measured."""
-        training = way == "backward"
-        with torch.set_grad_enabled(training):
-            for _ in range(2):
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                out = made.run()
-                if training:
-                    torch.autograd.grad(out, made.leaves, made.dout)
-                torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated() - before - out.nbytes
-                del out
-        return peak / 2**20
-
-    def keep(self, what: str, way: str, value: float, made: Contestant) -> None:
-        """Make a row of the memory table."""
-        whole = sum(x.nbytes for x in self.problem.leaves) / 2**20
-        way = "training" if way == "backward" else way
-        row = {"what": what, **self.where, "direction": way, "mib": round(value, 1)}
-        row.update(share_of_qkv=round(value / whole, 4), index_bytes=made.index_bytes)
-        self.session.memory.append(row)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
+    from mm_sparse.bench_kinds import DecodeBench, MemoryBench
+
     parser = bench_parser()
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
@@ -265,10 +245,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for block in (128, 64) if cuda else ():
             bench.sparse_peers(block, ratio)
 
-    def part(bench: Bench, name: str, ratio: float) -> None:
+    def part(bench: Bench, names: Sequence[str], ratio: float) -> None:
         bench.dense()
         for unit in args.units or (64, 16):
-            bench.sparse(unit, ratio, (name,))
+            bench.sparse(unit, ratio, names)
 
     try:
         if not (args.decode or args.lengths or args.memory):
@@ -277,16 +257,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.lengths:
             lengths = [1024 << i for i in range(6 if cuda else 4)]
             forward_only = partial(Bench, longest=0)
-            each(shapes(lengths), partial(part, name="whole", ratio=ratio), forward_only)
+            each(shapes(lengths), partial(part, names=["whole"], ratio=ratio), forward_only)
             content["break_even"] = report.break_even(session.records)
         if args.decode:
             many = (32, 8, 128, False, 8) if cuda else (8, 2, 64, False, 1)
             contexts = args.tokens or ((32768, 131072) if cuda else (4096,))
             steps = [Shape(n, *many, queries=1) for n in contexts]
-            each(steps, partial(part, name="attend", ratio=args.ratio or 0.125))
+            job = partial(part, names=["attend", "select", "whole"], ratio=args.ratio or 0.125)
+            each(steps, job, DecodeBench)
         if args.memory:
             trained = partial(MemoryBench, longest=1 << 40)
-            each(shapes((65536,)), partial(part, name="whole", ratio=ratio), trained)
+            each(shapes((65536,)), partial(part, names=["whole"], ratio=ratio), trained)
     finally:
         if args.out:
             report.write(args.out, content, session)

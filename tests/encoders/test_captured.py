@@ -10,9 +10,7 @@ from mm_sparse.encoders.vision import create_vision_encoder
 pytest.importorskip("timm")
 pytestmark = pytest.mark.gpu
 
-SPARSE = SparseConfig(
-    ratio=0.25, causal=False, sinks=0, window=0, unit=16, tile=64, dense_below=0
-)
+SPARSE = SparseConfig(ratio=0.25, causal=False, sinks=0, window=0, unit=16, tile=64, dense_below=0)
 
 
 @pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])

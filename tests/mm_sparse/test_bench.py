@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 
+import mm_sparse as mms
 from mm_sparse import bench, bench_peers, bench_report
-from mm_sparse.bench import Bench, MemoryBench, Record, Session, Shape
+from mm_sparse.bench import Bench, Record, Session, Shape
+from mm_sparse.bench_kinds import DecodeBench, MemoryBench
 from mm_sparse.bench_peers import Contestant, Problem, inputs, peer_selection, settings
 
 SHAPES = [
@@ -44,6 +46,24 @@ def test_memory_is_a_share_of_the_inputs(monkeypatch):
     assert {row["share_of_qkv"] for row in session.memory} == {round(4 / 3, 4)}
     assert session.memory[0]["index_bytes"] == 4 * (2 * 2 * 1 + 2 * 2)
     assert "1.333" in bench_report.summary({"machine": {}}, session)
+
+
+def test_a_decoding_step_describes_no_unit_but_the_last():
+    session = Session()
+    step = DecodeBench(Shape(250, 4, 2, 16, True, 1, queries=1), "cpu", torch.float32, session)
+    scorer = mms.PooledScorer()
+    config = mms.SparseConfig(0.25, sinks=0, window=0, dense_below=0)
+    layout = mms.TokenLayout.text(1, 250)
+    with torch.no_grad():
+        want = scorer(step.q, step.k, layout=layout, config=config).values
+        step.scores(scorer, layout, config)
+        step.k.data[:, :, :240] = 1e4
+        torch.testing.assert_close(step.scores(scorer, layout, config).values, want)
+    step.sparse(16, 0.25, ("select", "whole"))
+    assert [(r.what, r.direction) for r in session.records] == [
+        ("score + select unit 16", "decode"),
+        ("score + select + attend unit 16", "decode"),
+    ]
 
 
 def test_ratios_are_to_the_fastest_dense_and_the_fastest_sparse_peer():
