@@ -6,10 +6,13 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from mm_sparse.blocks import forgetting, query_blocks
 from mm_sparse.cache import DescriptorCache
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
@@ -129,10 +132,51 @@ def sparse_attention(
     first = layout.first_query(q.shape[2], query_offset)
     placed, q, k, v = in_patch_order(Placed(layout, first), config, q, k, v)
     inner = placed.layout
-    # Selection passes no gradient.
-    with torch.no_grad():
-        # A scorer that came before there were such caches need not know of them.
-        kept = {} if descriptors is None else {"descriptors": descriptors}
-        scores = scorer(q, k, layout=inner, config=config, query_offset=first, scale=scale, **kept)
-    out = attend(q, k, v, select(scores, inner, config), scale=scale)
+    out = rank_and_attend(q, k, v, placed, config, scorer, scale, descriptors)
     return out if inner is layout else restore(out, inner, first)
+
+
+def rank_and_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    placed: Placed,
+    config: SparseConfig,
+    scorer: Scorer,
+    scale: float | None,
+    descriptors: DescriptorCache | None = None,
+    note: Callable[[Selection], None] | None = None,
+) -> Tensor:
+    """Score, select, attend, in blocks of queries where the scores of all would not fit.
+
+    Args:
+        q, k, v: (B, H, N, D) and (B, K, M, D) in the order of the layout.
+        placed: layout and place of the first query.
+        note: is told what was selected, block by block.
+    Returns:
+        (B, H, N, D).
+    """
+    layout, first = placed.layout, placed.first
+    blocks = query_blocks(q.shape[2], layout, config, q.shape[1] // k.shape[1], k.shape[1])
+    if len(blocks) > 1 and descriptors is None:
+        descriptors = DescriptorCache()  # of units, which are those of all blocks
+    # A scorer that came before there were such caches need not know of them.
+    options = {} if descriptors is None else {"descriptors": descriptors}
+    found = []
+    for block in blocks:
+        rows, offset = q[:, :, block], first + block.start
+        with forgetting(layout) if len(blocks) > 1 else nullcontext():
+            # Selection passes no gradient.
+            with torch.no_grad():
+                scores = scorer(
+                    rows, k, layout=layout, config=config, query_offset=offset, scale=scale,
+                    **options,
+                )  # fmt: skip
+                selection = select(scores, layout, config)
+            del scores
+            if note is not None:
+                note(selection)
+            found.append(attend(rows, k, v, selection, scale=scale))
+            if len(blocks) > 1:
+                selection.plan.known.clear()
+    return found[0] if len(found) == 1 else torch.cat(found, 2)

@@ -62,9 +62,10 @@ class DescriptorCache:
                     "clear() the descriptors when the sequence is another"
                 )
             same = units_alike(plan, *self._pieces)
-            made = describe(without_units(plan, same) if same else plan)
-            if same:
-                made = torch.cat([before[:, :, :same].to(made.dtype), made], 2)
+            made = before[:, :, :same]
+            if same < plan.units.shape[1]:
+                new = describe(without_units(plan, same) if same else plan)
+                made = torch.cat([made.to(new.dtype), new], 2) if same else new
         self._described, self._pieces = made, (plan.units, plan.unit_modality)
         self._tokens = k.shape[2]
         return made

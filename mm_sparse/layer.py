@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from mm_sparse.attention import attend
+from mm_sparse.attention import attend, rank_and_attend
 from mm_sparse.calls import Call
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_length
@@ -24,7 +24,7 @@ from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import TokenLayout
 from mm_sparse.placing import MaskMemo, Placed
-from mm_sparse.records import Record, thinned
+from mm_sparse.records import Kept, Record, joined, thinned
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import Selection, select
 from mm_sparse.validation import autocast_inputs
@@ -145,7 +145,7 @@ class Layer(ABC):
         start = self._clock(q)
         given = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if given is None else float(given)
-        placed = scores = selection = None
+        placed = scores = selection = kept = None
         mode, reason = self.early_mode(self._in_view(q, k, mask, options), q.device)
         if mode == "sparse":
             problem = self._problem(q, k, v, mask, options)
@@ -162,7 +162,7 @@ class Layer(ABC):
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
             placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
-            out, scores, selection = self._sparse(q, k, v, placed, scale)
+            out, scores, selection, kept = self._sparse(q, k, v, placed, scale)
             result = finish(out)
         else:
             result = stock()
@@ -170,7 +170,6 @@ class Layer(ABC):
                 placed = self._place_dense(q, k, v, mask, options)
                 if placed is not None:
                     placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
-        kept = None if selection is None else thinned(selection, KEPT_ENTRIES)
         self.record = Record(mode, reason, q.shape[-2], k.shape[-2], kept)
         if self.shared.watchers:
             seconds = None if start is None else self._clock(q) - start
@@ -184,28 +183,36 @@ class Layer(ABC):
 
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float
-    ) -> tuple[Tensor, Scores | None, Selection | None]:
+    ) -> tuple[Tensor, Scores | None, Selection | None, Kept | None]:
+        """What sparse attention gives; scores and selection, for watchers; what to remember."""
         config, layout, first = self._where(placed)
         if self.shared.instead is not None:
             none = (None, None, "", None)
             call = Call(self.name, self.module, q, k, v, scale, *none, config, layout, first)
             out = self.shared.instead(call).transpose(1, 2)
-            return self._back(out, layout, first), None, None
+            return self._back(out, layout, first), None, None, None
         scorer = self.scorer or _POOLED
         weight = next(scorer.parameters(), None)
         if weight is not None and weight.device != q.device:
             scorer.to(q.device)
-        # Selection passes no gradient; only a watcher can use the scores' graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.shared.watchers)):
-            scores = scorer(
-                q, k, layout=layout, config=config, query_offset=placed.first, scale=scale
-            )
-        selection = select(scores, layout, config)
         width = v.shape[-1]
         if width < k.shape[-1]:
             v = pad(v, (0, k.shape[-1] - width))
-        out = attend(q, k, v, selection, scale=scale)[..., :width].transpose(1, 2)
-        return self._back(out, layout, first), scores, selection
+        scores = selection = None
+        if self.shared.watchers:
+            # They are shown all scores, and can use their graph.
+            scores = scorer(q, k, layout=layout, config=config, query_offset=first, scale=scale)
+            selection = select(scores, layout, config)
+            out, parts = attend(q, k, v, selection, scale=scale), [thinned(selection, KEPT_ENTRIES)]
+        else:
+            parts: list[Kept] = []
+            out = rank_and_attend(
+                q, k, v, placed, config, scorer, scale,
+                note=lambda part: parts.append(thinned(part, KEPT_ENTRIES)),
+            )  # fmt: skip
+        kept = parts[0] if len(parts) == 1 else joined(parts)
+        out = self._back(out[..., :width].transpose(1, 2), layout, first)
+        return out, scores, selection, kept
 
     def _back(self, out: Tensor, layout: TokenLayout, first: int) -> Tensor:
         """(B, N, H, D) in the order that the call's tokens came in."""

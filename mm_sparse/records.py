@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mm_sparse.plan import Plan
 from mm_sparse.selection import Selection
@@ -32,6 +35,7 @@ class Kept:
             hull=self.plan.hull[:, some],
             tile_modality=self.plan.tile_modality[:, some],
             regular_tiles=False,
+            known={},
         )
         return Selection(self.index, self.count, plan)
 
@@ -43,6 +47,32 @@ def thinned(selection: Selection, entries: int) -> Kept:
     if step > 1:
         index, count = index[:, :, ::step].clone(), count[:, :, ::step].clone()
     return Kept(index, count, plan, step)
+
+
+def joined(parts: Sequence[Kept]) -> Kept:
+    """What blocks of queries kept, one after the other, as one call would have."""
+    selections = [part.selection for part in parts]
+    first, width = selections[0].plan, max(s.index.shape[-1] for s in selections)
+    plans = [s.plan for s in selections]
+    starts = [plan.query_offset - first.query_offset for plan in plans]
+    plan = replace(
+        first,
+        num_queries=sum(plan.num_queries for plan in plans),
+        tiles=torch.cat([_from(p.tiles, at) for p, at in zip(plans, starts, strict=True)], 1),
+        span=torch.cat([p.span for p in plans], 1),
+        hull=torch.cat([p.hull for p in plans], 1),
+        tile_modality=torch.cat([p.tile_modality for p in plans], 1),
+        regular_tiles=False,
+        known={},
+        descriptors=None,
+    )
+    index = [pad(s.index, (0, width - s.index.shape[-1]), value=-1) for s in selections]
+    return Kept(torch.cat(index, 2), torch.cat([s.count for s in selections], 2), plan, 1)
+
+
+def _from(tiles: Tensor, start: int) -> Tensor:
+    """(B, T, 2) with the first tokens counted from `start` tokens before."""
+    return torch.stack([tiles[..., 0] + start, tiles[..., 1]], -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,113 @@
+"""Queries in blocks: what all at once give, in less memory."""
+
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse import blocks
+from mm_sparse.attention import rank_and_attend
+from mm_sparse.placing import Placed
+from tests.mm_sparse.small_models import SPARSE, build, long_ids
+
+CONFIG = mms.SparseConfig(ratio=0.3, unit=16, tile=64, sinks=4, window=8, dense_below=0)
+LENGTH = 610
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Few scores in memory: a dozen blocks of the calls below."""
+    monkeypatch.setattr(blocks, "MOST_SCORES", 160)
+
+
+def tokens(device="cpu", heads=4, kv_heads=2):
+    torch.manual_seed(0)
+    q = torch.randn(1, heads, LENGTH, 16, device=device)
+    k, v = torch.randn(2, 1, kv_heads, LENGTH, 16, device=device).unbind()
+    return q, k, v
+
+
+def layout(kind, device="cpu"):
+    if kind == "text":
+        return mms.TokenLayout.text(1, LENGTH, device=device)
+    kinds = torch.zeros(1, LENGTH, dtype=torch.int8)
+    kinds[:, 40:180] = int(mms.Modality.AUDIO)
+    documents = (torch.arange(LENGTH) // 130)[None]
+    return mms.TokenLayout.from_modality(kinds, document_ids=documents).to(device)
+
+
+def test_blocks_are_whole_tiles_and_even():
+    text = mms.TokenLayout.text(1, 1 << 20)
+    found = blocks.query_blocks(1 << 20, text, mms.SparseConfig(unit=16), 1, 16)
+    assert [b.start for b in found[1:]] == [b.stop for b in found[:-1]]
+    assert (found[0].start, found[-1].stop) == (0, 1 << 20)
+    sizes = {b.stop - b.start for b in found}
+    assert all(size % 128 == 0 for size in sizes)
+    assert max(sizes) // 128 * 65536 * 16 <= blocks.MOST_SCORES
+    assert len(blocks.query_blocks(65536, mms.TokenLayout.text(1, 65536), CONFIG, 2, 8)) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_of_text_they_give_what_one_call_gives(monkeypatch, device):
+    q, k, v = (x.requires_grad_() for x in tokens(device))
+    options = {"layout": layout("text", device), "config": CONFIG}
+    dout = torch.randn_like(q)
+    want = mms.sparse_attention(q, k, v, **options)
+    gradients = torch.autograd.grad(want, (q, k, v), dout)
+    monkeypatch.setattr(blocks, "MOST_SCORES", 160)
+    found = mms.sparse_attention(q, k, v, **options)
+    torch.testing.assert_close(found, want)
+    for one, other in zip(torch.autograd.grad(found, (q, k, v), dout), gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_each_block_follows_its_own_selection(small):
+    (q, k, v), own = tokens(), layout("documents")
+    selections = []
+    out = rank_and_attend(
+        q, k, v, Placed(own, 0), CONFIG, mms.PooledScorer(), None, note=selections.append
+    )
+    assert len(selections) > 5
+    mask = torch.cat([s.to_dense_mask() for s in selections], 2)
+    torch.testing.assert_close(out, mms.attention_reference(q, k, v, mask=mask))
+
+
+@torch.no_grad()
+def test_plans_of_blocks_are_not_kept(small):
+    (q, k, v), own = tokens(), layout("text")
+    mms.sparse_attention(q, k, v, layout=own, config=CONFIG)
+    before = set(own.made)
+    mms.sparse_attention(q, k, v, layout=own, config=CONFIG)
+    assert set(own.made) == before
+    assert not [value for value in own.made.values() if hasattr(value, "tiles")]
+
+
+@torch.no_grad()
+def test_keys_are_described_once(small, monkeypatch):
+    seen = []
+    described = mms.PooledScorer.score
+
+    def score(self, q, k, plan, scale):
+        seen.append(plan.descriptors)
+        return described(self, q, k, plan, scale)
+
+    monkeypatch.setattr(mms.PooledScorer, "score", score)
+    mms.sparse_attention(*tokens(), layout=layout("text"), config=CONFIG)
+    assert len(seen) > 5
+    assert seen[0] is not None
+    assert all(cache is seen[0] for cache in seen)
+
+
+@torch.no_grad()
+def test_a_model_reports_all_blocks(monkeypatch):
+    pytest.importorskip("transformers")
+    model, ids = mms.sparsify(build("llama").model.eval(), SPARSE), long_ids()
+    want = model(ids).logits
+    rows = [(row.density, row.pair_density) for row in mms.report(model).rows]
+    monkeypatch.setattr(blocks, "MOST_SCORES", 40)
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+    found = mms.report(model).rows
+    for row, (density, pairs) in zip(found, rows, strict=True):
+        assert row.density == pytest.approx(density)
+        assert row.pair_density == pytest.approx(pairs)
