@@ -210,7 +210,7 @@ class Bench:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    from mm_sparse.bench_kinds import DecodeBench, MemoryBench
+    from mm_sparse.bench_kinds import DecodeBench, LongBench, MemoryBench, growth
 
     parser = bench_parser()
     args = parser.parse_args(argv)
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             bench.sparse(unit, ratio, names)
 
     try:
-        if not (args.decode or args.lengths or args.memory):
+        if not (args.decode or args.lengths or args.long or args.memory):
             tokens, head_dims = (16384, 65536) if cuda else (8192,), (128, 64)
             each(shapes(tokens, () if args.quick else head_dims), every)
         if args.lengths:
@@ -265,6 +265,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             steps = [Shape(n, *many, queries=1) for n in contexts]
             job = partial(part, names=["attend", "select", "whole"], ratio=args.ratio or 0.125)
             each(steps, job, DecodeBench)
+        if args.long:
+            lengths = [131072 << i if cuda else 1024 << i for i in range(4 if cuda else 2)]
+            for unit in args.units or (64, 16):
+                each(shapes(lengths), partial(LongBench.whole, unit=unit), LongBench)
+            content["growth"] = growth(session.records)
         if args.memory:
             trained = partial(MemoryBench, longest=1 << 40)
             each(shapes((65536,)), partial(part, names=["whole"], ratio=ratio), trained)

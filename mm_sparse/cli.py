@@ -150,6 +150,7 @@ def bench_parser() -> argparse.ArgumentParser:
     mode = parser.add_argument_group("instead of the shapes, any of")
     mode.add_argument("--decode", action="store_true", help="one step with a long context")
     mode.add_argument("--lengths", action="store_true", help="from which length the whole pays")
+    mode.add_argument("--long", action="store_true", help="a fixed budget up to 1048576 tokens")
     mode.add_argument("--memory", action="store_true", help="peak memory; needs a CUDA GPU")
     return parser
 

@@ -138,6 +138,18 @@ def test_one_decoding_step_counts_kept_bytes(tmp_path):
     assert sparse["gb_per_s"] == pytest.approx(size / 8 / 1e6, abs=0.06)
 
 
+def test_growth_is_the_exponent_of_the_length(tmp_path):
+    out = tmp_path / "results.json"
+    lengths = ["--tokens", "256", "512"]
+    cli.main(["bench", "--long", *lengths, "--units", "16", "--causal", "no", "--out", str(out)])
+    content = json.loads(out.read_text())
+    assert [r["density"] for r in content["records"]] == [1.0, 1.0]
+    (row,) = content["growth"]
+    assert (row["from"], row["to"]) == (256, 512)
+    # The tests' clock says that every call takes as long.
+    assert row["exponent"] == 0.0
+
+
 def test_lengths_say_where_the_whole_pays(tmp_path, capsys):
     out = tmp_path / "results.json"
     cli.main(["bench", *SMALL, "--lengths", "--causal", "no", "--out", str(out)])
