@@ -92,13 +92,15 @@ def units_alike(plan: Plan, units: Tensor, modality: Tensor) -> int:
 
 def without_units(plan: Plan, first: int) -> Plan:
     """The plan without the units before `first`, for those who describe units."""
-    return replace(
+    rest = replace(
         plan,
         units=plan.units[:, first:].contiguous(),
         unit_modality=plan.unit_modality[:, first:].contiguous(),
         regular=False,
-        known={"modalities": plan.modalities},
     )
+    # Who describes asks which modalities there are: to look would wait for the device.
+    rest.known["modalities"] = plan.modalities
+    return rest
 
 
 def described(k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:

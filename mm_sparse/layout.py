@@ -292,5 +292,5 @@ class TokenLayout:
             alike = (config.tile, config.unit, config.causal, config.bidirectional, *key[1:])
             if alike not in self.made:
                 self.made[alike] = build_plan(self, config, group, num_queries, offset)
-            self.made[key] = replace(self.made[alike], config=config)
+            self.made[key] = self.made[alike].sharing(config=config)
         return self.made[key]

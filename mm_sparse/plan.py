@@ -70,15 +70,21 @@ class Plan:
     """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
     regular_tiles: bool
     """The same of tiles and queries."""
-    known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    """What was found of the pieces; plans that differ in nothing but the budget share it."""
     descriptors: DescriptorCache | None = None
     """Of units that were described in earlier calls."""
+    known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    """What was found of the pieces; `replace`, which may change them, starts anew."""
 
     @property
     def unit(self) -> int:
         """Most key tokens in a unit."""
         return self.config.unit
+
+    def sharing(self, **changes: Any) -> Plan:
+        """The same pieces with another budget or with descriptors; what is known is shared."""
+        made = replace(self, **changes)
+        object.__setattr__(made, "known", self.known)
+        return made
 
     def once(self, name: Hashable, find: Callable[[], R]) -> R:
         """What `find` gave the first time that a plan of these pieces asked for `name`."""
@@ -152,7 +158,7 @@ class Plan:
         config = replace(
             config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sampled=0.0
         )
-        return replace(self, config=config)
+        return self.sharing(config=config)
 
     @cached_property
     def max_kept(self) -> int:

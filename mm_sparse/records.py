@@ -35,7 +35,6 @@ class Kept:
             hull=self.plan.hull[:, some],
             tile_modality=self.plan.tile_modality[:, some],
             regular_tiles=False,
-            known={},
         )
         return Selection(self.index, self.count, plan)
 
@@ -63,7 +62,6 @@ def joined(parts: Sequence[Kept]) -> Kept:
         hull=torch.cat([p.hull for p in plans], 1),
         tile_modality=torch.cat([p.tile_modality for p in plans], 1),
         regular_tiles=False,
-        known={},
         descriptors=None,
     )
     index = [pad(s.index, (0, width - s.index.shape[-1]), value=-1) for s in selections]

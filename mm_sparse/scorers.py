@@ -7,7 +7,7 @@ T tiles, U units, S sub-pools of a tile, R rank of the learned score space
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Scorer(nn.Module):
         )
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if descriptors is not None:
-            plan = replace(plan, descriptors=descriptors)
+            plan = plan.sharing(descriptors=descriptors)
         return Scores(self.score(q, k, plan, scale), plan)
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
