@@ -47,6 +47,11 @@ def cut(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if not length or not batch:
         empty = torch.zeros(batch, 0, 2, dtype=torch.int32, device=device)
         return empty, torch.zeros(batch, length, dtype=torch.int64, device=device)
+    if length == 1:
+        # The query of a decoding step.
+        table = torch.zeros(batch, 1, 2, dtype=torch.int32, device=device)
+        table[..., 1] = 1
+        return table, torch.zeros(batch, 1, dtype=torch.int64, device=device)
     position = torch.arange(length, device=device, dtype=torch.int32).expand(batch, -1)
     start, end = piece_edges(segment)
     long = (end - start) >= size
