@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from mm_sparse.blocks import forgetting, query_blocks
+from mm_sparse.blocks import query_blocks
 from mm_sparse.cache import DescriptorCache
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_attention, dense_length
@@ -157,26 +156,28 @@ def rank_and_attend(
         (B, H, N, D).
     """
     layout, first = placed.layout, placed.first
-    blocks = query_blocks(q.shape[2], layout, config, q.shape[1] // k.shape[1], k.shape[1])
-    if len(blocks) > 1 and descriptors is None:
-        descriptors = DescriptorCache()  # of units, which are those of all blocks
-    # A scorer that came before there were such caches need not know of them.
-    options = {} if descriptors is None else {"descriptors": descriptors}
+    blocks = query_blocks(
+        layout, config, num_query_heads=q.shape[1], num_kv_heads=k.shape[1],
+        num_queries=q.shape[2], query_offset=first,
+    )  # fmt: skip
     found = []
     for block in blocks:
         rows, offset = q[:, :, block], first + block.start
-        with forgetting(layout) if len(blocks) > 1 else nullcontext():
-            # Selection passes no gradient.
-            with torch.no_grad():
-                scores = scorer(
-                    rows, k, layout=layout, config=config, query_offset=offset, scale=scale,
-                    **options,
-                )  # fmt: skip
-                selection = select(scores, layout, config)
-            del scores
-            if note is not None:
-                note(selection)
-            found.append(attend(rows, k, v, selection, scale=scale))
-            if len(blocks) > 1:
-                selection.plan.known.clear()
+        several = rows.shape[2] < q.shape[2]
+        if several and descriptors is None:
+            descriptors = DescriptorCache()  # of units, which are those of all blocks
+        # A scorer that came before there were such caches need not know of them.
+        options = {} if descriptors is None else {"descriptors": descriptors}
+        # Selection passes no gradient.
+        with torch.no_grad():
+            scores = scorer(
+                rows, k, layout=layout, config=config, query_offset=offset, scale=scale, **options
+            )
+            selection = select(scores, layout, config)
+        del scores
+        if note is not None:
+            note(selection)
+        found.append(attend(rows, k, v, selection, scale=scale))
+        if several:
+            selection.plan.known.clear()
     return found[0] if len(found) == 1 else torch.cat(found, 2)

@@ -7,37 +7,78 @@ have nothing to do with one another, so those of a block are ranked, attended an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
+from mm_sparse.plan import Plan
 
 # Scores, one for a row, KV head, tile and unit, that are in memory at once: 512 MiB of them.
 MOST_SCORES = 1 << 27
 
 
 def query_blocks(
-    num_queries: int, layout: TokenLayout, config: SparseConfig, group: int, kv_heads: int
-) -> list[slice]:
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    num_query_heads: int,
+    num_kv_heads: int,
+    num_queries: int,
+    query_offset: int,
+) -> Iterator[slice]:
     """Runs of whole tiles whose scores are `MOST_SCORES` at most, about equally long.
 
-    Args:
-        group: query heads of a KV head.
+    While one is used its plan is at hand in the layout, if there are several; then it is gone.
     """
-    tokens = max(config.tile // group, 1)
+    tokens = max(config.tile * num_kv_heads // num_query_heads, 1)
     tiles, units = -(-num_queries // tokens), -(-layout.length // config.unit)
-    most = max(MOST_SCORES // max(layout.batch * kv_heads * units, 1), 1)
-    count = max(-(-tiles // most), 1)
-    step = -(-tiles // count) * tokens or 1
-    return [slice(at, min(at + step, num_queries)) for at in range(0, max(num_queries, 1), step)]
-
-
-@contextmanager
-def forgetting(layout: TokenLayout) -> Iterator[None]:
-    """Drop what a layout learns inside: plans of blocks, which together are as large as one."""
+    most = max(MOST_SCORES // max(layout.batch * num_kv_heads * units, 1), 1)
+    if tiles <= most:
+        yield slice(0, num_queries)
+        return
+    whole = layout.plan(
+        config,
+        num_query_heads=num_query_heads,
+        num_kv_heads=num_kv_heads,
+        num_queries=num_queries,
+        query_offset=query_offset,
+    )
+    tiles = whole.tiles.shape[1]
+    step = -(-tiles // -(-tiles // most))
+    alone = layout.batch == 1
+    # Where segments cut rows at other places, no queries are whole tiles of all rows: plans are
+    # made anew, for runs of queries.
+    sliced = alone or whole.regular_tiles
+    starts = (
+        whole.tiles[0, ::step, 0].tolist() if alone else [*range(0, num_queries, step * tokens)]
+    )
     known = set(layout.made)
-    try:
-        yield
-    finally:
-        for key in set(layout.made) - known:
-            del layout.made[key]
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], num_queries], strict=True)):
+        block = slice(start, end)
+        if sliced:
+            part = _part(whole, slice(number * step, (number + 1) * step), block)
+            layout.made[(config, part.group, part.num_queries, part.query_offset)] = part
+        try:
+            yield block
+        finally:
+            for key in set(layout.made) - known:
+                del layout.made[key]
+
+
+def _part(plan: Plan, tiles: slice, queries: slice) -> Plan:
+    """The plan of some tiles and their queries; what is known of units alone goes along."""
+    table = plan.tiles[:, tiles].clone()
+    table[..., 0] -= queries.start
+    part = replace(
+        plan,
+        num_queries=queries.stop - queries.start,
+        query_offset=plan.query_offset + queries.start,
+        tiles=table,
+        span=plan.span[:, queries].contiguous(),
+        hull=plan.hull[:, tiles].contiguous(),
+        tile_modality=plan.tile_modality[:, tiles].contiguous(),
+    )
+    part.known["modalities"] = plan.modalities
+    if plan.config.sinks:
+        part.known["sinks", plan.config.sinks] = plan.sink_units
+    return part

@@ -79,6 +79,9 @@ def units_alike(plan: Plan, units: Tensor, modality: Tensor) -> int:
         modality: (B, U), as `Plan.unit_modality`.
     """
 
+    if units is plan.units:
+        return units.shape[1]
+
     def count() -> tuple[Tensor, int]:
         most = min(units.shape[1], plan.units.shape[1])
         same = (plan.units[:, :most] == units[:, :most]).all(-1)

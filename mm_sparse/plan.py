@@ -104,7 +104,7 @@ class Plan:
         return self.once(("always", config.sinks, config.window), self._always)
 
     def _always(self) -> Tensor:
-        config, layout = self.config, self.layout
+        config = self.config
         first = self.tiles[..., 0] + self.query_offset
         last = first + self.tiles[..., 1]
         sees_ahead = self.hull[..., 1] > last
@@ -113,14 +113,22 @@ class Plan:
         high = torch.where(sees_ahead, last + config.window // 2, last)
         kept = self._overlap(low, high) if config.window else torch.zeros_like(self.visible)
         if config.sinks:
-            start, _ = piece_edges(fill_documents(layout.document))
-            position = torch.arange(layout.length, device=start.device)
-            sink = (position - start < config.sinks) & layout.valid
             # A tile of short documents has sinks in each of them, so units are asked, not tiles.
-            before = torch.nn.functional.pad(sink.cumsum(1), (1, 0))
-            edges = self.units.long().cumsum(-1).unbind(-1)
-            kept = kept | (before.gather(1, edges[1]) > before.gather(1, edges[0]))[:, None]
+            kept = kept | self.sink_units[:, None]
         return kept & self.visible
+
+    @property
+    def sink_units(self) -> Tensor:
+        """(B, U) bool: units with one of the first `sinks` tokens of a document."""
+        return self.once(("sinks", self.config.sinks), self._sink_units)
+
+    def _sink_units(self) -> Tensor:
+        start, _ = piece_edges(fill_documents(self.layout.document))
+        position = torch.arange(self.layout.length, device=start.device)
+        sink = (position - start < self.config.sinks) & self.layout.valid
+        before = torch.nn.functional.pad(sink.cumsum(1), (1, 0))
+        edges = self.units.long().cumsum(-1).unbind(-1)
+        return before.gather(1, edges[1]) > before.gather(1, edges[0])
 
     @cached_property
     def budget(self) -> Tensor:

@@ -7,6 +7,7 @@ import mm_sparse as mms
 from mm_sparse import blocks
 from mm_sparse.attention import rank_and_attend
 from mm_sparse.placing import Placed
+from mm_sparse.plan import Plan
 from tests.mm_sparse.small_models import SPARSE, build, long_ids
 
 CONFIG = mms.SparseConfig(ratio=0.3, unit=16, tile=64, sinks=4, window=8, dense_below=0)
@@ -28,23 +29,60 @@ def tokens(device="cpu", heads=4, kv_heads=2):
 
 
 def layout(kind, device="cpu"):
-    if kind == "text":
-        return mms.TokenLayout.text(1, LENGTH, device=device)
+    if kind in ("text", "two rows"):
+        # Their tiles of 32 tokens are all full.
+        length = 640 if kind == "two rows" else LENGTH
+        return mms.TokenLayout.text(1 if kind == "text" else 2, length, device=device)
+    if kind == "rows cut apart":
+        rows = [[("text", 300), ("image", 310)], [("text", 500), ("audio", 110)]]
+        return mms.TokenLayout.from_rows(rows).to(device)
     kinds = torch.zeros(1, LENGTH, dtype=torch.int8)
     kinds[:, 40:180] = int(mms.Modality.AUDIO)
     documents = (torch.arange(LENGTH) // 130)[None]
     return mms.TokenLayout.from_modality(kinds, document_ids=documents).to(device)
 
 
-def test_blocks_are_whole_tiles_and_even():
-    text = mms.TokenLayout.text(1, 1 << 20)
-    found = blocks.query_blocks(1 << 20, text, mms.SparseConfig(unit=16), 1, 16)
+def cut(layout, config, **queries):
+    queries = {"num_queries": layout.length, "query_offset": 0} | queries
+    return blocks.query_blocks(layout, config, num_query_heads=4, num_kv_heads=2, **queries)
+
+
+def test_blocks_are_whole_tiles_and_even(monkeypatch):
+    monkeypatch.setattr(blocks, "MOST_SCORES", 5000)
+    found = list(cut(mms.TokenLayout.text(1, 10000), CONFIG))
     assert [b.start for b in found[1:]] == [b.stop for b in found[:-1]]
-    assert (found[0].start, found[-1].stop) == (0, 1 << 20)
-    sizes = {b.stop - b.start for b in found}
-    assert all(size % 128 == 0 for size in sizes)
-    assert max(sizes) // 128 * 65536 * 16 <= blocks.MOST_SCORES
-    assert len(blocks.query_blocks(65536, mms.TokenLayout.text(1, 65536), CONFIG, 2, 8)) == 1
+    assert (found[0].start, found[-1].stop) == (0, 10000)
+    sizes = [b.stop - b.start for b in found]
+    assert len(set(sizes[:-1])) == 1
+    assert sizes[0] % 32 == 0
+    assert sizes[0] // 32 * 625 * 2 <= 5000
+    assert len(list(cut(mms.TokenLayout.text(1, 100), CONFIG))) == 1
+
+
+@pytest.mark.parametrize("kind", ["text", "documents", "two rows", "rows cut apart"])
+def test_plans_of_blocks_are_parts_of_the_whole(kind, small):
+    """Of one row, or of tiles that are alike in all rows; else they are plans of those queries."""
+    own = layout(kind)
+    whole = own.plan(CONFIG, num_query_heads=4, num_kv_heads=2)
+    tables, always, spans = [], [], []
+    for block in cut(own, CONFIG):
+        queries = {"num_queries": block.stop - block.start, "query_offset": block.start}
+        plan = own.plan(CONFIG, num_query_heads=4, num_kv_heads=2, **queries)
+        if kind == "rows cut apart":
+            fresh = layout(kind).plan(CONFIG, num_query_heads=4, num_kv_heads=2, **queries)
+            assert torch.equal(plan.tiles, fresh.tiles)
+            assert torch.equal(plan.always, fresh.always)
+            continue
+        start = torch.tensor([block.start, 0])
+        tables.append(plan.tiles + start)
+        always.append(plan.always)
+        spans.append(plan.span)
+        assert plan.modalities <= whole.modalities
+    if tables:
+        assert len(tables) > 5
+        assert torch.equal(torch.cat(tables, 1), whole.tiles)
+        assert torch.equal(torch.cat(always, 1), whole.always)
+        assert torch.equal(torch.cat(spans, 1), whole.span)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -80,7 +118,10 @@ def test_plans_of_blocks_are_not_kept(small):
     before = set(own.made)
     mms.sparse_attention(q, k, v, layout=own, config=CONFIG)
     assert set(own.made) == before
-    assert not [value for value in own.made.values() if hasattr(value, "tiles")]
+    # That of all queries stays, without anything of tiles times units.
+    plans = [value for value in own.made.values() if isinstance(value, Plan)]
+    assert {plan.num_queries for plan in plans} == {LENGTH}
+    assert all(set(plan.known) <= {"modalities", ("sinks", 4)} for plan in plans)
 
 
 @torch.no_grad()
