@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from mm_sparse import Modality, PooledScorer, Scorer
 from mm_sparse.recipes.ablation_report import (
@@ -119,22 +120,24 @@ def matched_ratio(
 def measure(
     model: Multimodal, batches: Sequence[Batch], dense: Sequence[Said], looked_at: int
 ) -> dict[str, Any]:
-    """Figures of the model as it is, sparse: KL to the dense answers, exact match, attention.
+    """Figures of the model as it is, sparse: KL to the dense answers, loss, exact match, attention.
 
     What attends to what is counted in the first `looked_at` batches.
     """
-    attending, kls, exact, as_dense = Attending(), [], [], []
+    attending, kls, losses, exact, as_dense = Attending(), [], [], [], []
     for number, (batch, before) in enumerate(zip(batches, dense, strict=True)):
         with ExitStack() as stack:
             if number < looked_at:
                 stack.enter_context(watch(model.language, attending.add))
             said = model.answers(batch)
         kls += kl_by_row(before.logits, said.logits, said.row)
+        losses.append(cross_entropy(said.logits, said.labels, reduction="none"))
         exact.append(said.exact().float())
         as_dense.append((said.logits.argmax(-1) == before.logits.argmax(-1)).float())
     return {
         **attending.figures(),
         "kl": statistics.fmean(kls),
+        "loss": torch.cat(losses).mean().item(),
         "exact_match": torch.cat(exact).mean().item(),
         "as_dense": torch.cat(as_dense).mean().item(),
         "kl_by_sample": kls,
