@@ -42,9 +42,13 @@ BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}
 def _sort_lists(
     Order, Inner, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
     kv_heads, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
-    REGULAR_TILES: tl.constexpr,
+    REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr,
 ):  # fmt: skip
-    """A list's units that need no mask from the front, the others from the back of its places."""
+    """A list's units that need no mask from the front, the others from the back of its places.
+
+    Of regular units those that need one are the first and the last of a list: it stays as it is,
+    and is told how many come first.
+    """
     t = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     batch = group // kv_heads
@@ -61,35 +65,50 @@ def _sort_lists(
         slot = first + tl.arange(0, WIDTH)
         listed = slot < count
         unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0)
-        table = Units + (batch * num_units + unit) * 2
-        start = tl.load(table, mask=listed, other=0)
-        size = tl.load(table + 1, mask=listed, other=0)
-        whole = listed & (size == UNIT) & (start >= all_from) & (start + size <= all_to)
-        cut = listed & ~whole
-        front = inner + tl.cumsum(whole.to(tl.int32), 0) - 1
-        back = list_length - others - tl.cumsum(cut.to(tl.int32), 0)
-        tl.store(Order + list_ * list_length + tl.where(whole, front, back), unit, mask=listed)
+        if REGULAR:
+            start = unit * UNIT
+            whole = listed & (start >= all_from) & (start + UNIT <= all_to)
+            others += tl.sum((listed & (start < all_from)).to(tl.int32), 0)
+        else:
+            table = Units + (batch * num_units + unit) * 2
+            start = tl.load(table, mask=listed, other=0)
+            size = tl.load(table + 1, mask=listed, other=0)
+            whole = listed & (size == UNIT) & (start >= all_from) & (start + size <= all_to)
+            cut = listed & ~whole
+            place = inner + tl.cumsum(whole.to(tl.int32), 0) - 1
+            back = list_length - others - tl.cumsum(cut.to(tl.int32), 0)
+            place = Order + list_ * list_length + tl.where(whole, place, back)
+            tl.store(place, unit.to(Order.dtype.element_ty), mask=listed)
+            others += tl.sum(cut.to(tl.int32), 0)
         inner += tl.sum(whole.to(tl.int32), 0)
-        others += tl.sum(cut.to(tl.int32), 0)
-    tl.store(Inner + list_, inner)
+    tl.store(Inner + list_ * 2, inner)
+    tl.store(Inner + list_ * 2 + 1, others)
 
 
 @gluon.jit
 def _list(item, Inner, Count, num_tiles, UNIT: gl.constexpr, COLS: gl.constexpr):
-    """List of a work item, its units without a mask, blocks of those, all blocks, all units."""
+    """List of a work item, its units without a mask, blocks of those, all blocks, all units.
+
+    Behind the number of its units without a mask, that of those that stand before them.
+    """
     # Late tiles of causal text have the longest lists: they start first.
     list_ = (item // num_tiles) * num_tiles + num_tiles - 1 - item % num_tiles
-    inner = gl.load(Inner + list_)
+    inner = gl.load(Inner + list_ * 2)
+    ahead = gl.load(Inner + list_ * 2 + 1)
     count = gl.load(Count + list_)
     main = inner * UNIT // COLS
     left = count * UNIT - main * COLS
-    return list_.to(gl.int64), inner, main, main + (left + COLS - 1) // COLS, count
+    return list_.to(gl.int64), (inner, ahead), main, main + (left + COLS - 1) // COLS, count
 
 
 @gluon.jit
-def _place(slot, inner, count, list_length):
-    """Where the unit of a slot stands: those that need a mask come from the back."""
-    return gl.where(slot < inner, slot, list_length - 1 - (slot - inner))
+def _place(slot, inner, list_length, REGULAR: gl.constexpr):
+    """Where the unit of a slot stands: those that need no mask have the first slots."""
+    whole, ahead = inner
+    if REGULAR:
+        return slot + gl.where(slot < whole, ahead, gl.where(slot < whole + ahead, -whole, 0))
+    else:
+        return gl.where(slot < whole, slot, list_length - 1 - (slot - whole))
 
 
 @gluon.jit
@@ -115,8 +134,9 @@ def _produce(
             rows = ()
             for p in gl.static_range(PIECES):
                 listed = slot + p < count
-                place = _place(slot + p, inner, count, list_length)
+                place = _place(slot + p, inner, list_length, REGULAR)
                 unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
+                unit = unit.to(gl.int32)
                 if REGULAR:
                     start = unit * UNIT
                 else:
@@ -301,8 +321,8 @@ def _keys(
     """Key token of columns of a list, and which exist."""
     slot = column // UNIT
     listed = slot < count
-    place = _place(slot, inner, count, list_length)
-    unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
+    place = _place(slot, inner, list_length, REGULAR)
+    unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0).to(gl.int32)
     if REGULAR:
         return unit * UNIT + column % UNIT, listed
     else:
@@ -432,12 +452,16 @@ def attend_forward(
     group = heads // kv_heads
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    order, inner = torch.empty_like(index), torch.empty_like(count)
+    order, inner = index, count.new_empty(*count.shape, 2)
+    if not regular:
+        # Lists of long sequences are large: half as much where numbers of units allow.
+        small = torch.int16 if num_units < 2**15 else torch.int32
+        order = torch.empty_like(index, dtype=small)
     launch(
         _sort_lists, (num_tiles, batch * kv_heads),
         order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
         list_length, kv_heads, TOKENS=tile_tokens, LENGTH=triton.next_power_of_2(tile_tokens),
-        UNIT=unit, WIDTH=min(triton.next_power_of_2(list_length), 1024),
+        UNIT=unit, WIDTH=min(triton.next_power_of_2(list_length), 1024), REGULAR=regular,
         REGULAR_TILES=regular_tiles,
     )  # fmt: skip
     cols, stages, workers = BLOCKS[head_dim]

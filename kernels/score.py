@@ -21,6 +21,8 @@ from mm_sparse.kernels.primitives import COUNTS, LOG2E, ROW_COUNTS, generation
 LN2 = tl.constexpr(0.6931471805599453)
 # Programs that keep the largest GPUs busy to the end.
 PROGRAMS = 1024
+# Sums of runs of units that are added up at once.
+TOGETHER = tl.constexpr(8)
 
 
 @triton.jit
@@ -212,7 +214,7 @@ def _logits(
 @triton.jit(do_not_specialize=COUNTS)
 def _log_sums(
     Rows, Keys, Exists, Hull, Units, Sums, num_tiles, num_units, kv_heads, splits, chunk,
-    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
+    stride_k, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +223,7 @@ def _log_sums(
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     Units += batch * num_units * 2
-    Keys += (batch * kv_heads + head) * num_units * F
+    Keys += (batch * kv_heads + head) * stride_k
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
         GROUP, SUBPOOLS, ORDER, F, BLOCK_F,
@@ -296,7 +298,7 @@ def _deny(Out, own, first, last, num_tiles, num_units, COLS: tl.constexpr):
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _share(
     Rows, Keys, Exists, Hull, Units, Sums, Parts, Out, Bias, TileKind, UnitKind, Tiles,
-    num_tiles, num_units, kv_heads, splits, chunk, query_offset,
+    num_tiles, num_units, kv_heads, splits, chunk, stride_k, stride_p, query_offset,
     GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
     KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr, BIASED: tl.constexpr,
@@ -307,8 +309,8 @@ def _share(
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
     block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     Units += batch * num_units * 2
-    Keys += (batch * kv_heads + head) * num_units * F
-    Parts += (batch * kv_heads + head) * num_units * F * PARTS
+    Keys += (batch * kv_heads + head) * stride_k
+    Parts += (batch * kv_heads + head) * stride_p
     Out += (batch * kv_heads + head) * num_tiles * num_units
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
@@ -319,11 +321,15 @@ def _share(
     sums = Sums + (tl.program_id(1) * tl.num_programs(0) + block * splits).to(tl.int64) * ROWS
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for i in range(splits):
-        part = tl.load(sums + i * ROWS + tl.arange(0, ROWS))
-        new_top = tl.maximum(top, part)
+    for i in range(0, splits, TOGETHER):
+        run = i + tl.arange(0, TOGETHER)
+        some = tl.load(
+            sums + run[:, None] * ROWS + tl.arange(0, ROWS)[None, :],
+            mask=(run < splits)[:, None], other=-float("inf"),
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(some, 0))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.exp2(part - shift)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(some - shift[None, :]), 0)
         top = new_top
     some = total > 0
     lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), 0.0)
@@ -406,18 +412,20 @@ def row_order(tile_rows: int, rows: int) -> tuple[int, int, int, int, int]:
 
 
 def share_blocks(
-    tile_rows: int, width: int, itemsize: int, generation: int
+    tile_rows: int, width: int, itemsize: int, generation: int, tiles: int = 128
 ) -> tuple[tuple[int, int, int, int, int], int, int]:
     """Order of the rows of a block, its units and stages.
 
     float32 runs out of registers and takes small blocks. Others take what lets two or three
-    programs share a multiprocessor, so that the products of one hide the powers of another.
+    programs share a multiprocessor, so that the products of one hide the powers of another; few
+    tiles, as in decoding, no more rows than they have.
     """
     if itemsize == 4:
         return row_order(tile_rows, max(16, tile_rows)), 16, 2
     # From tensor memory each thread takes a whole row.
     cols = 64 if width <= 128 and generation != 10 else 32
     rows = 128 if width <= 128 or generation in (9, 10) else 64
+    rows = min(rows, max(tile_rows * triton.next_power_of_2(tiles), 16))
     return row_order(tile_rows, max(rows, tile_rows)), cols, 2
 
 
@@ -429,9 +437,23 @@ def unit_chunks(blocks: int, num_units: int, cols: int) -> tuple[int, int]:
     return triton.cdiv(num_units, chunk), chunk
 
 
-def of_parts(parts: Tensor | None, constants: dict[str, Any]) -> dict[str, Any]:
+def by_heads(x: Tensor) -> tuple[Tensor, int]:
+    """(B, K, U, ...) with each head's descriptors in one run, and how far apart two heads are.
+
+    A cache leaves room between them, which is not worth a copy.
+    """
+    batch, heads = x.shape[:2]
+    inner = tuple(math.prod(x.shape[i:]) for i in range(3, x.dim() + 1))
+    apart = x.stride(1) if heads > 1 else x.stride(0)
+    even = batch == 1 or heads == 1 or x.stride(0) == heads * apart
+    if even and x.stride()[2:] == inner:
+        return x, apart
+    return x.contiguous(), math.prod(x.shape[2:])
+
+
+def of_parts(parts: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
     """Constants of `_share`: what is added up over parts takes registers, so fewer units a step."""
-    if parts is None:
+    if parts.dim() == 4:
         return {**constants, "PARTS": 1}
     return {**constants, "PARTS": parts.shape[3], "COLS": max(constants["COLS"] // 2, 16)}
 
@@ -463,7 +485,7 @@ def share_of_units(
     # The interpreter has no registers to run out of, and is slow on small blocks.
     itemsize = rows.element_size() if rows.is_cuda else 2
     order, cols, stages = share_blocks(
-        triton.next_power_of_2(group * subpools), width, itemsize, generation(rows)
+        triton.next_power_of_2(group * subpools), width, itemsize, generation(rows), num_tiles
     )
     out = rows.new_empty(batch, kv_heads, num_tiles, num_units, dtype=torch.float32)
     if not out.numel():
@@ -473,8 +495,10 @@ def share_of_units(
     grid = (blocks * splits, batch * kv_heads)
     sums = out.new_empty(*grid, math.prod(order))
     table = out if bias is None else bias.contiguous()
-    inputs = (rows.contiguous(), keys.contiguous(), exists.contiguous(), hull, units, sums)
-    counts = (num_tiles, num_units, kv_heads, splits, chunk)
+    keys, stride_k = by_heads(keys)
+    parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
+    inputs = (rows.contiguous(), keys, exists.contiguous(), hull, units, sums)
+    counts = (num_tiles, num_units, kv_heads, splits, chunk, stride_k)
     constants = {
         "GROUP": group, "SUBPOOLS": subpools, "ORDER": order, "COLS": cols, "F": width,
         "BLOCK_F": max(triton.next_power_of_2(width), 16), "UNIT": unit, "REGULAR": regular,
@@ -483,9 +507,9 @@ def share_of_units(
     }  # fmt: skip
     launch(_log_sums, grid, *inputs, *counts, **constants)
     launch(
-        _share, grid, *inputs, inputs[1] if parts is None else parts.contiguous(), out, table,
+        _share, grid, *inputs, parts, out, table,
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
-        tiles, *counts, query_offset,
+        tiles, *counts, stride_p, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
         LARGEST=largest, BIASED=bias is not None, **of_parts(parts, constants),
     )  # fmt: skip

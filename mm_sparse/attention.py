@@ -18,6 +18,7 @@ from mm_sparse.dense import dense_attention, dense_length
 from mm_sparse.descriptors import last_contiguous
 from mm_sparse.grid_order import in_patch_order, restore
 from mm_sparse.kernels import ops
+from mm_sparse.kernels.cpu import new_output
 from mm_sparse.kernels.ops import supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import TokenLayout
@@ -160,7 +161,7 @@ def rank_and_attend(
         layout, config, num_query_heads=q.shape[1], num_kv_heads=k.shape[1],
         num_queries=q.shape[2], query_offset=first,
     )  # fmt: skip
-    found = []
+    found, whole = [], None
     for block in blocks:
         rows, offset = q[:, :, block], first + block.start
         several = rows.shape[2] < q.shape[2]
@@ -177,7 +178,16 @@ def rank_and_attend(
         del scores
         if note is not None:
             note(selection)
-        found.append(attend(rows, k, v, selection, scale=scale))
+        out = attend(rows, k, v, selection, scale=scale)
+        if several and not out.requires_grad:
+            # Joining all at the end would hold the output twice.
+            whole = new_output(q) if whole is None else whole
+            whole[:, :, block] = out
+        else:
+            found.append(out)
+        del out
         if several:
             selection.plan.known.clear()
+    if whole is not None:
+        return whole
     return found[0] if len(found) == 1 else torch.cat(found, 2)

@@ -15,6 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mm_sparse.plan import Plan
 
+# Room beyond an eighth of what is there, for units that are still to come.
+SPARE_UNITS = 64
+
 
 class DescriptorCache:
     """What a scorer makes of the units of one layer's keys, for calls between which keys only grow.
@@ -23,7 +26,8 @@ class DescriptorCache:
     16 tokens those are a sixteenth of the keys. Give one to every call of `sparse_attention` (or of
     a scorer) for the layer and the sequence, as you do with its KV cache, and `clear` it when that
     changes: another prompt, rows that were reordered or dropped, tokens that were taken back. Keys
-    that a call has seen are not looked at again, except those of a unit that was not full.
+    that a call has seen are not looked at again, except those of a unit that was not full. What is
+    new is written behind what was there; `copy.deepcopy` makes a cache with a memory of its own.
 
     Only calls without gradients use it. A scorer of your own has to ask for it
     (`mm_sparse.cache.described`); one that does not ranks as it does without.
@@ -34,7 +38,8 @@ class DescriptorCache:
 
     def clear(self) -> None:
         """Forget everything: the next call describes all its keys."""
-        self._described: Tensor | None = None
+        # (B, K, at least U, ...): room for units to come, so that a step copies its own alone.
+        self._room: Tensor | None = None
         self._pieces: tuple[Tensor, Tensor] | None = None
         self._tokens = 0
 
@@ -51,24 +56,36 @@ class DescriptorCache:
         Raises:
             ValueError: not the rows and heads of the call before, or fewer keys.
         """
-        before = self._described
-        if before is None or self._pieces is None:
-            made = describe(plan)
+        room = self._room
+        if room is None or self._pieces is None:
+            room = describe(plan)
         else:
-            if k.shape[:2] != before.shape[:2] or k.shape[2] < self._tokens:
+            if k.shape[:2] != room.shape[:2] or k.shape[2] < self._tokens:
                 raise ValueError(
-                    f"k must have {tuple(before.shape[:2])} rows and heads and at least "
+                    f"k must have {tuple(room.shape[:2])} rows and heads and at least "
                     f"{self._tokens} tokens as in the call before, got {tuple(k.shape[:3])}; "
                     "clear() the descriptors when the sequence is another"
                 )
             same = units_alike(plan, *self._pieces)
-            made = before[:, :, :same]
-            if same < plan.units.shape[1]:
-                new = describe(without_units(plan, same) if same else plan)
-                made = torch.cat([made.to(new.dtype), new], 2) if same else new
-        self._described, self._pieces = made, (plan.units, plan.unit_modality)
+            if not same:
+                room = describe(plan)
+            elif same < plan.units.shape[1]:
+                new = describe(without_units(plan, same))
+                room = _with_room(room, same, plan.units.shape[1], new)
+                room[:, :, same : plan.units.shape[1]] = new
+        self._room, self._pieces = room, (plan.units, plan.unit_modality)
         self._tokens = k.shape[2]
-        return made
+        return room[:, :, : plan.units.shape[1]]
+
+
+def _with_room(room: Tensor, used: int, wanted: int, new: Tensor) -> Tensor:
+    """Room for `wanted` units and more in the dtype of `new`, the `used` first ones in it."""
+    if room.shape[2] >= wanted and room.dtype == new.dtype:
+        return room
+    batch, heads, _, *width = room.shape
+    more = new.new_empty(batch, heads, wanted + wanted // 8 + SPARE_UNITS, *width)
+    more[:, :, :used] = room[:, :, :used]
+    return more
 
 
 def units_alike(plan: Plan, units: Tensor, modality: Tensor) -> int:

@@ -137,6 +137,7 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
             for unit in (16, 64, 128):
                 more = {"D": dim, "COLS": cols, "STAGES": stages, "UNIT": unit}
                 found.append((hopper._forward, more, 4, 2))
+                found.append((hopper._forward, {**more, "REGULAR": False}, 4, 2))
     return found
 
 

@@ -76,20 +76,31 @@ def test_gpu_nan_behind_a_short_unit_stays_where_it_is(used: list[bool]) -> None
     assert used == [True, True]
 
 
-def test_lists_are_sorted_by_whether_a_unit_needs_a_mask() -> None:
+def sorted_lists(selection: mms.Selection, narrow: bool = False) -> tuple[torch.Tensor, ...]:
+    """Lists as the kernel is given them, and for each its whole units and those before them."""
     hopper = pytest.importorskip("mm_sparse.kernels.hopper")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
-    case = Case("x", [ODD[:4], [("text", 400)]], 4, 2, 16, 16, 128, padding="left")
-    *_, selection = case.make(torch.float32, backend="torch")
     plan, index, count = selection.plan, selection.index, selection.count
-    order, inner = torch.full_like(index, -1), torch.full_like(count, -1)
+    order = torch.full_like(index, -1, dtype=torch.int16 if narrow else torch.int32)
+    inner = torch.full((*count.shape, 2), -1, dtype=torch.int32)
     batch, heads, tiles, length = index.shape
     hopper._sort_lists[(tiles, batch * heads)](
         order, inner, plan.tiles, plan.units, plan.span, index, count, plan.num_queries, tiles,
-        plan.units.shape[1], length, heads, TOKENS=plan.tile_tokens, LENGTH=32, UNIT=16, WIDTH=16,
-        REGULAR_TILES=plan.regular_tiles,
+        plan.units.shape[1], length, heads, TOKENS=plan.tile_tokens, LENGTH=128, UNIT=16, WIDTH=16,
+        REGULAR=plan.regular, REGULAR_TILES=plan.regular_tiles,
     )  # fmt: skip
+    return (index if plan.regular else order), inner
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_lists_are_sorted_by_whether_a_unit_needs_a_mask(narrow: bool) -> None:
+    case = Case("x", [ODD[:4], [("text", 400)]], 4, 2, 16, 16, 128, padding="left")
+    *_, selection = case.make(torch.float32, backend="torch")
+    order, inner = sorted_lists(selection, narrow)
+    plan, index, count = selection.plan, selection.index, selection.count
+    assert not plan.regular
+    batch, heads, tiles, length = index.shape
     for b in range(batch):
         for h in range(heads):
             for t in range(tiles):
@@ -102,6 +113,35 @@ def test_lists_are_sorted_by_whether_a_unit_needs_a_mask() -> None:
                     seen = not size or (start >= low.max() and start + keys <= high.min())
                     (front if keys == 16 and seen else back).append(unit)
                 found = order[b, h, t].tolist()
-                assert inner[b, h, t] == len(front)
+                assert inner[b, h, t, 0] == len(front)
                 assert found[: len(front)] == front
                 assert found[length - len(back) :] == back[::-1]
+
+
+def test_regular_lists_stay_and_what_needs_a_mask_is_before_and_behind() -> None:
+    at = torch.arange(384)
+    span = torch.stack([(at - 260).clamp(min=0), at + 1], -1)[None]
+    layout = mms.TokenLayout.from_modality(torch.zeros(1, 384, dtype=torch.int8), span=span)
+    config = mms.SparseConfig(ratio=0.9, unit=16, tile=128, causal=True, sinks=0, window=0)
+    plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
+    scores = torch.randn(1, 1, 3, 24, generator=torch.Generator().manual_seed(0))
+    selection = mms.select(mms.Scores(scores, plan), layout, config)
+    assert plan.regular
+    order, inner = sorted_lists(selection)
+    seen = set()
+    for t in range(3):
+        first, size = plan.tiles[0, t].tolist()
+        low, high = plan.span[0, first : first + size].unbind(-1)
+        count, (whole, ahead) = int(selection.count[0, 0, t]), inner[0, 0, t].tolist()
+        places = [place(slot, whole, ahead) for slot in range(count)]
+        assert sorted(places) == list(range(count))
+        for slot in range(count):
+            start = 16 * int(order[0, 0, t, places[slot]])
+            assert (slot < whole) == (start >= int(low.max()) and start + 16 <= int(high.min()))
+        seen.add((whole > 0, ahead > 0))
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
+def place(slot: int, whole: int, ahead: int) -> int:
+    """`hopper._place` of regular units."""
+    return slot + (ahead if slot < whole else -whole if slot < whole + ahead else 0)
