@@ -1,7 +1,7 @@
-"""Descriptors of pieces, and the share that the sub-pools of a tile give to every unit.
+"""The share that the sub-pools of a tile give to every unit, by descriptors of both.
 
-B batch, H query heads, K KV heads, G = H / K, N tokens, D head dim, P pieces, S sub-pools,
-T tiles, U units, F width of a descriptor, R rank of the learned part
+B batch, H query heads, K KV heads, G = H / K, S sub-pools, T tiles, U units,
+F width of a descriptor, R rank of the learned part
 """
 
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
@@ -23,96 +23,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 PROGRAMS = 1024
 # Sums of runs of units that are added up at once.
 TOGETHER = tl.constexpr(8)
-
-
-@triton.jit
-def _finite(x):
-    """Non-finite values count as zero: one bad token must not blur the ranking of the others."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _pool(
-    X, Table, Out, scale, pieces, parts, heads, stride_b, stride_h, stride_n,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr, REGULAR: tl.constexpr,
-):  # fmt: skip
-    """TOGETHER parts of WIDTH tokens: the mean of each and, if asked, largest and smallest."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    index = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
-    there = index < pieces * parts
-    piece, part = index // parts, index % parts
-    if REGULAR:
-        start = piece * SIZE
-        size = tl.where(there, SIZE, 0)
-    else:
-        table = Table + (batch * pieces + piece) * 2
-        start = tl.load(table, mask=there, other=0)
-        size = tl.load(table + 1, mask=there, other=0)
-    members = tl.minimum(tl.maximum(size - part * WIDTH, 0), WIDTH)
-    row = tl.arange(0, BLOCK_W)
-    dim = tl.arange(0, BLOCK_D)
-    # Triton lays parts along threads and their tokens along registers: sums need no shuffle.
-    exists = (row[None, :] < members[:, None])[:, :, None]  # (TOGETHER, W, 1)
-    token = (start + part * WIDTH)[:, None] + row[None, :]
-    pointer = X + batch * stride_b + head * stride_h
-    pointer += token.to(tl.int64)[:, :, None] * stride_n + dim[None, None, :]
-    if D == BLOCK_D:
-        x = tl.load(pointer, mask=exists, other=0.0)
-    else:
-        x = tl.load(pointer, mask=exists & (dim < D)[None, None, :], other=0.0)
-    x = _finite(x.to(tl.float32))
-    ROW: tl.constexpr = 3 * D if EXTREMES else D
-    place = ((batch * heads + head) * pieces * parts + index)[:, None] * ROW + dim[None, :]
-    mask = there[:, None] & (dim < D)[None, :]
-    mean = tl.sum(x, 1) * (scale / tl.maximum(members, 1))[:, None]
-    tl.store(Out + place, mean.to(Out.dtype.element_ty), mask=mask)
-    if EXTREMES:
-        some = (members > 0)[:, None]
-        high = tl.where(some, tl.max(tl.where(exists, x, -float("inf")), 1), 0.0)
-        low = tl.where(some, tl.min(tl.where(exists, x, float("inf")), 1), 0.0)
-        tl.store(Out + place + D, high.to(Out.dtype.element_ty), mask=mask)
-        tl.store(Out + place + 2 * D, low.to(Out.dtype.element_ty), mask=mask)
-
-
-def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int]:
-    """Parts of a program, about 32 KiB of tokens, and its warps."""
-    part = triton.next_power_of_2(width) * triton.next_power_of_2(dim) * itemsize
-    together = max(32768 // part, 1)
-    return together, 4 if part <= 32768 else 8 if part <= 65536 else 16
-
-
-def pool(
-    x: Tensor, table: Tensor, size: int, parts: int = 1, extremes: bool = False,
-    regular: bool = False, scale: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """Mean of every part of every piece, and its extremes; zero where nothing exists.
-
-    Args:
-        x: (B, H, N, D), the last dimension contiguous.
-        table: (B, P, 2) int32, first token and length.
-        size: most tokens in a piece.
-        parts: runs of ceil(size / parts) tokens that a piece is cut into.
-        regular: piece p is exactly the tokens [p * size, (p + 1) * size).
-        scale: factor on the means.
-    Returns:
-        (B, H, P, parts, D or 3 D) in x's dtype: the mean, and with `extremes` behind it the largest
-        and the smallest.
-    """
-    batch, heads, _, dim = x.shape
-    pieces, width = table.shape[1], -(-size // parts)
-    out = x.new_empty(batch, heads, pieces, parts, 3 * dim if extremes else dim)
-    if out.numel():
-        together, warps = pool_blocks(width, dim, x.element_size())
-        launch(
-            _pool, (triton.cdiv(pieces * parts, together), batch * heads),
-            x, table, out, scale, pieces, parts, heads, *x.stride()[:3],
-            SIZE=size, WIDTH=width, TOGETHER=together, D=dim,
-            BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(dim),
-            EXTREMES=extremes, REGULAR=regular, num_warps=warps,
-        )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -7,11 +7,9 @@ have nothing to do with one another, so those of a block are ranked, attended an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
-from mm_sparse.plan import Plan
 
 # Scores, one for a row, KV head, tile and unit, that are in memory at once: 512 MiB of them.
 MOST_SCORES = 1 << 27
@@ -56,29 +54,10 @@ def query_blocks(
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], num_queries], strict=True)):
         block = slice(start, end)
         if sliced:
-            part = _part(whole, slice(number * step, (number + 1) * step), block)
+            part = whole.of_tiles(slice(number * step, (number + 1) * step), block)
             layout.made[(config, part.group, part.num_queries, part.query_offset)] = part
         try:
             yield block
         finally:
             for key in set(layout.made) - known:
                 del layout.made[key]
-
-
-def _part(plan: Plan, tiles: slice, queries: slice) -> Plan:
-    """The plan of some tiles and their queries; what is known of units alone goes along."""
-    table = plan.tiles[:, tiles].clone()
-    table[..., 0] -= queries.start
-    part = replace(
-        plan,
-        num_queries=queries.stop - queries.start,
-        query_offset=plan.query_offset + queries.start,
-        tiles=table,
-        span=plan.span[:, queries].contiguous(),
-        hull=plan.hull[:, tiles].contiguous(),
-        tile_modality=plan.tile_modality[:, tiles].contiguous(),
-    )
-    part.known["modalities"] = plan.modalities
-    if plan.config.sinks:
-        part.known["sinks", plan.config.sinks] = plan.sink_units
-    return part

@@ -33,7 +33,7 @@ def tile_descriptors(q: Tensor, plan: Plan, scale: float = 1.0) -> tuple[Tensor,
             q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
         )
         return (tile if scale == 1 else tile * scale), exists
-    from mm_sparse.kernels.score import pool
+    from mm_sparse.kernels.pool import pool
 
     live = plan.live_subpools
     q = last_contiguous(q)
@@ -56,7 +56,7 @@ def piece_features(
     """
     x = x.detach()
     if fused(x, plan):
-        from mm_sparse.kernels.score import pool
+        from mm_sparse.kernels.pool import pool
 
         return pool(last_contiguous(x), table, size, parts, extremes=True, regular=regular)
     rows, exists = gather_pieces(x, table, size, regular)
@@ -78,7 +78,7 @@ def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...
         present = present[:, None, ..., None]
         mean = masked_mean(keys, present, 3)
         return (mean, *masked_extremes(keys, present, 3)) if extremes else (mean,)
-    from mm_sparse.kernels.score import pool
+    from mm_sparse.kernels.pool import pool
 
     found = pool(last_contiguous(k), plan.units, plan.unit, extremes=extremes, regular=plan.regular)
     return found.squeeze(3).chunk(3 if extremes else 1, -1)

@@ -15,7 +15,8 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.modality import Modality
 from mm_sparse.pieces import fill_documents, piece_edges
-from mm_sparse.plan import Plan, build_plan
+from mm_sparse.plan import Plan
+from mm_sparse.planning import build_plan
 from mm_sparse.spans import PAD, Span, image_heads, parse_row, shape_of
 
 

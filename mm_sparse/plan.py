@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.known import OfConfig, OfPieces
 from mm_sparse.modality import Modality
 from mm_sparse.pieces import (
-    cut,
-    drop_padding,
     fill_documents,
-    is_regular,
-    majority,
-    per_piece,
     piece_edges,
 )
 
@@ -30,16 +26,6 @@ if TYPE_CHECKING:
     from mm_sparse.layout import TokenLayout
 
 R = TypeVar("R")
-
-
-class OfPieces(Generic[R]):
-    """A property that tiles and units alone decide: found once for all configs that cut alike."""
-
-    def __init__(self, find: Callable[[Plan], R]) -> None:
-        self.find, self.__doc__ = find, find.__doc__
-
-    def __get__(self, plan: Plan, owner: type | None = None) -> R:
-        return self if plan is None else plan.once(self.find.__name__, lambda: self.find(plan))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +72,31 @@ class Plan:
         object.__setattr__(made, "known", self.known)
         return made
 
+    def of_tiles(self, tiles: slice | Tensor, queries: slice | None = None) -> Plan:
+        """The plan of some of its tiles; what is known of units alone goes along.
+
+        Args:
+            queries: the run of queries that these tiles are, which are then all that it has.
+        """
+        changes: dict[str, Any] = {"tiles": self.tiles[:, tiles].contiguous()}
+        if queries is None:
+            # They are not one behind the other.
+            changes["regular_tiles"] = False
+        else:
+            first = torch.tensor([queries.start, 0], device=self.tiles.device, dtype=torch.int32)
+            changes |= {
+                "num_queries": queries.stop - queries.start,
+                "query_offset": self.query_offset + queries.start,
+                "tiles": changes["tiles"] - first,
+                "span": self.span[:, queries].contiguous(),
+            }
+        hull, kinds = self.hull[:, tiles], self.tile_modality[:, tiles]
+        part = replace(self, hull=hull.contiguous(), tile_modality=kinds.contiguous(), **changes)
+        part.known["modalities"] = self.modalities
+        if self.config.sinks:
+            part.known["sinks", self.config.sinks] = self.sink_units
+        return part
+
     def once(self, name: Hashable, find: Callable[[], R]) -> R:
         """What `find` gave the first time that a plan of these pieces asked for `name`."""
         if name not in self.known:
@@ -130,7 +141,7 @@ class Plan:
         edges = self.units.long().cumsum(-1).unbind(-1)
         return before.gather(1, edges[1]) > before.gather(1, edges[0])
 
-    @cached_property
+    @OfConfig
     def budget(self) -> Tensor:
         """(B, T) int64: key tokens that a tile may keep, what is always kept included."""
         config, seen = self.config, self.seen
@@ -140,7 +151,7 @@ class Plan:
             return seen.clamp(max=config.tokens)
         return _share(seen, config.ratio)
 
-    @cached_property
+    @OfConfig
     def head_budget(self) -> Tensor:
         """(B, K, T) int64: the same by KV head, or (B, 1, T) where heads have no ratios."""
         config = self.config
@@ -168,7 +179,7 @@ class Plan:
         )
         return self.sharing(config=config)
 
-    @cached_property
+    @OfConfig
     def max_kept(self) -> int:
         """No tile keeps more units than this."""
         config, num_units = self.config, self.units.shape[1]
@@ -218,7 +229,7 @@ class Plan:
         kinds = torch.cat([self.tile_modality.flatten(), self.unit_modality.flatten()])
         return frozenset(kinds.unique().tolist()) - {-1}
 
-    @cached_property
+    @OfConfig
     def live_subpools(self) -> Tensor:
         """(B, T, S) bool: which sub-pools of a tile hold a token; a short one lacks the last."""
         parts = min(self.config.subpools, self.tile_tokens)
@@ -226,7 +237,7 @@ class Plan:
         first = torch.arange(0, parts * width, width, device=self.tiles.device)
         return first < self.tiles[..., 1:]
 
-    @cached_property
+    @OfConfig
     def floors(self) -> Tensor | None:
         """(modalities,) float32: least share of the budget; None where nobody has one."""
         shares = self.config.floors()
@@ -255,46 +266,3 @@ class Plan:
 
 def _share(seen: Tensor, ratio: float | Tensor) -> Tensor:
     return (seen * ratio).round().long().clamp(min=1).minimum(seen)
-
-
-def build_plan(
-    layout: TokenLayout, config: SparseConfig, group: int, num_queries: int, offset: int
-) -> Plan:
-    """Cut queries into tiles and keys into units.
-
-    Pieces end where segments end, unless both segments are shorter than a piece: runs of such
-    segments are cut as if they were one, so a row has at most 3 M / size + 1 pieces plus two for
-    each hole of padding, however many segments it has. Visibility is decided per key there.
-    """
-    queries = slice(offset, offset + num_queries)
-    tile_tokens = max(config.tile // group, 1)
-    span = layout.visible_span(config.causal, config.bidirectional)[:, queries].contiguous()
-    tiles, tile_of = cut(layout.segment[:, queries], layout.valid[:, queries], tile_tokens)
-    units, unit_of = cut(layout.segment, layout.valid, config.unit)
-    units, unit_of = drop_padding(units, unit_of, layout.valid)
-    low = torch.where(span[..., 0] < span[..., 1], span[..., 0], layout.length)
-    num_tiles, num_units = tiles.shape[1], units.shape[1]
-    hull = torch.stack(
-        [
-            per_piece(low, tile_of, num_tiles, "amin", layout.length),
-            per_piece(span[..., 1], tile_of, num_tiles, "amax", 0),
-        ],
-        -1,
-    )
-    modality = torch.where(layout.valid, layout.modality, -1)
-    return Plan(
-        layout=layout,
-        config=config,
-        group=group,
-        num_queries=num_queries,
-        query_offset=offset,
-        tile_tokens=tile_tokens,
-        tiles=tiles,
-        units=units,
-        span=span,
-        hull=hull,
-        tile_modality=majority(modality[:, queries], tile_of, num_tiles),
-        unit_modality=majority(modality, unit_of, num_units),
-        regular=is_regular(units, config.unit, layout.length),
-        regular_tiles=is_regular(tiles, tile_tokens, num_queries),
-    )

@@ -28,15 +28,7 @@ class Kept:
         """Of the tiles that are left."""
         if self.step == 1:
             return Selection(self.index, self.count, self.plan)
-        some = slice(None, None, self.step)
-        plan = replace(
-            self.plan,
-            tiles=self.plan.tiles[:, some],
-            hull=self.plan.hull[:, some],
-            tile_modality=self.plan.tile_modality[:, some],
-            regular_tiles=False,
-        )
-        return Selection(self.index, self.count, plan)
+        return Selection(self.index, self.count, self.plan.of_tiles(slice(None, None, self.step)))
 
 
 def thinned(selection: Selection, entries: int) -> Kept:

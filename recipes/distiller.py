@@ -266,10 +266,4 @@ def some_tiles(plan: Plan, count: int) -> Plan:
     if not len(choice):
         raise ValueError("tiles must have units to choose from, the sequence is too short for that")
     own = choice[torch.randperm(len(choice), device=choice.device)[:count]].sort().values
-    return replace(
-        plan,
-        tiles=plan.tiles[:, own].contiguous(),
-        hull=plan.hull[:, own].contiguous(),
-        tile_modality=plan.tile_modality[:, own].contiguous(),
-        regular_tiles=False,
-    )
+    return plan.of_tiles(own)

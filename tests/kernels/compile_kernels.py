@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mm_sparse.kernels import backward, decode, forward, hopper, mass, merge, score, select
+from mm_sparse.kernels import backward, decode, forward, hopper, mass, merge, pool, score, select
 
 POINTERS = {
     "Q",
@@ -97,8 +97,11 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     rows = triton.next_power_of_2(group * 4)
     size = 4 if constants["PRECISION"] == "ieee" else 2
     order, cols, stages = score.share_blocks(rows, wide, size, target // 10)
-    together, warps = score.pool_blocks(unit, dim, size)
-    pool = {"SIZE": unit, "WIDTH": unit, "BLOCK_W": unit, "TOGETHER": together, "EXTREMES": True}
+    together, block, steps, warps = pool.pool_blocks(unit, dim, size)
+    pooled = {
+        "SIZE": unit, "WIDTH": unit, "BLOCK_W": block, "STEPS": steps, "TOGETHER": together,
+        "EXTREMES": True,
+    }  # fmt: skip
     share = {
         "SUBPOOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
@@ -115,7 +118,7 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     drawn = {**keep, "SAMPLED": True}
     merged = {"BLOCK_R": 32}
     return [
-        (score._pool, pool, warps, 2), (score._log_sums, share, 4, stages),
+        (pool._pool, pooled, warps, 2), (score._log_sums, share, 4, stages),
         (score._share, share, 4, stages), (score._share, own, 4, fine_stages),
         (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),

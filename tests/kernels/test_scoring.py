@@ -12,6 +12,7 @@ import mm_sparse as mms
 from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
 from mm_sparse.kernels import score as score_kernels
 from mm_sparse.kernels import select as select_kernels
+from mm_sparse.kernels.pool import pool
 from mm_sparse.kernels.select import keep_best
 from mm_sparse.plan import Plan
 from mm_sparse.selection import MOST_UNITS, select
@@ -165,9 +166,7 @@ def test_pools_are_means_and_extremes(
     if not regular:
         lengths = torch.randint(0, size + 1, (batch, pieces), generator=generator)
     table = torch.stack([torch.arange(pieces).expand(batch, -1) * size, lengths], -1).int()
-    found = score_kernels.pool(
-        x.to(device), table.to(device), size, parts, extremes=True, regular=regular
-    )
+    found = pool(x.to(device), table.to(device), size, parts, extremes=True, regular=regular)
     finite = torch.where(x.isfinite(), x, 0.0)
     width = -(-size // parts)
     for b in range(batch):

@@ -18,7 +18,7 @@ LOOK = """
 import importlib, json
 from triton.runtime import JITFunction
 found = {}
-for name in "backward decode forward hopper mass merge score select transpose_triton".split():
+for name in "backward decode forward hopper mass merge pool score select transpose_triton".split():
     for kernel in vars(importlib.import_module("mm_sparse.kernels." + name)).values():
         if isinstance(kernel, JITFunction) and kernel.module.endswith("." + name):
             numbers = [p for p in kernel.params if not p.is_constexpr]

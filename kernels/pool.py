@@ -1,0 +1,121 @@
+"""Descriptors of pieces of tokens: means of their parts, and extremes.
+
+B batch, H heads, N tokens, D head dim, P pieces
+"""
+
+# Triton launches are subscripts of a jit function, which pyright cannot follow.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mm_sparse.kernels.fast_launch import launch
+from mm_sparse.kernels.primitives import COUNTS
+
+# Tokens of a part that are read at once: of more, threads would have to exchange their sums.
+STEP_TOKENS = 16
+AHEAD = tl.constexpr(2)
+
+
+@triton.jit
+def _finite(x):
+    """Non-finite values count as zero: one bad token must not blur the ranking of the others."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _pool(
+    X, Table, Out, scale, pieces, parts, heads, stride_b, stride_h, stride_n,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
+    BLOCK_W: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr,
+    REGULAR: tl.constexpr,
+):  # fmt: skip
+    """TOGETHER parts of WIDTH tokens: the mean of each and, if asked, largest and smallest.
+
+    Tokens of a part come BLOCK_W at a time, two steps written out so that their loads overlap.
+    """
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    index = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+    there = index < pieces * parts
+    piece, part = index // parts, index % parts
+    if REGULAR:
+        start = piece * SIZE
+        size = tl.where(there, SIZE, 0)
+    else:
+        table = Table + (batch * pieces + piece) * 2
+        start = tl.load(table, mask=there, other=0)
+        size = tl.load(table + 1, mask=there, other=0)
+    members = tl.minimum(tl.maximum(size - part * WIDTH, 0), WIDTH)
+    dim = tl.arange(0, BLOCK_D)
+    base = X + batch * stride_b + head * stride_h
+    total = tl.zeros([TOGETHER, BLOCK_D], tl.float32)
+    high = tl.full([TOGETHER, BLOCK_D], -float("inf"), tl.float32)
+    low = tl.full([TOGETHER, BLOCK_D], float("inf"), tl.float32)
+    for step in tl.range(0, STEPS, loop_unroll_factor=AHEAD):
+        row = step * BLOCK_W + tl.arange(0, BLOCK_W)
+        # Triton lays parts along threads and their tokens along registers: sums need no shuffle.
+        exists = (row[None, :] < members[:, None])[:, :, None]  # (TOGETHER, W, 1)
+        token = (start + part * WIDTH)[:, None] + row[None, :]
+        pointer = base + token.to(tl.int64)[:, :, None] * stride_n + dim[None, None, :]
+        if D == BLOCK_D:
+            x = tl.load(pointer, mask=exists, other=0.0)
+        else:
+            x = tl.load(pointer, mask=exists & (dim < D)[None, None, :], other=0.0)
+        x = _finite(x.to(tl.float32))
+        total += tl.sum(x, 1)
+        if EXTREMES:
+            high = tl.maximum(high, tl.max(tl.where(exists, x, -float("inf")), 1))
+            low = tl.minimum(low, tl.min(tl.where(exists, x, float("inf")), 1))
+    ROW: tl.constexpr = 3 * D if EXTREMES else D
+    place = ((batch * heads + head) * pieces * parts + index)[:, None] * ROW + dim[None, :]
+    mask = there[:, None] & (dim < D)[None, :]
+    mean = total * (scale / tl.maximum(members, 1))[:, None]
+    tl.store(Out + place, mean.to(Out.dtype.element_ty), mask=mask)
+    if EXTREMES:
+        some = (members > 0)[:, None]
+        high, low = tl.where(some, high, 0.0), tl.where(some, low, 0.0)
+        tl.store(Out + place + D, high.to(Out.dtype.element_ty), mask=mask)
+        tl.store(Out + place + 2 * D, low.to(Out.dtype.element_ty), mask=mask)
+
+
+def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Parts of a program, tokens of a part in a step (about 32 KiB in all), steps, and warps."""
+    width = triton.next_power_of_2(width)
+    block = min(width, STEP_TOKENS)
+    part = block * triton.next_power_of_2(dim) * itemsize
+    together = max(32768 // part, 1)
+    return together, block, width // block, 4 if part <= 32768 else 8
+
+
+def pool(
+    x: Tensor, table: Tensor, size: int, parts: int = 1, extremes: bool = False,
+    regular: bool = False, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Mean of every part of every piece, and its extremes; zero where nothing exists.
+
+    Args:
+        x: (B, H, N, D), the last dimension contiguous.
+        table: (B, P, 2) int32, first token and length.
+        size: most tokens in a piece.
+        parts: runs of ceil(size / parts) tokens that a piece is cut into.
+        regular: piece p is exactly the tokens [p * size, (p + 1) * size).
+        scale: factor on the means.
+    Returns:
+        (B, H, P, parts, D or 3 D) in x's dtype: the mean, and with `extremes` behind it the largest
+        and the smallest.
+    """
+    batch, heads, _, dim = x.shape
+    pieces, width = table.shape[1], -(-size // parts)
+    out = x.new_empty(batch, heads, pieces, parts, 3 * dim if extremes else dim)
+    if out.numel():
+        together, block, steps, warps = pool_blocks(width, dim, x.element_size())
+        launch(
+            _pool, (triton.cdiv(pieces * parts, together), batch * heads),
+            x, table, out, scale, pieces, parts, heads, *x.stride()[:3],
+            SIZE=size, WIDTH=width, TOGETHER=together, D=dim,
+            BLOCK_W=block, STEPS=steps, BLOCK_D=triton.next_power_of_2(dim),
+            EXTREMES=extremes, REGULAR=regular, num_warps=warps,
+        )  # fmt: skip
+    return out
