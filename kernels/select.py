@@ -26,6 +26,8 @@ TURN = tl.constexpr(65536)
 IN_REGISTERS = 16384
 CHUNK = 4096
 RUN = tl.constexpr(16)
+# Thresholds that are tried in one reading of a row that registers do not hold.
+WAYS = tl.constexpr(8)
 
 
 @triton.jit
@@ -254,17 +256,28 @@ def _keep_long(
         taken += tl.sum(tl.where(first, size, 0), 0)
     cut = tl.where(budget > taken, lowest - 1, highest)
     least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
+    # The row is read for every step: many thresholds at once make it few steps.
+    way = tl.arange(1, WAYS + 1)
     while cut < highest:
-        middle = _middle(cut, highest)
-        tokens = 0
+        width = highest.to(tl.int64) - cut
+        bounds = (cut + (width * way + WAYS - 1) // WAYS).to(tl.int32)
+        tokens = tl.zeros([WAYS], tl.int32)
         for at in range(0, num_units, CHUNK):
             order, size, seen, first = _candidates(
                 Values, Always, Units, at + tl.arange(0, CHUNK), num_units, low, high,
                 UNIT, REGULAR,
             )  # fmt: skip
             order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
-            tokens += _tokens(order, size, middle, UNIT, REGULAR)
-        cut, highest = _narrow(cut, highest, middle, tokens, budget, least, most)
+            if REGULAR:
+                tokens += tl.sum((order[:, None] >= bounds[None, :]).to(tl.int32), 0) * UNIT
+            else:
+                tokens += tl.sum(tl.where(order[:, None] >= bounds[None, :], size[:, None], 0), 0)
+        enough = tokens >= budget
+        found = tl.max(tl.where((tokens >= least) & (tokens <= most), bounds - 1, LOWEST), 0)
+        some = found > LOWEST
+        above = tl.max(tl.where(enough, bounds, cut), 0)
+        below = tl.min(tl.where(enough, highest, bounds - 1), 0)
+        cut, highest = tl.where(some, found, above), tl.where(some, found, below)
     before = 0
     for at in range(0, num_units, CHUNK):
         order, size, seen, first = _candidates(
