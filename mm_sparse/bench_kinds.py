@@ -21,10 +21,15 @@ from mm_sparse.bench_report import Record
 from mm_sparse.cache import DescriptorCache
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
-from mm_sparse.scorers import Scorer, Scores
+from mm_sparse.scorers import PooledScorer, Scorer, Scores
+from mm_sparse.selection import select
 
 LONG_KEYS = 8192
 """Keys of a tile in `LongBench`; a sixteenth of it on a CPU."""
+TOPIC_TOKENS = 2048
+# With 0.4 tiles of 128 tokens share two thirds to three quarters of 8192 keys with the next. On
+# 8192 tokens of code SmolLM2's, 128 tokens apart, share 0.72 of an eighth (docs/kernel-notes.md).
+TOPIC_STRENGTH = 0.4
 
 
 class DecodeBench(Bench):
@@ -54,8 +59,18 @@ class LongBench(Bench):
     """Score + select + attend with as many keys for a tile whatever the length, and its memory."""
 
     def whole(self, unit: int) -> None:
-        """What `sparse_attention` does, in blocks of queries where its scores would not fit."""
+        """What `sparse_attention` does, in blocks of queries where its scores would not fit.
+
+        On random tokens no two tiles keep the same units, so each reads its own from memory; on
+        tokens with topics neighbours keep about as many of the same as on real text.
+        """
+        for kind in ("", ", topics"):
+            self._whole(unit, kind)
+
+    def _whole(self, unit: int, kind: str) -> None:
         shape, (q, k, v) = self.shape, (self.q.detach(), self.k.detach(), self.v.detach())
+        if kind:
+            q, k = (_with_topics(x, seed) for seed, x in enumerate((q, k)))
         keys = LONG_KEYS if self.device == "cuda" else LONG_KEYS // 16
         config = SparseConfig(tokens=keys, unit=unit, causal=shape.causal, dense_below=0)
         layout = TokenLayout.text(shape.batch, shape.tokens, device=self.device)
@@ -65,20 +80,43 @@ class LongBench(Bench):
 
         density = min(keys / shape.tokens * (2 if shape.causal else 1), 1.0)
         made = Contestant(run, (self.q, self.k, self.v), self.dout, density=density)
-        what = f"score + select + attend unit {unit}, {keys} keys"
+        what = f"score + select + attend unit {unit}, {keys} keys{kind}"
         self.enter(what, "whole", lambda: made, backward=False)
         if self.device == "cuda" and any(
             r.what == what and r.tokens == shape.tokens for r in self.records
         ):
             row = {"what": what, **self.where, "direction": "forward"}
-            self.session.memory.append(row | in_memory(peak_mib(run), made))
+            row |= in_memory(peak_mib(run), made)
+            row["shared_with_next_tile"] = round(_shared(q, k, layout, config), 3)
+            self.session.memory.append(row)
+
+
+def _with_topics(x: Tensor, seed: int) -> Tensor:
+    """Random tokens (B, heads, N, D) whose runs of `TOPIC_TOKENS` have something in common."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    runs = -(-x.shape[2] // TOPIC_TOKENS)
+    size = (*x.shape[:2], runs, x.shape[3])
+    topic = torch.randn(size, device=x.device, dtype=x.dtype, generator=generator)
+    return x + TOPIC_STRENGTH * topic.repeat_interleave(TOPIC_TOKENS, 2)[:, :, : x.shape[2]]
+
+
+@torch.no_grad()
+def _shared(q: Tensor, k: Tensor, layout: TokenLayout, config: SparseConfig) -> float:
+    """Share of its units that a tile has in common with the next, over the last topic."""
+    scores = PooledScorer()(q[:, :, -TOPIC_TOKENS:], k, layout=layout, config=config)
+    chosen = select(scores, layout, config)
+    kept = chosen.index.new_zeros(*chosen.index.shape[:3], scores.values.shape[-1] + 1).bool()
+    kept.scatter_(-1, chosen.index.long() % kept.shape[-1], True)  # -1 is the place behind all
+    kept = kept[..., :-1]
+    both = kept[:, :, 1:] & kept[:, :, :-1]
+    return (both.sum() / kept[:, :, 1:].sum().clamp(min=1)).item()
 
 
 def growth(records: Sequence[Record]) -> list[dict[str, Any]]:
     """By what was timed on several lengths: how time grows, as the exponent of the length."""
     found: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        if record.what.endswith(" keys"):
+        if " keys" in record.what:
             key = (record.what, record.heads, record.head_dim, record.causal)
             found.setdefault(key, []).append(record)
     rows = []

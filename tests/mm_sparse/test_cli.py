@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from mm_sparse import bench, cli
+import mm_sparse as mms
+from mm_sparse import bench, bench_kinds, cli
+from mm_sparse.bench_peers import Shape, inputs
 
 SMALL = ["--tokens", "256", "--heads", "2/2", "--head-dims", "16", "--units", "64"]
 
@@ -143,11 +145,23 @@ def test_growth_is_the_exponent_of_the_length(tmp_path):
     lengths = ["--tokens", "256", "512"]
     cli.main(["bench", "--long", *lengths, "--units", "16", "--causal", "no", "--out", str(out)])
     content = json.loads(out.read_text())
-    assert [r["density"] for r in content["records"]] == [1.0, 1.0]
-    (row,) = content["growth"]
-    assert (row["from"], row["to"]) == (256, 512)
-    # The tests' clock says that every call takes as long.
-    assert row["exponent"] == 0.0
+    assert [r["density"] for r in content["records"]] == [1.0] * 4
+    names = [row["what"].partition(" keys")[2] for row in content["growth"]]
+    assert names == ["", ", topics"]
+    for row in content["growth"]:
+        assert (row["from"], row["to"]) == (256, 512)
+        # The tests' clock says that every call takes as long.
+        assert row["exponent"] == 0.0
+
+
+def test_tokens_with_topics_make_neighbouring_tiles_alike():
+    shape = Shape(8192, 1, 1, 64)
+    layout = mms.TokenLayout.text(1, 8192)
+    config = mms.SparseConfig(tokens=1024, unit=16, causal=False, dense_below=0)
+    q, k, *_ = (x.detach() for x in inputs(shape, "cpu", torch.float32))
+    before = bench_kinds._shared(q, k, layout, config)
+    topics = [bench_kinds._with_topics(x, seed) for seed, x in enumerate((q, k))]
+    assert before < 0.3 < 0.6 < bench_kinds._shared(*topics, layout, config) < 0.95
 
 
 def test_lengths_say_where_the_whole_pays(tmp_path, capsys):
