@@ -31,7 +31,7 @@ from mm_sparse.recipes.ablation_report import (
     table,
 )
 from mm_sparse.recipes.callbacks import densities
-from mm_sparse.recipes.compare import machine, prepare
+from mm_sparse.recipes.compare import machine, placed, prepare
 from mm_sparse.recipes.distiller import Goal
 from mm_sparse.recipes.multimodal import Multimodal, Said
 from mm_sparse.recipes.parts import OptimizerPart
@@ -79,11 +79,15 @@ VARIANTS: dict[str, Variant] = {
 
 
 @torch.no_grad()
-def dense_run(model: Multimodal, batches: Sequence[Batch]) -> tuple[list[Said], Attending]:
-    """What the model says where it keeps everything, and what attends to what there."""
+def dense_run(
+    model: Multimodal, batches: Sequence[Batch], *, look: bool = True
+) -> tuple[list[Said], Attending]:
+    """What the model says where it keeps everything; with `look`, also what attends to what."""
     attending = Attending()
     ranked = ranked_by(model.language, fresh(model.language))
-    with keeping(model.language, backend="dense"), ranked, watch(model.language, attending.add):
+    with keeping(model.language, backend="dense"), ranked, ExitStack() as stack:
+        if look:
+            stack.enter_context(watch(model.language, attending.add))
         return [model.answers(batch) for batch in batches], attending
 
 
@@ -267,15 +271,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if data.validation is None:
         raise ValueError(f"data.validation of {args.config} must be given, got None")
 
-    def train(seed: int) -> list[Batch]:
-        return list(islice(data.loader(data.train, shuffle=True), args.steps))
-
     start = time.perf_counter()
-    found = run(
-        cli.model, train, list(data.loader(data.validation)), seeds=args.seeds,
-        floor=args.floor, looked_at=args.looked_at,
-        goal=Goal(tiles=args.tiles), optimizer=OptimizerPart(lr=args.lr, warmup=10, final=0.0),
-    )  # fmt: skip
+    with placed(cli) as here:
+
+        def train(seed: int) -> list[Batch]:
+            return list(here(islice(data.loader(data.train, shuffle=True), args.steps)))
+
+        found = run(
+            cli.model, train, list(here(data.loader(data.validation))), seeds=args.seeds,
+            floor=args.floor, looked_at=args.looked_at,
+            goal=Goal(tiles=args.tiles), optimizer=OptimizerPart(lr=args.lr, warmup=10, final=0.0),
+        )  # fmt: skip
     given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
     record = {"machine": machine(), "threads": torch.get_num_threads(), **given, "options": more,
               "seconds": round(time.perf_counter() - start), **found}  # fmt: skip

@@ -17,6 +17,8 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,18 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
         own: Any = checkpoint
         own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)
     return cli
+
+
+@contextmanager
+def placed(cli: Any) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
+    """For those who use a recipe's model without its trainer: on its device, in its precision.
+
+    Gives what brings batches there, one after the other.
+    """
+    model, device = cli.model, cli.trainer.strategy.root_device
+    model.to(device)
+    with cli.trainer.precision_plugin.forward_context():
+        yield lambda batches: (model.transfer_batch_to_device(b, device, 0) for b in batches)
 
 
 def run(name: str, config: str, options: list[str]) -> dict[str, Any]:

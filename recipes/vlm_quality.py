@@ -23,7 +23,7 @@ from mm_sparse import Scorer
 from mm_sparse.recipes import quality
 from mm_sparse.recipes.ablation import LEARNED, dense_run, matched_ratio, measure
 from mm_sparse.recipes.ablation_report import summary
-from mm_sparse.recipes.compare import machine, prepare
+from mm_sparse.recipes.compare import machine, placed, prepare
 from mm_sparse.recipes.distiller import Goal
 from mm_sparse.recipes.multimodal import Multimodal
 from mm_sparse.recipes.parts import OptimizerPart
@@ -67,7 +67,7 @@ def table(
         if not 0 < density <= 1:
             raise ValueError(f"densities must be in (0, 1], got {density}")
     model.eval().requires_grad_(False)
-    dense, _ = dense_run(model, held_out)
+    dense, _ = dense_run(model, held_out, look=False)
     logits, labels = (torch.cat([getattr(s, name) for s in dense]) for name in ("logits", "labels"))
     exact = torch.cat([said.exact() for said in dense])
     yield {
@@ -141,14 +141,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         data, model = cli.datamodule, cli.model
         if data.validation is None:
             raise ValueError(f"data.validation of {args.config} must be given, got None")
-        if args.learn:
-            batches = list(islice(data.loader(data.train, shuffle=True), args.learn))
-            rankers["learned"] = learned(model, batches)
-        held_out = list(data.loader(data.validation))
-        for row in table(model, held_out, args.densities, rankers, sinks=args.sinks):
-            record["rows"].append({"weights": weights, **row})
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
-            print(json.dumps(record["rows"][-1]), flush=True)
+        with placed(cli) as here:
+            if args.learn:
+                batches = here(islice(data.loader(data.train, shuffle=True), args.learn))
+                rankers["learned"] = learned(model, list(batches))
+            held_out = list(here(data.loader(data.validation)))
+            for row in table(model, held_out, args.densities, rankers, sinks=args.sinks):
+                record["rows"].append({"weights": weights, **row})
+                args.out.write_text(json.dumps(record, indent=1) + "\n")
+                print(json.dumps(record["rows"][-1]), flush=True)
 
 
 if __name__ == "__main__":

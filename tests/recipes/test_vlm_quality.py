@@ -148,3 +148,32 @@ def test_the_program_writes_a_table_of_each_checkpoint(
     assert {row["weights"] for row in record["rows"]} == {weights}
     assert record["rows"][0]["answers"] == 32
     assert record["rows"][1]["density"] == pytest.approx(0.25, abs=0.005)
+
+
+@pytest.mark.gpu
+def test_the_program_runs_where_its_trainer_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    devices, answers = set(), VLM.answers
+
+    def spied(self: VLM, batch: Any) -> Any:
+        devices.update({self.device.type, batch["input_ids"].device.type})
+        return answers(self, batch)
+
+    monkeypatch.setattr(VLM, "answers", spied)
+    quiet = [
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--model.vision.weights=null",
+        "--data.validation.init_args.length=2",
+    ]
+    cli = prepare("quality", DIGITS, quiet)
+    weights = str(tmp_path / "last.ckpt")
+    torch.save({"state_dict": cli.model.state_dict()}, weights)
+    vlm_quality.main(
+        ["--config", DIGITS, "--weights", weights, "--densities", "0.25", "--methods", "window",
+         "--out", str(tmp_path / "out.json"), *quiet]
+    )  # fmt: skip
+    assert devices == {"cuda"}
