@@ -274,7 +274,7 @@ def plot(path: Path, records: Sequence[Record]) -> None:
 
     forward = [r for r in records if r.direction == "forward"]
     panels = list(dict.fromkeys((r.heads, r.head_dim, r.causal) for r in forward))
-    figure = Figure(figsize=(6 * max(len(panels), 1), 4.5), layout="constrained")
+    figure = Figure(figsize=(8 * max(len(panels), 1), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for place, panel in enumerate(panels, 1):
         heads, head_dim, causal = panel
@@ -294,6 +294,6 @@ def plot(path: Path, records: Sequence[Record]) -> None:
         axes.set_xlabel("tokens")
         axes.set_ylabel("ms, forward")
         axes.set_title(f"heads {heads}, head dim {head_dim}{', causal' if causal else ''}")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
