@@ -26,6 +26,7 @@ from .primitives import (
     unit_keys,
     unmasked_columns,
 )
+from .sizes import next_power_of_2
 from .transpose_triton import transpose_lists
 
 
@@ -219,7 +220,7 @@ def _backward_keys(
 
 def query_blocks(rows: int, head_dim: int, itemsize: int, major: int) -> tuple[int, int, int, int]:
     """(rows, keys) of a block, warps and stages of the kernel for dQ, as measured."""
-    width = max(triton.next_power_of_2(head_dim), 16)
+    width = max(next_power_of_2(head_dim), 16)
     if itemsize == 4:
         return min(rows, 32 if width <= 128 else 16), 16, 4, 1
     if width > 128:
@@ -233,7 +234,7 @@ def key_blocks(
     rows: int, unit: int, head_dim: int, itemsize: int, major: int
 ) -> tuple[int, int, int, int]:
     """The same for dK and dV, which hold two accumulators and one unit (or a part of it)."""
-    width = max(triton.next_power_of_2(head_dim), 16)
+    width = max(next_power_of_2(head_dim), 16)
     if itemsize == 4:
         return min(rows, 32 if width <= 128 else 16), 16, 4, 1
     if width > 128:
@@ -261,8 +262,8 @@ def attend_backward(
     blank = torch.empty_like if regular else torch.zeros_like
     dk, dv = (blank(x, memory_format=torch.contiguous_format) for x in (k, v))
     delta = torch.empty_like(lse)
-    block_d, major = max(triton.next_power_of_2(head_dim), 16), generation(q)
-    all_rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    block_d, major = max(next_power_of_2(head_dim), 16), generation(q)
+    all_rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size(), major)
     whole = regular and cols <= unit
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])

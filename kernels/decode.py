@@ -17,6 +17,7 @@ from torch import Tensor
 from .cpu import new_output
 from .fast_launch import launch
 from .primitives import COUNTS, LOG2E, listed_units, load_rows, row_span, softmax_step, tile_rows
+from .sizes import cdiv, next_power_of_2
 
 # Keys of the smallest part: below, merging costs more than it brings.
 LEAST_KEYS = 256
@@ -125,12 +126,12 @@ def attend_forward(
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_tiles, list_length = k.shape[1], tiles.shape[1], index.shape[-1]
     group = heads // kv_heads
-    rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
-    block_d = max(triton.next_power_of_2(head_dim), 16)
+    rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    block_d = max(next_power_of_2(head_dim), 16)
     wide = q.element_size() == 4 or block_d > 128
     cols = 32 if wide else 64
-    keys_of_part = triton.cdiv(triton.cdiv(list_length * unit, parts), cols) * cols
-    parts = triton.cdiv(list_length * unit, keys_of_part)
+    keys_of_part = cdiv(cdiv(list_length * unit, parts), cols) * cols
+    parts = cdiv(list_length * unit, keys_of_part)
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     part = q.new_empty(batch, heads, num_queries, parts, head_dim, dtype=torch.float32)
@@ -149,6 +150,6 @@ def attend_forward(
         _merge, (batch * heads * num_queries,),
         part, weight, out, lse, parts, heads, num_queries, *out.stride()[:3], D=head_dim,
         BLOCK_D=block_d,
-        WIDTH=min(triton.next_power_of_2(parts), 16), num_warps=4,
+        WIDTH=min(next_power_of_2(parts), 16), num_warps=4,
     )  # fmt: skip
     return out, lse

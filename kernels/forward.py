@@ -26,6 +26,7 @@ from .primitives import (
     tile_rows,
     unmasked_columns,
 )
+from .sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -97,7 +98,7 @@ def forward_blocks(
 
     q, k, v fit in the shared memory of the GPU's generation.
     """
-    width = max(triton.next_power_of_2(head_dim), 16)
+    width = max(next_power_of_2(head_dim), 16)
     if itemsize == 4:
         # Products of float32 run on the vector units, out of registers: small blocks.
         rows, cols, stages = min(rows, 32 if width > 128 else 64), 32, 1
@@ -128,12 +129,12 @@ def attend_forward(
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_tiles = k.shape[1], tiles.shape[1]
     group = heads // kv_heads
-    rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     all_rows, major = rows, generation(q)
     rows, cols, warps, stages = forward_blocks(rows, unit, head_dim, q.element_size(), major)
-    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_d = max(next_power_of_2(head_dim), 16)
     whole = regular and cols <= unit
     launch(
         _forward, (num_tiles * (all_rows // rows), batch * kv_heads),

@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .cpu import new_output
 from .fast_launch import launch
 from .primitives import COUNTS, multiprocessors, row_span, tile_rows
+from .sizes import cdiv, next_power_of_2
 
 LOG2E = gl.constexpr(1.4426950408889634)
 FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
@@ -460,8 +461,8 @@ def attend_forward(
     launch(
         _sort_lists, (num_tiles, batch * kv_heads),
         order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
-        list_length, kv_heads, TOKENS=tile_tokens, LENGTH=triton.next_power_of_2(tile_tokens),
-        UNIT=unit, WIDTH=min(triton.next_power_of_2(list_length), 1024), REGULAR=regular,
+        list_length, kv_heads, TOKENS=tile_tokens, LENGTH=next_power_of_2(tile_tokens),
+        UNIT=unit, WIDTH=min(next_power_of_2(list_length), 1024), REGULAR=regular,
         REGULAR_TILES=regular_tiles,
     )  # fmt: skip
     cols, stages, workers = BLOCKS[head_dim]
@@ -471,7 +472,7 @@ def attend_forward(
     ]
     items = num_tiles * batch * kv_heads
     launch(
-        _forward, (min(triton.cdiv(items, workers), multiprocessors(q)),),
+        _forward, (min(cdiv(items, workers), multiprocessors(q)),),
         q, *described, out, lse, tiles, units, span, order, inner, count, scale, items,
         num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, *q.stride()[:3],
         *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, REGULAR=regular,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import decode, forward
 from .primitives import describable, generation, multiprocessors
+from .sizes import next_power_of_2
 
 
 def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
@@ -38,7 +39,7 @@ def attend_forward(
         q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, regular, regular_tiles
     )  # fmt: skip
     batch, kv_heads, num_tiles, list_length = index.shape
-    rows = int(triton.next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // kv_heads)))
+    rows = int(next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // kv_heads)))
     lists = num_tiles * batch * kv_heads
     parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q))
     if parts > 1 and rows <= decode.MOST_ROWS:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import COUNTS, LOG2E, load_keys, load_rows, row_span, tile_rows
+from .sizes import next_power_of_2
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def unit_mass(
     batch, heads, num_queries, dim = q.shape
     kv_heads, num_tiles, num_units = k.shape[1], tiles.shape[1], units.shape[1]
     group = heads // kv_heads
-    all_rows = max(triton.next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    all_rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     # float32 runs out of registers; the interpreter does not, and is slow on small blocks.
     block = 16 if q.element_size() == 4 and q.is_cuda else 64
     rows = min(all_rows, block)
@@ -128,7 +129,7 @@ def unit_mass(
             q, k, out, tiles, units, span, scale, num_queries, num_tiles, num_units, kv_heads,
             *q.stride()[:3], *k.stride()[:3],
             GROUP=group, TOKENS=tile_tokens, ROWS=rows, SPLITS=splits, COLS=max(block, unit),
-            UNIT=unit, D=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), LARGEST=largest,
+            UNIT=unit, D=dim, BLOCK_D=max(next_power_of_2(dim), 16), LARGEST=largest,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=4, num_stages=2,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .fast_launch import launch
 from .primitives import COUNTS
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -57,9 +58,9 @@ def merge_outputs(
     """
     whole = torch.empty_like(log)
     dim = out.shape[-1]
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     block_r = max(4096 // block_d, 1)
-    grid = (triton.cdiv(log.numel(), block_r),)
+    grid = (cdiv(log.numel(), block_r),)
     logs = (log.contiguous(), other_log.contiguous(), weight.contiguous(), whole)
     launch(
         _merge, grid,

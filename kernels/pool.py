@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mm_sparse.kernels.fast_launch import launch
 from mm_sparse.kernels.primitives import COUNTS
+from mm_sparse.kernels.sizes import cdiv, next_power_of_2
 
 # Tokens of a part that are read at once: of more, threads would have to exchange their sums.
 STEP_TOKENS = 16
@@ -82,9 +83,9 @@ def _pool(
 
 def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """Parts of a program, tokens of a part in a step (about 32 KiB in all), steps, and warps."""
-    width = triton.next_power_of_2(width)
+    width = next_power_of_2(width)
     block = min(width, STEP_TOKENS)
-    part = block * triton.next_power_of_2(dim) * itemsize
+    part = block * next_power_of_2(dim) * itemsize
     together = max(32768 // part, 1)
     return together, block, width // block, 4 if part <= 32768 else 8
 
@@ -112,10 +113,10 @@ def pool(
     if out.numel():
         together, block, steps, warps = pool_blocks(width, dim, x.element_size())
         launch(
-            _pool, (triton.cdiv(pieces * parts, together), batch * heads),
+            _pool, (cdiv(pieces * parts, together), batch * heads),
             x, table, out, scale, pieces, parts, heads, *x.stride()[:3],
             SIZE=size, WIDTH=width, TOGETHER=together, D=dim,
-            BLOCK_W=block, STEPS=steps, BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_W=block, STEPS=steps, BLOCK_D=next_power_of_2(dim),
             EXTREMES=extremes, REGULAR=regular, num_warps=warps,
         )  # fmt: skip
     return out

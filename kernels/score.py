@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mm_sparse.kernels.fast_launch import launch
 from mm_sparse.kernels.primitives import COUNTS, LOG2E, ROW_COUNTS, generation
+from mm_sparse.kernels.sizes import cdiv, next_power_of_2
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Programs that keep the largest GPUs busy to the end.
@@ -335,16 +336,16 @@ def share_blocks(
     # From tensor memory each thread takes a whole row.
     cols = 64 if width <= 128 and generation != 10 else 32
     rows = 128 if width <= 128 or generation in (9, 10) else 64
-    rows = min(rows, max(tile_rows * triton.next_power_of_2(tiles), 16))
+    rows = min(rows, max(tile_rows * next_power_of_2(tiles), 16))
     return row_order(tile_rows, max(rows, tile_rows)), cols, 2
 
 
 def unit_chunks(blocks: int, num_units: int, cols: int) -> tuple[int, int]:
     """Runs that units are cut into for `blocks` blocks of rows, and the units of a run."""
-    most = triton.cdiv(num_units, 4 * cols)
-    splits = max(min(most, triton.cdiv(PROGRAMS, blocks)), 1)
-    chunk = triton.cdiv(triton.cdiv(num_units, splits), cols) * cols
-    return triton.cdiv(num_units, chunk), chunk
+    most = cdiv(num_units, 4 * cols)
+    splits = max(min(most, cdiv(PROGRAMS, blocks)), 1)
+    chunk = cdiv(cdiv(num_units, splits), cols) * cols
+    return cdiv(num_units, chunk), chunk
 
 
 def by_heads(x: Tensor) -> tuple[Tensor, int]:
@@ -395,12 +396,12 @@ def share_of_units(
     # The interpreter has no registers to run out of, and is slow on small blocks.
     itemsize = rows.element_size() if rows.is_cuda else 2
     order, cols, stages = share_blocks(
-        triton.next_power_of_2(group * subpools), width, itemsize, generation(rows), num_tiles
+        next_power_of_2(group * subpools), width, itemsize, generation(rows), num_tiles
     )
     out = rows.new_empty(batch, kv_heads, num_tiles, num_units, dtype=torch.float32)
     if not out.numel():
         return out
-    blocks = triton.cdiv(num_tiles, order[1] * order[3])
+    blocks = cdiv(num_tiles, order[1] * order[3])
     splits, chunk = unit_chunks(blocks * batch * kv_heads, num_units, cols)
     grid = (blocks * splits, batch * kv_heads)
     sums = out.new_empty(*grid, math.prod(order))
@@ -411,7 +412,7 @@ def share_of_units(
     counts = (num_tiles, num_units, kv_heads, splits, chunk, stride_k)
     constants = {
         "GROUP": group, "SUBPOOLS": subpools, "ORDER": order, "COLS": cols, "F": width,
-        "BLOCK_F": max(triton.next_power_of_2(width), 16), "UNIT": unit, "REGULAR": regular,
+        "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "REGULAR": regular,
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
         "num_warps": 4, "num_stages": stages,
     }  # fmt: skip

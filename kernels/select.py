@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .fast_launch import launch
 from .primitives import ROW_COUNTS
+from .sizes import next_power_of_2
 
 LOWEST = tl.constexpr(-2147483648)
 HIGHEST = tl.constexpr(2147483647)
@@ -364,7 +365,7 @@ def keep_best(
     counts = (index, count, num_tiles, num_units, width, heads, budget.shape[1])
     regular = {"UNIT": unit or 1, "REGULAR": unit is not None}
     lists = [width] if drawing is None else [width, drawing.width, drawing.whole]
-    block = triton.next_power_of_2(max(num_units, *lists, 16))
+    block = next_power_of_2(max(num_units, *lists, 16))
     if block > IN_REGISTERS:
         if floors is not None or drawing is not None:
             what = "floors" if drawing is None else "a sample"
@@ -381,7 +382,7 @@ def keep_best(
         _keep, grid, *inputs, units if unit_kind is None else unit_kind, budget,
         values if floors is None else floors, index, count, *sample, *counts[2:],
         KINDS=0 if floors is None else len(floors), SAMPLED=drawing is not None,
-        BLOCK_U=block, FILL=triton.next_power_of_2(max(lists)), **regular,
+        BLOCK_U=block, FILL=next_power_of_2(max(lists)), **regular,
         num_warps=keep_warps(block),
     )  # fmt: skip
     return index, count, drawn

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import COUNTS
+from .sizes import next_power_of_2
 
 # Tiles that a program scatters one after the other, so that those of a unit stay ascending.
 IN_TURN = 8
@@ -90,10 +91,10 @@ def transpose_lists(
     counts = torch.zeros(slots + 1, dtype=torch.int32, device=device)
     slot = torch.empty(total, dtype=torch.int32 if slots < 2**31 else torch.int64, device=device)
     tile = torch.empty(total, dtype=torch.int32, device=device)
-    width = min(triton.next_power_of_2(length), 512)
+    width = min(next_power_of_2(length), 512)
     _count[(num_tiles, batch * heads)](
         slot, counts[1:], tiles, units, span, index, count, span.shape[1], num_tiles, num_units,
-        length, heads, chunks, chunk, UNIT=unit, TOKENS=triton.next_power_of_2(tile_tokens),
+        length, heads, chunks, chunk, UNIT=unit, TOKENS=next_power_of_2(tile_tokens),
         WIDTH=width, num_warps=4,
     )  # fmt: skip
     edges = counts.cumsum(0, dtype=torch.int32)

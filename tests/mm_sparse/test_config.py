@@ -1,8 +1,13 @@
 """The record of what to keep: what it refuses, and that it survives JSON."""
 
+import copy
 import dataclasses
 import json
+import os
+import pickle
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -198,3 +203,22 @@ def test_ratios_of_heads_survive_json_and_become_those_of_their_layer() -> None:
     )
     assert back.of_layer(5) == dataclasses.replace(config, ratio=0.3, head_ratio=(), layer_ratio={})
     assert back.of_layer(4) == dataclasses.replace(config, layer_ratio={})
+
+
+def test_a_hash_that_was_found_is_not_taken_to_another_process() -> None:
+    config = SparseConfig(ratio=0.3, modality_floor={Modality.TEXT: 0.1}, dense_layers=("a",))
+    before = hash(config)
+    script = (
+        "import pickle, sys; from mm_sparse import Modality, SparseConfig;"
+        "found = pickle.load(sys.stdin.buffer);"
+        "made = SparseConfig(ratio=0.3, modality_floor={Modality.TEXT: 0.1}, dense_layers=('a',));"
+        "print(hash(found) == hash(made) and {made: 1}[found])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=pickle.dumps(config), capture_output=True,
+        env=environment, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == b"1"
+    assert hash(pickle.loads(pickle.dumps(config))) == before == hash(copy.deepcopy(config))
+    assert hash(dataclasses.replace(config, ratio=0.2)) != before
