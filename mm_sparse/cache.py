@@ -40,7 +40,7 @@ class DescriptorCache:
         """Forget everything: the next call describes all its keys."""
         # (B, K, at least U, ...): room for units to come, so that a step copies its own alone.
         self._room: Tensor | None = None
-        self._pieces: tuple[Tensor, Tensor] | None = None
+        self._pieces: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._tokens = 0
 
     def __len__(self) -> int:
@@ -73,7 +73,8 @@ class DescriptorCache:
                 new = describe(without_units(plan, same))
                 room = _with_room(room, same, plan.units.shape[1], new)
                 room[:, :, same : plan.units.shape[1]] = new
-        self._room, self._pieces = room, (plan.units, plan.unit_modality)
+        self._room = room
+        self._pieces = (plan.units, plan.unit_modality, plan.layout.order)
         self._tokens = k.shape[2]
         return room[:, :, : plan.units.shape[1]]
 
@@ -88,26 +89,38 @@ def _with_room(room: Tensor, used: int, wanted: int, new: Tensor) -> Tensor:
     return more
 
 
-def units_alike(plan: Plan, units: Tensor, modality: Tensor) -> int:
+def units_alike(plan: Plan, units: Tensor, modality: Tensor, order: Tensor | None = None) -> int:
     """How many units in front are those of another plan's tables, in all rows.
 
     Args:
         units: (B, U, 2), as `Plan.units`.
         modality: (B, U), as `Plan.unit_modality`.
+        order: (B, M), as `TokenLayout.order`.
     """
 
-    if units is plan.units:
+    if units is plan.units and order is plan.layout.order:
         return units.shape[1]
 
-    def count() -> tuple[Tensor, int]:
+    def count() -> tuple[Tensor, Tensor | None, int]:
         most = min(units.shape[1], plan.units.shape[1])
         same = (plan.units[:, :most] == units[:, :most]).all(-1)
         same &= plan.unit_modality[:, :most] == modality[:, :most]
-        return units, int(same.all(0).long().cumprod(0).sum())
+        if order is not None or plan.layout.order is not None:
+            same &= units[:, :most].sum(-1) <= _unmoved(plan, order)
+        return units, order, int(same.all(0).long().cumprod(0).sum())
 
-    # Layers that share plans share the answer, and the wait for it. Their table is held with it, so
-    # that no other table can have its id.
-    return plan.once(("alike", id(units)), count)[1]
+    # Layers that share plans share the answer, and the wait for it. Their tables are held with it,
+    # so that no other tables can have their ids.
+    return plan.once(("alike", id(units), id(order)), count)[2]
+
+
+def _unmoved(plan: Plan, order: Tensor | None) -> Tensor:
+    """(B, 1): how many tokens in front are in the same place in the order of a plan and another."""
+    position = torch.arange(plan.layout.length, device=plan.units.device)[None]
+    now, before = (position if x is None else x for x in (plan.layout.order, order))
+    most = min(now.shape[1], before.shape[1])
+    same = (now[:, :most] == before[:, :most]).long().cumprod(1).sum(1, keepdim=True)
+    return same.expand(plan.layout.batch, 1)
 
 
 def without_units(plan: Plan, first: int) -> Plan:

@@ -22,6 +22,8 @@ RUNS = (128, 64, 32, 16, 4)
 # A cut between lines that lie so many apart leaves squares of 64 tokens whole.
 SIDE = 8
 RUN_BYTES = 16
+# Keys for a query up to which pictures move.
+FEWEST = 16
 
 
 @lru_cache(maxsize=64)
@@ -73,7 +75,8 @@ def ordered_layout(
 
     A picture moves if `config.grid_order` says so, its grid is known, every query sees all of it or
     none (in causal text, a picture that does not see itself in both directions stays), and the
-    N queries are all of its tokens or none of them. Its tokens keep the places of its segment.
+    N queries are all of its tokens or none of them, and are not few, as in decoding. Its tokens
+    keep the places of its segment.
     `num_queries` and `query_offset` are those of `TokenLayout.plan`.
 
     Returns:
@@ -82,6 +85,9 @@ def ordered_layout(
     if not config.grid_order or layout.order is not None or not any(layout.grids):
         return layout
     count = layout.length if num_queries is None else num_queries
+    if count * FEWEST < layout.length:
+        # Moving all keys and values for a few queries costs more than what they then keep.
+        return layout
     first = layout.first_query(count, query_offset)
     key = "order", config.causal, config.bidirectional, count, first
     if key not in layout.made:

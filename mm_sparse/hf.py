@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_sparse import hf_cache
+from mm_sparse.cache import DescriptorCache
 from mm_sparse.dense import dense_attention
 from mm_sparse.found import defining_class
 from mm_sparse.hf_layers import DISPATCH, UNSERVED, HFFound, dispatches
@@ -76,6 +78,10 @@ class HFLayer(Layer):
             )  # fmt: skip
             return out.transpose(1, 2).contiguous(), None
         return run_stock(self.module, name, q, k, v, mask, options)
+
+    def _descriptors(self, k: Tensor) -> DescriptorCache | None:
+        index = getattr(self.module, "layer_idx", None)
+        return hf_cache.beside(self.source.tracker.cache, index, k, self.ranks)
 
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
         queries, keys = q.shape[2], k.shape[2]

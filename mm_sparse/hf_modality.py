@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_sparse import hf_cache
 from mm_sparse.modality import Modality
 
 # A cache carries the modality of what is in it: copies and several sequences at once stay right.
@@ -49,6 +50,8 @@ class ModalityTracker:
         """(B, M) int8 while a forward runs that knows it."""
         self.given: Tensor | None = None
         """What the caller said instead."""
+        self.cache: Any = None
+        """The KV cache that the running forward was given."""
         self._models: list[nn.Module] = []
         self._parameters: dict[type, list[str]] = {}
         self._depth = 0
@@ -76,7 +79,10 @@ class ModalityTracker:
         """Forward pre-hook."""
         self._depth += 1
         if self._depth == 1:
-            self.current, self._from_ids = None, False
+            self.current, self.cache, self._from_ids = None, None, False
+        if self.cache is None:
+            self.cache = self._argument(module, args, kwargs, "past_key_values")
+            hf_cache.look_at(self.cache)
         if not self.tokens and self.given is None:
             return
         ids = self._argument(module, args, kwargs, "input_ids")
@@ -105,7 +111,7 @@ class ModalityTracker:
         cached = getattr(output, "past_key_values", None)
         if cached is not None and self.current is not None:
             setattr(cached, CARRIED, self.current)
-        self.current = None
+        self.current = self.cache = None
 
     def _argument(self, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
         if name in kwargs:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mm_sparse.attention import attend, rank_and_attend
+from mm_sparse.cache import DescriptorCache
 from mm_sparse.calls import Call
 from mm_sparse.config import SparseConfig
 from mm_sparse.dense import dense_length
@@ -159,10 +160,13 @@ class Layer(ABC):
             except ValueError as error:
                 mode, reason = self.refuse(error)
         if placed is not None:
+            descriptors = None
+            if not self.shared.watchers and self.shared.instead is None:
+                descriptors = self._descriptors(k)
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
             placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
-            out, scores, selection, kept = self._sparse(q, k, v, placed, scale)
+            out, scores, selection, kept = self._sparse(q, k, v, placed, scale, descriptors)
             result = finish(out)
         else:
             result = stock()
@@ -181,8 +185,23 @@ class Layer(ABC):
                 watcher(call)
         return result
 
+    @property
+    def ranks(self) -> Scorer:
+        """The scorer of its own, or the one without training."""
+        return self.scorer or _POOLED
+
+    def _descriptors(self, k: Tensor) -> DescriptorCache | None:
+        """Of the keys that calls before this one had, where the model keeps them."""
+        return None
+
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        placed: Placed,
+        scale: float,
+        descriptors: DescriptorCache | None,
     ) -> tuple[Tensor, Scores | None, Selection | None, Kept | None]:
         """What sparse attention gives; scores and selection, for watchers; what to remember."""
         config, layout, first = self._where(placed)
@@ -191,7 +210,7 @@ class Layer(ABC):
             call = Call(self.name, self.module, q, k, v, scale, *none, config, layout, first)
             out = self.shared.instead(call).transpose(1, 2)
             return self._back(out, layout, first), None, None, None
-        scorer = self.scorer or _POOLED
+        scorer = self.ranks
         weight = next(scorer.parameters(), None)
         if weight is not None and weight.device != q.device:
             scorer.to(q.device)
@@ -207,7 +226,7 @@ class Layer(ABC):
         else:
             parts: list[Kept] = []
             out = rank_and_attend(
-                q, k, v, placed, config, scorer, scale,
+                q, k, v, placed, config, scorer, scale, descriptors,
                 note=lambda part: parts.append(thinned(part, KEPT_ENTRIES)),
             )  # fmt: skip
         kept = parts[0] if len(parts) == 1 else joined(parts)

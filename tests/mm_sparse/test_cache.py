@@ -137,3 +137,18 @@ def test_another_sequence_is_refused_until_it_is_cleared():
     kept.clear()
     own(q[:, :, :30], k[:, :, :30], layout=layout(30), **options)
     assert len(kept) == 30
+
+
+@torch.no_grad()
+def test_a_picture_that_comes_to_be_ranked_in_another_order_is_described_anew():
+    """Few queries leave it in rows, many move it into patches of its grid."""
+    config = mms.SparseConfig(ratio=0.3, unit=16, tile=64, sinks=0, window=0, dense_below=0)
+    own, kept = scorer("pooled"), mms.DescriptorCache()
+    q, k, v = (torch.cat([x, x + 1], 2)[:1, :, :270] for x in tokens())
+    for length, count in ((250, 1), (270, 20)):
+        spans = [("text", 20), ("image", (13, 15)), ("text", length - 215)]
+        options = {"layout": mms.TokenLayout.from_spans(spans), "config": config, "scorer": own}
+        call = (q[:, :, length - count : length], k[:, :, :length], v[:, :, :length])
+        want = mms.sparse_attention(*call, **options)
+        found = mms.sparse_attention(*call, **options, descriptors=kept)
+        torch.testing.assert_close(found, want)

@@ -114,8 +114,10 @@ def test_without_a_grid_or_with_a_part_of_a_picture_nothing_moves() -> None:
     assert ordered(plain, config) is plain
     layout = TokenLayout.from_spans([("text", 5), ("image", (9, 11)), ("text", 4)])
     assert ordered(layout, config, num_queries=50, query_offset=58) is layout
-    late = ordered(layout, config, num_queries=4, query_offset=104)
-    assert late.order is not None
+    # A token that is generated would have all keys moved for itself.
+    assert ordered(layout, config, num_queries=4, query_offset=104) is layout
+    answer = TokenLayout.from_spans([("text", 5), ("image", (9, 11)), ("text", 9)])
+    assert ordered(answer, config, num_queries=9, query_offset=104).order is not None
     # A window of a mask of the model's own ends inside the picture.
     low = torch.arange(108).sub(40).clamp(min=0)
     windowed = TokenLayout(
