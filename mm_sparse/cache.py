@@ -81,7 +81,9 @@ class DescriptorCache:
 
 def _with_room(room: Tensor, used: int, wanted: int, new: Tensor) -> Tensor:
     """Room for `wanted` units and more in the dtype of `new`, the `used` first ones in it."""
-    if room.shape[2] >= wanted and room.dtype == new.dtype:
+    # What was made in inference mode cannot be written to outside of it.
+    locked = room.is_inference() and not torch.is_inference_mode_enabled()
+    if room.shape[2] >= wanted and room.dtype == new.dtype and not locked:
         return room
     batch, heads, _, *width = room.shape
     more = new.new_empty(batch, heads, wanted + wanted // 8 + SPARE_UNITS, *width)
@@ -95,7 +97,7 @@ def units_alike(plan: Plan, units: Tensor, modality: Tensor, order: Tensor | Non
     Args:
         units: (B, U, 2), as `Plan.units`.
         modality: (B, U), as `Plan.unit_modality`.
-        order: (B, M), as `TokenLayout.order`.
+        order: (B or 1, M), as `TokenLayout.order`.
     """
 
     if units is plan.units and order is plan.layout.order:
@@ -115,12 +117,11 @@ def units_alike(plan: Plan, units: Tensor, modality: Tensor, order: Tensor | Non
 
 
 def _unmoved(plan: Plan, order: Tensor | None) -> Tensor:
-    """(B, 1): how many tokens in front are in the same place in the order of a plan and another."""
+    """(B or 1, 1): tokens in front that are in the same place in a plan's order and in another."""
     position = torch.arange(plan.layout.length, device=plan.units.device)[None]
     now, before = (position if x is None else x for x in (plan.layout.order, order))
     most = min(now.shape[1], before.shape[1])
-    same = (now[:, :most] == before[:, :most]).long().cumprod(1).sum(1, keepdim=True)
-    return same.expand(plan.layout.batch, 1)
+    return (now[:, :most] == before[:, :most]).long().cumprod(1).sum(1, keepdim=True)
 
 
 def without_units(plan: Plan, first: int) -> Plan:

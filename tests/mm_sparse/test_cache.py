@@ -152,3 +152,17 @@ def test_a_picture_that_comes_to_be_ranked_in_another_order_is_described_anew():
         want = mms.sparse_attention(*call, **options)
         found = mms.sparse_attention(*call, **options, descriptors=kept)
         torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_calls_in_inference_mode_and_outside_share_a_cache(before):
+    own, (q, k, _) = scorer("pooled"), tokens()
+    kept = mms.DescriptorCache()
+    with torch.inference_mode(before), torch.no_grad():
+        own(q[:, :, :42], k[:, :, :42], layout=layout(42), config=CONFIG, descriptors=kept)
+    call = (q[:, :, 42:43], k[:, :, :43])
+    with torch.inference_mode(not before), torch.no_grad():
+        want = own(*call, layout=layout(43), config=CONFIG)
+        found = own(*call, layout=layout(43), config=CONFIG, descriptors=kept)
+        visible = want.plan.visible[:, None].expand_as(want.values)
+        torch.testing.assert_close(found.values[visible], want.values[visible])
