@@ -39,7 +39,7 @@ def attend_forward(
         q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, regular, regular_tiles
     )  # fmt: skip
     batch, kv_heads, num_tiles, list_length = index.shape
-    rows = int(next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // kv_heads)))
+    rows = next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // kv_heads))
     lists = num_tiles * batch * kv_heads
     parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q))
     if parts > 1 and rows <= decode.MOST_ROWS:

@@ -1,7 +1,7 @@
 """The share that the sub-pools of a tile give to every unit, by descriptors of both.
 
 B batch, H query heads, K KV heads, G = H / K, S sub-pools, T tiles, U units,
-F width of a descriptor, R rank of the learned part
+F width of a descriptor
 """
 
 # Triton launches are subscripts of a jit function, which pyright cannot follow.

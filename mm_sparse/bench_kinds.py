@@ -21,6 +21,7 @@ from mm_sparse.bench_report import Record
 from mm_sparse.cache import DescriptorCache
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
+from mm_sparse.lists import units_of_lists
 from mm_sparse.scorers import PooledScorer, Scorer, Scores
 from mm_sparse.selection import select
 
@@ -105,9 +106,7 @@ def _shared(q: Tensor, k: Tensor, layout: TokenLayout, config: SparseConfig) -> 
     """Share of its units that a tile has in common with the next, over the last topic."""
     scores = PooledScorer()(q[:, :, -TOPIC_TOKENS:], k, layout=layout, config=config)
     chosen = select(scores, layout, config)
-    kept = chosen.index.new_zeros(*chosen.index.shape[:3], scores.values.shape[-1] + 1).bool()
-    kept.scatter_(-1, chosen.index.long() % kept.shape[-1], True)  # -1 is the place behind all
-    kept = kept[..., :-1]
+    kept = units_of_lists(chosen.index, chosen.count, scores.values.shape[-1])
     both = kept[:, :, 1:] & kept[:, :, :-1]
     return (both.sum() / kept[:, :, 1:].sum().clamp(min=1)).item()
 

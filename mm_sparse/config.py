@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 from mm_sparse.modality import Modality
 
-R = TypeVar("R")
 TILES = (64, 128)
 UNITS = (16, 32, 64, 128)
 REDUCTIONS = ("mean", "max")
@@ -113,19 +113,15 @@ class SparseConfig:
             object.__setattr__(self, "modality_floor", floors)
 
     def __hash__(self) -> int:
-        # Layouts look plans up by their config, several times in a call.
-        return self._once("_hash", self._find_hash)
+        return self._hash
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields alone: another process has other hashes for the same names."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def _once(self, name: str, find: Callable[[], R]) -> R:
-        if name not in self.__dict__:
-            object.__setattr__(self, name, find())
-        return self.__dict__[name]
-
-    def _find_hash(self) -> int:
+    @cached_property
+    def _hash(self) -> int:
+        """Found once: layouts look plans up by their config, several times in a call."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if isinstance(self.modality_floor, Mapping):
             values["modality_floor"] = frozenset(self.modality_floor.items())
@@ -134,9 +130,10 @@ class SparseConfig:
 
     def floors(self) -> dict[Modality, float]:
         """Least share of the budget by modality, zeros left out."""
-        return dict(self._once("_floors", self._find_floors))
+        return dict(self._floors)
 
-    def _find_floors(self) -> dict[Modality, float]:
+    @cached_property
+    def _floors(self) -> dict[Modality, float]:
         given = self.modality_floor
         if not isinstance(given, Mapping):
             given = dict.fromkeys(Modality, given)

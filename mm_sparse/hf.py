@@ -80,8 +80,7 @@ class HFLayer(Layer):
         return run_stock(self.module, name, q, k, v, mask, options)
 
     def _descriptors(self, k: Tensor) -> DescriptorCache | None:
-        index = getattr(self.module, "layer_idx", None)
-        return hf_cache.beside(self.source.tracker.cache, index, k, self.ranks)
+        return hf_cache.beside(self.source.tracker.cache, self.index, k, self.ranks)
 
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
         queries, keys = q.shape[2], k.shape[2]

@@ -73,7 +73,7 @@ def beside(cached: Any, index: int | None, keys: Tensor, scorer: Scorer) -> Desc
 
 def _known(scorer: Scorer) -> tuple[Any, ...]:
     """The scorer and the state of its weights: other weights describe otherwise."""
-    return id(scorer), *((id(p), _version(p)) for p in scorer.parameters())
+    return scorer, *((id(p), _version(p)) for p in scorer.parameters())
 
 
 def _version(x: Tensor) -> int:

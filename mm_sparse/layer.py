@@ -195,14 +195,9 @@ class Layer(ABC):
         return None
 
     def _sparse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        placed: Placed,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float,
         descriptors: DescriptorCache | None,
-    ) -> tuple[Tensor, Scores | None, Selection | None, Kept | None]:
+    ) -> tuple[Tensor, Scores | None, Selection | None, Kept | None]:  # fmt: skip
         """What sparse attention gives; scores and selection, for watchers; what to remember."""
         config, layout, first = self._where(placed)
         if self.shared.instead is not None:

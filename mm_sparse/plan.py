@@ -16,10 +16,7 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.known import OfConfig, OfPieces
 from mm_sparse.modality import Modality
-from mm_sparse.pieces import (
-    fill_documents,
-    piece_edges,
-)
+from mm_sparse.pieces import fill_documents, piece_edges
 
 if TYPE_CHECKING:
     from mm_sparse.cache import DescriptorCache
@@ -78,20 +75,23 @@ class Plan:
         Args:
             queries: the run of queries that these tiles are, which are then all that it has.
         """
-        changes: dict[str, Any] = {"tiles": self.tiles[:, tiles].contiguous()}
-        if queries is None:
-            # They are not one behind the other.
-            changes["regular_tiles"] = False
-        else:
-            first = torch.tensor([queries.start, 0], device=self.tiles.device, dtype=torch.int32)
-            changes |= {
+        table = self.tiles[:, tiles].clone()
+        # Without their run, they are not one behind the other.
+        changes: dict[str, Any] = {"regular_tiles": False}
+        if queries is not None:
+            table[..., 0] -= queries.start
+            changes = {
                 "num_queries": queries.stop - queries.start,
                 "query_offset": self.query_offset + queries.start,
-                "tiles": changes["tiles"] - first,
                 "span": self.span[:, queries].contiguous(),
             }
-        hull, kinds = self.hull[:, tiles], self.tile_modality[:, tiles]
-        part = replace(self, hull=hull.contiguous(), tile_modality=kinds.contiguous(), **changes)
+        part = replace(
+            self,
+            tiles=table,
+            hull=self.hull[:, tiles].contiguous(),
+            tile_modality=self.tile_modality[:, tiles].contiguous(),
+            **changes,
+        )
         part.known["modalities"] = self.modalities
         if self.config.sinks:
             part.known["sinks", self.config.sinks] = self.sink_units
