@@ -154,6 +154,7 @@ def test_the_program_writes_a_table_of_each_checkpoint(
 def test_the_program_runs_where_its_trainer_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("jsonargparse")
     monkeypatch.setattr(sys, "argv", ["recipe"])
     devices, answers = set(), VLM.answers
 
