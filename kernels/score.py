@@ -110,7 +110,9 @@ def _logits(
     else:
         start = tl.load(Units + unit * 2, mask=unit < num_units, other=0)
         size = tl.load(Units + unit * 2 + 1, mask=unit < num_units, other=0)
-        members = tl.minimum(tl.maximum(size - PART * WIDTH, 0), WIDTH)
+        members = size
+        if PARTS > 1:
+            members = tl.minimum(tl.maximum(size - PART * WIDTH, 0), WIDTH)
         weight = tl.log2(tl.maximum(members, 1).to(tl.float32) / WIDTH)
         logits += tl.where(members > 0, weight, -float("inf"))[None, :]
         start = tl.where(size > 0, start, 2147483647)

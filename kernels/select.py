@@ -1,6 +1,6 @@
 """Keep the best units of every tile: a threshold by bisection, then ascending ids; no sort.
 
-B batch, K KV heads, T tiles, U units, L list length
+B batch, K KV heads, T tiles, U units, L list length, C units that compete for a tile
 """
 
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
@@ -43,19 +43,30 @@ def _ordered(value):
 
 @triton.jit
 def _candidates(
-    Values, Always, Units, unit, num_units, low, high, UNIT: tl.constexpr, REGULAR: tl.constexpr
+    Values, Runs, run_count, Sinks, Units, slot, num_units, low, high, near_low, near_high,
+    UNIT: tl.constexpr, REGULAR: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
-    """Order of scores, size, which of them are seen, and which are kept whatever they score."""
-    there = unit < num_units
+    """Unit, order of scores, size, which are seen, and which are kept whatever they score.
+
+    Slots are units; or with COARSE, those of listed runs of so many units.
+    """
+    if COARSE > 1:
+        run = tl.load(Runs + slot // COARSE, mask=slot < run_count * COARSE, other=0)
+        unit = run * COARSE + slot % COARSE
+        there = (slot < run_count * COARSE) & (unit < num_units)
+    else:
+        unit = slot
+        there = unit < num_units
     if REGULAR:
         start, size = unit * UNIT, tl.where(there, UNIT, 0)
     else:
         start = tl.load(Units + unit * 2, mask=there, other=0)
         size = tl.load(Units + unit * 2 + 1, mask=there, other=0)
     seen = (size > 0) & (start < high) & (start + size > low)
-    always = tl.load(Always + unit, mask=there, other=0)
-    order = _ordered(tl.load(Values + unit, mask=there, other=0.0))
-    return order, size, seen, seen & always.to(tl.int1)
+    near = (start < near_high) & (start + size > near_low)
+    always = near | tl.load(Sinks + unit, mask=there, other=0).to(tl.int1)
+    order = _ordered(tl.load(Values + slot, mask=there, other=0.0))
+    return unit, order, size, seen, seen & always
 
 
 @triton.jit
@@ -143,8 +154,8 @@ def _budget(Budget, batch, head, tile, num_tiles, budgets):
 
 
 @triton.jit
-def _list(kept, Index, Count, list_length, FILL: tl.constexpr):
-    """Write the ids of kept units, ascending, -1 behind them, and their number.
+def _list(kept, unit, Index, Count, list_length, FILL: tl.constexpr):
+    """Write which of the ascending `unit` are kept, -1 behind them, and their number.
 
     Places are counted by runs, then in each run: that takes half the instructions of one sum.
     """
@@ -153,8 +164,7 @@ def _list(kept, Index, Count, list_length, FILL: tl.constexpr):
     in_run = tl.sum(some, 1)
     place = tl.cumsum(some, 1) + (tl.cumsum(in_run, 0) - in_run)[:, None] - 1
     count = tl.sum(in_run, 0)
-    unit = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    tl.store(Index + place, unit, mask=(some > 0) & (place < list_length))
+    tl.store(Index + place, tl.reshape(unit, (RUNS, RUN)), mask=(some > 0) & (place < list_length))
     slot = tl.arange(0, FILL)
     tl.store(Index + slot, -1, mask=(slot >= count) & (slot < list_length))
     tl.store(Count, tl.minimum(count, list_length))
@@ -179,10 +189,10 @@ def _every_nth(others, size, tile, head, left, unit):
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _keep(
-    Values, Always, Hull, Units, UnitKind, Budget, Floor, Index, Count,
+    Values, Near, Sinks, Hull, Units, UnitKind, Runs, RunCount, Budget, Floor, Index, Count,
     WholeBudget, Drawn, DrawnCount, All, AllCount, Weight, drawn_length, all_length, unit_size,
-    num_tiles, num_units, list_length, kv_heads, budgets,
-    KINDS: tl.constexpr, SAMPLED: tl.constexpr,
+    num_tiles, num_units, list_length, kv_heads, budgets, row_length, run_length,
+    KINDS: tl.constexpr, SAMPLED: tl.constexpr, COARSE: tl.constexpr,
     BLOCK_U: tl.constexpr, FILL: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
     """One list, and where SAMPLED a sample of the rest; the row of scores stays in registers."""
@@ -190,10 +200,12 @@ def _keep(
     group = tl.program_id(1).to(tl.int64)
     batch = group // kv_heads
     own, list_ = batch * num_tiles + tile, group * num_tiles + tile
-    unit = tl.arange(0, BLOCK_U)
-    order, size, seen, first = _candidates(
-        Values + list_ * num_units, Always + own * num_units, Units + batch * num_units * 2,
-        unit, num_units, tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1), UNIT, REGULAR,
+    unit, order, size, seen, first = _candidates(
+        Values + list_ * row_length, Runs + list_ * run_length,
+        tl.load(RunCount + list_) if COARSE > 1 else 0, Sinks + batch * num_units,
+        Units + batch * num_units * 2, tl.arange(0, BLOCK_U), num_units,
+        tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1),
+        tl.load(Near + own * 2), tl.load(Near + own * 2 + 1), UNIT, REGULAR, COARSE,
     )  # fmt: skip
     budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
     if KINDS > 0:
@@ -219,38 +231,45 @@ def _keep(
     least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
     cut = _crossing(order, size, low, highest, budget, least, most, UNIT, REGULAR)
     kept = _best(order, size, unit, cut, budget, True, UNIT, REGULAR)
-    _list(kept, Index + list_ * list_length, Count + list_, list_length, FILL)
+    _list(kept, unit, Index + list_ * list_length, Count + list_, list_length, FILL)
     if SAMPLED:
         head = group - batch * kv_heads
         whole = _budget(WholeBudget, batch, head, tile, num_tiles, budgets)
         left = whole - tl.sum(tl.where(kept, size, 0), 0)
         chosen, weight = _every_nth(seen & ~kept, size, tile, head, left, unit_size)
-        _list(chosen, Drawn + list_ * drawn_length, DrawnCount + list_, drawn_length, FILL)
-        _list(chosen | kept, All + list_ * all_length, AllCount + list_, all_length, FILL)
+        _list(chosen, unit, Drawn + list_ * drawn_length, DrawnCount + list_, drawn_length, FILL)
+        _list(chosen | kept, unit, All + list_ * all_length, AllCount + list_, all_length, FILL)
         tl.store(Weight + list_, weight)
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _keep_long(
-    Values, Always, Hull, Units, Budget, Index, Count,
-    num_tiles, num_units, list_length, kv_heads, budgets,
-    CHUNK: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+    Values, Near, Sinks, Hull, Units, Runs, RunCount, Budget, Index, Count,
+    num_tiles, num_units, list_length, kv_heads, budgets, row_length, run_length,
+    CHUNK: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """The same without floors, for a row of any length, CHUNK units at a time."""
     tile = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     batch = group // kv_heads
     own, list_ = batch * num_tiles + tile, group * num_tiles + tile
-    Values += list_ * num_units
-    Always += own * num_units
+    Values += list_ * row_length
+    Runs += list_ * run_length
+    Sinks += batch * num_units
     Units += batch * num_units * 2
     low, high = tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1)
+    near_low, near_high = tl.load(Near + own * 2), tl.load(Near + own * 2 + 1)
+    run_count, row = 0, num_units
+    if COARSE > 1:
+        run_count = tl.load(RunCount + list_)
+        row = run_count * COARSE
     budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
     lowest, highest, smallest, taken = HIGHEST, LOWEST + 1, HIGHEST, 0
-    for at in range(0, num_units, CHUNK):
-        order, size, seen, first = _candidates(
-            Values, Always, Units, at + tl.arange(0, CHUNK), num_units, low, high, UNIT, REGULAR
-        )
+    for at in range(0, row, CHUNK):
+        _unit, order, size, seen, first = _candidates(
+            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
+            low, high, near_low, near_high, UNIT, REGULAR, COARSE,
+        )  # fmt: skip
         some = _bounds(order, size, seen & ~first, UNIT, REGULAR)
         lowest, highest = tl.minimum(lowest, some[0]), tl.maximum(highest, some[1])
         smallest = tl.minimum(smallest, some[2])
@@ -263,10 +282,10 @@ def _keep_long(
         width = highest.to(tl.int64) - cut
         bounds = (cut + (width * way + WAYS - 1) // WAYS).to(tl.int32)
         tokens = tl.zeros([WAYS], tl.int32)
-        for at in range(0, num_units, CHUNK):
-            order, size, seen, first = _candidates(
-                Values, Always, Units, at + tl.arange(0, CHUNK), num_units, low, high,
-                UNIT, REGULAR,
+        for at in range(0, row, CHUNK):
+            _unit, order, size, seen, first = _candidates(
+                Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
+                low, high, near_low, near_high, UNIT, REGULAR, COARSE,
             )  # fmt: skip
             order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
             if REGULAR:
@@ -280,19 +299,20 @@ def _keep_long(
         below = tl.min(tl.where(enough, highest, bounds - 1), 0)
         cut, highest = tl.where(some, found, above), tl.where(some, found, below)
     before = 0
-    for at in range(0, num_units, CHUNK):
-        order, size, seen, first = _candidates(
-            Values, Always, Units, at + tl.arange(0, CHUNK), num_units, low, high, UNIT, REGULAR
-        )
+    for at in range(0, row, CHUNK):
+        _unit, order, size, seen, first = _candidates(
+            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
+            low, high, near_low, near_high, UNIT, REGULAR, COARSE,
+        )  # fmt: skip
         order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
         before += _tokens(order, size, cut + 1, UNIT, REGULAR)
     count = 0
     Index += list_ * list_length
-    for at in range(0, num_units, CHUNK):
-        unit = at + tl.arange(0, CHUNK)
-        order, size, seen, first = _candidates(
-            Values, Always, Units, unit, num_units, low, high, UNIT, REGULAR
-        )
+    for at in range(0, row, CHUNK):
+        unit, order, size, seen, first = _candidates(
+            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
+            low, high, near_low, near_high, UNIT, REGULAR, COARSE,
+        )  # fmt: skip
         order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
         run = tl.where(order == cut, size, 0)
         fits = _fits(before + tl.cumsum(run, 0) - run, size, budget, True)
@@ -334,15 +354,17 @@ class Drawn:
 
 
 def keep_best(
-    values: Tensor, always: Tensor, hull: Tensor, units: Tensor, budget: Tensor, width: int, *,
-    unit_kind: Tensor | None = None, floors: Tensor | None = None, unit: int | None = None,
-    drawing: Drawing | None = None,
+    values: Tensor, near: Tensor, sinks: Tensor, hull: Tensor, units: Tensor, budget: Tensor,
+    width: int, *, unit_kind: Tensor | None = None, floors: Tensor | None = None,
+    unit: int | None = None, drawing: Drawing | None = None,
+    runs: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Drawn | None]:  # fmt: skip
     """Lists of the kept units, as `mm_sparse.selection` defines them; ties go to the lowest id.
 
     Args:
-        values: (B, K, T, U) float32; with floors, U is at most IN_REGISTERS.
-        always: (B, T, U) bool, kept whatever the scores.
+        values: (B, K, T, U) float32, or (B, K, T, C) of `runs`; with floors at most IN_REGISTERS.
+        near: (B, T, 2) int32, range of keys whose units are kept whatever the scores, and
+        sinks: (B, U) bool, units that are, if they are seen.
         hull: (B, T, 2) int32, range of keys that a tile sees.
         budget: (B, K, T) or (B, 1, T) int64, tokens that a tile may keep.
         width: L, which no list exceeds.
@@ -350,27 +372,33 @@ def keep_best(
         floors: (kinds,) float32, least share of the budget for units of each kind.
         unit: if not None, unit u is exactly the keys [u * unit, (u + 1) * unit).
         drawing: what else to draw; U is at most IN_REGISTERS then, too.
+        runs: index and count of runs of units, ascending, and how many units a run has; of a list
+            of R runs, C = R x that many units compete.
     Returns:
         index (B, K, T, L) int32, -1 behind the end, count (B, K, T) int32, and what was drawn.
     """
-    batch, heads, num_tiles, num_units = values.shape
+    batch, heads, num_tiles, row = values.shape
     index = torch.empty(batch, heads, num_tiles, width, dtype=torch.int32, device=values.device)
     count = torch.empty(batch, heads, num_tiles, dtype=torch.int32, device=values.device)
     grid = (num_tiles, batch * heads)
-    inputs = (values.contiguous(), always, hull, units)
+    inputs = (values.contiguous(), near, sinks, hull, units)
     if budget.shape not in ((batch, heads, num_tiles), (batch, 1, num_tiles)):
         raise ValueError(
             f"budget must be ({batch}, {heads} or 1, {num_tiles}), got {tuple(budget.shape)}"
         )
-    counts = (index, count, num_tiles, num_units, width, heads, budget.shape[1])
-    regular = {"UNIT": unit or 1, "REGULAR": unit is not None}
+    listed, number, coarse = (units, units, 1) if runs is None else runs
+    counts = (num_tiles, units.shape[1], width, heads, budget.shape[1], row, listed.shape[-1])
+    regular = {"UNIT": unit or 1, "REGULAR": unit is not None, "COARSE": coarse}
     lists = [width] if drawing is None else [width, drawing.width, drawing.whole]
-    block = next_power_of_2(max(num_units, *lists, 16))
+    block = next_power_of_2(max(row, *lists, 16))
     if block > IN_REGISTERS:
         if floors is not None or drawing is not None:
             what = "floors" if drawing is None else "a sample"
-            raise ValueError(f"units must be at most {IN_REGISTERS} with {what}, got {num_units}")
-        launch(_keep_long, grid, *inputs, budget, *counts, CHUNK=CHUNK, **regular, num_warps=8)
+            raise ValueError(f"units must be at most {IN_REGISTERS} with {what}, got {row}")
+        launch(
+            _keep_long, grid, *inputs, listed, number, budget, index, count, *counts,
+            CHUNK=CHUNK, **regular, num_warps=8,
+        )  # fmt: skip
         return index, count, None
     drawn, sample = None, (budget, index, count, index, count, values, 0, 0, 1)
     if drawing is not None:
@@ -379,8 +407,8 @@ def keep_best(
         drawn = Drawn(*tables, torch.empty_like(count, dtype=torch.float32))
         sample = (drawing.budget, *tables, drawn.weight, *lists[1:], drawing.unit)
     launch(
-        _keep, grid, *inputs, units if unit_kind is None else unit_kind, budget,
-        values if floors is None else floors, index, count, *sample, *counts[2:],
+        _keep, grid, *inputs, units if unit_kind is None else unit_kind, listed, number, budget,
+        values if floors is None else floors, index, count, *sample, *counts,
         KINDS=0 if floors is None else len(floors), SAMPLED=drawing is not None,
         BLOCK_U=block, FILL=next_power_of_2(max(lists)), **regular,
         num_warps=keep_warps(block),

@@ -13,6 +13,7 @@ from mm_sparse.modality import Modality
 
 TILES = (64, 128)
 UNITS = (16, 32, 64, 128)
+COARSE = (1, 2, 4, 8, 16, 32, 64)
 REDUCTIONS = ("mean", "max")
 BACKENDS = ("auto", "triton", "torch", "dense")
 
@@ -52,6 +53,12 @@ class SparseConfig:
     sampled: float = 0.0
     """Share of the budget, in [0, 1), that goes to an even sample of the units that are not among
     the best. It stands for all of them: their keys count as often as there are others for each."""
+    coarse: int = 1
+    """Units that are ranked together first, as one, a power of two of at most 64; then the units of
+    the best such runs compete alone. Ranking every unit (1) takes time that grows with the square
+    of the length: from some 200,000 tokens on it is worth leaving out most of them."""
+    coarse_budget: float = 4.0
+    """Keys of the runs whose units compete, in budgets; 1 or more."""
     subpools: int = 4
     """Query descriptors of a tile."""
     reduce: str = "mean"
@@ -88,6 +95,10 @@ class SparseConfig:
                 "sampled must leave a share of the budget to the best, and be 0 with mass, "
                 f"got {self.sampled} with mass={self.mass}"
             )
+        _one_of("coarse", self.coarse, COARSE)
+        _number("coarse_budget", self.coarse_budget)
+        if not 1 <= self.coarse_budget < float("inf"):
+            raise ValueError(f"coarse_budget must be at least 1, got {self.coarse_budget!r}")
         if self.dense_below is not None:
             _count("dense_below", self.dense_below)
         for name in ("causal", "grid_order"):
@@ -109,6 +120,10 @@ class SparseConfig:
             raise ValueError(
                 f"modality_floor must add up to at most 1 over modalities, got {floors}"
             )
+        for name in ("mass", "sampled", "modality_floor"):
+            # They ask of all units, of which few are ranked.
+            if self.coarse > 1 and getattr(self, name) and (name != "modality_floor" or floors):
+                raise ValueError(f"coarse must be 1 with {name}, got {self.coarse}")
         if isinstance(self.modality_floor, Mapping):
             object.__setattr__(self, "modality_floor", floors)
 
@@ -215,9 +230,13 @@ def _modality(name: str, value: Any) -> Modality:
         raise ValueError(f"{name} must name modalities among {names}, got {value!r}") from None
 
 
-def _between(name: str, value: Any, zero: bool = False) -> None:
+def _number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _between(name: str, value: Any, zero: bool = False) -> None:
+    _number(name, value)
     if not (0 <= value <= 1 if zero else 0 < value <= 1):
         raise ValueError(f"{name} must be in {'[0' if zero else '(0'}, 1], got {value!r}")
 

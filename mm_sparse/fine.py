@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.cache import described
+from mm_sparse.coarse import Ranked, rank_units
 from mm_sparse.descriptors import piece_features
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
-from mm_sparse.scorers import DISTANCE_BUCKETS, Scorer, share_of_units
+from mm_sparse.scorers import Scorer
+from mm_sparse.shares import DISTANCE_BUCKETS
 from mm_sparse.validation import check_shape, check_sizes
 
 
@@ -95,7 +97,7 @@ class FineScorer(Scorer):
 
     def rank(
         self, tiles: Tensor, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
-    ) -> Tensor:
+    ) -> Tensor | Ranked:
         """(B, K, T, U) scores of `features`; products are taken in `dtype`."""
         return self._rank(
             tiles, self._describe_units(units, plan, scale, dtype), plan, scale, dtype
@@ -111,7 +113,7 @@ class FineScorer(Scorer):
 
     def _rank(
         self, tiles: Tensor, parts: Tensor, plan: Plan, scale: float, dtype: torch.dtype
-    ) -> Tensor:
+    ) -> Tensor | Ranked:
         """Scores of features of tiles and of the descriptors of parts of units."""
         subpools = tiles.shape[3]
         kind = plan.tile_modality.repeat_interleave(subpools, 1)
@@ -121,7 +123,7 @@ class FineScorer(Scorer):
         else:
             weight = plan.part_sizes(self.parts).to(parts.dtype)[:, None, ..., None]
             whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
-        return share_of_units(
+        return rank_units(
             tiles.unflatten(2, (-1, subpools)).to(dtype),
             whole.to(dtype),
             plan.live_subpools,
@@ -130,7 +132,7 @@ class FineScorer(Scorer):
             parts.to(dtype) if self.parts > 1 else None,
         )
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
         if plan.descriptors is None:
             return self.rank(*self.features(q, k, plan), plan, scale, q.dtype)
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)

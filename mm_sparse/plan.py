@@ -53,6 +53,8 @@ class Plan:
     """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
     regular_tiles: bool
     """The same of tiles and queries."""
+    run: int = 1
+    """Units of the layout that a unit of this plan is (`mm_sparse.coarse`)."""
     descriptors: DescriptorCache | None = None
     """Of units that were described in earlier calls."""
     known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
@@ -61,7 +63,7 @@ class Plan:
     @property
     def unit(self) -> int:
         """Most key tokens in a unit."""
-        return self.config.unit
+        return self.config.unit * self.run
 
     def sharing(self, **changes: Any) -> Plan:
         """The same pieces with another budget or with descriptors; what is known is shared."""
@@ -115,18 +117,27 @@ class Plan:
         return self.once(("always", config.sinks, config.window), self._always)
 
     def _always(self) -> Tensor:
-        config = self.config
+        kept = self._overlap(*self.near.unbind(-1))
+        # A tile of short documents has sinks in each of them, so units are asked, not tiles.
+        return (kept | self.sink_units[:, None]) & self.visible if self.config.sinks else kept
+
+    @property
+    def near(self) -> Tensor:
+        """(B, T, 2) int32: range of keys whose units are kept for being near to the tile."""
+        return self.once(("near", self.config.window), self._near)
+
+    def _near(self) -> Tensor:
+        window = self.config.window
+        if not window:
+            return torch.zeros_like(self.hull)
         first = self.tiles[..., 0] + self.query_offset
         last = first + self.tiles[..., 1]
-        sees_ahead = self.hull[..., 1] > last
-        behind = torch.where(sees_ahead, config.window // 2, config.window)
-        low = first - behind + ~sees_ahead
-        high = torch.where(sees_ahead, last + config.window // 2, last)
-        kept = self._overlap(low, high) if config.window else torch.zeros_like(self.visible)
-        if config.sinks:
-            # A tile of short documents has sinks in each of them, so units are asked, not tiles.
-            kept = kept | self.sink_units[:, None]
-        return kept & self.visible
+        low, high = self.hull.unbind(-1)
+        sees_ahead = high > last
+        behind = torch.where(sees_ahead, window // 2, window)
+        low = (first - behind + ~sees_ahead).maximum(low)
+        high = torch.where(sees_ahead, last + window // 2, last).minimum(high)
+        return torch.stack([low, high], -1)
 
     @property
     def sink_units(self) -> Tensor:
@@ -134,6 +145,8 @@ class Plan:
         return self.once(("sinks", self.config.sinks), self._sink_units)
 
     def _sink_units(self) -> Tensor:
+        if not self.config.sinks:
+            return torch.zeros_like(self.unit_modality, dtype=torch.bool)
         start, _ = piece_edges(fill_documents(self.layout.document))
         position = torch.arange(self.layout.length, device=start.device)
         sink = (position - start < self.config.sinks) & self.layout.valid
@@ -163,7 +176,21 @@ class Plan:
     @OfPieces
     def seen(self) -> Tensor:
         """(B, T) int64: keys of visible units."""
-        return (self.visible * self.units[:, None, :, 1]).sum(-1)
+        return _between(self.units[..., 1], *self.units_of(self.hull))
+
+    def units_of(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """First unit and end of those that hold a key of the ranges (B, T, 2): two (B, T)."""
+        starts, ends = self._edges
+        low, high = (x.contiguous() for x in keys.unbind(-1))
+        first = torch.searchsorted(ends, low, right=True)
+        return first, torch.searchsorted(starts, high).maximum(first)
+
+    @OfPieces
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Starts and ends of units, ascending: two (B, U) int32; fillers are behind all keys."""
+        start, size = self.units.unbind(-1)
+        filler = (size == 0) * torch.iinfo(torch.int32).max
+        return start.maximum(filler), (start + size).maximum(filler)
 
     @cached_property
     def best(self) -> Plan:
@@ -199,10 +226,13 @@ class Plan:
         """Over tiles: most keys seen, short units seen, units always kept."""
         if not self.tiles.numel():
             return 0, 0, 0
-        short = (self.visible & (self.units[:, None, :, 1] < self.unit)).sum(-1)
-        found = (self.seen, short, self.always.sum(-1))
-        seen, short, always = torch.stack([x.amax() for x in found]).tolist()
-        return seen, short, always
+        seen, near = self.units_of(self.hull), self.units_of(self.near)
+        short = _between(self.units[..., 1] < self.unit, *seen)
+        always = near[1] - near[0]
+        if self.config.sinks:
+            always = always + _between(self.sink_units, *seen) - _between(self.sink_units, *near)
+        found = (self.seen, short, always)
+        return tuple(torch.stack([x.amax() for x in found]).tolist())
 
     @OfPieces
     def tile_of(self) -> Tensor:
@@ -259,9 +289,13 @@ class Plan:
 
     def _overlap(self, low: Tensor, high: Tensor) -> Tensor:
         start, size = self.units[:, None].unbind(-1)
-        low = low[..., None].maximum(self.hull[..., :1])
-        high = high[..., None].minimum(self.hull[..., 1:])
-        return (start < high) & (start + size > low) & (size > 0)
+        return (start < high[..., None]) & (start + size > low[..., None]) & (size > 0)
+
+
+def _between(value: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    """(B, T) int64: sums of `value` (B, U) from `first` to `end`, both (B, T)."""
+    before = torch.nn.functional.pad(value.cumsum(1), (1, 0))
+    return before.gather(1, end) - before.gather(1, first)
 
 
 def _share(seen: Tensor, ratio: float | Tensor) -> Tensor:

@@ -13,17 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.cache import DescriptorCache, described
+from mm_sparse.coarse import Ranked, Runs, rank_units
 from mm_sparse.config import SparseConfig
-from mm_sparse.descriptors import fused, piece_features, tile_descriptors, unit_descriptors
+from mm_sparse.descriptors import piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
+from mm_sparse.shares import DISTANCE_BUCKETS
 from mm_sparse.validation import check_heads, check_shape, check_sizes
-
-# Elements of one block of sub-pool logits; more are computed block by block.
-BLOCK_ELEMENTS = 1 << 26
-DISTANCE_BUCKETS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +29,11 @@ class Scores:
     """Scores and the geometry that they are scores of."""
 
     values: Tensor
-    """(B, K, T, U): log of the predicted share of attention, up to a learned bias."""
+    """(B, K, T, U): log of the predicted share of attention, up to a learned bias; of the units of
+    `runs` alone, (B, K, T, C), if there are any."""
     plan: Plan
+    runs: Runs | None = None
+    """Runs of units whose units were ranked; None where all were (`SparseConfig.coarse`)."""
 
     @property
     def shape(self) -> torch.Size:
@@ -73,10 +74,17 @@ class Scorer(nn.Module):
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if descriptors is not None:
             plan = plan.sharing(descriptors=descriptors)
-        return Scores(self.score(q, k, plan, scale), plan)
+        found = self.score(q, k, plan, scale)
+        if isinstance(found, Ranked):
+            return Scores(found.values, plan, found.runs)
+        return Scores(found, plan)
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        """(B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything."""
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
+        """(B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything.
+
+        `coarse.rank_units` does for descriptors what `SparseConfig.coarse` asks for; a scorer that
+        does not use it ranks all units.
+        """
         raise NotImplementedError
 
 
@@ -88,10 +96,10 @@ class PooledScorer(Scorer):
     MInference (Jiang et al., 2024).
     """
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
         tile, exists = tile_descriptors(q, plan, scale)
         unit = described(k, plan, lambda part: unit_descriptors(k, part, extremes=False)[0])
-        return share_of_units(tile, unit, exists, plan)
+        return rank_units(tile, unit, exists, plan)
 
 
 class RelevanceScorer(Scorer):
@@ -125,7 +133,7 @@ class RelevanceScorer(Scorer):
     map_of: Tensor
     """(modalities,): each has a tower of its own."""
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
         if not torch.is_grad_enabled():
             return self._rank(q, k, plan, scale)
@@ -138,7 +146,7 @@ class RelevanceScorer(Scorer):
             plan.tile_modality.repeat_interleave(tile.shape[3], 1),
         ).view(*tile.shape[:4], -1)
         unit_code = _by_modality(features, self.key_tower, plan.unit_modality)
-        return share_of_units(
+        return rank_units(
             torch.cat([tile * scale, tile_code], -1),
             torch.cat([mean, unit_code], -1),
             exists,
@@ -146,7 +154,7 @@ class RelevanceScorer(Scorer):
             self.pair_bias,
         )
 
-    def _rank(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+    def _rank(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
         """The same without gradients, one product for a piece, in the precision of the keys."""
         towers = (self.query_tower, self.key_tower)
 
@@ -168,7 +176,7 @@ class RelevanceScorer(Scorer):
         tile = describe(tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan)
         unit = described(k, plan, describe_units)
         tile = tile.unflatten(2, exists.shape[1:])
-        return share_of_units(tile, unit, exists, plan, self.pair_bias)
+        return rank_units(tile, unit, exists, plan, self.pair_bias)
 
 
 def _beside_mean(towers: Tensor, dim: int, scale: float) -> Tensor:
@@ -186,101 +194,3 @@ def _by_modality(x: Tensor, towers: Tensor, modality: Tensor) -> Tensor:
     own = modality.long().clamp(min=0)[:, None, :, None, None].expand(-1, heads, -1, 1, rank)
     result = mapped.unflatten(-1, (kinds, rank)).gather(3, own).squeeze(3)
     return result.masked_fill((modality < 0)[:, None, :, None], 0)
-
-
-def pair_biases(table: Tensor, plan: Plan) -> Tensor:
-    """(B, K, T, U) from (K, kinds, kinds, buckets) by distance in powers of two."""
-    distance = plan.distance
-    bucket = (distance.abs() + 1).float().log2().long().clamp(max=DISTANCE_BUCKETS // 2 - 1)
-    bucket = torch.where(distance < 0, bucket + DISTANCE_BUCKETS // 2, bucket)
-    kinds = len(Modality)
-    pair = plan.tile_modality.long().clamp(min=0)[:, :, None] * kinds
-    pair = pair + plan.unit_modality.long().clamp(min=0)[:, None]
-    place = (pair * DISTANCE_BUCKETS + bucket).flatten(1)[:, None]  # (B, 1, T * U)
-    heads = len(table)
-    # Gathered, not indexed: millions of places share a few hundred entries, whose gradients
-    # indexing would add up one after the other.
-    flat = table.flatten(1).expand(len(place), -1, -1)
-    return flat.gather(2, place.expand(-1, heads, -1)).unflatten(2, distance.shape[1:])
-
-
-def share_of_units(
-    tile: Tensor,
-    unit: Tensor,
-    exists: Tensor,
-    plan: Plan,
-    bias: Tensor | None = None,
-    parts: Tensor | None = None,
-) -> Tensor:
-    """Log of the share that the sub-pools of a tile give to every unit, as `config.reduce` says.
-
-    Args:
-        tile: (B, H, T, S, F) descriptors, scale included.
-        unit: (B, K, U, F).
-        exists: (B, T, S).
-        bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
-        parts: (B, K, U, C, F) of C runs of keys of each unit, whose shares add up to the unit's;
-            the sum that shares are of stays that of the whole units, which is cheaper.
-    Returns:
-        (B, K, T, U) float32.
-    """
-    if not torch.is_grad_enabled() and fused(tile, plan):
-        from mm_sparse.kernels.score import share_of_units as kernel
-
-        return kernel(
-            tile,
-            unit.to(tile.dtype),
-            exists,
-            plan.tiles,
-            plan.hull,
-            plan.units,
-            plan.unit,
-            largest=plan.config.reduce == "max",
-            bias=bias,
-            tile_kind=plan.tile_modality,
-            unit_kind=plan.unit_modality,
-            query_offset=plan.query_offset,
-            regular=plan.regular,
-            parts=None if parts is None else parts.to(tile.dtype),
-        )
-    batch, heads, num_tiles, subpools, width = tile.shape
-    kv_heads, num_units = unit.shape[1], unit.shape[2]
-    size = plan.units[..., 1].clamp(min=1)
-    size_bias = (size.float() / plan.unit).log()[:, None, None, None, None]  # (B, 1, 1, 1, 1, U)
-    tile = tile.view(batch, kv_heads, plan.group, num_tiles, subpools, width)
-    unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
-    members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
-    count = 1 if parts is None else parts.shape[3]
-    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units * count))
-    blocks = []
-    for at in range(0, num_tiles, step):
-        part = slice(at, at + step)
-        rows = tile[:, :, :, part].flatten(2, 4)  # (B, K, G * t * S, F)
-        hidden = ~plan.visible[:, None, None, part, None]
-        logits = (rows @ unit).float().unflatten(2, (plan.group, -1, subpools))
-        logits = (logits + size_bias).masked_fill(hidden, -math.inf)
-        total = logits.logsumexp(-1, keepdim=True).clamp(min=-1e30)
-        if parts is not None:
-            logits = _sum_of_parts(rows, parts, plan).unflatten(2, (plan.group, -1, subpools))
-            logits = logits.masked_fill(hidden, -math.inf)
-        logits = logits - total
-        logits = logits.masked_fill(~exists[:, None, None, part, :, None], -math.inf)
-        # -inf everywhere would give NaN gradients; such entries are never selected.
-        logits = logits.clamp(min=-1e30)
-        if plan.config.reduce == "max":
-            blocks.append(logits.amax((2, 4)))
-        else:
-            blocks.append(logits.logsumexp((2, 4)) - members[:, None, part, None])
-    empty = tile.new_zeros(batch, kv_heads, 0, num_units).float()
-    values = torch.cat(blocks, 2) if blocks else empty
-    return values if bias is None else values + pair_biases(bias, plan)
-
-
-def _sum_of_parts(rows: Tensor, parts: Tensor, plan: Plan) -> Tensor:
-    """(B, K, rows, U): log of the mean over its parts of what a row gives to a unit."""
-    count = parts.shape[3]
-    weight = plan.part_sizes(count).float() / -(-plan.unit // count)  # (B, U, C)
-    bias = weight.log().flatten(1)[:, None, None]  # (B, 1, 1, U * C), -inf if empty
-    products = rows @ parts.flatten(2, 3).to(rows.dtype).transpose(-1, -2)
-    products = (products.float() + bias).clamp(min=-1e30).unflatten(-1, (-1, count))
-    return products.logsumexp(-1) - math.log(count)

@@ -5,15 +5,14 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, T tiles, U uni
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mm_sparse.choosing import choose, choose_fused, in_registers
 from mm_sparse.config import SparseConfig
-from mm_sparse.descriptors import fused
 from mm_sparse.kernels.reference import dense_mask
 from mm_sparse.kernels.transpose import transpose_lists
 from mm_sparse.layout import TokenLayout
@@ -21,11 +20,8 @@ from mm_sparse.lists import lists_of_units
 from mm_sparse.modality import Modality
 from mm_sparse.pairs import count_pairs
 from mm_sparse.plan import Plan
-from mm_sparse.sampling import Sample, draw, list_lengths
+from mm_sparse.sampling import Sample, draw
 from mm_sparse.scorers import Scores
-
-# Units of a row that the kernel's registers hold, which floors need.
-MOST_UNITS = 16384
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +172,9 @@ def select(
             raise ValueError(
                 f"config must be the one that scores were computed for, {plan.config}, got {config}"
             )
-    want = (layout.batch, plan.tiles.shape[1], plan.units.shape[1])
+    runs = None if isinstance(scores, Tensor) else scores.runs
+    units = plan.units.shape[1] if runs is None else runs.index.shape[3] * runs.size
+    want = (layout.batch, plan.tiles.shape[1], units)
     if (values.shape[0], *values.shape[2:]) != want:
         raise ValueError(
             f"scores must be (batch, KV heads, tiles, units) = "
@@ -186,90 +184,10 @@ def select(
         raise ValueError(f"scores must be on {layout.device} as layout is, got {values.device}")
     values = values.detach()
     if plan.best is plan:
-        return _select(values, plan)
-    if _in_registers(values, plan.best) and plan.best.max_kept:
-        return _select_fused(values, plan)
-    best = _select(values, plan.best)
-    index, count, sample = draw(best.index, best.count, plan)
+        return Selection(*choose(values, plan, runs), plan)
+    if in_registers(values, plan.best) and plan.best.max_kept:
+        index, count, drawn = choose_fused(values, plan)
+        sample = Sample(index, count, drawn.index, drawn.count, drawn.weight)
+        return Selection(drawn.all_index, drawn.all_count, plan, sample)
+    index, count, sample = draw(*choose(values, plan.best), plan)
     return Selection(index, count, plan, sample)
-
-
-def _in_registers(values: Tensor, plan: Plan) -> bool:
-    """Whether the kernel that holds a row of units in registers serves."""
-    return plan.config.mass is None and fused(values, plan) and values.shape[-1] <= MOST_UNITS
-
-
-def _select(values: Tensor, plan: Plan) -> Selection:
-    batch, heads, num_tiles, num_units = values.shape
-    width = plan.max_kept
-    if not width or not num_tiles or not batch:
-        index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=torch.int32)
-        return Selection(index, index.new_zeros(batch, heads, num_tiles), plan)
-    long = plan.config.mass is None and fused(values, plan) and not plan.config.floors()
-    if long or _in_registers(values, plan):
-        return _select_fused(values, plan)
-    big = torch.finfo(torch.float32).max
-    finite = torch.nan_to_num(values.float(), nan=-big, posinf=big, neginf=-big)
-    visible = plan.visible[:, None]
-    ranked = finite.masked_fill(~visible, -math.inf)
-    first = plan.always[:, None] | _floors(ranked, plan)
-    ranked = ranked.masked_fill(first, math.inf)
-    top, ids = ranked.topk(width, -1)
-    size = plan.units[..., 1].long()[:, None, None].expand(-1, heads, num_tiles, -1).gather(-1, ids)
-    before = size.cumsum(-1) - size
-    kept = before + (size + 1) // 2 <= plan.head_budget[..., None]
-    if plan.config.mass is not None:
-        kept = _mass_before(finite, ids, plan) < plan.config.mass
-    kept[..., 0] = True
-    kept |= top == math.inf
-    kept &= top > -math.inf
-    index = torch.where(kept, ids, num_units).sort(-1).values.to(torch.int32)
-    count = kept.sum(-1, dtype=torch.int32)
-    return Selection(index.masked_fill(index == num_units, -1), count, plan)
-
-
-def _select_fused(values: Tensor, plan: Plan) -> Selection:
-    """The same by a kernel, ties to the lowest id, and with it what `draw` draws."""
-    from mm_sparse.kernels.select import Drawing, keep_best
-
-    best, drawing = plan.best, None
-    if best is not plan:
-        width, whole = list_lengths(best.max_kept, plan)
-        drawing = Drawing(plan.head_budget, plan.unit, width, whole)
-    index, count, drawn = keep_best(
-        values.float(),
-        plan.always,
-        plan.hull,
-        plan.units,
-        best.head_budget,
-        best.max_kept,
-        unit_kind=plan.unit_modality,
-        floors=best.floors,
-        unit=plan.unit if plan.regular else None,
-        drawing=drawing,
-    )
-    if drawn is None:
-        return Selection(index, count, plan)
-    sample = Sample(index, count, drawn.index, drawn.count, drawn.weight)
-    return Selection(drawn.all_index, drawn.all_count, plan, sample)
-
-
-def _mass_before(finite: Tensor, ids: Tensor, plan: Plan) -> Tensor:
-    """Predicted share of attention of what ranks before each entry."""
-    share = finite.masked_fill(~plan.visible[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
-    share = share.gather(-1, ids)
-    # Rounding must not make a mass of 1 stop before the last unit.
-    return (share.cumsum(-1) - share) * (1 - 1e-6)
-
-
-def _floors(ranked: Tensor, plan: Plan) -> Tensor:
-    """Best units of each modality up to its least share of the budget: (B, K, T, U) bool."""
-    kept = torch.zeros_like(ranked, dtype=torch.bool)
-    for kind, share in plan.config.floors().items():
-        own = (plan.unit_modality == int(kind))[:, None, None]
-        top, ids = ranked.masked_fill(~own, -math.inf).sort(-1, descending=True)
-        size = plan.units[..., 1].long()[:, None, None].expand_as(ids).gather(-1, ids)
-        before = size.cumsum(-1) - size
-        inside = (before < plan.head_budget[..., None] * share) & (top > -math.inf)
-        kept |= torch.zeros_like(kept).scatter_(-1, ids, inside)
-    return kept

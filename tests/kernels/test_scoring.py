@@ -15,7 +15,8 @@ from mm_sparse.kernels import select as select_kernels
 from mm_sparse.kernels.pool import pool
 from mm_sparse.kernels.select import keep_best
 from mm_sparse.plan import Plan
-from mm_sparse.selection import MOST_UNITS, select
+from mm_sparse.choosing import MOST_UNITS
+from mm_sparse.selection import select
 from tests.mm_sparse.layouts import IDS, MIXED, batches, configs, layout_of, random_qk
 from tests.mm_sparse.layouts import small_config as small
 
@@ -203,7 +204,7 @@ def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> N
     floors = config.floors()
     for unit in {None, plan.unit if plan.regular else None}:
         index, count, _ = keep_best(
-            values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept, unit=unit,
+            values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept, unit=unit,
             unit_kind=plan.unit_modality,
             floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
         )  # fmt: skip
@@ -254,7 +255,7 @@ def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
         values = values.masked_fill(~plan.visible[:, None], -1e30)
         assert_same_lists(values, plan, config)
         assert_same_lists(values * 1e30, plan, config)
-        args = (plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept)
+        args = (plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept)
         few = values.round()
         tied = keep_best(few, *args, unit=16)
         # The law's own ties go anywhere: make them go to the lowest id.
@@ -280,7 +281,7 @@ def test_long_rows_refuse_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.zeros(1, 1, plan.tiles.shape[1], num_units)
     with pytest.raises(ValueError, match=f"units must be at most 8 with floors, got {num_units}"):
         keep_best(
-            values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept,
+            values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept,
             unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
         )  # fmt: skip
 
@@ -291,7 +292,7 @@ def test_extreme_scores_and_ties() -> None:
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     values = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1])
     index, count, _ = keep_best(
-        values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
+        values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
     )
     slot = torch.arange(index.shape[-1])
     # Ties go to the lowest ids: the lists are 0, 1, 2, ...
@@ -302,7 +303,7 @@ def test_extreme_scores_and_ties() -> None:
     values[..., 6:] = -torch.arange(values.shape[-1] - 6) - 1.0
     law = select(values, layout, replace(config, backend="torch"))
     index, count, _ = keep_best(
-        values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
+        values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
     )
     assert torch.equal(count, law.count)
     assert torch.equal(index, law.index)
@@ -317,7 +318,7 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     shape = (1, 2, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.rand(shape, device="cuda").argsort(-1).float()
     index, count, _ = keep_best(
-        values, plan.always, plan.hull, plan.units, plan.head_budget, plan.max_kept
+        values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
     )
     kept = torch.zeros(shape, dtype=torch.int32, device="cuda")
     listed = torch.arange(index.shape[-1], device="cuda") < count[..., None]
