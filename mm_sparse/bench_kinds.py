@@ -27,6 +27,8 @@ from mm_sparse.selection import select
 
 LONG_KEYS = 8192
 """Keys of a tile in `LongBench`; a sixteenth of it on a CPU."""
+RUN_KEYS = 256
+"""Keys of the runs that are ranked first."""
 TOPIC_TOKENS = 2048
 # With 0.4 tiles of 128 tokens share two thirds to three quarters of 8192 keys with the next. On
 # 8192 tokens of code SmolLM2's, 128 tokens apart, share 0.72 of an eighth (docs/kernel-notes.md).
@@ -66,14 +68,17 @@ class LongBench(Bench):
         tokens with topics neighbours keep about as many of the same as on real text.
         """
         for kind in ("", ", topics"):
-            self._whole(unit, kind)
+            for coarse in (1, RUN_KEYS // unit):
+                self._whole(unit, kind, coarse)
 
-    def _whole(self, unit: int, kind: str) -> None:
+    def _whole(self, unit: int, kind: str, coarse: int) -> None:
         shape, (q, k, v) = self.shape, (self.q.detach(), self.k.detach(), self.v.detach())
         if kind:
             q, k = (_with_topics(x, seed) for seed, x in enumerate((q, k)))
         keys = LONG_KEYS if self.device == "cuda" else LONG_KEYS // 16
-        config = SparseConfig(tokens=keys, unit=unit, causal=shape.causal, dense_below=0)
+        config = SparseConfig(
+            tokens=keys, unit=unit, causal=shape.causal, dense_below=0, coarse=coarse
+        )
         layout = TokenLayout.text(shape.batch, shape.tokens, device=self.device)
 
         def run() -> Tensor:
@@ -81,7 +86,8 @@ class LongBench(Bench):
 
         density = min(keys / shape.tokens * (2 if shape.causal else 1), 1.0)
         made = Contestant(run, (self.q, self.k, self.v), self.dout, density=density)
-        what = f"score + select + attend unit {unit}, {keys} keys{kind}"
+        runs = f", runs of {coarse} units first" if coarse > 1 else ""
+        what = f"score + select + attend unit {unit}, {keys} keys{kind}{runs}"
         self.enter(what, "whole", lambda: made, backward=False)
         if self.device == "cuda" and any(
             r.what == what and r.tokens == shape.tokens for r in self.records
@@ -106,7 +112,7 @@ def _shared(q: Tensor, k: Tensor, layout: TokenLayout, config: SparseConfig) -> 
     """Share of its units that a tile has in common with the next, over the last topic."""
     scores = PooledScorer()(q[:, :, -TOPIC_TOKENS:], k, layout=layout, config=config)
     chosen = select(scores, layout, config)
-    kept = units_of_lists(chosen.index, chosen.count, scores.values.shape[-1])
+    kept = units_of_lists(chosen.index, chosen.count, chosen.plan.units.shape[1])
     both = kept[:, :, 1:] & kept[:, :, :-1]
     return (both.sum() / kept[:, :, 1:].sum().clamp(min=1)).item()
 

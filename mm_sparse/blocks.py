@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mm_sparse.coarse import candidates
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
 
@@ -29,8 +30,8 @@ def query_blocks(
     While one is used its plan is at hand in the layout, if there are several; then it is gone.
     """
     tokens = max(config.tile * num_kv_heads // num_query_heads, 1)
-    tiles, units = -(-num_queries // tokens), -(-layout.length // config.unit)
-    most = max(MOST_SCORES // max(layout.batch * num_kv_heads * units, 1), 1)
+    tiles, ranked = -(-num_queries // tokens), _ranked(layout.length, config)
+    most = max(MOST_SCORES // max(layout.batch * num_kv_heads * ranked, 1), 1)
     if tiles <= most:
         yield slice(0, num_queries)
         return
@@ -61,3 +62,13 @@ def query_blocks(
         finally:
             for key in set(layout.made) - known:
                 del layout.made[key]
+
+
+def _ranked(length: int, config: SparseConfig) -> int:
+    """Units that are ranked at once for a tile: all, or runs of them, then those of the best."""
+    units = -(-length // config.unit)
+    if config.coarse == 1:
+        return units
+    most = candidates(config)
+    keys = most.ratio * length if most.tokens is None else most.tokens
+    return max(-(-units // config.coarse), min(-(-int(keys) // config.unit), units))

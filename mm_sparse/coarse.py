@@ -26,7 +26,7 @@ from mm_sparse.shares import share_of_units
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Runs of units that are candidates of a tile: run r is the units [r * size, (r + 1) * size)."""
+    """Candidates of a tile by runs: run r is the units [r * size, (r + 1) * size)."""
 
     index: Tensor
     """(B, K, T, R) int32, ascending; -1 from `count` on."""
@@ -142,6 +142,9 @@ def _plan_of_runs(plan: Plan) -> Plan:
         descriptors=None,
     )
     over.known["modalities"] = plan.modalities
+    # To look at every token again would be slow.
+    sinks = torch.nn.functional.pad(plan.sink_units, (0, missing)).unflatten(1, (-1, size))
+    over.known["sinks", plan.config.sinks] = sinks.any(-1)
     return over
 
 

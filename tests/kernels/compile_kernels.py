@@ -17,7 +17,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mm_sparse.kernels import backward, decode, forward, hopper, mass, merge, pool, score, select
+from mm_sparse.kernels import (
+    backward,
+    decode,
+    forward,
+    hopper,
+    mass,
+    merge,
+    pool,
+    score,
+    score_runs,
+    select,
+)
 
 POINTERS = {
     "Q",
@@ -39,8 +50,9 @@ POINTERS = {
 }
 FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
 FLOATS |= {"Log", "OtherLog", "Whole"}
-NARROW = {"Exists": "i1", "Always": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
+NARROW = {"Exists": "i1", "Sinks": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
 NARROW["WholeBudget"] = "i64"
+WIDE = (mass._mass, score._share, score_runs._share_of_runs)
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 
@@ -61,7 +73,7 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
             rows = constants["COLS" if DESCRIBED[name] == "keys" else "ROWS"]
             signature[name] = f"tensordesc<{dtype}[1, 1, {rows}, {constants['BLOCK_D']}]>"
             continue
-        if name in FLOATS or (name == "Out" and kernel in (mass._mass, score._share)):
+        if name in FLOATS or (name == "Out" and kernel in WIDE):
             signature[name] = "*fp32"
         elif name in POINTERS:
             signature[name] = f"*{dtype}"
@@ -114,7 +126,10 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
         "COLS": max(64 if size == 2 else 16, unit),
     }  # fmt: skip
-    keep = {"KINDS": 3, "BLOCK_U": 4096, "FILL": 1024, "SAMPLED": False}
+    keep = {"KINDS": 3, "BLOCK_U": 4096, "FILL": 1024, "SAMPLED": False, "COARSE": 1}
+    of_runs = {**keep, "KINDS": 0, "COARSE": 16}
+    some = {"ROWS": max(rows, 16), "COLS": score_runs.COLS, "COARSE": 16}
+    few = score_runs.run_warps(some["ROWS"])
     drawn = {**keep, "SAMPLED": True}
     merged = {"BLOCK_R": 32}
     return [
@@ -123,7 +138,11 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),
         (select._keep, drawn, select.keep_warps(4096), 2), (merge._merge, merged, 4, 2),
-        (select._keep_long, {"CHUNK": select.CHUNK}, 8, 2),
+        (select._keep, of_runs, select.keep_warps(4096), 2),
+        (select._keep_long, {"CHUNK": select.CHUNK, "COARSE": 1}, 8, 2),
+        (select._keep_long, {"CHUNK": select.CHUNK, "COARSE": 16}, 8, 2),
+        (score_runs._share_of_runs, {**share, **some}, few, 2),
+        (score_runs._share_of_runs, {**own, **some}, few, 2),
     ]  # fmt: skip
 
 

@@ -50,8 +50,12 @@ def main() -> None:
     for causal in (True, False):
         config = mms.SparseConfig(ratio=0.5, unit=16, tile=128, causal=causal, dense_below=0)
         mms.sparse_attention(q, k, v, layout=layout, config=config)
+    runs = {"modality_floor": 0.0, "coarse": 2, "coarse_budget": 1.5}
+    attention(2, 1, 64, 16, 64, half, **runs)
+    attention(6, 2, 80, 16, 64, wide, **runs, causal=False)
     select_kernels.IN_REGISTERS = 8
     attention(2, 1, 64, 16, 64, half, modality_floor=0.0)
+    attention(2, 1, 64, 16, 64, half, **runs)
     torch.cuda.synchronize()
     print("done")
 

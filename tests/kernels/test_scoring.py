@@ -1,6 +1,7 @@
 """The kernels that score and select, against the PyTorch path that is their law."""
 
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -10,12 +11,12 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
+from mm_sparse.choosing import MOST_UNITS
 from mm_sparse.kernels import score as score_kernels
 from mm_sparse.kernels import select as select_kernels
 from mm_sparse.kernels.pool import pool
 from mm_sparse.kernels.select import keep_best
 from mm_sparse.plan import Plan
-from mm_sparse.choosing import MOST_UNITS
 from mm_sparse.selection import select
 from tests.mm_sparse.layouts import IDS, MIXED, batches, configs, layout_of, random_qk
 from tests.mm_sparse.layouts import small_config as small
@@ -195,6 +196,11 @@ def test_true_mass_equals_the_law(name: str, reduce: str, device: str) -> None:
     torch.testing.assert_close(mass.cpu(), mms.unit_mass(q, k, law), rtol=1e-4, atol=1e-6)
 
 
+def of_plan(plan: Plan) -> tuple[Any, ...]:
+    """What `keep_best` wants of a plan."""
+    return plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
+
+
 def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> None:
     """Kernel and PyTorch keep the same where no two scores tie."""
     heads = values.shape[1]
@@ -204,8 +210,7 @@ def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> N
     floors = config.floors()
     for unit in {None, plan.unit if plan.regular else None}:
         index, count, _ = keep_best(
-            values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept, unit=unit,
-            unit_kind=plan.unit_modality,
+            values, *of_plan(plan), unit=unit, unit_kind=plan.unit_modality,
             floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
         )  # fmt: skip
         assert torch.equal(count, law.count)
@@ -255,7 +260,7 @@ def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
         values = values.masked_fill(~plan.visible[:, None], -1e30)
         assert_same_lists(values, plan, config)
         assert_same_lists(values * 1e30, plan, config)
-        args = (plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept)
+        args = of_plan(plan)
         few = values.round()
         tied = keep_best(few, *args, unit=16)
         # The law's own ties go anywhere: make them go to the lowest id.
@@ -281,8 +286,7 @@ def test_long_rows_refuse_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.zeros(1, 1, plan.tiles.shape[1], num_units)
     with pytest.raises(ValueError, match=f"units must be at most 8 with floors, got {num_units}"):
         keep_best(
-            values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept,
-            unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
+            values, *of_plan(plan), unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
         )  # fmt: skip
 
 
@@ -291,9 +295,7 @@ def test_extreme_scores_and_ties() -> None:
     config = small(ratio=0.5, sinks=0, window=0)
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     values = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1])
-    index, count, _ = keep_best(
-        values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
-    )
+    index, count, _ = keep_best(values, *of_plan(plan))
     slot = torch.arange(index.shape[-1])
     # Ties go to the lowest ids: the lists are 0, 1, 2, ...
     assert (count > 0).all()
@@ -302,9 +304,7 @@ def test_extreme_scores_and_ties() -> None:
     values[..., :3] = torch.tensor([1e-30, -1e30, 3.0])
     values[..., 6:] = -torch.arange(values.shape[-1] - 6) - 1.0
     law = select(values, layout, replace(config, backend="torch"))
-    index, count, _ = keep_best(
-        values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
-    )
+    index, count, _ = keep_best(values, *of_plan(plan))
     assert torch.equal(count, law.count)
     assert torch.equal(index, law.index)
 
@@ -317,9 +317,7 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     plan = layout.plan(config, num_query_heads=2, num_kv_heads=2, num_queries=1024)
     shape = (1, 2, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.rand(shape, device="cuda").argsort(-1).float()
-    index, count, _ = keep_best(
-        values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
-    )
+    index, count, _ = keep_best(values, *of_plan(plan))
     kept = torch.zeros(shape, dtype=torch.int32, device="cuda")
     listed = torch.arange(index.shape[-1], device="cuda") < count[..., None]
     kept.scatter_reduce_(-1, index.clamp(min=0).long(), listed.int(), "amax")
