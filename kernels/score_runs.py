@@ -175,6 +175,7 @@ def share_of_runs(
     if not out.numel():
         return out
     group = heads // kv_heads
+    itemsize = rows.element_size()
     padded = max(next_power_of_2(group * subpools), 16)
     keys, stride_k = by_heads(keys)
     parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
@@ -189,11 +190,12 @@ def share_of_runs(
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
         LARGEST=largest, BIASED=bias is not None,
         PARTS=1 if parts.dim() == 4 else parts.shape[3], COARSE=coarse,
-        PRECISION="ieee" if rows.element_size() == 4 else "tf32", num_warps=run_warps(padded), num_stages=2,
+        PRECISION="ieee" if itemsize == 4 else "tf32", num_warps=run_warps(padded, itemsize),
+        num_stages=2,
     )  # fmt: skip
     return out
 
 
-def run_warps(rows: int) -> int:
-    """One for every 16 rows of a tile, which fill a product."""
-    return min(max(rows // 16, 1), 4)
+def run_warps(rows: int, itemsize: int) -> int:
+    """One for every 16 rows of a tile, which fill a product; float32 runs out of registers."""
+    return 4 if itemsize == 4 else min(max(rows // 16, 1), 4)

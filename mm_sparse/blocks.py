@@ -12,8 +12,8 @@ from mm_sparse.coarse import candidates
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
 
-# Scores, one for a row, KV head, tile and unit, that are in memory at once: 512 MiB of them.
-MOST_SCORES = 1 << 27
+# Scores, one for a row, KV head, tile and unit, that are in memory at once: 256 MiB of them.
+MOST_SCORES = 1 << 26
 
 
 def query_blocks(

@@ -21,7 +21,7 @@ from mm_sparse.choosing import choose
 from mm_sparse.config import SparseConfig
 from mm_sparse.descriptors import fused
 from mm_sparse.plan import Plan
-from mm_sparse.shares import share_of_units
+from mm_sparse.shares import Descriptors, share_of_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,22 +61,14 @@ class Ranked(NamedTuple):
     runs: Runs
 
 
-def rank_units(
-    tile: Tensor,
-    unit: Tensor,
-    exists: Tensor,
-    plan: Plan,
-    bias: Tensor | None = None,
-    parts: Tensor | None = None,
-) -> Tensor | Ranked:
-    """`shares.share_of_units`, of the units of the best runs alone where `config.coarse` says so.
+def rank_in_two_steps(described: Descriptors, plan: Plan) -> Ranked:
+    """`shares.share_of_units`, of the units of the best runs alone.
 
-    Shares are then of what a sub-pool gives to those units. With gradients all units are ranked.
+    Shares are of what a sub-pool gives to those units.
     """
-    if plan.config.coarse == 1 or torch.is_grad_enabled():
-        return share_of_units(tile, unit, exists, plan, bias, parts)
+    tile, unit, exists, bias, parts = described
     over = plan_of_runs(plan)
-    whole = share_of_units(tile, describe_runs(unit, plan), exists, over, bias)
+    whole = share_of_units(Descriptors(tile, describe_runs(unit, plan), exists, bias), over)
     runs = Runs(*choose(whole, over), plan.config.coarse)
     del whole
     if fused(tile, plan):
@@ -101,7 +93,7 @@ def rank_units(
         )
         return Ranked(values, runs)
     num_units = plan.units.shape[1]
-    values = share_of_units(tile, unit, exists, plan, bias, parts, runs.among(num_units))
+    values = share_of_units(described, plan, runs.among(num_units))
     ids = runs.units(num_units).clamp(max=max(num_units - 1, 0))
     return Ranked(values.gather(-1, ids), runs)
 

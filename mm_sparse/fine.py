@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.cache import described
-from mm_sparse.coarse import Ranked, rank_units
 from mm_sparse.descriptors import piece_features
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
 from mm_sparse.scorers import Scorer
-from mm_sparse.shares import DISTANCE_BUCKETS
+from mm_sparse.shares import DISTANCE_BUCKETS, Descriptors, share_of_units
 from mm_sparse.validation import check_shape, check_sizes
 
 
@@ -97,11 +96,10 @@ class FineScorer(Scorer):
 
     def rank(
         self, tiles: Tensor, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
-    ) -> Tensor | Ranked:
+    ) -> Tensor:
         """(B, K, T, U) scores of `features`; products are taken in `dtype`."""
-        return self._rank(
-            tiles, self._describe_units(units, plan, scale, dtype), plan, scale, dtype
-        )
+        parts = self._describe_units(units, plan, scale, dtype)
+        return share_of_units(self._described(tiles, parts, plan, scale, dtype), plan)
 
     def _describe_units(
         self, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
@@ -111,10 +109,10 @@ class FineScorer(Scorer):
         parts = self._describe(units.flatten(2, 3), self._maps(scale, dtype)[1], kind, plan)
         return parts.unflatten(2, (-1, self.parts))
 
-    def _rank(
+    def _described(
         self, tiles: Tensor, parts: Tensor, plan: Plan, scale: float, dtype: torch.dtype
-    ) -> Tensor | Ranked:
-        """Scores of features of tiles and of the descriptors of parts of units."""
+    ) -> Descriptors:
+        """Of features of tiles and of the descriptors of parts of units."""
         subpools = tiles.shape[3]
         kind = plan.tile_modality.repeat_interleave(subpools, 1)
         tiles = self._describe(tiles.flatten(2, 3), self._maps(scale, dtype)[0], kind, plan)
@@ -123,18 +121,15 @@ class FineScorer(Scorer):
         else:
             weight = plan.part_sizes(self.parts).to(parts.dtype)[:, None, ..., None]
             whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
-        return rank_units(
+        return Descriptors(
             tiles.unflatten(2, (-1, subpools)).to(dtype),
             whole.to(dtype),
             plan.live_subpools,
-            plan,
             self.pair_bias.expand(-1, len(Modality), len(Modality), -1),
             parts.to(dtype) if self.parts > 1 else None,
         )
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
-        if plan.descriptors is None:
-            return self.rank(*self.features(q, k, plan), plan, scale, q.dtype)
+    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
 
         def describe_units(part: Plan) -> Tensor:
@@ -143,7 +138,7 @@ class FineScorer(Scorer):
 
         subpools = plan.live_subpools.shape[2]
         tiles = piece_features(q, plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles, plan)
-        return self._rank(tiles, described(k, plan, describe_units), plan, scale, q.dtype)
+        return self._described(tiles, described(k, plan, describe_units), plan, scale, q.dtype)
 
     def _maps(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """From features to descriptors, (modalities + 1, heads, 3 D, D), the last for no modality.

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.cache import DescriptorCache, described
-from mm_sparse.coarse import Ranked, Runs, rank_units
+from mm_sparse.coarse import Runs, rank_in_two_steps
 from mm_sparse.config import SparseConfig
 from mm_sparse.descriptors import piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.plan import Plan
-from mm_sparse.shares import DISTANCE_BUCKETS
+from mm_sparse.shares import DISTANCE_BUCKETS, Descriptors, share_of_units
 from mm_sparse.validation import check_heads, check_shape, check_sizes
 
 
@@ -74,18 +74,27 @@ class Scorer(nn.Module):
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if descriptors is not None:
             plan = plan.sharing(descriptors=descriptors)
-        found = self.score(q, k, plan, scale)
-        if isinstance(found, Ranked):
-            return Scores(found.values, plan, found.runs)
-        return Scores(found, plan)
+        own = type(self).score is not Scorer.score
+        if config.coarse > 1 and not own and not torch.is_grad_enabled():
+            described = self.describe(q, k, plan, scale)
+            if described is not None:
+                found = rank_in_two_steps(described, plan)
+                return Scores(found.values, plan, found.runs)
+        return Scores(self.score(q, k, plan, scale), plan)
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
-        """(B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything.
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        """(B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything."""
+        described = self.describe(q, k, plan, scale)
+        if described is None:
+            raise NotImplementedError
+        return share_of_units(described, plan)
 
-        `coarse.rank_units` does for descriptors what `SparseConfig.coarse` asks for; a scorer that
-        does not use it ranks all units.
+    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors | None:
+        """What a score is made of, for those who do not write `score`.
+
+        From it `SparseConfig.coarse` ranks runs of units first; without it all units are ranked.
         """
-        raise NotImplementedError
+        return None
 
 
 class PooledScorer(Scorer):
@@ -96,10 +105,10 @@ class PooledScorer(Scorer):
     MInference (Jiang et al., 2024).
     """
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
+    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
         tile, exists = tile_descriptors(q, plan, scale)
         unit = described(k, plan, lambda part: unit_descriptors(k, part, extremes=False)[0])
-        return rank_units(tile, unit, exists, plan)
+        return Descriptors(tile, unit, exists)
 
 
 class RelevanceScorer(Scorer):
@@ -133,10 +142,10 @@ class RelevanceScorer(Scorer):
     map_of: Tensor
     """(modalities,): each has a tower of its own."""
 
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
+    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
         if not torch.is_grad_enabled():
-            return self._rank(q, k, plan, scale)
+            return self._describe(q, k, plan, scale)
         tile, exists = tile_descriptors(q, plan)
         described = unit_descriptors(k, plan, extremes=True)
         mean, features = described[0], torch.cat(described, -1)  # (B, K, U, 3 D)
@@ -146,15 +155,14 @@ class RelevanceScorer(Scorer):
             plan.tile_modality.repeat_interleave(tile.shape[3], 1),
         ).view(*tile.shape[:4], -1)
         unit_code = _by_modality(features, self.key_tower, plan.unit_modality)
-        return rank_units(
+        return Descriptors(
             torch.cat([tile * scale, tile_code], -1),
             torch.cat([mean, unit_code], -1),
             exists,
-            plan,
             self.pair_bias,
         )
 
-    def _rank(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor | Ranked:
+    def _describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
         """The same without gradients, one product for a piece, in the precision of the keys."""
         towers = (self.query_tower, self.key_tower)
 
@@ -176,7 +184,7 @@ class RelevanceScorer(Scorer):
         tile = describe(tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan)
         unit = described(k, plan, describe_units)
         tile = tile.unflatten(2, exists.shape[1:])
-        return rank_units(tile, unit, exists, plan, self.pair_bias)
+        return Descriptors(tile, unit, exists, self.pair_bias)
 
 
 def _beside_mean(towers: Tensor, dim: int, scale: float) -> Tensor:

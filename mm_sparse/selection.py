@@ -187,7 +187,8 @@ def select(
         return Selection(*choose(values, plan, runs), plan)
     if in_registers(values, plan.best) and plan.best.max_kept:
         index, count, drawn = choose_fused(values, plan)
-        sample = Sample(index, count, drawn.index, drawn.count, drawn.weight)
-        return Selection(drawn.all_index, drawn.all_count, plan, sample)
+        if drawn is not None:
+            sample = Sample(index, count, drawn.index, drawn.count, drawn.weight)
+            return Selection(drawn.all_index, drawn.all_count, plan, sample)
     index, count, sample = draw(*choose(values, plan.best), plan)
     return Selection(index, count, plan, sample)

@@ -7,6 +7,7 @@ F width of a descriptor
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ from mm_sparse.plan import Plan
 # Elements of one block of sub-pool logits; more are computed block by block.
 BLOCK_ELEMENTS = 1 << 26
 DISTANCE_BUCKETS = 24
+
+
+class Descriptors(NamedTuple):
+    """Of tiles and units, whose products are scores; see `share_of_units`."""
+
+    tile: Tensor
+    unit: Tensor
+    exists: Tensor
+    bias: Tensor | None = None
+    parts: Tensor | None = None
 
 
 def pair_biases(table: Tensor, plan: Plan) -> Tensor:
@@ -36,28 +47,19 @@ def pair_biases(table: Tensor, plan: Plan) -> Tensor:
     return flat.gather(2, place.expand(-1, heads, -1)).unflatten(2, distance.shape[1:])
 
 
-def share_of_units(
-    tile: Tensor,
-    unit: Tensor,
-    exists: Tensor,
-    plan: Plan,
-    bias: Tensor | None = None,
-    parts: Tensor | None = None,
-    competes: Tensor | None = None,
-) -> Tensor:
+def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None = None) -> Tensor:
     """Log of the share that the sub-pools of a tile give to every unit, as `config.reduce` says.
 
     Args:
-        tile: (B, H, T, S, F) descriptors, scale included.
-        unit: (B, K, U, F).
-        exists: (B, T, S).
-        bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
-        parts: (B, K, U, C, F) of C runs of keys of each unit, whose shares add up to the unit's;
-            the sum that shares are of stays that of the whole units, which is cheaper.
+        described: tile (B, H, T, S, F), scale included, unit (B, K, U, F) and exists (B, T, S).
+            bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
+            parts: (B, K, U, C, F) of C runs of keys of each unit, whose shares add up to the
+            unit's; the sum that shares are of stays that of the whole units, which is cheaper.
         competes: (B, K, T, U) bool, units that shares are of, all that are visible if None.
     Returns:
         (B, K, T, U) float32.
     """
+    tile, unit, exists, bias, parts = described
     if competes is None and not torch.is_grad_enabled() and fused(tile, plan):
         from mm_sparse.kernels.score import share_of_units as kernel
 

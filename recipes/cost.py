@@ -31,7 +31,7 @@ from mm_sparse.encoders.speed_profile import spent
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.compare import machine
 from mm_sparse.retrofit import config_of, keeping, layers, watch
-from mm_sparse.scorers import PooledScorer, Scorer, Scores
+from mm_sparse.scorers import PooledScorer, Scorer
 
 SECONDS = 0.03
 """That one part of one layer is repeated for."""
@@ -81,7 +81,10 @@ def parts_of(call: Call, scorer: Scorer) -> dict[str, Callable[[], Any]]:
     causal = not bool((span[..., 1] == plan.layout.length).all())
 
     def chosen() -> mms.Selection:
-        scores = Scores(scorer.score(q, k, plan, call.scale), plan)
+        scores = scorer(
+            q, k, layout=plan.layout, config=plan.config, query_offset=plan.query_offset,
+            scale=call.scale,
+        )  # fmt: skip
         return select(scores, plan.layout, plan.config)
 
     def dense(backend: SDPBackend | None) -> Any:
@@ -157,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def language(words: Sequence[str]) -> Any:
     """Names, model, a run on the first test sequence, and the file to write."""
     from mm_sparse.recipes.corpus import CorpusData
-    from mm_sparse.recipes.quality import add_options, prepared
+    from mm_sparse.recipes.quality import add_options, changes_of, prepared
 
     parser = argparse.ArgumentParser(prog="cost language")
     add_options(parser)
@@ -166,7 +169,12 @@ def language(words: Sequence[str]) -> Any:
     ids = next(iter(CorpusData(args.corpus, args.tokens).kinds("test").values()))[:1]
     ids = ids.to(next(model.parameters()).device)
     names = {"model": args.model, "scorers": args.scorers, "tokens": ids.shape[1]}
-    return names, model, lambda: model.base_model(ids, use_cache=False), args.out
+
+    def run() -> None:
+        with keeping(model, **changes_of(args)):
+            model.base_model(ids, use_cache=False)
+
+    return names | changes_of(args), model, run, args.out
 
 
 def tower(words: Sequence[str]) -> Any:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.recipes.quality import METHODS, add_options, budgets_of, prepared, ranked_by
+from mm_sparse.recipes.quality import (
+    METHODS,
+    add_options,
+    budgets_of,
+    changes_of,
+    prepared,
+    ranked_by,
+)
 from mm_sparse.retrofit import keeping
 
 PLACES = (
@@ -154,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method in args.methods:
         for ratio in args.ratios:
             own = budgets_of(mms.retrofit.config_of(model), method, ratio)
-            settings[f"{method} {ratio}"] = method, {"dense_below": 0} | own
+            settings[f"{method} {ratio}"] = method, {"dense_below": 0} | own | changes_of(args)
     for rows in recall(model, trials(texts, tokenizer), settings, count=args.count):
         record["rows"] = rows
         args.out.write_text(json.dumps(record, indent=1) + "\n")

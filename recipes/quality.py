@@ -243,7 +243,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", required=True, help="file of recipes.corpus")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sampled", type=float, help="share of the budget, else the config's")
+    parser.add_argument("--coarse", type=int, default=1, help="units that are ranked as one first")
+    parser.add_argument(
+        "--coarse-budget", type=float, default=4.0, help="of candidates, in budgets"
+    )
     parser.add_argument("--out", type=Path, required=True)
+
+
+def changes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the config that `add_options` change for all methods."""
+    changes = {"coarse": args.coarse, "coarse_budget": args.coarse_budget}
+    return changes if args.sampled is None else changes | {"sampled": args.sampled}
 
 
 def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -261,7 +272,7 @@ def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     else:
         mms.sparsify(model, SparseConfig(bidirectional=(), dense_below=0))
         args.methods = [name for name in args.methods if name != "scorers"]
-    names = {"model": args.model, "dtype": args.dtype, "scorers": args.scorers}
+    names = {"model": args.model, "dtype": args.dtype, "scorers": args.scorers} | changes_of(args)
     return model, {"machine": machine(), **names, "rows": []}
 
 
@@ -274,15 +285,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=8, help="sequences of each kind")
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.2])
     parser.add_argument("--masses", type=float, nargs="+", default=[], help="thresholds, too")
-    parser.add_argument("--sampled", type=float, help="share of the budget, else the config's")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     args = parser.parse_args(argv)
     model, record = prepared(args)
     device = next(model.parameters()).device
     data = CorpusData(args.corpus, args.tokens).kinds(args.split)
     data = {kind: rows[: args.count].to(device) for kind, rows in data.items()}
-    changes = {} if args.sampled is None else {"sampled": args.sampled}
-    for rows in tables(model, data, args.methods, args.ratios, args.masses, **changes):
+    for rows in tables(model, data, args.methods, args.ratios, args.masses, **changes_of(args)):
         record["rows"] = rows
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from mm_sparse import Modality, unit_mass
 from mm_sparse.calls import Call
+from mm_sparse.lists import units_of_lists
 from mm_sparse.pairs import count_pairs
 from mm_sparse.plan import Plan
 from mm_sparse.recipes.quality import kept_units
@@ -42,7 +43,7 @@ class Attending:
         kept_pairs, seen_pairs = count_pairs(chosen.index, chosen.count, plan)
         self._sum("seen", seen_pairs[: len(Modality)])
         self._sum("kept pairs", kept_pairs[: len(Modality)])
-        kept = kept_units(call.scores.values, plan)
+        kept = units_of_lists(chosen.index, chosen.count, plan.units.shape[1])
         true = unit_mass(call.q, call.k, plan, call.scale) if mean.config != plan.config else mass
         best = kept_units(true.clamp(min=1e-20).log(), plan)
         free = (plan.visible & ~plan.always)[:, None]

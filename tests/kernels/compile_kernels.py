@@ -129,7 +129,7 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     keep = {"KINDS": 3, "BLOCK_U": 4096, "FILL": 1024, "SAMPLED": False, "COARSE": 1}
     of_runs = {**keep, "KINDS": 0, "COARSE": 16}
     some = {"ROWS": max(rows, 16), "COLS": score_runs.COLS, "COARSE": 16}
-    few = score_runs.run_warps(some["ROWS"])
+    few = score_runs.run_warps(some["ROWS"], size)
     drawn = {**keep, "SAMPLED": True}
     merged = {"BLOCK_R": 32}
     return [

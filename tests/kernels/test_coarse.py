@@ -228,6 +228,21 @@ def test_attention_in_blocks_equals_attention_at_once(
     assert not torch.equal(want, flat)
 
 
+def test_a_scorer_that_writes_its_own_score_ranks_every_unit() -> None:
+    class Reversed(mms.PooledScorer):
+        def score(self, *args) -> Tensor:
+            return -super().score(*args)
+
+    layout = TokenLayout.text(1, 320)
+    q, k = random_qk(layout, 2, 2)
+    config = small_config(unit=16, coarse=4)
+    scores = no_grad(Reversed(), q, k, layout, config)
+    want = no_grad(mms.PooledScorer(), q, k, layout, replace(config, coarse=1))
+    assert scores.runs is None
+    assert torch.equal(scores.values, -want.values)
+    assert select(scores, layout, config).check().count.min() > 0
+
+
 def test_training_ranks_every_unit() -> None:
     layout = TokenLayout.text(1, 320)
     q, k = random_qk(layout, 2, 2)

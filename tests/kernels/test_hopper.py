@@ -60,6 +60,35 @@ def test_gpu_strided_inputs_give_the_same(used: list[bool]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("regular", [True, False], ids=["regular", "ragged"])
+def test_gpu_a_head_behind_two_billion_numbers_is_as_alone(regular: bool, used: list[bool]) -> None:
+    tokens, heads = 1 << 20, 17
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of GPU memory")
+    layout = mms.TokenLayout.text(1, tokens if regular else tokens - 5, device="cuda")
+    config = mms.SparseConfig(unit=64, tile=128, tokens=256, causal=False)
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (1, heads, layout.length, 128)
+    q, k, v = (
+        torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(3)
+    )
+    plan = layout.plan(config, num_query_heads=heads, num_kv_heads=heads)
+    index = torch.randint(
+        plan.units.shape[1], (1, heads, plan.tiles.shape[1], 4), device="cuda", generator=generator
+    )
+    index, count = index.int().sort(-1).values, torch.full_like(index[..., 0], 4, dtype=torch.int32)
+    found = mms.attend(q, k, v, mms.Selection(index, count, plan))
+    one = layout.plan(config, num_query_heads=1, num_kv_heads=1)
+    for head in (0, heads - 1):
+        own = slice(head, head + 1)
+        alone = mms.Selection(index[:, own].contiguous(), count[:, own].contiguous(), one)
+        want = mms.attend(*(x[:, own].contiguous() for x in (q, k, v)), alone)
+        assert torch.equal(found[:, own], want)
+    assert used == [True, True, True]
+
+
+@pytest.mark.gpu
 def test_gpu_nan_behind_a_short_unit_stays_where_it_is(used: list[bool]) -> None:
     """A copy of 16 keys from a unit of 5 brings keys of the next one along."""
     layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
