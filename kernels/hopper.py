@@ -181,7 +181,7 @@ def _consume(
     REGULAR_TILES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of one tile after the other."""
-    q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free = buffers
+    q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free, v_clean = buffers
     Tiles, Units, Span, Order, Inner, Count = tables
     items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads = sizes
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on = strides
@@ -195,7 +195,7 @@ def _consume(
     dtype: gl.constexpr = q_smem.dtype
     q = q_smem.index(w)
     dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
-    step = 0
+    step, cleaned = 0, 0
     first = gl.program_id(0) * workers + worker
     for item in range(first, items, gl.num_programs(0) * workers):
         list_, inner, main, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
@@ -287,15 +287,23 @@ def _consume(
                 p = gl.convert_layout(s.to(dtype), p_layout)
                 mbarrier.wait(v_ready.index(stage), phase)
                 if not REGULAR:
-                    # A short unit's box holds values of the next one, and 0 x NaN is NaN.
-                    column = j * COLS + gl.arange(0, COLS, rows_w)
+                    # A short unit's box holds values of the next one, and 0 x NaN is NaN. Each
+                    # warpgroup zeroes those among half of the keys, and waits for the other half.
+                    clean = v_clean.index(cleaned % STAGES)
+                    HALF: gl.constexpr = COLS // 2
+                    own = v_smem.index(stage).slice(w * HALF, HALF, dim=0)
+                    column = j * COLS + w * HALF + gl.arange(0, HALF, rows_w)
                     _key, there = _keys(
                         column, Order, Units, list_, batch, inner, count, num_units, list_length,
                         UNIT, REGULAR,
                     )  # fmt: skip
-                    v = v_smem.index(stage).load(whole)
-                    v_smem.index(stage).store(gl.where(there[:, None], v, 0.0))
+                    v = own.load(whole)
+                    own.store(gl.where(there[:, None], v, 0.0))
                     fence_async_shared()
+                    gl.thread_barrier()
+                    mbarrier.arrive(clean)
+                    mbarrier.wait(clean, cleaned // STAGES % 2)
+                    cleaned += 1
                 acc = warpgroup_mma(p, v_smem.index(stage), acc)
                 mbarrier.arrive(v_free.index(stage))
                 step += 1
@@ -336,7 +344,7 @@ def _keys(
 @gluon.jit
 def _buffers(
     dtype: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, REGULAR: gl.constexpr,
 ):  # fmt: skip
     """Shared memory of one producer and its two consumers: q; k and v as boxes and as blocks."""
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
@@ -351,12 +359,18 @@ def _buffers(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # Barriers that no one waits for are given away to what is allocated next, and must not be made.
+    v_clean = v_free
+    if not REGULAR:
+        v_clean = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
-    return q_smem, k_pieces, v_pieces, k_smem, v_smem, k_ready, k_free, v_ready, v_free
+        if not REGULAR:
+            mbarrier.init(v_clean.index(i), count=2)
+    return q_smem, k_pieces, v_pieces, k_smem, v_smem, k_ready, k_free, v_ready, v_free, v_clean
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -374,7 +388,7 @@ def _forward(
     scale2 = scale * LOG2E
     # Arguments are written out: constants kept in a tuple of their own would become numbers.
     # Of a pair of buffers: 1 and 2 the boxes of k and v, 5 to 8 their barriers.
-    one = _buffers(dtype, UNIT, COLS, D, STAGES)
+    one = _buffers(dtype, UNIT, COLS, D, STAGES, REGULAR)
     if D == 128:
         gl.warp_specialize(
             [
@@ -401,7 +415,7 @@ def _forward(
     else:
         # A small head dim leaves registers for two tiles at a time, whose softmaxes and products
         # fill each other's gaps.
-        two = _buffers(dtype, UNIT, COLS, D, STAGES)
+        two = _buffers(dtype, UNIT, COLS, D, STAGES, REGULAR)
         gl.warp_specialize(
             [
                 (_consume, (

@@ -145,9 +145,10 @@ def test_growth_is_the_exponent_of_the_length(tmp_path):
     lengths = ["--tokens", "256", "512"]
     cli.main(["bench", "--long", *lengths, "--units", "16", "--causal", "no", "--out", str(out)])
     content = json.loads(out.read_text())
-    assert [r["density"] for r in content["records"]] == [1.0] * 4
+    assert [r["density"] for r in content["records"]] == [1.0] * 8
     names = [row["what"].partition(" keys")[2] for row in content["growth"]]
-    assert names == ["", ", topics"]
+    runs = ", runs of 16 units first"
+    assert names == ["", runs, ", topics", f", topics{runs}"]
     for row in content["growth"]:
         assert (row["from"], row["to"]) == (256, 512)
         # The tests' clock says that every call takes as long.
