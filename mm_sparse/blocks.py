@@ -65,10 +65,10 @@ def query_blocks(
 
 
 def _ranked(length: int, config: SparseConfig) -> int:
-    """Units that are ranked at once for a tile: all, or runs of them, then those of the best."""
+    """What is ranked for a tile: all units, or runs of them and then the units of the best."""
     units = -(-length // config.unit)
     if config.coarse == 1:
         return units
     most = candidates(config)
     keys = most.ratio * length if most.tokens is None else most.tokens
-    return max(-(-units // config.coarse), min(-(-int(keys) // config.unit), units))
+    return -(-units // config.coarse) + min(-(-int(keys) // config.unit), units)

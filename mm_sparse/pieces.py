@@ -108,3 +108,9 @@ def majority(modality: Tensor, piece: Tensor, count: int) -> Tensor:
 def is_regular(table: Tensor, size: int, length: int) -> bool:
     """Whether piece p is exactly the tokens [p * size, (p + 1) * size)."""
     return table.shape[1] * size == length and bool((table[..., 1] == size).all())
+
+
+def sum_between(value: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    """(B, T) int64: sums of `value` (B, P) over runs of pieces from `first` to `end`, (B, T)."""
+    before = torch.nn.functional.pad(value.cumsum(1), (1, 0))
+    return before.gather(1, end) - before.gather(1, first)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.known import OfConfig, OfPieces
 from mm_sparse.modality import Modality
-from mm_sparse.pieces import fill_documents, piece_edges
+from mm_sparse.pieces import fill_documents, piece_edges, sum_between
 
 if TYPE_CHECKING:
     from mm_sparse.cache import DescriptorCache
@@ -108,7 +108,7 @@ class Plan:
     @OfPieces
     def visible(self) -> Tensor:
         """(B, T, U) bool: some query of the tile sees some key of the unit."""
-        return self._overlap(self.hull[..., 0], self.hull[..., 1])
+        return self._overlap(self.hull)
 
     @property
     def always(self) -> Tensor:
@@ -117,7 +117,7 @@ class Plan:
         return self.once(("always", config.sinks, config.window), self._always)
 
     def _always(self) -> Tensor:
-        kept = self._overlap(*self.near.unbind(-1))
+        kept = self._overlap(self.near)
         # A tile of short documents has sinks in each of them, so units are asked, not tiles.
         return (kept | self.sink_units[:, None]) & self.visible if self.config.sinks else kept
 
@@ -176,7 +176,7 @@ class Plan:
     @OfPieces
     def seen(self) -> Tensor:
         """(B, T) int64: keys of visible units."""
-        return _between(self.units[..., 1], *self.units_of(self.hull))
+        return sum_between(self.units[..., 1], *self.units_of(self.hull))
 
     def units_of(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """First unit and end of those that hold a key of the ranges (B, T, 2): two (B, T)."""
@@ -227,10 +227,12 @@ class Plan:
         if not self.tiles.numel():
             return 0, 0, 0
         seen, near = self.units_of(self.hull), self.units_of(self.near)
-        short = _between(self.units[..., 1] < self.unit, *seen)
+        short = sum_between(self.units[..., 1] < self.unit, *seen)
         always = near[1] - near[0]
         if self.config.sinks:
-            always = always + _between(self.sink_units, *seen) - _between(self.sink_units, *near)
+            always = (
+                always + sum_between(self.sink_units, *seen) - sum_between(self.sink_units, *near)
+            )
         found = (self.seen, short, always)
         return tuple(torch.stack([x.amax() for x in found]).tolist())
 
@@ -287,15 +289,9 @@ class Plan:
         first = torch.arange(0, count * width, width, device=self.units.device)
         return (self.units[..., 1:] - first).clamp(0, width)
 
-    def _overlap(self, low: Tensor, high: Tensor) -> Tensor:
+    def _overlap(self, keys: Tensor) -> Tensor:
         start, size = self.units[:, None].unbind(-1)
-        return (start < high[..., None]) & (start + size > low[..., None]) & (size > 0)
-
-
-def _between(value: Tensor, first: Tensor, end: Tensor) -> Tensor:
-    """(B, T) int64: sums of `value` (B, U) from `first` to `end`, both (B, T)."""
-    before = torch.nn.functional.pad(value.cumsum(1), (1, 0))
-    return before.gather(1, end) - before.gather(1, first)
+        return (start < keys[..., 1:]) & (start + size > keys[..., :1]) & (size > 0)
 
 
 def _share(seen: Tensor, ratio: float | Tensor) -> Tensor:

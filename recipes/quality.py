@@ -264,9 +264,8 @@ def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """
     from mm_sparse.recipes.parts import LanguagePart
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = LanguagePart(args.model, options={"dtype": args.dtype}).build(0)
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     if args.scorers:
         mms.load_scorers(model, args.scorers)
     else:
@@ -288,9 +287,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     args = parser.parse_args(argv)
     model, record = prepared(args)
-    device = next(model.parameters()).device
     data = CorpusData(args.corpus, args.tokens).kinds(args.split)
-    data = {kind: rows[: args.count].to(device) for kind, rows in data.items()}
+    data = {kind: rows[: args.count].to(model.device) for kind, rows in data.items()}
     for rows in tables(model, data, args.methods, args.ratios, args.masses, **changes_of(args)):
         record["rows"] = rows
         args.out.write_text(json.dumps(record, indent=1) + "\n")
