@@ -84,6 +84,29 @@ def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...
     return found.squeeze(3).chunk(3 if extremes else 1, -1)
 
 
+def means(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `tile_descriptors` and `unit_descriptors` give, by one kernel where it serves."""
+    apart = torch.is_grad_enabled() or plan.descriptors is not None or q.dtype != k.dtype
+    if apart or not (fused(q, plan) and fused(k, plan)):
+        return None
+    from mm_sparse.kernels.pool import pool_both
+
+    live = plan.live_subpools
+    tile, unit = pool_both(
+        last_contiguous(q),
+        last_contiguous(k),
+        plan.tiles,
+        plan.units,
+        plan.tile_tokens,
+        plan.unit,
+        live.shape[2],
+        scale,
+        regular_tiles=plan.regular_tiles,
+        regular=plan.regular,
+    )
+    return tile, unit, live
+
+
 def last_contiguous(x: Tensor) -> Tensor:
     """As kernels read it: a copy only if the head dim is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()

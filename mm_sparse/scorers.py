@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mm_sparse.cache import DescriptorCache, described
 from mm_sparse.coarse import Runs, rank_in_two_steps
 from mm_sparse.config import SparseConfig
-from mm_sparse.descriptors import piece_features, tile_descriptors, unit_descriptors
+from mm_sparse.descriptors import means, piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
@@ -106,6 +106,9 @@ class PooledScorer(Scorer):
     """
 
     def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
+        if (found := means(q, k, plan, scale)) is not None:
+            tile, unit, exists = found
+            return Descriptors(tile, unit, exists)
         tile, exists = tile_descriptors(q, plan, scale)
         unit = described(k, plan, lambda part: unit_descriptors(k, part, extremes=False)[0])
         return Descriptors(tile, unit, exists)

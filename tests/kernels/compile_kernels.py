@@ -47,6 +47,8 @@ POINTERS = {
     "Keys",
     "Parts",
     "Other",
+    "OutQ",
+    "OutK",
 }
 FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
 FLOATS |= {"Log", "OtherLog", "Whole"}
@@ -114,6 +116,12 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         "SIZE": unit, "WIDTH": unit, "BLOCK_W": block, "STEPS": steps, "TOGETHER": together,
         "EXTREMES": True,
     }  # fmt: skip
+    tokens = constants["TOKENS"]
+    q_together, q_block, q_steps, _ = pool.pool_blocks(-(-tokens // 4), dim, size)
+    both = {
+        "TILE": tokens, "WIDTH": -(-tokens // 4), "Q_TOGETHER": q_together, "Q_BLOCK": q_block,
+        "Q_STEPS": q_steps, "K_TOGETHER": together, "K_BLOCK": block, "K_STEPS": steps,
+    }  # fmt: skip
     share = {
         "SUBPOOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
@@ -133,7 +141,8 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     drawn = {**keep, "SAMPLED": True}
     merged = {"BLOCK_R": 32}
     return [
-        (pool._pool, pooled, warps, 2), (score._log_sums, share, 4, stages),
+        (pool._pool, pooled, warps, 2), (pool._pool_both, both, warps, 2),
+        (score._log_sums, share, 4, stages),
         (score._share, share, 4, stages), (score._share, own, 4, fine_stages),
         (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),

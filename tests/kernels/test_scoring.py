@@ -14,7 +14,7 @@ from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
 from mm_sparse.choosing import MOST_UNITS
 from mm_sparse.kernels import score as score_kernels
 from mm_sparse.kernels import select as select_kernels
-from mm_sparse.kernels.pool import pool
+from mm_sparse.kernels.pool import pool, pool_both
 from mm_sparse.kernels.select import keep_best
 from mm_sparse.plan import Plan
 from mm_sparse.selection import select
@@ -182,6 +182,25 @@ def test_pools_are_means_and_extremes(
                 torch.testing.assert_close(
                     found[b, :, p, i].unflatten(-1, (3, dim)).transpose(0, 1).cpu(), want
                 )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["text", "documents", "hole"])
+@pytest.mark.parametrize(("heads", "dim", "subpools"), [(1, 8, 4), (6, 80, 3)], ids=str)
+def test_pools_of_tiles_and_units_in_one_launch_are_those_of_two(
+    heads: int, dim: int, subpools: int, name: str, device: str
+) -> None:
+    cpu = TokenLayout.from_rows([LONG[name], LONG["documents"]])
+    layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, heads, 1, dim))
+    for unit in (16, 64):
+        config = small(unit=unit, subpools=subpools)
+        plan = layout.plan(config, num_query_heads=heads, num_kv_heads=1)
+        regular = {"regular_tiles": plan.regular_tiles, "regular": plan.regular}
+        tile, keys = pool_both(
+            q, k, plan.tiles, plan.units, plan.tile_tokens, unit, subpools, 0.5, **regular
+        )
+        assert torch.equal(tile, pool(q, plan.tiles, plan.tile_tokens, subpools, scale=0.5))
+        assert torch.equal(keys, pool(k, plan.units, unit).squeeze(3))
 
 
 @pytest.mark.parametrize("device", DEVICES)
