@@ -1,5 +1,7 @@
 """Queries in blocks: what all at once give, in less memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from mm_sparse import blocks
 from mm_sparse.attention import rank_and_attend
 from mm_sparse.placing import Placed
 from mm_sparse.plan import Plan
+from mm_sparse.retrofit import watch
 from tests.mm_sparse.small_models import SPARSE, build, long_ids
 
 CONFIG = mms.SparseConfig(ratio=0.3, unit=16, tile=64, sinks=4, window=8, dense_below=0)
@@ -152,3 +155,18 @@ def test_a_model_reports_all_blocks(monkeypatch):
     for row, (density, pairs) in zip(found, rows, strict=True):
         assert row.density == pytest.approx(density)
         assert row.pair_density == pytest.approx(pairs)
+
+
+@pytest.mark.parametrize("scorer", [None, "relevance", "fine"])
+def test_a_language_model_with_runs_trains_and_generates(scorer):
+    model, ids = build("llama").model, long_ids()
+    config = replace(SPARSE, ratio=0.2, coarse=2, coarse_budget=1.5)
+    mms.sparsify(model, config, scorer=scorer)
+    calls = []
+    with watch(model, calls.append), torch.no_grad():
+        model(ids)
+    assert all(call.scores.runs is not None for call in calls)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    answer = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == ids.shape[1] + 3
