@@ -19,6 +19,7 @@ from mm_sparse.layer import LAYER, Layer, Shared
 from mm_sparse.named_scorers import NAMED, make_scorer
 from mm_sparse.scorers import Scorer
 from mm_sparse.tower_layouts import Tower
+from mm_sparse.tower_order import OrderedBlocks, find_ordered_blocks
 from mm_sparse.towers import TowerFound, TowerLayer, find_towers
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,6 +34,7 @@ class State:
     layers: dict[str, Layer]
     trackers: list[ModalityTracker]
     towers: list[Tower]
+    blocks: list[OrderedBlocks]
     handles: list[Any] = field(default_factory=list)
     before: list[tuple[Any, str]] = field(default_factory=list)
     """Configs and the attention implementation that each named."""
@@ -99,6 +101,8 @@ def densify(model: M) -> M:
     state.handles.clear()
     for config, name in state.before:
         config._attn_implementation_internal = name
+    for blocks in state.blocks:
+        blocks.detach()
     for layer in state.layers.values():
         layer.detach()
     del vars(model)[STATE]
@@ -250,7 +254,9 @@ def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
             if item.modality is None:
                 tracker.follow(item.owners)
             before += _configs(item, [config for config, _ in before])
-    return State(shared, served, list(trackers.values()), list(towers.values()), before=before)
+    blocks = find_ordered_blocks(model, served.values())
+    parts = list(trackers.values()), list(towers.values()), blocks
+    return State(shared, served, *parts, before=before)
 
 
 def _configs(item: HFFound, known: list[Any]) -> list[tuple[Any, str]]:
@@ -273,4 +279,6 @@ def _attach(model: nn.Module, state: State) -> None:
         config._attn_implementation_internal = NAME
     for part in (*state.trackers, *state.towers):
         state.handles += part.attach()
+    for blocks in state.blocks:
+        blocks.attach()
     setattr(model, STATE, state)

@@ -55,31 +55,38 @@ class RedirectedForward(Forward):
             # Listening to every function of the forward takes longer than a short call itself.
             layer.record = self._dense[1]
             return self.stock(*args, **kwargs)
-        alone = len(args) == 1 and isinstance(args[0], Tensor)
-        if alone and all(x is None or x is False for x in kwargs.values()):
-            layer.ordered = layer.place_in_order(args[0])
-        try:
+        if layer.ordered is not None:
             out, calls = self._listened(*args, **kwargs)
-        finally:
-            layer.ordered = None
+        else:
+            out, calls = self._ordered(*args, **kwargs)
         short = calls == 1 and layer.record is not None and layer.record.mode == "dense"
         self._dense = (given, layer.record) if short else (None, None)
         return out
 
     _uncompiled = torch.compiler.disable(__call__)
 
+    def _ordered(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        """`_listened`, with tokens in patch order inside of it where that may be."""
+        layer, placed = self.layer, None
+        alone = len(args) == 1 and isinstance(args[0], Tensor)
+        if alone and all(x is None or x is False for x in kwargs.values()):
+            placed = layer.place_in_order(args[0])
+        if placed is None:
+            return self._listened(*args, **kwargs)
+        layer.ordered = placed
+        try:
+            out, calls = self._listened(arrange(args[0], placed.layout, placed.first, dim=1))
+        finally:
+            layer.ordered = None
+        return restore(out, placed.layout, placed.first, dim=1), calls
+
     def _listened(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
         """What the forward gives, and how often it called for attention."""
-        layer, placed = self.layer, self.layer.ordered
-        if placed is not None:
-            args = (arrange(args[0], placed.layout, placed.first, dim=1),)
-        with _Redirect(layer) as redirect:
+        with _Redirect(self.layer) as redirect:
             out = self.stock(*args, **kwargs)
         if not redirect.calls:
             problem = "its forward did not call scaled_dot_product_attention"
-            layer.note(layer.refuse(problem), 0, 0)
-        if placed is not None:
-            out = restore(out, placed.layout, placed.first, dim=1)
+            self.layer.note(self.layer.refuse(problem), 0, 0)
         return out, redirect.calls
 
 

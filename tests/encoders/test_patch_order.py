@@ -1,6 +1,7 @@
 """Vision towers of all libraries with tiles and units that are patches of the grid."""
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse import retrofit
+from mm_sparse import grid_order, retrofit
 from mm_sparse.grid_order import patch_order, restore
 from mm_sparse.viz import kept_share
 from tests.encoders.cases import VISIONS, build
@@ -134,3 +135,106 @@ def test_tokens_put_in_order_once_give_what_q_k_v_and_output_give_one_by_one() -
     torch.testing.assert_close(once, one_by_one, rtol=1e-5, atol=1e-5)
     raster, _ = mms.sparsify(encoder, RASTER)(*batch)
     assert not torch.allclose(once, raster, atol=1e-3)
+
+
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every move of tokens into or out of patch order."""
+    moved: list[int] = []
+    take = grid_order._take
+
+    def counted(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+        moved.append(dim)
+        return take(x, index, dim)
+
+    monkeypatch.setattr(grid_order, "_take", counted)
+    return moved
+
+
+@torch.no_grad()
+def test_all_blocks_of_a_vit_share_two_moves(takes: list[int]) -> None:
+    encoder, batch = build("timm-dinov2")
+    mms.sparsify(encoder, GRID)
+    blocks, depth = encoder.backbone.blocks, len(encoder.backbone.blocks)
+    together, _ = encoder(*batch)
+    assert len(takes) == 2
+    del takes[:], vars(blocks)["forward"]
+    each, _ = encoder(*batch)
+    assert len(takes) == 2 * depth
+    torch.testing.assert_close(together, each, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_who_looks_into_the_blocks_sees_tokens_as_they_are(takes: list[int]) -> None:
+    encoder, batch = build("timm-dinov2")
+    mms.sparsify(encoder, GRID)
+    blocks = encoder.backbone.blocks
+    want, _ = encoder(*batch)
+    del takes[:]
+    outside: list[torch.Tensor] = []
+    inside: list[torch.Tensor] = []
+    with (
+        blocks.register_forward_pre_hook(lambda _, args: outside.append(args[0])),
+        blocks[0].register_forward_pre_hook(lambda _, args: inside.append(args[0])),
+    ):
+        found, _ = encoder(*batch)
+    assert len(takes) == 2 * len(blocks)
+    assert inside[0].equal(outside[0])
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    # One by one, as for features of some blocks, each layer moves its own.
+    backbone, pictures = encoder.backbone, (batch[0] - encoder.mean) / encoder.std
+    last = len(blocks) - 1
+    features = backbone.forward_intermediates(
+        pictures, [last], norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    want = backbone.forward_features(pictures)[:, backbone.num_prefix_tokens :]
+    torch.testing.assert_close(features[0], want, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_of_another_make_move_layer_by_layer(takes: list[int]) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    encoder, batch = build("timm-dinov2")
+    mms.sparsify(encoder, GRID)
+    blocks = encoder.backbone.blocks
+    old = blocks[-1].mlp.fc2
+    blocks[-1].mlp.fc2 = Doubled(old.in_features, old.out_features)
+    encoder(*batch)
+    assert len(takes) == 2 * len(blocks)
+    blocks[-1].mlp.fc2 = old
+    del takes[:]
+    encoder(*batch)
+    assert len(takes) == 2
+
+
+@torch.no_grad()
+def test_blocks_that_fail_leave_no_order_behind() -> None:
+    encoder, batch = build("timm-dinov2")
+    mms.sparsify(encoder, GRID)
+    blocks = encoder.backbone.blocks
+    want, _ = encoder(*batch)
+    width = blocks[-1].mlp.fc1.in_features
+    kept, blocks[-1].mlp.fc1 = blocks[-1].mlp.fc1, torch.nn.Linear(width + 1, 4)
+    with pytest.raises(RuntimeError):
+        encoder(*batch)
+    blocks[-1].mlp.fc1 = kept
+    assert all(layer.ordered is None for layer in retrofit.layers(encoder).values())
+    assert encoder(*batch)[0].equal(want)
+    mms.densify(encoder)
+    assert "forward" not in vars(blocks)
+
+
+@torch.no_grad()
+def test_dense_layers_among_sparse_ones_take_tokens_in_order(takes: list[int]) -> None:
+    encoder, batch = build("timm-dinov2")
+    mms.sparsify(encoder, GRID)
+    name = next(iter(retrofit.layers(encoder)))
+    mms.sparsify(encoder, dataclasses.replace(GRID, dense_layers=(name,)))
+    together, _ = encoder(*batch)
+    assert len(takes) == 2
+    del vars(encoder.backbone.blocks)["forward"]
+    each, _ = encoder(*batch)
+    torch.testing.assert_close(together, each, rtol=1e-5, atol=1e-5)
