@@ -31,7 +31,7 @@ from mm_sparse.recipes.ablation_report import (
     table,
 )
 from mm_sparse.recipes.callbacks import densities
-from mm_sparse.recipes.compare import machine, placed, prepare
+from mm_sparse.recipes.compare import machine, placed, prepare, validation_of
 from mm_sparse.recipes.distiller import Goal
 from mm_sparse.recipes.multimodal import Multimodal, Said
 from mm_sparse.recipes.parts import OptimizerPart
@@ -267,10 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
     cli = prepare("ablation", args.config, [f"--model.weights={args.checkpoint}", *more])
-    data = cli.datamodule
-    if data.validation is None:
-        raise ValueError(f"data.validation of {args.config} must be given, got None")
-
+    data, validation = cli.datamodule, validation_of(cli, args.config)
     start = time.perf_counter()
     with placed(cli) as here:
 
@@ -278,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return list(here(islice(data.loader(data.train, shuffle=True), args.steps)))
 
         found = run(
-            cli.model, train, list(here(data.loader(data.validation))), seeds=args.seeds,
+            cli.model, train, list(here(data.loader(validation))), seeds=args.seeds,
             floor=args.floor, looked_at=args.looked_at,
             goal=Goal(tiles=args.tiles), optimizer=OptimizerPart(lr=args.lr, warmup=10, final=0.0),
         )  # fmt: skip

@@ -85,6 +85,17 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
     return cli
 
 
+def validation_of(cli: Any, config: str) -> Any:
+    """The validation data of what `prepare` made of `config`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if cli.datamodule.validation is None:
+        raise ValueError(f"data.validation of {config} must be given, got None")
+    return cli.datamodule.validation
+
+
 @contextmanager
 def placed(cli: Any) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
     """For those who use a recipe's model without its trainer: on its device, in its precision.

@@ -11,7 +11,7 @@ import torch
 
 from mm_sparse.page import Scene, Sight, Sounding, draw_scene
 from mm_sparse.recipes.audio_parts import LogMel
-from mm_sparse.recipes.compare import prepare
+from mm_sparse.recipes.compare import prepare, validation_of
 from mm_sparse.recipes.samples import IGNORED, RATE, Batch, Sample
 
 
@@ -24,9 +24,7 @@ def recipe(arguments: list[str]) -> Scene:
     options, more = parser.parse_known_args(arguments)
     weights = [] if options.ckpt is None else [f"--model.weights={options.ckpt}"]
     cli = prepare("inspect", options.config, [*weights, *more])
-    samples = cli.datamodule.validation
-    if samples is None:
-        raise ValueError(f"data.validation of {options.config} must be given to show it, got None")
+    samples = validation_of(cli, options.config)
     return scene(cli.model.eval(), cli.datamodule.collator, samples[options.sample])
 
 

@@ -23,7 +23,7 @@ from mm_sparse import Scorer
 from mm_sparse.recipes import quality
 from mm_sparse.recipes.ablation import LEARNED, dense_run, matched_ratio, measure
 from mm_sparse.recipes.ablation_report import summary
-from mm_sparse.recipes.compare import machine, placed, prepare
+from mm_sparse.recipes.compare import machine, placed, prepare, validation_of
 from mm_sparse.recipes.distiller import Goal
 from mm_sparse.recipes.multimodal import Multimodal
 from mm_sparse.recipes.parts import OptimizerPart
@@ -138,15 +138,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {weights: rankers_for(weights, args.methods) for weights in args.weights}
     for weights, rankers in chosen.items():
         cli = prepare("quality", args.config, [f"--model.weights={weights}", *more])
-        data, model = cli.datamodule, cli.model
-        if data.validation is None:
-            raise ValueError(f"data.validation of {args.config} must be given, got None")
+        data, model, validation = cli.datamodule, cli.model, validation_of(cli, args.config)
         with placed(cli) as here:
             if args.learn:
                 batches = here(islice(data.loader(data.train, shuffle=True), args.learn))
                 rankers["learned"] = learned(model, list(batches))
-            held_out = list(here(data.loader(data.validation)))
-            for row in table(model, held_out, args.densities, rankers, sinks=args.sinks):
+            batches = list(here(data.loader(validation)))
+            for row in table(model, batches, args.densities, rankers, sinks=args.sinks):
                 record["rows"].append({"weights": weights, **row})
                 args.out.write_text(json.dumps(record, indent=1) + "\n")
                 print(json.dumps(record["rows"][-1]), flush=True)

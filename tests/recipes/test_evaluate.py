@@ -105,3 +105,23 @@ def test_results_become_a_picture(tmp_path: Path) -> None:
     assert len(colours) > 20
     with pytest.raises(ValueError, match="rows must hold results"):
         quality_plot.draw([], tmp_path / "none.png")
+
+
+def test_tables_of_encoders_become_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{"method": "dense", "density": 1.0, "word_error_rate": 0.08, "frame_cosine": 1.0}]
+    rows += [
+        {"method": method, "density": 0.2, "sampled": sampled, "frame_cosine": 0.9,
+         "word_error_rate": 0.1}
+        for method in ("window", "trained") for sampled in (0.0, 0.5)
+    ]  # fmt: skip
+    figures = ["word_error_rate", "frame_cosine"]
+    panels = quality_plot.panels_of(rows, figures)
+    assert list(panels) == [(f, t) for t in ("", "50% of it sampled") for f in figures]
+    assert all([row["method"] for row in own] == ["window", "trained"] for own in panels.values())
+    file = tmp_path / "speech.json"
+    file.write_text(json.dumps({"rows": rows}))
+    quality_plot.main([str(file), str(tmp_path / "out.png"), "--figure", *figures])
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="one of \\['kl'\\]"):
+        quality_plot.draw(rows, tmp_path / "none.png")
