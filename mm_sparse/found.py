@@ -41,6 +41,12 @@ def forward_source(cls: type) -> str:
         return ""
 
 
+@cache
+def is_one_of(cls: type, names: frozenset[str]) -> bool:
+    """Whether a class, not one of its bases, is one of those of these full names."""
+    return f"{cls.__module__}.{cls.__qualname__}" in names
+
+
 def scorer_shape(module: nn.Module) -> tuple[int, int, int]:
     """Query heads, KV heads and head dim of an attention module.
 

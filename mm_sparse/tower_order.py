@@ -6,20 +6,18 @@ B batch, N tokens, C channels
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.found import prefixes
+from mm_sparse.found import is_one_of, prefixes
 from mm_sparse.grid_order import arrange, restore
 from mm_sparse.layer import LAYER, Layer
 from mm_sparse.placing import Placed
 from mm_sparse.towers import EQUIVARIANT, TowerLayer
 
 # What a block may be made of: each token comes out the same wherever it stands.
-TOKENWISE = (
-    *EQUIVARIANT,
+TOKENWISE = EQUIVARIANT | {
     "timm.models.vision_transformer.Block",
     "timm.models.vision_transformer.LayerScale",
     "timm.layers.layer_scale.LayerScale",
@@ -40,7 +38,7 @@ TOKENWISE = (
     "torch.nn.modules.activation.GELU",
     "torch.nn.modules.activation.ReLU",
     "torch.nn.modules.activation.SiLU",
-)
+}
 
 
 class OrderedBlocks:
@@ -87,8 +85,6 @@ class OrderedBlocks:
         Nobody must look into the blocks, where tokens are in patch order.
         """
         found: list[tuple[Layer, Placed]] = []
-        if tokens.dim() != 3 or not _plain(self.blocks):
-            return found
         for layer in self.layers:
             if layer.early_mode(tokens.shape[1], tokens.device)[0] != "sparse":
                 continue
@@ -96,7 +92,8 @@ class OrderedBlocks:
             if place is None or (found and found[0][1].layout is not place.layout):
                 return []
             found.append((layer, place))
-        return found
+        # Last: it looks at every module, which short sequences, that run dense, need not wait for.
+        return found if found and _plain(self.blocks) else []
 
 
 def find_ordered_blocks(model: nn.Module, layers: Iterable[Layer]) -> list[OrderedBlocks]:
@@ -108,9 +105,12 @@ def find_ordered_blocks(model: nn.Module, layers: Iterable[Layer]) -> list[Order
             continue
         around = [modules[name] for name in prefixes(layer.name)][::-1]
         blocks = next((m for m in around if type(m) is nn.Sequential), None)
-        if blocks is None or "forward" in vars(blocks) or not _plain(blocks):
+        if blocks is None:
             continue
-        found.setdefault(id(blocks), OrderedBlocks(blocks, [])).layers.append(layer)
+        if id(blocks) not in found and "forward" not in vars(blocks) and _plain(blocks):
+            found[id(blocks)] = OrderedBlocks(blocks, [])
+        if id(blocks) in found:
+            found[id(blocks)].layers.append(layer)
     return list(found.values())
 
 
@@ -120,7 +120,9 @@ def _plain(blocks: nn.Module) -> bool:
     for part in parts:
         if part is None:
             continue
-        if not _tokenwise(type(part)) or ("forward" in vars(part) and not _served(part)):
+        if not is_one_of(type(part), TOKENWISE):
+            return False
+        if "forward" in vars(part) and not _served(part):
             return False
         if part._forward_hooks or part._forward_pre_hooks:
             return False
@@ -128,11 +130,6 @@ def _plain(blocks: nn.Module) -> bool:
             return False
         parts += part._modules.values()
     return True
-
-
-@cache
-def _tokenwise(cls: type) -> bool:
-    return f"{cls.__module__}.{cls.__qualname__}" in TOKENWISE
 
 
 def _served(module: nn.Module) -> bool:

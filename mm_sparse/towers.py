@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_sparse.found import Found, defining_class, forward_source, prefixes
+from mm_sparse.found import Found, defining_class, forward_source, is_one_of, prefixes
 from mm_sparse.grid_order import ordered_layout
 from mm_sparse.layer import LAYER, Layer, Shared
 from mm_sparse.modality import Modality
@@ -23,7 +23,9 @@ FUSED = "scaled_dot_product_attention"
 UNFUSED = ("fused_attn", "use_fsdpa")
 BIASES = ("relative_position_bias_table", "rel_pos", "use_rel_pos", "has_position_bias")
 # Give each token what it would get in any other order of the tokens, and ask for no positions.
-EQUIVARIANT = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+EQUIVARIANT = frozenset(
+    ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+)
 CHANNELS = ("XCA", "CrossCovarianceAttn", "ChannelAttention", "ChannelAttentionV2")
 
 
@@ -73,7 +75,9 @@ class TowerLayer(Layer):
         four. Nobody must look on: what is inside of the module is in patch order, too.
         """
         shared, module = self.shared, self.module
-        if tokens.dim() != 3 or shared.watchers or shared.instead or not _equivariant(type(module)):
+        if tokens.dim() != 3 or shared.watchers or shared.instead:
+            return None
+        if not is_one_of(type(module), EQUIVARIANT):
             return None
         if any(part._forward_hooks or part._forward_pre_hooks for part in module.children()):
             return None
@@ -134,11 +138,6 @@ def _library(module: nn.Module, around: list[nn.Module]) -> str | None:
 def _home(cls: type) -> str | None:
     roots = [base.__module__.partition(".")[0] for base in cls.__mro__]
     return next((root for root in roots if root in LIBRARIES), None)
-
-
-@cache
-def _equivariant(cls: type) -> bool:
-    return f"{cls.__module__}.{cls.__qualname__}" in EQUIVARIANT
 
 
 @cache
