@@ -26,7 +26,7 @@ from .primitives import (
     unit_keys,
     unmasked_columns,
 )
-from .sizes import next_power_of_2
+from .sizes import all_whole, next_power_of_2
 from .transpose_triton import transpose_lists
 
 
@@ -246,7 +246,7 @@ def key_blocks(
 def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, regular: bool, regular_tiles: bool,
+    unit: int, lead: int, regular_tiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward kernels; arguments as in `forward.attend_forward`.
 
@@ -258,13 +258,14 @@ def attend_backward(
     num_tiles, num_units = tiles.shape[1], units.shape[1]
     group = heads // kv_heads
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    # Regular units cover every key; keys outside all units have no gradient.
-    blank = torch.empty_like if regular else torch.zeros_like
+    # Even units cover every key; keys outside all units have no gradient.
+    blank = torch.zeros_like if lead < 0 else torch.empty_like
     dk, dv = (blank(x, memory_format=torch.contiguous_format) for x in (k, v))
     delta = torch.empty_like(lse)
     block_d, major = max(next_power_of_2(head_dim), 16), generation(q)
     all_rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size(), major)
+    regular = all_whole(lead, unit, num_keys)
     whole = regular and cols <= unit
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     constants = {

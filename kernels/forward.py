@@ -26,7 +26,7 @@ from .primitives import (
     tile_rows,
     unmasked_columns,
 )
-from .sizes import next_power_of_2
+from .sizes import all_whole, next_power_of_2
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -114,15 +114,16 @@ def forward_blocks(
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, regular_tiles: bool,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
+    regular_tiles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; arguments as in `reference.dense_mask`.
 
     Args:
         tile_tokens: most query tokens in a tile.
         unit: most key tokens in a unit.
-        regular: unit u is exactly the keys [u * unit, (u + 1) * unit).
-        regular_tiles: the same of tiles and queries.
+        lead: if not -1, unit u is what exists of the `unit` keys from u * unit - lead on.
+        regular_tiles: tile t is exactly the queries [t * tile_tokens, (t + 1) * tile_tokens).
     Returns:
         out (B, H, N, D) in q's dtype, log-sum-exp (B, H, N) float32.
     """
@@ -135,6 +136,7 @@ def attend_forward(
     all_rows, major = rows, generation(q)
     rows, cols, warps, stages = forward_blocks(rows, unit, head_dim, q.element_size(), major)
     block_d = max(next_power_of_2(head_dim), 16)
+    regular = all_whole(lead, unit, k.shape[2])
     whole = regular and cols <= unit
     launch(
         _forward, (num_tiles * (all_rows // rows), batch * kv_heads),

@@ -42,13 +42,13 @@ BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}
 @triton.jit(do_not_specialize=COUNTS)
 def _sort_lists(
     Order, Inner, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
-    kv_heads, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
-    REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr,
+    kv_heads, lead, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr, REGULAR_TILES: tl.constexpr,
 ):  # fmt: skip
     """A list's units that need no mask from the front, the others from the back of its places.
 
-    Of regular units those that need one are the first and the last of a list: it stays as it is,
-    and is told how many come first.
+    Of even units those that need one are the first and the last of a list: it stays as it is, and
+    is told how many come first.
     """
     t = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
@@ -66,8 +66,8 @@ def _sort_lists(
         slot = first + tl.arange(0, WIDTH)
         listed = slot < count
         unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0)
-        if REGULAR:
-            start = unit * UNIT
+        if EVEN:
+            start = unit * UNIT - lead
             whole = listed & (start >= all_from) & (start + UNIT <= all_to)
             others += tl.sum((listed & (start < all_from)).to(tl.int32), 0)
         else:
@@ -103,10 +103,10 @@ def _list(item, Inner, Count, num_tiles, UNIT: gl.constexpr, COLS: gl.constexpr)
 
 
 @gluon.jit
-def _place(slot, inner, list_length, REGULAR: gl.constexpr):
+def _place(slot, inner, list_length, EVEN: gl.constexpr):
     """Where the unit of a slot stands: those that need no mask have the first slots."""
     whole, ahead = inner
-    if REGULAR:
+    if EVEN:
         return slot + gl.where(slot < whole, ahead, gl.where(slot < whole + ahead, -whole, 0))
     else:
         return gl.where(slot < whole, slot, list_length - 1 - (slot - whole))
@@ -116,11 +116,11 @@ def _place(slot, inner, list_length, REGULAR: gl.constexpr):
 def _produce(
     worker: gl.constexpr, workers: gl.constexpr, Described, pieces, ready, free, tables, sizes,
     UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    REGULAR: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     """Copies the blocks of keys, or of values, of one tile after the other."""
     _tiles, Units, _span, Order, Inner, Count = tables
-    items, _num_queries, num_keys, num_tiles, num_units, list_length, kv_heads = sizes
+    items, _num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead = sizes
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
@@ -135,14 +135,14 @@ def _produce(
             rows = ()
             for p in gl.static_range(PIECES):
                 listed = slot + p < count
-                place = _place(slot + p, inner, list_length, REGULAR)
+                place = _place(slot + p, inner, list_length, EVEN)
                 unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
                 unit = unit.to(gl.int32)
-                if REGULAR:
-                    start = unit * UNIT
+                if EVEN:
+                    start = unit * UNIT - lead
                 else:
                     start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
-                # What lies behind the last key arrives as zeros.
+                # What lies before the first key or behind the last arrives as zeros.
                 row = gl.where(listed, start + j * COLS % UNIT, num_keys)
                 rows = rows + (row,)  # noqa: RUF005
             stage = step % STAGES
@@ -177,13 +177,13 @@ def _tile(
 def _consume(
     w: gl.constexpr, worker: gl.constexpr, workers: gl.constexpr, Q, Out, Lse, buffers, tables,
     sizes, scale2, strides, GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr,
-    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGULAR: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
     REGULAR_TILES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of one tile after the other."""
     q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free, v_clean = buffers
     Tiles, Units, Span, Order, Inner, Count = tables
-    items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads = sizes
+    items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead = sizes
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on = strides
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -270,8 +270,8 @@ def _consume(
                 mbarrier.arrive(k_free.index(stage))
                 column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s_layout))
                 key, there = _keys(
-                    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT,
-                    REGULAR,
+                    column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
+                    UNIT, EVEN,
                 )  # fmt: skip
                 key = key[None, :]
                 seen = there[None, :] & (key >= low) & (key < high)
@@ -286,7 +286,7 @@ def _consume(
                 acc = acc * gl.convert_layout(decay, rows_o)[:, None]
                 p = gl.convert_layout(s.to(dtype), p_layout)
                 mbarrier.wait(v_ready.index(stage), phase)
-                if not REGULAR:
+                if not EVEN:
                     # A short unit's box holds values of the next one, and 0 x NaN is NaN. Each
                     # warpgroup zeroes those among half of the keys, and waits for the other half.
                     clean = v_clean.index(cleaned % STAGES)
@@ -295,7 +295,7 @@ def _consume(
                     column = j * COLS + w * HALF + gl.arange(0, HALF, rows_w)
                     _key, there = _keys(
                         column, Order, Units, list_, batch, inner, count, num_units, list_length,
-                        UNIT, REGULAR,
+                        lead, UNIT, EVEN,
                     )  # fmt: skip
                     v = own.load(whole)
                     own.store(gl.where(there[:, None], v, 0.0))
@@ -324,16 +324,16 @@ def _consume(
 
 @gluon.jit
 def _keys(
-    column, Order, Units, list_, batch, inner, count, num_units, list_length, UNIT: gl.constexpr,
-    REGULAR: gl.constexpr,
+    column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
+    UNIT: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Key token of columns of a list, and which exist."""
     slot = column // UNIT
     listed = slot < count
-    place = _place(slot, inner, list_length, REGULAR)
+    place = _place(slot, inner, list_length, EVEN)
     unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0).to(gl.int32)
-    if REGULAR:
-        return unit * UNIT + column % UNIT, listed
+    if EVEN:
+        return unit * UNIT - lead + column % UNIT, listed
     else:
         table = Units + (batch * num_units + unit) * 2
         start = gl.load(table, mask=listed, other=0)
@@ -344,7 +344,7 @@ def _keys(
 @gluon.jit
 def _buffers(
     dtype: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, REGULAR: gl.constexpr,
+    STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Shared memory of one producer and its two consumers: q; k and v as boxes and as blocks."""
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
@@ -361,14 +361,14 @@ def _buffers(
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # Barriers that no one waits for are given away to what is allocated next, and must not be made.
     v_clean = v_free
-    if not REGULAR:
+    if not EVEN:
         v_clean = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
-        if not REGULAR:
+        if not EVEN:
             mbarrier.init(v_clean.index(i), count=2)
     return q_smem, k_pieces, v_pieces, k_smem, v_smem, k_ready, k_free, v_ready, v_free, v_clean
 
@@ -376,37 +376,37 @@ def _buffers(
 @gluon.jit(do_not_specialize=COUNTS)
 def _forward(
     Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, scale, items, num_queries,
-    num_keys, num_tiles, num_units, list_length, kv_heads, stride_qb, stride_qh, stride_qn,
+    num_keys, num_tiles, num_units, list_length, kv_heads, lead, stride_qb, stride_qh, stride_qn,
     stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    REGULAR: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
+    EVEN: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype.element_ty
     tables = (Tiles, Units, Span, Order, Inner, Count)
-    sizes = (items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads)
+    sizes = (items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead)
     strides = (stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on)
     scale2 = scale * LOG2E
     # Arguments are written out: constants kept in a tuple of their own would become numbers.
     # Of a pair of buffers: 1 and 2 the boxes of k and v, 5 to 8 their barriers.
-    one = _buffers(dtype, UNIT, COLS, D, STAGES, REGULAR)
+    one = _buffers(dtype, UNIT, COLS, D, STAGES, EVEN)
     if D == 128:
         gl.warp_specialize(
             [
                 (_consume, (
                     0, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, REGULAR_TILES,
                 )),
                 (_consume, (
                     1, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, REGULAR_TILES,
                 )),
                 (_produce, (
                     0, 1, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
-                    STAGES, REGULAR,
+                    STAGES, EVEN,
                 )),
                 (_produce, (
                     0, 1, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
-                    STAGES, REGULAR,
+                    STAGES, EVEN,
                 )),
             ],
             [4, 1, 1],
@@ -415,40 +415,40 @@ def _forward(
     else:
         # A small head dim leaves registers for two tiles at a time, whose softmaxes and products
         # fill each other's gaps.
-        two = _buffers(dtype, UNIT, COLS, D, STAGES, REGULAR)
+        two = _buffers(dtype, UNIT, COLS, D, STAGES, EVEN)
         gl.warp_specialize(
             [
                 (_consume, (
                     0, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, REGULAR_TILES,
                 )),
                 (_consume, (
                     1, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, REGULAR_TILES,
                 )),
                 (_consume, (
                     0, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, REGULAR_TILES,
                 )),
                 (_consume, (
                     1, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, REGULAR, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, REGULAR_TILES,
                 )),
                 (_produce, (
                     0, 2, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
-                    STAGES, REGULAR,
+                    STAGES, EVEN,
                 )),
                 (_produce, (
                     0, 2, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
-                    STAGES, REGULAR,
+                    STAGES, EVEN,
                 )),
                 (_produce, (
                     1, 2, Kd, two[1], two[5], two[6], tables, sizes, UNIT, COLS, D,
-                    STAGES, REGULAR,
+                    STAGES, EVEN,
                 )),
                 (_produce, (
                     1, 2, Vd, two[2], two[7], two[8], tables, sizes, UNIT, COLS, D,
-                    STAGES, REGULAR,
+                    STAGES, EVEN,
                 )),
             ],
             [4, 4, 4, 1, 1, 1, 1],
@@ -458,7 +458,8 @@ def _forward(
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, regular: bool, regular_tiles: bool,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
+    regular_tiles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward.attend_forward`, where `serves` says so."""
     batch, heads, num_queries, head_dim = q.shape
@@ -468,15 +469,15 @@ def attend_forward(
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     order, inner = index, count.new_empty(*count.shape, 2)
-    if not regular:
+    if lead < 0:
         # Lists of long sequences are large: half as much where numbers of units allow.
         small = torch.int16 if num_units < 2**15 else torch.int32
         order = torch.empty_like(index, dtype=small)
     launch(
         _sort_lists, (num_tiles, batch * kv_heads),
         order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
-        list_length, kv_heads, TOKENS=tile_tokens, LENGTH=next_power_of_2(tile_tokens),
-        UNIT=unit, WIDTH=min(next_power_of_2(list_length), 1024), REGULAR=regular,
+        list_length, kv_heads, lead, TOKENS=tile_tokens, LENGTH=next_power_of_2(tile_tokens),
+        UNIT=unit, WIDTH=min(next_power_of_2(list_length), 1024), EVEN=lead >= 0,
         REGULAR_TILES=regular_tiles,
     )  # fmt: skip
     cols, stages, workers = BLOCKS[head_dim]
@@ -488,8 +489,8 @@ def attend_forward(
     launch(
         _forward, (min(cdiv(items, workers), multiprocessors(q)),),
         q, *described, out, lse, tiles, units, span, order, inner, count, scale, items,
-        num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, *q.stride()[:3],
-        *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, REGULAR=regular,
+        num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead,
+        *q.stride()[:3], *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, EVEN=lead >= 0,
         REGULAR_TILES=regular_tiles, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 ROW_COUNTS = (
     "num_queries", "num_keys", "num_tiles", "list_length", "drawn_length", "all_length", "items",
     "pieces", "queries", "query_offset", "rows", "splits", "parts", "keys_of_part", "chunk",
-    "chunks", "run_length",
+    "chunks", "run_length", "lead",
 )  # fmt: skip
 COUNTS = (*ROW_COUNTS, "num_units")
 """Where rows of `num_units` are read or written at once, whether they are aligned matters."""
@@ -51,6 +51,15 @@ def row_span(Span, token, exists, num_queries, batch):
     span = Span + (batch * num_queries + token) * 2
     low = tl.load(span, mask=exists, other=0)
     return low, tl.load(span + 1, mask=exists, other=0)
+
+
+@triton.jit
+def even_units(unit, lead, num_keys, UNIT: tl.constexpr):
+    """First key and length of units of which all but the first and the last are whole."""
+    start = unit * UNIT - lead
+    size = tl.minimum(start + UNIT, num_keys)
+    start = tl.maximum(start, 0)
+    return start, size - start
 
 
 @triton.jit

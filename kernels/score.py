@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mm_sparse.kernels.fast_launch import launch
-from mm_sparse.kernels.primitives import COUNTS, LOG2E, ROW_COUNTS, generation
+from mm_sparse.kernels.primitives import COUNTS, LOG2E, ROW_COUNTS, even_units, generation
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -61,16 +61,16 @@ def _rows_of(
 
 @triton.jit
 def _seen_units(
-    Units, low, high, exists, first, last, UNIT: tl.constexpr, REGULAR: tl.constexpr
+    Units, low, high, exists, first, last, num_keys, lead, UNIT: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
     """Range of the units [first, last) that some row sees, and of the keys that every row sees."""
     any_low = tl.min(tl.where(exists, low, 2147483647), 0)
     any_high = tl.max(tl.where(exists, high, 0), 0)
     all_low = tl.max(tl.where(exists, low, 0), 0)
     all_high = tl.min(tl.where(exists, high, 2147483647), 0)
-    if REGULAR:
-        begin = tl.maximum(first, any_low // UNIT)
-        end = tl.minimum(last, (any_high + UNIT - 1) // UNIT)
+    if EVEN:
+        begin = tl.maximum(first, (tl.minimum(any_low, num_keys) + lead) // UNIT)
+        end = tl.minimum(last, (any_high + lead + UNIT - 1) // UNIT)
     else:
         begin, end = last, first
         for at in range(first, last, 256):
@@ -84,17 +84,27 @@ def _seen_units(
 
 
 @triton.jit
+def _log_sizes(size, UNIT: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Log2 of the share that the keys of units, or of their parts PART, are of a whole one."""
+    WIDTH: tl.constexpr = (UNIT + PARTS - 1) // PARTS
+    members = size
+    if PARTS > 1:
+        members = tl.minimum(tl.maximum(size - PART * WIDTH, 0), WIDTH)
+    share = tl.log2(tl.maximum(members, 1).to(tl.float32) / WIDTH)
+    return tl.where(members > 0, share, -float("inf"))
+
+
+@triton.jit
 def _logits(
-    row, low, high, all_low, all_high, Keys, Units, first, num_units,
+    row, low, high, all_low, all_high, Keys, Units, first, num_units, num_keys, lead,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
-    REGULAR: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr = 0,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr = 0,
     PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """(rows, COLS) products, in powers of 2, with sizes added; -inf where a tile sees nothing.
 
     `Keys` describe the whole units, or PARTS parts of each, from number PART on.
     """
-    WIDTH: tl.constexpr = (UNIT + PARTS - 1) // PARTS
     unit = first + tl.arange(0, COLS)
     dim = tl.arange(0, BLOCK_F)
     mask = (unit < num_units)[:, None]
@@ -104,22 +114,22 @@ def _logits(
         Keys + unit.to(tl.int64)[:, None] * (F * PARTS) + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
     logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION) * LOG2E
-    if REGULAR:
-        start, end = unit * UNIT, unit * UNIT + UNIT
-        cut = (first * UNIT + UNIT <= all_low) | ((first + COLS - 1) * UNIT >= all_high)
+    if EVEN:
+        start, size = even_units(unit, lead, num_keys, UNIT)
+        reach = first * UNIT - lead
+        # The first and the last may be short.
+        cut = (first == 0) | (first + COLS >= num_units)
+        cut |= (reach + UNIT <= all_low) | (reach + (COLS - 1) * UNIT >= all_high)
+        if cut:
+            logits += _log_sizes(size, UNIT, PART, PARTS)[None, :]
     else:
         start = tl.load(Units + unit * 2, mask=unit < num_units, other=0)
         size = tl.load(Units + unit * 2 + 1, mask=unit < num_units, other=0)
-        members = size
-        if PARTS > 1:
-            members = tl.minimum(tl.maximum(size - PART * WIDTH, 0), WIDTH)
-        weight = tl.log2(tl.maximum(members, 1).to(tl.float32) / WIDTH)
-        logits += tl.where(members > 0, weight, -float("inf"))[None, :]
+        logits += _log_sizes(size, UNIT, PART, PARTS)[None, :]
         start = tl.where(size > 0, start, 2147483647)
-        end = tl.where(size > 0, start + size, 0)
-        cut = tl.max(((start >= all_high) | (end <= all_low)).to(tl.int32), 0) > 0
+        cut = tl.max(((start >= all_high) | (start + size <= all_low)).to(tl.int32), 0) > 0
     if cut:
-        seen = (start[None, :] < high[:, None]) & (end[None, :] > low[:, None])
+        seen = (start[None, :] < high[:, None]) & ((start + size)[None, :] > low[:, None])
         logits = tl.where(seen, logits, -float("inf"))
     return logits
 
@@ -127,9 +137,9 @@ def _logits(
 @triton.jit(do_not_specialize=COUNTS)
 def _log_sums(
     Rows, Keys, Exists, Hull, Units, Sums, num_tiles, num_units, kv_heads, splits, chunk,
-    stride_k, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    num_keys, lead, stride_k, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
+    COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -143,15 +153,16 @@ def _log_sums(
     )  # fmt: skip
     first = split * chunk
     begin, end, all_low, all_high = _seen_units(
-        Units, low, high, exists, first, tl.minimum(first + chunk, num_units), UNIT, REGULAR
-    )
+        Units, low, high, exists, first, tl.minimum(first + chunk, num_units), num_keys, lead,
+        UNIT, EVEN,
+    )  # fmt: skip
     ROWS: tl.constexpr = ORDER[0] * ORDER[1] * ORDER[2] * ORDER[3] * ORDER[4]
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for at in range(begin // COLS * COLS, end, COLS):
         logits = _logits(
-            row, low, high, all_low, all_high, Keys, Units, at, num_units,
-            F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION,
+            row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
+            F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -211,11 +222,11 @@ def _deny(Out, own, first, last, num_tiles, num_units, COLS: tl.constexpr):
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _share(
     Rows, Keys, Exists, Hull, Units, Sums, Parts, Out, Bias, TileKind, UnitKind, Tiles,
-    num_tiles, num_units, kv_heads, splits, chunk, stride_k, stride_p, query_offset,
-    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
-    KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr, BIASED: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, stride_p,
+    query_offset, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
+    COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
+    BIASED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -256,8 +267,8 @@ def _share(
     first = split * chunk
     last = tl.minimum(first + chunk, num_units)
     begin, end, all_low, all_high = _seen_units(
-        Units, low, high, exists, first, last, UNIT, REGULAR
-    )  # fmt: skip
+        Units, low, high, exists, first, last, num_keys, lead, UNIT, EVEN
+    )
     begin = tl.minimum(begin, last) // COLS * COLS
     _deny(Out, own, first, begin, num_tiles, num_units, COLS)
     for at in range(begin, end, COLS):
@@ -267,8 +278,8 @@ def _share(
             given = tl.zeros([ROWS, COLS], tl.float32)
             for part in tl.static_range(PARTS):
                 logits = _logits(
-                    row, low, high, all_low, all_high, Parts + part * F, Units, at,
-                    num_units, F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION, part, PARTS,
+                    row, low, high, all_low, all_high, Parts + part * F, Units, at, num_units,
+                    num_keys, lead, F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, part, PARTS,
                 )  # fmt: skip
                 given += tl.exp2(tl.minimum(logits - lse[:, None], 100.0))
             value = tl.reshape(
@@ -280,8 +291,8 @@ def _share(
             value = tl.where(value > 0, tl.log2(tl.maximum(value, 1e-38)) * LN2, -1e30)
         else:
             logits = _logits(
-                row, low, high, all_low, all_high, Keys, Units, at, num_units,
-                F, BLOCK_F, UNIT, COLS, REGULAR, PRECISION,
+                row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
+                F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
             )  # fmt: skip
             share = tl.reshape(
                 logits - lse[:, None],
@@ -375,7 +386,7 @@ def share_of_units(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
     tile_kind: Tensor | None = None, unit_kind: Tensor | None = None, query_offset: int = 0,
-    regular: bool = False, parts: Tensor | None = None,
+    lead: int = -1, num_keys: int = 0, parts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Log of the mean (or largest) share that sub-pools give to a unit, biases added.
 
@@ -386,7 +397,8 @@ def share_of_units(
         hull: (B, T, 2) int32, range of keys that a tile sees.
         bias: (K, kinds, kinds, buckets) float32 by kind of tile and unit and by distance.
         tile_kind, unit_kind: (B, T) and (B, U) int8.
-        regular: unit u is exactly the keys [u * unit, (u + 1) * unit).
+        lead: if not -1, unit u is what exists of the `unit` keys from u * unit - lead on, of
+            `num_keys` in all.
         parts: (B, K, U, C, F), of the C runs of ceil(unit / C) keys of each unit: what is added up,
             while `keys` give the sum that shares are of.
     Returns:
@@ -411,10 +423,10 @@ def share_of_units(
     keys, stride_k = by_heads(keys)
     parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
     inputs = (rows.contiguous(), keys, exists.contiguous(), hull, units, sums)
-    counts = (num_tiles, num_units, kv_heads, splits, chunk, stride_k)
+    counts = (num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k)
     constants = {
         "GROUP": group, "SUBPOOLS": subpools, "ORDER": order, "COLS": cols, "F": width,
-        "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "REGULAR": regular,
+        "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "EVEN": lead >= 0,
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
         "num_warps": 4, "num_stages": stages,
     }  # fmt: skip

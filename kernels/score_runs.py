@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mm_sparse.kernels.fast_launch import launch
-from mm_sparse.kernels.primitives import COUNTS, LOG2E
+from mm_sparse.kernels.primitives import COUNTS, LOG2E, even_units
 from mm_sparse.kernels.score import LN2, _distance_bias, by_heads
 from mm_sparse.kernels.sizes import next_power_of_2
 
@@ -25,16 +25,17 @@ COLS = 32
 
 @triton.jit
 def _units_of(
-    Runs, at, count, Units, num_units, low, high,
-    COLS: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr, COARSE: tl.constexpr,
+    Runs, at, count, Units, num_units, num_keys, lead, low, high,
+    COLS: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """Units of the slots from `at` on, their sizes, and which of them the tile sees."""
     slot = at + tl.arange(0, COLS)
     run = tl.load(Runs + slot // COARSE, mask=slot < count, other=0)
     unit = run * COARSE + slot % COARSE
     there = (slot < count) & (unit < num_units)
-    if REGULAR:
-        start, size = unit * UNIT, tl.where(there, UNIT, 0)
+    if EVEN:
+        start, size = even_units(unit, lead, num_keys, UNIT)
+        size = tl.where(there, size, 0)
     else:
         start = tl.load(Units + unit * 2, mask=there, other=0)
         size = tl.load(Units + unit * 2 + 1, mask=there, other=0)
@@ -64,9 +65,9 @@ def _products(
 @triton.jit(do_not_specialize=COUNTS)
 def _share_of_runs(
     Rows, Keys, Exists, Hull, Units, Parts, Out, Bias, TileKind, UnitKind, Tiles, Runs, Count,
-    num_tiles, num_units, kv_heads, run_length, stride_k, stride_p, query_offset,
+    num_tiles, num_units, kv_heads, run_length, num_keys, lead, stride_k, stride_p, query_offset,
     GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr, BIASED: tl.constexpr,
     PARTS: tl.constexpr, COARSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,7 @@ def _share_of_runs(
     total = tl.zeros([ROWS, COLS], tl.float32)
     for at in range(0, count, COLS):
         unit, size, seen = _units_of(
-            Runs, at, count, Units, num_units, low, high, COLS, UNIT, REGULAR, COARSE
+            Runs, at, count, Units, num_units, num_keys, lead, low, high, COLS, UNIT, EVEN, COARSE
         )
         logits = _products(row, Keys, unit, seen, size, F, BLOCK_F, UNIT, PRECISION)
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -115,7 +116,7 @@ def _share_of_runs(
     members = tl.maximum(tl.sum(exists.to(tl.float32), 0), 1.0)
     for at in range(0, count, COLS):
         unit, size, seen = _units_of(
-            Runs, at, count, Units, num_units, low, high, COLS, UNIT, REGULAR, COARSE
+            Runs, at, count, Units, num_units, num_keys, lead, low, high, COLS, UNIT, EVEN, COARSE
         )
         if PARTS > 1:
             # As in `score._share`: what is under 2^-126 of the attention counts as nothing.
@@ -157,7 +158,8 @@ def share_of_runs(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, runs: tuple[Tensor, Tensor, int], *, largest: bool = False,
     bias: Tensor | None = None, tile_kind: Tensor | None = None, unit_kind: Tensor | None = None,
-    query_offset: int = 0, regular: bool = False, parts: Tensor | None = None,
+    query_offset: int = 0, lead: int = -1, num_keys: int = 0,
+    parts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `score.share_of_units`, where a tile gives to the units of its runs alone.
 
@@ -184,9 +186,9 @@ def share_of_runs(
         rows.contiguous(), keys, exists.contiguous(), hull, units, parts, out,
         out if bias is None else bias.contiguous(), units if tile_kind is None else tile_kind,
         units if unit_kind is None else unit_kind, tiles, index, count, num_tiles, num_units,
-        kv_heads, index.shape[-1], stride_k, stride_p, query_offset,
+        kv_heads, index.shape[-1], num_keys, lead, stride_k, stride_p, query_offset,
         GROUP=group, SUBPOOLS=subpools, ROWS=padded, COLS=COLS,
-        F=width, BLOCK_F=max(next_power_of_2(width), 16), UNIT=unit, REGULAR=regular,
+        F=width, BLOCK_F=max(next_power_of_2(width), 16), UNIT=unit, EVEN=lead >= 0,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
         LARGEST=largest, BIASED=bias is not None,
         PARTS=1 if parts.dim() == 4 else parts.shape[3], COARSE=coarse,

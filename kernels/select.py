@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fast_launch import launch
-from .primitives import ROW_COUNTS
+from .primitives import ROW_COUNTS, even_units
 from .sizes import next_power_of_2
 
 LOWEST = tl.constexpr(-2147483648)
@@ -27,6 +27,10 @@ TURN = tl.constexpr(65536)
 IN_REGISTERS = 16384
 CHUNK = 4096
 RUN = tl.constexpr(16)
+# Steps of the bisection after which it looks anew for the smallest unit that may still matter.
+STEPS = tl.constexpr(8)
+# More than a row has, of units that registers hold and of others.
+MOST_TOKENS = tl.constexpr(1 << 30)
 # Thresholds that are tried in one reading of a row that registers do not hold.
 WAYS = tl.constexpr(8)
 
@@ -43,8 +47,8 @@ def _ordered(value):
 
 @triton.jit
 def _candidates(
-    Values, Runs, run_count, Sinks, Units, slot, num_units, low, high, near_low, near_high,
-    UNIT: tl.constexpr, REGULAR: tl.constexpr, COARSE: tl.constexpr,
+    Values, Runs, run_count, Sinks, Units, slot, num_units, num_keys, lead, low, high, near_low,
+    near_high, UNIT: tl.constexpr, EVEN: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """Unit, order of scores, size, which are seen, and which are kept whatever they score.
 
@@ -57,8 +61,9 @@ def _candidates(
     else:
         unit = slot
         there = unit < num_units
-    if REGULAR:
-        start, size = unit * UNIT, tl.where(there, UNIT, 0)
+    if EVEN:
+        start, size = even_units(unit, lead, num_keys, UNIT)
+        size = tl.where(there, size, 0)
     else:
         start = tl.load(Units + unit * 2, mask=there, other=0)
         size = tl.load(Units + unit * 2 + 1, mask=there, other=0)
@@ -70,24 +75,35 @@ def _candidates(
 
 
 @triton.jit
-def _bounds(order, size, open_, UNIT: tl.constexpr, REGULAR: tl.constexpr):
-    """Extremes of the order of the open units, and the smallest of them."""
+def _bounds(order, open_):
+    """Extremes of the order of the open units."""
     lowest = tl.min(tl.where(open_, order, HIGHEST), 0)
     # Without an open one, nothing may equal the threshold.
-    highest = tl.max(tl.where(open_, order, LOWEST + 1), 0)
-    if REGULAR:
-        return lowest, highest, UNIT
-    else:
-        return lowest, highest, tl.min(tl.where(open_, size, HIGHEST), 0)
+    return lowest, tl.max(tl.where(open_, order, LOWEST + 1), 0)
 
 
 @triton.jit
-def _tokens(order, size, bound, UNIT: tl.constexpr, REGULAR: tl.constexpr):
+def _tokens(order, size, bound):
     """Tokens of units of order `bound` or higher."""
-    if REGULAR:
-        return tl.sum((order >= bound).to(tl.int32), 0) * UNIT
+    return tl.sum(tl.where(order >= bound, size, 0), 0)
+
+
+@triton.jit
+def _smallest(order, size, low, high):
+    """Size of the smallest unit in a range of the order; large if there is none."""
+    return tl.min(tl.where((order >= low) & (order <= high), size, MOST_TOKENS), 0)
+
+
+@triton.jit
+def _ends(need, smallest, TO_NEAREST: tl.constexpr):
+    """Least and most tokens of the best units that are surely all to keep.
+
+    Surely, if no unit next to the threshold is smaller than `smallest`.
+    """
+    if TO_NEAREST:
+        return need - (smallest + 1) // 2 + 1, need + smallest // 2
     else:
-        return tl.sum(tl.where(order >= bound, size, 0), 0)
+        return need, need + smallest - 1
 
 
 @triton.jit
@@ -106,16 +122,21 @@ def _narrow(low, high, middle, tokens, need, least, most):
 
 
 @triton.jit
-def _crossing(order, size, low, high, need, least, most, UNIT: tl.constexpr, REGULAR: tl.constexpr):
+def _crossing(order, size, low, high, need, TO_NEAREST: tl.constexpr):
     """Largest threshold t in [low, high] such that what scores t or more has `need` tokens.
 
-    Or one above which lie `least` to `most` tokens, where the caller knows that these are all it
-    keeps; or `low` if there are too few.
+    Or one above which lies what is to be kept (`_ends`); or `low` if there are too few.
     """
     while low < high:
-        middle = _middle(low, high)
-        tokens = _tokens(order, size, middle, UNIT, REGULAR)
-        low, high = _narrow(low, high, middle, tokens, need, least, most)
+        # One short unit makes for many steps, as long as it may be next to the threshold.
+        smallest = _smallest(order, size, low, high)
+        least, most = _ends(need, smallest, TO_NEAREST)
+        step = 0
+        while (low < high) & (step < STEPS):
+            middle = _middle(low, high)
+            tokens = _tokens(order, size, middle)
+            low, high = _narrow(low, high, middle, tokens, need, least, most)
+            step += 1
     return low
 
 
@@ -129,12 +150,9 @@ def _fits(before, size, budget, TO_NEAREST: tl.constexpr):
 
 
 @triton.jit
-def _best(
-    order, size, unit, cut, budget,
-    TO_NEAREST: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
-):  # fmt: skip
+def _best(order, size, unit, cut, budget, TO_NEAREST: tl.constexpr):
     """All of higher order than `cut`, and of that order the lowest ids that fit the budget."""
-    before = _tokens(order, size, cut + 1, UNIT, REGULAR)
+    before = _tokens(order, size, cut + 1)
     tied = order == cut
     run = tl.where(tied, size, 0)
     tokens = tl.sum(run, 0)
@@ -190,10 +208,10 @@ def _every_nth(others, size, tile, head, left, unit):
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _keep(
     Values, Near, Sinks, Hull, Units, UnitKind, Runs, RunCount, Budget, Floor, Index, Count,
-    WholeBudget, Drawn, DrawnCount, All, AllCount, Weight, drawn_length, all_length, unit_size,
-    num_tiles, num_units, list_length, kv_heads, budgets, row_length, run_length,
+    WholeBudget, Drawn, DrawnCount, All, AllCount, Weight, drawn_length, all_length,
+    num_tiles, num_units, num_keys, lead, list_length, kv_heads, budgets, row_length, run_length,
     KINDS: tl.constexpr, SAMPLED: tl.constexpr, COARSE: tl.constexpr,
-    BLOCK_U: tl.constexpr, FILL: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr,
+    BLOCK_U: tl.constexpr, FILL: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One list, and where SAMPLED a sample of the rest; the row of scores stays in registers."""
     tile = tl.program_id(0).to(tl.int64)
@@ -203,9 +221,9 @@ def _keep(
     unit, order, size, seen, first = _candidates(
         Values + list_ * row_length, Runs + list_ * run_length,
         tl.load(RunCount + list_) if COARSE > 1 else 0, Sinks + batch * num_units,
-        Units + batch * num_units * 2, tl.arange(0, BLOCK_U), num_units,
+        Units + batch * num_units * 2, tl.arange(0, BLOCK_U), num_units, num_keys, lead,
         tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1),
-        tl.load(Near + own * 2), tl.load(Near + own * 2 + 1), UNIT, REGULAR, COARSE,
+        tl.load(Near + own * 2), tl.load(Near + own * 2 + 1), UNIT, EVEN, COARSE,
     )  # fmt: skip
     budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
     if KINDS > 0:
@@ -217,26 +235,23 @@ def _keep(
             floor = exact.to(tl.int32)
             floor += (floor.to(tl.float32) < exact).to(tl.int32)
             of_kind = seen & (kind == k)
-            lowest, highest, smallest = _bounds(order, size, of_kind, UNIT, REGULAR)
+            lowest, highest = _bounds(order, of_kind)
             ranked = tl.where(of_kind, order, LOWEST)
             low = tl.where(floor > 0, lowest - 1, highest)
-            cut = _crossing(
-                ranked, size, low, highest, floor, floor, floor + smallest - 1, UNIT, REGULAR
-            )
-            first |= _best(ranked, size, unit, cut, floor, False, UNIT, REGULAR)
+            cut = _crossing(ranked, size, low, highest, floor, False)
+            first |= _best(ranked, size, unit, cut, floor, False)
     taken = tl.sum(tl.where(first, size, 0), 0)
-    lowest, highest, smallest = _bounds(order, size, seen & ~first, UNIT, REGULAR)
+    lowest, highest = _bounds(order, seen & ~first)
     order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
     low = tl.where(budget > taken, lowest - 1, highest)
-    least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
-    cut = _crossing(order, size, low, highest, budget, least, most, UNIT, REGULAR)
-    kept = _best(order, size, unit, cut, budget, True, UNIT, REGULAR)
+    cut = _crossing(order, size, low, highest, budget, True)
+    kept = _best(order, size, unit, cut, budget, True)
     _list(kept, unit, Index + list_ * list_length, Count + list_, list_length, FILL)
     if SAMPLED:
         head = group - batch * kv_heads
         whole = _budget(WholeBudget, batch, head, tile, num_tiles, budgets)
         left = whole - tl.sum(tl.where(kept, size, 0), 0)
-        chosen, weight = _every_nth(seen & ~kept, size, tile, head, left, unit_size)
+        chosen, weight = _every_nth(seen & ~kept, size, tile, head, left, UNIT)
         _list(chosen, unit, Drawn + list_ * drawn_length, DrawnCount + list_, drawn_length, FILL)
         _list(chosen | kept, unit, All + list_ * all_length, AllCount + list_, all_length, FILL)
         tl.store(Weight + list_, weight)
@@ -245,8 +260,8 @@ def _keep(
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _keep_long(
     Values, Near, Sinks, Hull, Units, Runs, RunCount, Budget, Index, Count,
-    num_tiles, num_units, list_length, kv_heads, budgets, row_length, run_length,
-    CHUNK: tl.constexpr, UNIT: tl.constexpr, REGULAR: tl.constexpr, COARSE: tl.constexpr,
+    num_tiles, num_units, num_keys, lead, list_length, kv_heads, budgets, row_length, run_length,
+    CHUNK: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """The same without floors, for a row of any length, CHUNK units at a time."""
     tile = tl.program_id(0).to(tl.int64)
@@ -264,34 +279,32 @@ def _keep_long(
         run_count = tl.load(RunCount + list_)
         row = run_count * COARSE
     budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
-    lowest, highest, smallest, taken = HIGHEST, LOWEST + 1, HIGHEST, 0
+    lowest, highest, taken = HIGHEST, LOWEST + 1, 0
     for at in range(0, row, CHUNK):
         _unit, order, size, seen, first = _candidates(
             Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
-            low, high, near_low, near_high, UNIT, REGULAR, COARSE,
+            num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
         )  # fmt: skip
-        some = _bounds(order, size, seen & ~first, UNIT, REGULAR)
+        some = _bounds(order, seen & ~first)
         lowest, highest = tl.minimum(lowest, some[0]), tl.maximum(highest, some[1])
-        smallest = tl.minimum(smallest, some[2])
         taken += tl.sum(tl.where(first, size, 0), 0)
     cut = tl.where(budget > taken, lowest - 1, highest)
-    least, most = budget - (smallest + 1) // 2 + 1, budget + smallest // 2
     # The row is read for every step: many thresholds at once make it few steps.
     way = tl.arange(1, WAYS + 1)
     while cut < highest:
         width = highest.to(tl.int64) - cut
         bounds = (cut + (width * way + WAYS - 1) // WAYS).to(tl.int32)
         tokens = tl.zeros([WAYS], tl.int32)
+        smallest = MOST_TOKENS
         for at in range(0, row, CHUNK):
             _unit, order, size, seen, first = _candidates(
                 Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
-                low, high, near_low, near_high, UNIT, REGULAR, COARSE,
+                num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
             )  # fmt: skip
             order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
-            if REGULAR:
-                tokens += tl.sum((order[:, None] >= bounds[None, :]).to(tl.int32), 0) * UNIT
-            else:
-                tokens += tl.sum(tl.where(order[:, None] >= bounds[None, :], size[:, None], 0), 0)
+            tokens += tl.sum(tl.where(order[:, None] >= bounds[None, :], size[:, None], 0), 0)
+            smallest = tl.minimum(smallest, _smallest(order, size, cut, highest))
+        least, most = _ends(budget, smallest, True)
         enough = tokens >= budget
         found = tl.max(tl.where((tokens >= least) & (tokens <= most), bounds - 1, LOWEST), 0)
         some = found > LOWEST
@@ -302,16 +315,16 @@ def _keep_long(
     for at in range(0, row, CHUNK):
         _unit, order, size, seen, first = _candidates(
             Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
-            low, high, near_low, near_high, UNIT, REGULAR, COARSE,
+            num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
         )  # fmt: skip
         order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
-        before += _tokens(order, size, cut + 1, UNIT, REGULAR)
+        before += _tokens(order, size, cut + 1)
     count = 0
     Index += list_ * list_length
     for at in range(0, row, CHUNK):
         unit, order, size, seen, first = _candidates(
             Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
-            low, high, near_low, near_high, UNIT, REGULAR, COARSE,
+            num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
         )  # fmt: skip
         order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
         run = tl.where(order == cut, size, 0)
@@ -333,8 +346,6 @@ class Drawing:
 
     budget: Tensor
     """(B, K or 1, T) int64, tokens that the best and the sample may be together."""
-    unit: int
-    """Most tokens of a unit."""
     width: int
     """Length of a list of the sample."""
     whole: int
@@ -356,7 +367,7 @@ class Drawn:
 def keep_best(
     values: Tensor, near: Tensor, sinks: Tensor, hull: Tensor, units: Tensor, budget: Tensor,
     width: int, *, unit_kind: Tensor | None = None, floors: Tensor | None = None,
-    unit: int | None = None, drawing: Drawing | None = None,
+    unit: int, lead: int = -1, num_keys: int = 0, drawing: Drawing | None = None,
     runs: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Drawn | None]:  # fmt: skip
     """Lists of the kept units, as `mm_sparse.selection` defines them; ties go to the lowest id.
@@ -370,7 +381,9 @@ def keep_best(
         width: L, which no list exceeds.
         unit_kind: (B, U) int8, and
         floors: (kinds,) float32, least share of the budget for units of each kind.
-        unit: if not None, unit u is exactly the keys [u * unit, (u + 1) * unit).
+        unit: most keys of a unit.
+        lead: if not -1, unit u is what exists of the `unit` keys from u * unit - lead on, of
+            `num_keys` in all.
         drawing: what else to draw; U is at most IN_REGISTERS then, too.
         runs: index and count of runs of units, ascending, and how many units a run has; of a list
             of R runs, C = R x that many units compete.
@@ -387,8 +400,9 @@ def keep_best(
             f"budget must be ({batch}, {heads} or 1, {num_tiles}), got {tuple(budget.shape)}"
         )
     listed, number, coarse = (units, units, 1) if runs is None else runs
-    counts = (num_tiles, units.shape[1], width, heads, budget.shape[1], row, listed.shape[-1])
-    regular = {"UNIT": unit or 1, "REGULAR": unit is not None, "COARSE": coarse}
+    places = (num_tiles, units.shape[1], num_keys, lead)
+    counts = (*places, width, heads, budget.shape[1], row, listed.shape[-1])
+    even = {"UNIT": unit, "EVEN": lead >= 0, "COARSE": coarse}
     lists = [width] if drawing is None else [width, drawing.width, drawing.whole]
     block = next_power_of_2(max(row, *lists, 16))
     if block > IN_REGISTERS:
@@ -397,20 +411,20 @@ def keep_best(
             raise ValueError(f"units must be at most {IN_REGISTERS} with {what}, got {row}")
         launch(
             _keep_long, grid, *inputs, listed, number, budget, index, count, *counts,
-            CHUNK=CHUNK, **regular, num_warps=8,
+            CHUNK=CHUNK, **even, num_warps=8,
         )  # fmt: skip
         return index, count, None
-    drawn, sample = None, (budget, index, count, index, count, values, 0, 0, 1)
+    drawn, sample = None, (budget, index, count, index, count, values, 0, 0)
     if drawing is not None:
         tables = [index.new_empty(*count.shape, length) for length in lists[1:]]
         tables = [x for table in tables for x in (table, torch.empty_like(count))]
         drawn = Drawn(*tables, torch.empty_like(count, dtype=torch.float32))
-        sample = (drawing.budget, *tables, drawn.weight, *lists[1:], drawing.unit)
+        sample = (drawing.budget, *tables, drawn.weight, *lists[1:])
     launch(
         _keep, grid, *inputs, units if unit_kind is None else unit_kind, listed, number, budget,
         values if floors is None else floors, index, count, *sample, *counts,
         KINDS=0 if floors is None else len(floors), SAMPLED=drawing is not None,
-        BLOCK_U=block, FILL=next_power_of_2(max(lists)), **regular,
+        BLOCK_U=block, FILL=next_power_of_2(max(lists)), **even,
         num_warps=keep_warps(block),
     )  # fmt: skip
     return index, count, drawn

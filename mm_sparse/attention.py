@@ -88,7 +88,7 @@ def attend(
         scale,
         plan.tile_tokens,
         plan.unit,
-        plan.regular,
+        plan.lead,
         plan.regular_tiles,
         plan.config.backend,
     )

@@ -130,7 +130,7 @@ def without_units(plan: Plan, first: int) -> Plan:
         plan,
         units=plan.units[:, first:].contiguous(),
         unit_modality=plan.unit_modality[:, first:].contiguous(),
-        regular=False,
+        lead=-1,
     )
     # Who describes asks which modalities there are: to look would wait for the device.
     rest.known["modalities"] = plan.modalities

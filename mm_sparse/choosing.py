@@ -73,7 +73,7 @@ def choose_fused(
     best, drawing = plan.best, None
     if best is not plan:
         width, whole = list_lengths(best.max_kept, plan)
-        drawing = Drawing(plan.head_budget, plan.unit, width, whole)
+        drawing = Drawing(plan.head_budget, width, whole)
     return keep_best(
         values.float(),
         plan.near,
@@ -84,7 +84,9 @@ def choose_fused(
         best.max_kept,
         unit_kind=plan.unit_modality,
         floors=best.floors,
-        unit=plan.unit if plan.regular else None,
+        unit=plan.unit,
+        lead=plan.lead,
+        num_keys=plan.layout.length,
         drawing=drawing,
         runs=None if runs is None else (runs.index, runs.count, runs.size),
     )

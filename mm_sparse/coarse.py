@@ -88,7 +88,8 @@ def rank_in_two_steps(described: Descriptors, plan: Plan) -> Ranked:
             tile_kind=plan.tile_modality,
             unit_kind=plan.unit_modality,
             query_offset=plan.query_offset,
-            regular=plan.regular,
+            lead=plan.lead,
+            num_keys=plan.layout.length,
             parts=None if parts is None else parts.to(tile.dtype),
         )
         return Ranked(values, runs)
@@ -129,7 +130,6 @@ def _plan_of_runs(plan: Plan) -> Plan:
         config=candidates(plan.config),
         units=torch.stack([first, (end - first).clamp(min=0)], -1).to(torch.int32),
         unit_modality=kind.unflatten(1, (-1, size))[..., 0].contiguous(),
-        regular=plan.regular and not missing,
         run=size,
         descriptors=None,
     )

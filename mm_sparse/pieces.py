@@ -110,6 +110,28 @@ def is_regular(table: Tensor, size: int, length: int) -> bool:
     return table.shape[1] * size == length and bool((table[..., 1] == size).all())
 
 
+def lead_of(table: Tensor, size: int, length: int) -> int:
+    """What the first piece lacks of `size` tokens if all but it and the last are whole, else -1.
+
+    Piece p is then what exists of the tokens [p * size - lead, (p + 1) * size - lead).
+    """
+    pieces = table.shape[1]
+    if not 0 <= pieces * size - length < 2 * size - 1 or not table.numel():
+        return 0 if pieces == length == 0 else -1
+    lead = size - table[0, 0, 1] if pieces > 1 else table.new_zeros(())
+    start = torch.arange(pieces, device=table.device) * size - lead
+    end = (start + size).clamp(max=length)
+    start = start.clamp(min=0)
+    even = (table == torch.stack([start, end - start], -1)).all()
+    found, number = torch.stack([even, lead]).tolist()
+    return number if found and number < size else -1
+
+
+def share_of(keys: Tensor, ratio: float | Tensor) -> Tensor:
+    """Budget of keys, int64: to the nearest, one at least where there are any."""
+    return (keys * ratio).round().long().clamp(min=1).minimum(keys)
+
+
 def sum_between(value: Tensor, first: Tensor, end: Tensor) -> Tensor:
     """(B, T) int64: sums of `value` (B, P) over runs of pieces from `first` to `end`, (B, T)."""
     before = torch.nn.functional.pad(value.cumsum(1), (1, 0))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.kernels.sizes import all_whole
 from mm_sparse.known import OfConfig, OfPieces
 from mm_sparse.modality import Modality
-from mm_sparse.pieces import fill_documents, piece_edges, sum_between
+from mm_sparse.pieces import fill_documents, piece_edges, share_of, sum_between
 
 if TYPE_CHECKING:
     from mm_sparse.cache import DescriptorCache
@@ -49,10 +50,10 @@ class Plan:
     """(B, T) int8, the most frequent in the tile; -1 without a valid token."""
     unit_modality: Tensor
     """(B, U) int8."""
-    regular: bool
-    """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
+    lead: int
+    """If not -1, unit u is what exists of the `unit` keys from u * unit - lead on."""
     regular_tiles: bool
-    """The same of tiles and queries."""
+    """Whether tile t is exactly the queries [t * tile_tokens, (t + 1) * tile_tokens)."""
     run: int = 1
     """Units of the layout that a unit of this plan is (`mm_sparse.coarse`)."""
     descriptors: DescriptorCache | None = None
@@ -64,6 +65,11 @@ class Plan:
     def unit(self) -> int:
         """Most key tokens in a unit."""
         return self.config.unit * self.run
+
+    @property
+    def regular(self) -> bool:
+        """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
+        return all_whole(self.lead, self.unit, self.layout.length)
 
     def sharing(self, **changes: Any) -> Plan:
         """The same pieces with another budget or with descriptors; what is known is shared."""
@@ -162,7 +168,7 @@ class Plan:
             return seen
         if config.tokens is not None:
             return seen.clamp(max=config.tokens)
-        return _share(seen, config.ratio)
+        return share_of(seen, config.ratio)
 
     @OfConfig
     def head_budget(self) -> Tensor:
@@ -171,7 +177,7 @@ class Plan:
         if not config.head_ratio or config.mass is not None or config.tokens is not None:
             return self.budget[:, None]
         ratios = torch.tensor(config.head_ratio, device=self.units.device)
-        return _share(self.seen[:, None], ratios[:, None])
+        return share_of(self.seen[:, None], ratios[:, None])
 
     @OfPieces
     def seen(self) -> Tensor:
@@ -292,7 +298,3 @@ class Plan:
     def _overlap(self, keys: Tensor) -> Tensor:
         start, size = self.units[:, None].unbind(-1)
         return (start < keys[..., 1:]) & (start + size > keys[..., :1]) & (size > 0)
-
-
-def _share(seen: Tensor, ratio: float | Tensor) -> Tensor:
-    return (seen * ratio).round().long().clamp(min=1).minimum(seen)

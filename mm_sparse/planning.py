@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.pieces import cut, drop_padding, is_regular, majority, per_piece
+from mm_sparse.pieces import cut, drop_padding, is_regular, lead_of, majority, per_piece
 from mm_sparse.plan import Plan
 
 if TYPE_CHECKING:
@@ -55,6 +55,6 @@ def build_plan(
         hull=hull,
         tile_modality=majority(modality[:, queries], tile_of, num_tiles),
         unit_modality=majority(modality, unit_of, num_units),
-        regular=is_regular(units, config.unit, layout.length),
+        lead=lead_of(units, config.unit, layout.length),
         regular_tiles=is_regular(tiles, tile_tokens, num_queries),
     )

@@ -152,8 +152,8 @@ def _geometry(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rest(plan: Plan, scale: float) -> tuple[Any, ...]:
-    regular = plan.regular, plan.regular_tiles
-    return scale, plan.tile_tokens, plan.unit, *regular, plan.config.backend
+    even = plan.lead, plan.regular_tiles
+    return scale, plan.tile_tokens, plan.unit, *even, plan.config.backend
 
 
 def of_queries(value: Tensor, plan: Plan) -> Tensor:

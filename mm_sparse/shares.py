@@ -76,7 +76,8 @@ def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None =
             tile_kind=plan.tile_modality,
             unit_kind=plan.unit_modality,
             query_offset=plan.query_offset,
-            regular=plan.regular,
+            lead=plan.lead,
+            num_keys=plan.layout.length,
             parts=None if parts is None else parts.to(tile.dtype),
         )
     batch, heads, num_tiles, subpools, width = tile.shape

@@ -168,7 +168,7 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
             for unit in (16, 64, 128):
                 more = {"D": dim, "COLS": cols, "STAGES": stages, "UNIT": unit}
                 found.append((hopper._forward, more, 4, 2))
-                found.append((hopper._forward, {**more, "REGULAR": False}, 4, 2))
+                found.append((hopper._forward, {**more, "EVEN": False}, 4, 2))
     return found
 
 
@@ -183,7 +183,8 @@ def main(targets: list[int]) -> None:
             constants = {
                 "GROUP": group, "TOKENS": rows // group, "UNIT": unit, "D": dim,
                 "BLOCK_D": triton.next_power_of_2(dim), "REGULAR": regular,
-                "REGULAR_TILES": regular, "PRECISION": "ieee" if size == 4 else "tf32",
+                "EVEN": regular, "REGULAR_TILES": regular,
+                "PRECISION": "ieee" if size == 4 else "tf32",
             }  # fmt: skip
             for kernel, (r, c, warps, stages) in (
                 (forward._forward, forward.forward_blocks(rows, unit, dim, size, target // 10)),

@@ -190,7 +190,7 @@ def test_candidates_of_long_rows_equal_the_law(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(select_kernels, "CHUNK", 4)
         index, count, _ = keep_best(
             values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget,
-            plan.max_kept, runs=(runs.index, runs.count, runs.size),
+            plan.max_kept, unit=16, runs=(runs.index, runs.count, runs.size),
         )  # fmt: skip
         assert torch.equal(index, want.index)
         assert torch.equal(count, want.count)

@@ -24,6 +24,27 @@ SHAPES = [
     Case("chunk", [[("text", 3000)]], 4, 2, 128, 16, 128, queries=333),
     Case("all-kept", [ODD], 1, 2, 128, 16, 128, config={"ratio": 1.0}),
     Case("few-keys", [[("text", 3000), ("image", 9)]], 1, 2, 128, 16, 128, config={"tokens": 40}),
+    Case(
+        "class-token",
+        [[("text", 1), ("image", (41, 43))]] * 2,
+        1,
+        4,
+        128,
+        16,
+        128,
+        config={"causal": False},
+    ),
+    Case("short-last-unit", [[("text", 1671)]] * 2, 2, 2, 128, 64, 128),
+    Case(
+        "D64-class-tokens",
+        [[("text", 5), ("image", (41, 43))]],
+        1,
+        12,
+        64,
+        64,
+        128,
+        config={"causal": False, "sinks": 0, "window": 0},
+    ),
     Case("D64", LONG, 1, 12, 64, 64, 128, config={"causal": False}),
     Case("D64-causal", LONG, 3, 2, 64, 16, 128),
     Case("D64-short-units", [ODD, [("text", 700)]], 4, 2, 64, 32, 128, padding="left"),
@@ -116,10 +137,11 @@ def sorted_lists(selection: mms.Selection, narrow: bool = False) -> tuple[torch.
     batch, heads, tiles, length = index.shape
     hopper._sort_lists[(tiles, batch * heads)](
         order, inner, plan.tiles, plan.units, plan.span, index, count, plan.num_queries, tiles,
-        plan.units.shape[1], length, heads, TOKENS=plan.tile_tokens, LENGTH=128, UNIT=16, WIDTH=16,
-        REGULAR=plan.regular, REGULAR_TILES=plan.regular_tiles,
+        plan.units.shape[1], length, heads, plan.lead,
+        TOKENS=plan.tile_tokens, LENGTH=128, UNIT=16, WIDTH=16, EVEN=plan.lead >= 0,
+        REGULAR_TILES=plan.regular_tiles,
     )  # fmt: skip
-    return (index if plan.regular else order), inner
+    return (order if plan.lead < 0 else index), inner
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -128,7 +150,7 @@ def test_lists_are_sorted_by_whether_a_unit_needs_a_mask(narrow: bool) -> None:
     *_, selection = case.make(torch.float32, backend="torch")
     order, inner = sorted_lists(selection, narrow)
     plan, index, count = selection.plan, selection.index, selection.count
-    assert not plan.regular
+    assert plan.lead < 0
     batch, heads, tiles, length = index.shape
     for b in range(batch):
         for h in range(heads):
@@ -147,30 +169,34 @@ def test_lists_are_sorted_by_whether_a_unit_needs_a_mask(narrow: bool) -> None:
                 assert found[length - len(back) :] == back[::-1]
 
 
-def test_regular_lists_stay_and_what_needs_a_mask_is_before_and_behind() -> None:
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_even_lists_stay_and_what_needs_a_mask_is_before_and_behind(prefix: int) -> None:
     at = torch.arange(384)
     span = torch.stack([(at - 260).clamp(min=0), at + 1], -1)[None]
-    layout = mms.TokenLayout.from_modality(torch.zeros(1, 384, dtype=torch.int8), span=span)
+    kind = (at >= prefix).to(torch.int8)[None]
+    layout = mms.TokenLayout.from_modality(kind, span=span)
     config = mms.SparseConfig(ratio=0.9, unit=16, tile=128, causal=True, sinks=0, window=0)
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
-    scores = torch.randn(1, 1, 3, 24, generator=torch.Generator().manual_seed(0))
+    shape = 1, 1, plan.tiles.shape[1], plan.units.shape[1]
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     selection = mms.select(mms.Scores(scores, plan), layout, config)
-    assert plan.regular
+    assert plan.lead == -prefix % 16
     order, inner = sorted_lists(selection)
     seen = set()
-    for t in range(3):
+    for t in range(plan.tiles.shape[1]):
         first, size = plan.tiles[0, t].tolist()
         low, high = plan.span[0, first : first + size].unbind(-1)
         count, (whole, ahead) = int(selection.count[0, 0, t]), inner[0, 0, t].tolist()
         places = [place(slot, whole, ahead) for slot in range(count)]
         assert sorted(places) == list(range(count))
         for slot in range(count):
-            start = 16 * int(order[0, 0, t, places[slot]])
+            start = 16 * int(order[0, 0, t, places[slot]]) - plan.lead
             assert (slot < whole) == (start >= int(low.max()) and start + 16 <= int(high.min()))
         seen.add((whole > 0, ahead > 0))
-    assert seen == {(False, False), (True, False), (True, True)}
+    # A first unit that is short always needs a mask.
+    assert seen == ({(False, True)} if prefix else {(False, False), (True, False)}) | {(True, True)}
 
 
 def place(slot: int, whole: int, ahead: int) -> int:
-    """`hopper._place` of regular units."""
+    """`hopper._place` of even units."""
     return slot + (ahead if slot < whole else -whole if slot < whole + ahead else 0)

@@ -98,6 +98,8 @@ def test_bad_tokens_and_strided_inputs(device: str) -> None:
 
 LONG = {
     "text": [("text", 640)],
+    "short last unit": [("text", 650)],
+    "class token": [("text", 1), ("image", (23, 27))],
     "documents": [("text", 200, 0), ("text", 21, 1), ("image", (11, 13), 1), ("text", 190, 2)],
     "hole": [("text", 300), ("pad", 40), ("audio", 90), ("text", 170)],
 }
@@ -125,7 +127,8 @@ def test_scores_over_many_blocks_equal_the_law(
     config = small(reduce=reduce, backend="triton", unit=16, causal=causal)
     for scorer in scorers_of(q, k):
         exact, scores = both_ways(scorer, q, k, layout, config)
-        assert scores.plan.regular == (name == "text")
+        leads = {"text": 0, "short last unit": 0, "class token": 15}
+        assert scores.plan.lead == leads.get(name, -1)
         seen = scores.plan.visible[:, None].expand_as(scores.values)
         torch.testing.assert_close(
             scores.values[seen].cpu().double(), exact[seen.cpu()], rtol=1e-4, atol=1e-4
@@ -227,9 +230,10 @@ def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> N
         values, plan.layout, replace(config, backend="torch"), num_query_heads=heads * plan.group
     )
     floors = config.floors()
-    for unit in {None, plan.unit if plan.regular else None}:
+    for lead in {-1, plan.lead}:
         index, count, _ = keep_best(
-            values, *of_plan(plan), unit=unit, unit_kind=plan.unit_modality,
+            values, *of_plan(plan), unit=plan.unit, lead=lead, num_keys=plan.layout.length,
+            unit_kind=plan.unit_modality,
             floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
         )  # fmt: skip
         assert torch.equal(count, law.count)
@@ -266,13 +270,15 @@ def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, 
             assert_same_lists(*made, made[1].config)
 
 
-def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
+@pytest.mark.parametrize(("length", "prefix"), [(640, 0), (645, 0), (643, 1), (640, 11)])
+def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -> None:
     """Log shares as scorers give them, -1e30 where nothing is seen, and few distinct ones."""
-    layout = TokenLayout.text(1, 640)
+    row = [("text", prefix), ("image", length - prefix)] if prefix else [("text", length)]
+    layout = TokenLayout.from_rows([row])
     for ratio in (0.13, 0.6):
         config = small(unit=16, ratio=ratio)
         plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
-        assert plan.regular
+        assert plan.lead == -prefix % 16
         generator = torch.Generator().manual_seed(0)
         shape = (1, 1, plan.tiles.shape[1], plan.units.shape[1])
         values = torch.randn(shape, generator=generator) * 3 - 8
@@ -281,7 +287,7 @@ def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
         assert_same_lists(values * 1e30, plan, config)
         args = of_plan(plan)
         few = values.round()
-        tied = keep_best(few, *args, unit=16)
+        tied = keep_best(few, *args, unit=16, lead=plan.lead, num_keys=length)
         # The law's own ties go anywhere: make them go to the lowest id.
         unit = torch.arange(shape[-1]) * 1e-3
         law = select(few - unit, layout, replace(config, backend="torch"))
@@ -290,8 +296,8 @@ def test_regular_rows_equal_the_law_whatever_the_scores() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(select_kernels, "IN_REGISTERS", 1)
             patch.setattr(select_kernels, "CHUNK", 32)
-            for unit_size in (16, None):
-                long = keep_best(few, *args, unit=unit_size)
+            for lead in (plan.lead, -1):
+                long = keep_best(few, *args, unit=16, lead=lead, num_keys=length)
                 assert torch.equal(tied[0], long[0])
                 assert torch.equal(tied[1], long[1])
 
@@ -305,7 +311,7 @@ def test_long_rows_refuse_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.zeros(1, 1, plan.tiles.shape[1], num_units)
     with pytest.raises(ValueError, match=f"units must be at most 8 with floors, got {num_units}"):
         keep_best(
-            values, *of_plan(plan), unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
+            values, *of_plan(plan), unit=16, unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
         )  # fmt: skip
 
 
@@ -314,7 +320,7 @@ def test_extreme_scores_and_ties() -> None:
     config = small(ratio=0.5, sinks=0, window=0)
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     values = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1])
-    index, count, _ = keep_best(values, *of_plan(plan))
+    index, count, _ = keep_best(values, *of_plan(plan), unit=plan.unit)
     slot = torch.arange(index.shape[-1])
     # Ties go to the lowest ids: the lists are 0, 1, 2, ...
     assert (count > 0).all()
@@ -323,7 +329,7 @@ def test_extreme_scores_and_ties() -> None:
     values[..., :3] = torch.tensor([1e-30, -1e30, 3.0])
     values[..., 6:] = -torch.arange(values.shape[-1] - 6) - 1.0
     law = select(values, layout, replace(config, backend="torch"))
-    index, count, _ = keep_best(values, *of_plan(plan))
+    index, count, _ = keep_best(values, *of_plan(plan), unit=plan.unit)
     assert torch.equal(count, law.count)
     assert torch.equal(index, law.index)
 
@@ -336,7 +342,7 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     plan = layout.plan(config, num_query_heads=2, num_kv_heads=2, num_queries=1024)
     shape = (1, 2, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.rand(shape, device="cuda").argsort(-1).float()
-    index, count, _ = keep_best(values, *of_plan(plan))
+    index, count, _ = keep_best(values, *of_plan(plan), unit=plan.unit)
     kept = torch.zeros(shape, dtype=torch.int32, device="cuda")
     listed = torch.arange(index.shape[-1], device="cuda") < count[..., None]
     kept.scatter_reduce_(-1, index.clamp(min=0).long(), listed.int(), "amax")

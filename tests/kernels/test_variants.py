@@ -11,7 +11,7 @@ import torch
 import mm_sparse as mms
 
 # What a model or a config fixes; and rows of units, which are read faster where they are aligned.
-FIXED = {"scale", "heads", "q_heads", "k_heads", "kv_heads", "budgets", "unit_size", "subpools"}
+FIXED = {"scale", "heads", "q_heads", "k_heads", "kv_heads", "budgets", "subpools"}
 FIXED |= {"other_b", "other_h", "other_n"}
 ALIGNED = {"_share", "_keep", "_keep_long"}
 ROWS = {"num_units", "row_length"}
@@ -60,5 +60,5 @@ def test_twenty_lengths_compile_attention_four_times_at_most():
         layout = mms.TokenLayout.text(1, length, device="cuda")
         mms.sparse_attention(q, k, v, layout=layout, config=config).sum().backward()
     for kernel, old in zip(attention, before, strict=True):
-        # Units and tiles are regular or not.
+        # Units are even or not, tiles regular or not.
         assert 1 <= len(kernel.device_caches[0][0]) - old <= 4, kernel.__name__

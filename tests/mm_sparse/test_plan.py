@@ -255,19 +255,36 @@ def test_distance_is_from_middle_to_middle(row: Row) -> None:
             assert abs(int(plan.distance[0, t, u]) - middle) <= 1
 
 
-def test_regular_says_that_pieces_lie_on_a_grid() -> None:
+def test_lead_says_that_pieces_lie_on_a_grid() -> None:
     config = SparseConfig(unit=16, tile=64)
-    for row, units, tiles in (
-        ([("text", 128)], True, True),
-        ([("text", 96)], True, False),
-        ([("text", 120)], False, False),
-        ([("text", 64), ("image", 64)], True, True),
-        ([("text", 63), ("image", 65)], False, False),
-        ([("text", 64), ("pad", 64)], False, True),
+    for row, lead, regular, tiles in (
+        ([("text", 128)], 0, True, True),
+        ([("text", 96)], 0, True, False),
+        ([("text", 120)], 0, False, False),
+        ([("text", 7)], 0, False, False),
+        ([("text", 64), ("image", 64)], 0, True, True),
+        ([("text", 63), ("image", 65)], -1, False, False),
+        ([("text", 1), ("image", 64)], 15, False, False),
+        ([("text", 5), ("image", 60)], 11, False, False),
+        ([("text", 17), ("image", 60)], -1, False, False),
+        ([("text", 64), ("pad", 64)], -1, False, True),
     ):
         plan = plan_of(([row], "right"), config)
-        assert (plan.regular, plan.regular_tiles) == (units, tiles), row
-    assert not plan_of(([[("text", 128)], [("text", 64)]], "right"), config).regular
+        assert (plan.lead, plan.regular, plan.regular_tiles) == (lead, regular, tiles), row
+    rows = [[("text", 1), ("image", 64)]] * 2
+    assert plan_of((rows, "right"), config).lead == 15
+    for other in ([("text", 64)], [("text", 2), ("image", 63)]):
+        assert plan_of(([rows[0], other], "right"), config).lead < 0
+
+
+@FEW
+@given(batch=batches())
+def test_units_of_a_lead_are_where_it_says(batch) -> None:
+    plan = plan_of(batch, SparseConfig(unit=16))
+    if plan.lead >= 0 and plan.layout.length:
+        position = torch.arange(plan.layout.length)
+        of_token = (members(plan.units, plan.layout.length).int().argmax(1)).expand(1, -1, -1)
+        assert (of_token == (position + plan.lead) // 16).all()
 
 
 def test_plans_are_made_once_for_each_question() -> None:
