@@ -246,7 +246,7 @@ def key_blocks(
 def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, lead: int, regular_tiles: bool,
+    unit: int, lead: int, tile_lead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward kernels; arguments as in `forward.attend_forward`.
 
@@ -266,6 +266,7 @@ def attend_backward(
     all_rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
     rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size(), major)
     regular = all_whole(lead, unit, num_keys)
+    regular_tiles = all_whole(tile_lead, tile_tokens, num_queries)
     whole = regular and cols <= unit
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     constants = {

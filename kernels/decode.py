@@ -119,8 +119,7 @@ def parts_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    regular_tiles: bool, parts: int,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int, parts: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward.attend_forward`, every list in `parts`."""
     batch, heads, num_queries, head_dim = q.shape
@@ -142,7 +141,8 @@ def attend_forward(
         scale, num_queries, num_tiles, units.shape[1], list_length, kv_heads, parts, keys_of_part,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, UNIT=unit, D=head_dim,
-        BLOCK_D=block_d, REGULAR=all_whole(lead, unit, k.shape[2]), REGULAR_TILES=regular_tiles,
+        BLOCK_D=block_d, REGULAR=all_whole(lead, unit, k.shape[2]),
+        REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=1 if q.element_size() == 4 else 2 if wide or rows > 64 else 3,
     )  # fmt: skip

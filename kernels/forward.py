@@ -114,8 +114,7 @@ def forward_blocks(
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    regular_tiles: bool,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; arguments as in `reference.dense_mask`.
 
@@ -123,7 +122,7 @@ def attend_forward(
         tile_tokens: most query tokens in a tile.
         unit: most key tokens in a unit.
         lead: if not -1, unit u is what exists of the `unit` keys from u * unit - lead on.
-        regular_tiles: tile t is exactly the queries [t * tile_tokens, (t + 1) * tile_tokens).
+        tile_lead: the same of tiles and queries.
     Returns:
         out (B, H, N, D) in q's dtype, log-sum-exp (B, H, N) float32.
     """
@@ -147,7 +146,7 @@ def attend_forward(
         GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, CUT_COLS=min(cols, 64),
         UNIT=unit, D=head_dim,
         BLOCK_D=block_d, SPLITS=all_rows // rows,
-        REGULAR=regular, REGULAR_TILES=regular_tiles,
+        REGULAR=regular, REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .cpu import new_output
 from .fast_launch import launch
 from .primitives import COUNTS, multiprocessors, row_span, tile_rows
-from .sizes import cdiv, next_power_of_2
+from .sizes import all_whole, cdiv, next_power_of_2
 
 LOG2E = gl.constexpr(1.4426950408889634)
 FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
@@ -120,7 +120,7 @@ def _produce(
 ):  # fmt: skip
     """Copies the blocks of keys, or of values, of one tile after the other."""
     _tiles, Units, _span, Order, Inner, Count = tables
-    items, _num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead = sizes
+    items, _queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
@@ -160,17 +160,18 @@ def _produce(
 
 @gluon.jit
 def _tile(
-    Tiles, batch, num_tiles, t, row, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    REGULAR_TILES: gl.constexpr,
+    Tiles, batch, sizes, t, row, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    EVEN_TILES: gl.constexpr,
 ):  # fmt: skip
-    """As `primitives.tile_rows`, for rows of any layout."""
-    if REGULAR_TILES:
-        start = t * TOKENS
-        length = TOKENS
+    """As `primitives.tile_rows`, for rows of any layout and tiles of which two may be short."""
+    _items, num_queries, _num_keys, num_tiles, _units, _length, _kv_heads, _lead, lead = sizes
+    if EVEN_TILES:
+        token = t * TOKENS - lead + row // GROUP
+        exists = (row // GROUP < TOKENS) & (token >= 0) & (token < num_queries)
     else:
-        start = gl.load(Tiles + (batch * num_tiles + t) * 2)
-        length = gl.load(Tiles + (batch * num_tiles + t) * 2 + 1)
-    return (start + row // GROUP).to(gl.int64), row % GROUP, row // GROUP < length
+        token = gl.load(Tiles + (batch * num_tiles + t) * 2) + row // GROUP
+        exists = row // GROUP < gl.load(Tiles + (batch * num_tiles + t) * 2 + 1)
+    return token.to(gl.int64), row % GROUP, exists
 
 
 @gluon.jit
@@ -178,12 +179,12 @@ def _consume(
     w: gl.constexpr, worker: gl.constexpr, workers: gl.constexpr, Q, Out, Lse, buffers, tables,
     sizes, scale2, strides, GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr,
     COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
-    REGULAR_TILES: gl.constexpr,
+    EVEN_TILES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of one tile after the other."""
     q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free, v_clean = buffers
     Tiles, Units, Span, Order, Inner, Count = tables
-    items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead = sizes
+    items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on = strides
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -203,7 +204,7 @@ def _consume(
         head = item // num_tiles % kv_heads
         t = num_tiles - 1 - item % num_tiles
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
+        token, g, exists = _tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         base = batch * stride_qb + (head * GROUP + g).to(gl.int64) * stride_qh
         base += token * stride_qn
         q.store(gl.load(Q + base[:, None] + dim, mask=exists[:, None], other=0.0))
@@ -256,7 +257,7 @@ def _consume(
             mbarrier.arrive(v_free.index(stage))
             step += 1
         row = w * 64 + gl.arange(0, 64, rows_s)
-        token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
+        token, g, exists = _tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         if main < total:
             span = Span + (batch * num_queries + token) * 2
             low = gl.load(span, mask=exists, other=0)[:, None]
@@ -316,7 +317,7 @@ def _consume(
         # Through shared memory, where q was, so that rows are written whole.
         q.store(acc.to(dtype))
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = _tile(Tiles, batch, num_tiles, t, row, GROUP, TOKENS, REGULAR_TILES)
+        token, g, exists = _tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         base = batch * stride_ob + (head * GROUP + g).to(gl.int64) * stride_oh
         base += token * stride_on
         gl.store(Out + base[:, None] + dim, q.load(whole), mask=exists[:, None])
@@ -376,14 +377,16 @@ def _buffers(
 @gluon.jit(do_not_specialize=COUNTS)
 def _forward(
     Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, scale, items, num_queries,
-    num_keys, num_tiles, num_units, list_length, kv_heads, lead, stride_qb, stride_qh, stride_qn,
-    stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    EVEN: gl.constexpr, REGULAR_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
+    num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb, stride_qh,
+    stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    EVEN: gl.constexpr, EVEN_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype.element_ty
     tables = (Tiles, Units, Span, Order, Inner, Count)
-    sizes = (items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead)
+    sizes = (
+        items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead
+    )  # fmt: skip
     strides = (stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on)
     scale2 = scale * LOG2E
     # Arguments are written out: constants kept in a tuple of their own would become numbers.
@@ -394,11 +397,11 @@ def _forward(
             [
                 (_consume, (
                     0, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
                     1, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_produce, (
                     0, 1, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
@@ -420,19 +423,19 @@ def _forward(
             [
                 (_consume, (
                     0, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
                     1, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
                     0, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
                     1, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, REGULAR_TILES,
+                    COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_produce, (
                     0, 2, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
@@ -458,8 +461,7 @@ def _forward(
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    regular_tiles: bool,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward.attend_forward`, where `serves` says so."""
     batch, heads, num_queries, head_dim = q.shape
@@ -478,7 +480,7 @@ def attend_forward(
         order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
         list_length, kv_heads, lead, TOKENS=tile_tokens, LENGTH=next_power_of_2(tile_tokens),
         UNIT=unit, WIDTH=min(next_power_of_2(list_length), 1024), EVEN=lead >= 0,
-        REGULAR_TILES=regular_tiles,
+        REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
     )  # fmt: skip
     cols, stages, workers = BLOCKS[head_dim]
     box = [1, 1, min(unit, cols), 64]
@@ -489,8 +491,8 @@ def attend_forward(
     launch(
         _forward, (min(cdiv(items, workers), multiprocessors(q)),),
         q, *described, out, lse, tiles, units, span, order, inner, count, scale, items,
-        num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead,
+        num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
         *q.stride()[:3], *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, EVEN=lead >= 0,
-        REGULAR_TILES=regular_tiles, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,
+        EVEN_TILES=tile_lead >= 0, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out, lse

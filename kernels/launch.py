@@ -30,12 +30,11 @@ def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    regular_tiles: bool,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward.attend_forward`, by the fastest kernel: out (B, H, N, D), lse (B, H, N)."""
     args = (
-        q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, regular_tiles
+        q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, tile_lead
     )  # fmt: skip
     batch, kv_heads, num_tiles, list_length = index.shape
     rows = next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // kv_heads))

@@ -60,14 +60,14 @@ def interpreted() -> bool:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
     count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    regular_tiles: bool, backend: str,
+    tile_lead: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
     args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
         from .launch import attend_forward
 
-        return attend_forward(*args, lead, regular_tiles)
+        return attend_forward(*args, lead, tile_lead)
     with torch.autocast("cpu", enabled=False):
         return cpu.attend_forward(*args)
 
@@ -98,14 +98,14 @@ def _listening(q: Tensor) -> bool:
 def attend_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, lead: int, regular_tiles: bool, backend: str,
+    unit: int, lead: int, tile_lead: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `attend_op` for q, k and v; the same bit for bit in every run."""
     args = (dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
         from .backward import attend_backward
 
-        return attend_backward(*args, lead, regular_tiles)
+        return attend_backward(*args, lead, tile_lead)
     with torch.autocast("cpu", enabled=False):
         return cpu.attend_backward(*args)
 
@@ -116,7 +116,7 @@ def _use_triton(q: Tensor, backend: str) -> bool:
 
 @attend_op.register_fake
 def _(
-    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, regular_tiles,
+    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, tile_lead,
     backend,
 ):  # fmt: skip
     return new_output(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -125,7 +125,7 @@ def _(
 @attend_backward_op.register_fake
 def _(
     dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, lead,
-    regular_tiles, backend,
+    tile_lead, backend,
 ):  # fmt: skip
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 

@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 ROW_COUNTS = (
     "num_queries", "num_keys", "num_tiles", "list_length", "drawn_length", "all_length", "items",
     "pieces", "queries", "query_offset", "rows", "splits", "parts", "keys_of_part", "chunk",
-    "chunks", "run_length", "lead",
+    "chunks", "run_length", "lead", "tile_lead",
 )  # fmt: skip
 COUNTS = (*ROW_COUNTS, "num_units")
 """Where rows of `num_units` are read or written at once, whether they are aligned matters."""

@@ -8,6 +8,7 @@ F width of a descriptor
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,12 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mm_sparse.kernels.fast_launch import launch
-from mm_sparse.kernels.primitives import COUNTS, LOG2E, ROW_COUNTS, even_units, generation
+from mm_sparse.kernels.primitives import (
+    COUNTS,
+    LOG2E,
+    ROW_COUNTS,
+    even_units,
+    generation,
+    multiprocessors,
+)
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2
 
 LN2 = tl.constexpr(0.6931471805599453)
-# Programs that keep the largest GPUs busy to the end.
-PROGRAMS = 1024
+# Programs that share a multiprocessor, for registers and shared memory of 128 rows.
+RESIDENT = 3
 # Sums of runs of units that are added up at once.
 TOGETHER = tl.constexpr(8)
 
@@ -353,12 +361,20 @@ def share_blocks(
     return row_order(tile_rows, max(rows, tile_rows)), cols, 2
 
 
-def unit_chunks(blocks: int, num_units: int, cols: int) -> tuple[int, int]:
-    """Runs that units are cut into for `blocks` blocks of rows, and the units of a run."""
-    most = cdiv(num_units, 4 * cols)
-    splits = max(min(most, cdiv(PROGRAMS, blocks)), 1)
-    chunk = cdiv(cdiv(num_units, splits), cols) * cols
-    return cdiv(num_units, chunk), chunk
+@lru_cache(maxsize=1024)
+def unit_chunks(blocks: int, num_units: int, cols: int, places: int) -> tuple[int, int]:
+    """Runs that units are cut into for `blocks` blocks of rows, and the units of a run.
+
+    Programs run in rounds of `places`. One costs its units, and about `cols` more to begin.
+    """
+    steps = cdiv(num_units, cols)
+
+    def cost(chunk: int) -> tuple[int, int]:
+        rounds = cdiv(blocks * cdiv(steps, chunk), places)
+        return rounds * (chunk + 1), -chunk
+
+    chunk = min(range(1, steps + 1), key=cost)
+    return cdiv(steps, chunk), chunk * cols
 
 
 def by_heads(x: Tensor) -> tuple[Tensor, int]:
@@ -375,11 +391,11 @@ def by_heads(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), math.prod(x.shape[2:])
 
 
-def of_parts(parts: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
-    """Constants of `_share`: what is added up over parts takes registers, so fewer units a step."""
-    if parts.dim() == 4:
-        return {**constants, "PARTS": 1}
-    return {**constants, "PARTS": parts.shape[3], "COLS": max(constants["COLS"] // 2, 16)}
+def of_shares(parts: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
+    """Constants of `_share`, which needs more registers than the sums: fewer units a step."""
+    count = 1 if parts.dim() == 4 else parts.shape[3]
+    fewer = max(constants["COLS"] // 2, 16) if count > 1 else min(constants["COLS"], 32)
+    return {**constants, "PARTS": count, "COLS": fewer}
 
 
 def share_of_units(
@@ -416,7 +432,8 @@ def share_of_units(
     if not out.numel():
         return out
     blocks = cdiv(num_tiles, order[1] * order[3])
-    splits, chunk = unit_chunks(blocks * batch * kv_heads, num_units, cols)
+    places = RESIDENT * multiprocessors(rows)
+    splits, chunk = unit_chunks(blocks * batch * kv_heads, num_units, cols, places)
     grid = (blocks * splits, batch * kv_heads)
     sums = out.new_empty(*grid, math.prod(order))
     table = out if bias is None else bias.contiguous()
@@ -436,6 +453,6 @@ def share_of_units(
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
         tiles, *counts, stride_p, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
-        LARGEST=largest, BIASED=bias is not None, **of_parts(parts, constants),
+        LARGEST=largest, BIASED=bias is not None, **of_shares(parts, constants),
     )  # fmt: skip
     return out

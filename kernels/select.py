@@ -83,6 +83,16 @@ def _bounds(order, open_):
 
 
 @triton.jit
+def _with_one(bounds, order, open_):
+    """The same of one unit more."""
+    lowest, highest = bounds
+    return (
+        tl.minimum(lowest, tl.where(open_, order, HIGHEST)),
+        tl.maximum(highest, tl.where(open_, order, LOWEST + 1)),
+    )
+
+
+@triton.jit
 def _tokens(order, size, bound):
     """Tokens of units of order `bound` or higher."""
     return tl.sum(tl.where(order >= bound, size, 0), 0)
@@ -122,7 +132,7 @@ def _narrow(low, high, middle, tokens, need, least, most):
 
 
 @triton.jit
-def _crossing(order, size, low, high, need, TO_NEAREST: tl.constexpr):
+def _crossing(order, size, order_1, size_1, low, high, need, TO_NEAREST: tl.constexpr):
     """Largest threshold t in [low, high] such that what scores t or more has `need` tokens.
 
     Or one above which lies what is to be kept (`_ends`); or `low` if there are too few.
@@ -130,11 +140,13 @@ def _crossing(order, size, low, high, need, TO_NEAREST: tl.constexpr):
     while low < high:
         # One short unit makes for many steps, as long as it may be next to the threshold.
         smallest = _smallest(order, size, low, high)
+        inside = (order_1 >= low) & (order_1 <= high)
+        smallest = tl.minimum(smallest, tl.where(inside, size_1, MOST_TOKENS))
         least, most = _ends(need, smallest, TO_NEAREST)
         step = 0
         while (low < high) & (step < STEPS):
             middle = _middle(low, high)
-            tokens = _tokens(order, size, middle)
+            tokens = _tokens(order, size, middle) + tl.where(order_1 >= middle, size_1, 0)
             low, high = _narrow(low, high, middle, tokens, need, least, most)
             step += 1
     return low
@@ -150,9 +162,9 @@ def _fits(before, size, budget, TO_NEAREST: tl.constexpr):
 
 
 @triton.jit
-def _best(order, size, unit, cut, budget, TO_NEAREST: tl.constexpr):
+def _best(order, size, unit, order_1, size_1, cut, budget, TO_NEAREST: tl.constexpr):
     """All of higher order than `cut`, and of that order the lowest ids that fit the budget."""
-    before = _tokens(order, size, cut + 1)
+    before = _tokens(order, size, cut + 1) + tl.where(order_1 > cut, size_1, 0)
     tied = order == cut
     run = tl.where(tied, size, 0)
     tokens = tl.sum(run, 0)
@@ -161,7 +173,10 @@ def _best(order, size, unit, cut, budget, TO_NEAREST: tl.constexpr):
         stop = tl.min(tl.where(tied & ~fits, unit, HIGHEST), 0)
     else:
         stop = tl.where(_fits(before, tokens, budget, TO_NEAREST), HIGHEST, 0)
-    return (order > cut) | ((order == cut) & (unit < stop))
+    # Its id is the highest: it comes behind all that tie.
+    fits_1 = _fits(before + tokens, size_1, budget, TO_NEAREST)
+    kept_1 = (order_1 > cut) | ((order_1 == cut) & fits_1)
+    return (order > cut) | ((order == cut) & (unit < stop)), kept_1
 
 
 @triton.jit
@@ -172,7 +187,7 @@ def _budget(Budget, batch, head, tile, num_tiles, budgets):
 
 
 @triton.jit
-def _list(kept, unit, Index, Count, list_length, FILL: tl.constexpr):
+def _list(kept, unit, kept_1, unit_1, Index, Count, list_length, FILL: tl.constexpr):
     """Write which of the ascending `unit` are kept, -1 behind them, and their number.
 
     Places are counted by runs, then in each run: that takes half the instructions of one sum.
@@ -183,26 +198,30 @@ def _list(kept, unit, Index, Count, list_length, FILL: tl.constexpr):
     place = tl.cumsum(some, 1) + (tl.cumsum(in_run, 0) - in_run)[:, None] - 1
     count = tl.sum(in_run, 0)
     tl.store(Index + place, tl.reshape(unit, (RUNS, RUN)), mask=(some > 0) & (place < list_length))
+    tl.store(Index + count, unit_1, mask=kept_1 & (count < list_length))
+    count += kept_1.to(tl.int32)
     slot = tl.arange(0, FILL)
     tl.store(Index + slot, -1, mask=(slot >= count) & (slot < list_length))
     tl.store(Count, tl.minimum(count, list_length))
 
 
 @triton.jit
-def _every_nth(others, size, tile, head, left, unit):
+def _every_nth(others, size, other_1, size_1, tile, head, left, unit):
     """Of the units `others` so many as `left` tokens hold, evenly spaced, and the log of how many
     keys each key of them stands for; `mm_sparse.sampling.draw` is the law."""
-    have = tl.sum(others.to(tl.int32), 0)
-    keys = tl.sum(tl.where(others, size, 0), 0)
+    have = tl.sum(others.to(tl.int32), 0) + other_1.to(tl.int32)
+    keys = tl.sum(tl.where(others, size, 0), 0) + tl.where(other_1, size_1, 0)
     take = tl.minimum(tl.maximum((left + unit // 2) // unit, 0), have)
     take = tl.where(left < keys, take, have)
-    start = (tile * STEP_TILE + head * STEP_HEAD) % TURN * have // TURN
-    rank = tl.cumsum(others.to(tl.int32), 0) - 1 + start.to(tl.int32)
+    start = ((tile * STEP_TILE + head * STEP_HEAD) % TURN * have // TURN).to(tl.int32)
+    rank = tl.cumsum(others.to(tl.int32), 0) + start
     per = tl.maximum(have, 1)
-    chosen = others & ((rank + 1) * take // per > rank * take // per)
-    taken = tl.sum(tl.where(chosen, size, 0), 0)
+    chosen = others & (rank * take // per > (rank - 1) * take // per)
+    last = start + have
+    chosen_1 = other_1 & (last * take // per > (last - 1) * take // per)
+    taken = tl.sum(tl.where(chosen, size, 0), 0) + tl.where(chosen_1, size_1, 0)
     share = keys.to(tl.float32) / tl.maximum(taken, 1).to(tl.float32)
-    return chosen, tl.log(tl.maximum(share, 1.0))
+    return chosen, chosen_1, tl.log(tl.maximum(share, 1.0))
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
@@ -213,47 +232,70 @@ def _keep(
     KINDS: tl.constexpr, SAMPLED: tl.constexpr, COARSE: tl.constexpr,
     BLOCK_U: tl.constexpr, FILL: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One list, and where SAMPLED a sample of the rest; the row of scores stays in registers."""
+    """One list, and where SAMPLED a sample of the rest; the row of scores stays in registers.
+
+    All units but one that may lie behind the block, which is looked at apart: a class token makes
+    one more of many a power of two.
+    """
     tile = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     batch = group // kv_heads
     own, list_ = batch * num_tiles + tile, group * num_tiles + tile
+    Values += list_ * row_length
+    Runs += list_ * run_length
+    Sinks += batch * num_units
+    Units += batch * num_units * 2
+    run_count = tl.load(RunCount + list_) if COARSE > 1 else 0
+    low, high = tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1)
+    near_low, near_high = tl.load(Near + own * 2), tl.load(Near + own * 2 + 1)
     unit, order, size, seen, first = _candidates(
-        Values + list_ * row_length, Runs + list_ * run_length,
-        tl.load(RunCount + list_) if COARSE > 1 else 0, Sinks + batch * num_units,
-        Units + batch * num_units * 2, tl.arange(0, BLOCK_U), num_units, num_keys, lead,
-        tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1),
-        tl.load(Near + own * 2), tl.load(Near + own * 2 + 1), UNIT, EVEN, COARSE,
+        Values, Runs, run_count, Sinks, Units, tl.arange(0, BLOCK_U), num_units, num_keys, lead,
+        low, high, near_low, near_high, UNIT, EVEN, COARSE,
+    )  # fmt: skip
+    unit_1, order_1, size_1, seen_1, first_1 = _candidates(
+        Values, Runs, run_count, Sinks, Units, BLOCK_U, num_units, num_keys, lead,
+        low, high, near_low, near_high, UNIT, EVEN, COARSE,
     )  # fmt: skip
     budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
     if KINDS > 0:
         # The best of each modality up to its floor, whatever of it is kept anyway included.
-        there = unit < num_units
-        kind = tl.load(UnitKind + batch * num_units + unit, mask=there, other=-1).to(tl.int32)
+        UnitKind += batch * num_units
+        kind = tl.load(UnitKind + unit, mask=unit < num_units, other=-1).to(tl.int32)
+        kind_1 = tl.load(UnitKind + unit_1, mask=unit_1 < num_units, other=-1).to(tl.int32)
         for k in range(KINDS):
             exact = budget.to(tl.float32) * tl.load(Floor + k)
             floor = exact.to(tl.int32)
             floor += (floor.to(tl.float32) < exact).to(tl.int32)
-            of_kind = seen & (kind == k)
-            lowest, highest = _bounds(order, of_kind)
+            of_kind, of_kind_1 = seen & (kind == k), seen_1 & (kind_1 == k)
+            lowest, highest = _with_one(_bounds(order, of_kind), order_1, of_kind_1)
             ranked = tl.where(of_kind, order, LOWEST)
+            ranked_1 = tl.where(of_kind_1, order_1, LOWEST)
             low = tl.where(floor > 0, lowest - 1, highest)
-            cut = _crossing(ranked, size, low, highest, floor, False)
-            first |= _best(ranked, size, unit, cut, floor, False)
-    taken = tl.sum(tl.where(first, size, 0), 0)
-    lowest, highest = _bounds(order, seen & ~first)
+            cut = _crossing(ranked, size, ranked_1, size_1, low, highest, floor, False)
+            best, best_1 = _best(ranked, size, unit, ranked_1, size_1, cut, floor, False)
+            first, first_1 = first | best, first_1 | best_1
+    taken = tl.sum(tl.where(first, size, 0), 0) + tl.where(first_1, size_1, 0)
+    lowest, highest = _with_one(_bounds(order, seen & ~first), order_1, seen_1 & ~first_1)
     order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
+    order_1 = tl.where(first_1, HIGHEST, tl.where(seen_1, order_1, LOWEST))
     low = tl.where(budget > taken, lowest - 1, highest)
-    cut = _crossing(order, size, low, highest, budget, True)
-    kept = _best(order, size, unit, cut, budget, True)
-    _list(kept, unit, Index + list_ * list_length, Count + list_, list_length, FILL)
+    cut = _crossing(order, size, order_1, size_1, low, highest, budget, True)
+    kept, kept_1 = _best(order, size, unit, order_1, size_1, cut, budget, True)
+    Index += list_ * list_length
+    _list(kept, unit, kept_1, unit_1, Index, Count + list_, list_length, FILL)
     if SAMPLED:
         head = group - batch * kv_heads
         whole = _budget(WholeBudget, batch, head, tile, num_tiles, budgets)
-        left = whole - tl.sum(tl.where(kept, size, 0), 0)
-        chosen, weight = _every_nth(seen & ~kept, size, tile, head, left, UNIT)
-        _list(chosen, unit, Drawn + list_ * drawn_length, DrawnCount + list_, drawn_length, FILL)
-        _list(chosen | kept, unit, All + list_ * all_length, AllCount + list_, all_length, FILL)
+        left = whole - tl.sum(tl.where(kept, size, 0), 0) - tl.where(kept_1, size_1, 0)
+        chosen, chosen_1, weight = _every_nth(
+            seen & ~kept, size, seen_1 & ~kept_1, size_1, tile, head, left, UNIT
+        )
+        Drawn += list_ * drawn_length
+        _list(chosen, unit, chosen_1, unit_1, Drawn, DrawnCount + list_, drawn_length, FILL)
+        kept, kept_1 = chosen | kept, chosen_1 | kept_1
+        _list(
+            kept, unit, kept_1, unit_1, All + list_ * all_length, AllCount + list_, all_length, FILL
+        )
         tl.store(Weight + list_, weight)
 
 
@@ -404,7 +446,7 @@ def keep_best(
     counts = (*places, width, heads, budget.shape[1], row, listed.shape[-1])
     even = {"UNIT": unit, "EVEN": lead >= 0, "COARSE": coarse}
     lists = [width] if drawing is None else [width, drawing.width, drawing.whole]
-    block = next_power_of_2(max(row, *lists, 16))
+    block = next_power_of_2(max(row - 1, RUN.value))
     if block > IN_REGISTERS:
         if floors is not None or drawing is not None:
             what = "floors" if drawing is None else "a sample"

@@ -89,7 +89,7 @@ def attend(
         plan.tile_tokens,
         plan.unit,
         plan.lead,
-        plan.regular_tiles,
+        plan.tile_lead,
         plan.config.backend,
     )
     return out

@@ -15,6 +15,7 @@ from mm_sparse.cache import described
 from mm_sparse.descriptors import piece_features
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
+from mm_sparse.pieces import part_sizes
 from mm_sparse.plan import Plan
 from mm_sparse.scorers import Scorer
 from mm_sparse.shares import DISTANCE_BUCKETS, Descriptors, share_of_units
@@ -119,7 +120,9 @@ class FineScorer(Scorer):
         if plan.regular:
             whole = parts.mean(3)
         else:
-            weight = plan.part_sizes(self.parts).to(parts.dtype)[:, None, ..., None]
+            weight = part_sizes(plan.units, plan.unit, self.parts).to(parts.dtype)[
+                :, None, ..., None
+            ]
             whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
         return Descriptors(
             tiles.unflatten(2, (-1, subpools)).to(dtype),

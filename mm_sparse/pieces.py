@@ -105,11 +105,6 @@ def majority(modality: Tensor, piece: Tensor, count: int) -> Tensor:
     return torch.where(votes.sum(-1) > 0, best, -1).to(torch.int8)
 
 
-def is_regular(table: Tensor, size: int, length: int) -> bool:
-    """Whether piece p is exactly the tokens [p * size, (p + 1) * size)."""
-    return table.shape[1] * size == length and bool((table[..., 1] == size).all())
-
-
 def lead_of(table: Tensor, size: int, length: int) -> int:
     """What the first piece lacks of `size` tokens if all but it and the last are whole, else -1.
 
@@ -125,6 +120,13 @@ def lead_of(table: Tensor, size: int, length: int) -> int:
     even = (table == torch.stack([start, end - start], -1)).all()
     found, number = torch.stack([even, lead]).tolist()
     return number if found and number < size else -1
+
+
+def part_sizes(units: Tensor, unit: int, count: int) -> Tensor:
+    """(B, U, count) int32: keys in each of the runs that units (B, U, 2) of `unit` are cut into."""
+    width = -(-unit // count)
+    first = torch.arange(0, count * width, width, device=units.device)
+    return (units[..., 1:] - first).clamp(0, width)
 
 
 def share_of(keys: Tensor, ratio: float | Tensor) -> Tensor:

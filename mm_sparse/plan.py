@@ -52,8 +52,8 @@ class Plan:
     """(B, U) int8."""
     lead: int
     """If not -1, unit u is what exists of the `unit` keys from u * unit - lead on."""
-    regular_tiles: bool
-    """Whether tile t is exactly the queries [t * tile_tokens, (t + 1) * tile_tokens)."""
+    tile_lead: int
+    """The same of tiles and queries."""
     run: int = 1
     """Units of the layout that a unit of this plan is (`mm_sparse.coarse`)."""
     descriptors: DescriptorCache | None = None
@@ -71,6 +71,11 @@ class Plan:
         """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
         return all_whole(self.lead, self.unit, self.layout.length)
 
+    @property
+    def regular_tiles(self) -> bool:
+        """Whether tile t is exactly the queries [t * tile_tokens, (t + 1) * tile_tokens)."""
+        return all_whole(self.tile_lead, self.tile_tokens, self.num_queries)
+
     def sharing(self, **changes: Any) -> Plan:
         """The same pieces with another budget or with descriptors; what is known is shared."""
         made = replace(self, **changes)
@@ -85,7 +90,7 @@ class Plan:
         """
         table = self.tiles[:, tiles].clone()
         # Without their run, they are not one behind the other.
-        changes: dict[str, Any] = {"regular_tiles": False}
+        changes: dict[str, Any] = {"tile_lead": -1}
         if queries is not None:
             table[..., 0] -= queries.start
             changes = {
@@ -288,12 +293,6 @@ class Plan:
         tile = self.tiles[..., 0] + self.query_offset + self.tiles[..., 1] // 2
         unit = self.units[..., 0] + self.units[..., 1] // 2
         return tile[:, :, None] - unit[:, None]
-
-    def part_sizes(self, count: int) -> Tensor:
-        """(B, U, count) int32: keys in each of the runs that units are cut into."""
-        width = -(-self.unit // count)
-        first = torch.arange(0, count * width, width, device=self.units.device)
-        return (self.units[..., 1:] - first).clamp(0, width)
 
     def _overlap(self, keys: Tensor) -> Tensor:
         start, size = self.units[:, None].unbind(-1)

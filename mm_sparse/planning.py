@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.pieces import cut, drop_padding, is_regular, lead_of, majority, per_piece
+from mm_sparse.pieces import cut, drop_padding, lead_of, majority, per_piece
 from mm_sparse.plan import Plan
 
 if TYPE_CHECKING:
@@ -56,5 +56,5 @@ def build_plan(
         tile_modality=majority(modality[:, queries], tile_of, num_tiles),
         unit_modality=majority(modality, unit_of, num_units),
         lead=lead_of(units, config.unit, layout.length),
-        regular_tiles=is_regular(tiles, tile_tokens, num_queries),
+        tile_lead=lead_of(tiles, tile_tokens, num_queries),
     )

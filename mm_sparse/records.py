@@ -53,7 +53,7 @@ def joined(parts: Sequence[Kept]) -> Kept:
         span=torch.cat([p.span for p in plans], 1),
         hull=torch.cat([p.hull for p in plans], 1),
         tile_modality=torch.cat([p.tile_modality for p in plans], 1),
-        regular_tiles=False,
+        tile_lead=-1,
         descriptors=None,
     )
     index = [pad(s.index, (0, width - s.index.shape[-1]), value=-1) for s in selections]

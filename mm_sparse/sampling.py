@@ -152,7 +152,7 @@ def _geometry(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rest(plan: Plan, scale: float) -> tuple[Any, ...]:
-    even = plan.lead, plan.regular_tiles
+    even = plan.lead, plan.tile_lead
     return scale, plan.tile_tokens, plan.unit, *even, plan.config.backend
 
 

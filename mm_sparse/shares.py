@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mm_sparse.descriptors import fused
 from mm_sparse.modality import Modality
+from mm_sparse.pieces import part_sizes
 from mm_sparse.plan import Plan
 
 # Elements of one block of sub-pool logits; more are computed block by block.
@@ -118,7 +119,7 @@ def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None =
 def _sum_of_parts(rows: Tensor, parts: Tensor, plan: Plan) -> Tensor:
     """(B, K, rows, U): log of the mean over its parts of what a row gives to a unit."""
     count = parts.shape[3]
-    weight = plan.part_sizes(count).float() / -(-plan.unit // count)  # (B, U, C)
+    weight = part_sizes(plan.units, plan.unit, count).float() / -(-plan.unit // count)  # (B, U, C)
     bias = weight.log().flatten(1)[:, None, None]  # (B, 1, 1, U * C), -inf if empty
     products = rows @ parts.flatten(2, 3).to(rows.dtype).transpose(-1, -2)
     products = (products.float() + bias).clamp(min=-1e30).unflatten(-1, (-1, count))

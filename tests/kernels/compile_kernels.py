@@ -183,7 +183,7 @@ def main(targets: list[int]) -> None:
             constants = {
                 "GROUP": group, "TOKENS": rows // group, "UNIT": unit, "D": dim,
                 "BLOCK_D": triton.next_power_of_2(dim), "REGULAR": regular,
-                "EVEN": regular, "REGULAR_TILES": regular,
+                "EVEN": regular, "EVEN_TILES": regular, "REGULAR_TILES": regular,
                 "PRECISION": "ieee" if size == 4 else "tf32",
             }  # fmt: skip
             for kernel, (r, c, warps, stages) in (

@@ -117,7 +117,7 @@ def test_scores_over_many_blocks_equal_the_law(
     def small_blocks(tile_rows: int, *_):
         return score_kernels.row_order(tile_rows, max(16, tile_rows)), 16, 2
 
-    def small_chunks(blocks: int, num_units: int, cols: int) -> tuple[int, int]:
+    def small_chunks(blocks: int, num_units: int, cols: int, _: int) -> tuple[int, int]:
         return -(-num_units // (2 * cols)), 2 * cols
 
     monkeypatch.setattr(score_kernels, "share_blocks", small_blocks)
@@ -148,7 +148,7 @@ def test_row_order_has_every_row(rows: int, tile_rows: int) -> None:
     ("blocks", "units"), [(1, 1), (1, 100), (64, 1024), (256, 4096), (9999, 4097)], ids=str
 )
 def test_chunks_cover_all_units(blocks: int, units: int) -> None:
-    splits, chunk = score_kernels.unit_chunks(blocks, units, 64)
+    splits, chunk = score_kernels.unit_chunks(blocks, units, 64, 396)
     assert chunk % 64 == 0
     assert (splits - 1) * chunk < units <= splits * chunk
 
