@@ -30,6 +30,10 @@ from mm_sparse.kernels.sizes import cdiv, next_power_of_2
 LN2 = tl.constexpr(0.6931471805599453)
 # Programs that share a multiprocessor, for registers and shared memory of 128 rows.
 RESIDENT = 3
+# Programs that keep the largest GPUs busy to the end.
+PROGRAMS = 1024
+# Numbers that rows of scores are a multiple of.
+ALIGNED = 16
 # Sums of runs of units that are added up at once.
 TOGETHER = tl.constexpr(8)
 
@@ -218,11 +222,11 @@ def _distance_bias(
 
 
 @triton.jit
-def _deny(Out, own, first, last, num_tiles, num_units, COLS: tl.constexpr):
+def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
     """Scores of the units [first, last), which no tile of the program sees."""
     for at in range(first, last, COLS):
         unit = at + tl.arange(0, COLS)
-        out = Out + own.to(tl.int64)[:, None] * num_units + unit[None, :]
+        out = Out + own.to(tl.int64)[:, None] * row_length + unit[None, :]
         value = tl.full([own.shape[0], COLS], -1e30, tl.float32)
         tl.store(out, value, mask=(own < num_tiles)[:, None] & (unit < last)[None, :])
 
@@ -231,7 +235,7 @@ def _deny(Out, own, first, last, num_tiles, num_units, COLS: tl.constexpr):
 def _share(
     Rows, Keys, Exists, Hull, Units, Sums, Parts, Out, Bias, TileKind, UnitKind, Tiles,
     num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, stride_p,
-    query_offset, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
+    query_offset, row_length, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
     COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
     EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
     BIASED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -243,7 +247,7 @@ def _share(
     Units += batch * num_units * 2
     Keys += (batch * kv_heads + head) * stride_k
     Parts += (batch * kv_heads + head) * stride_p
-    Out += (batch * kv_heads + head) * num_tiles * num_units
+    Out += (batch * kv_heads + head) * num_tiles * row_length
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
         GROUP, SUBPOOLS, ORDER, F, BLOCK_F,
@@ -278,7 +282,7 @@ def _share(
         Units, low, high, exists, first, last, num_keys, lead, UNIT, EVEN
     )
     begin = tl.minimum(begin, last) // COLS * COLS
-    _deny(Out, own, first, begin, num_tiles, num_units, COLS)
+    _deny(Out, own, first, begin, num_tiles, row_length, COLS)
     for at in range(begin, end, COLS):
         if PARTS > 1:
             # The sums are over whole units, so that parts cost one product, not two. What is
@@ -315,16 +319,18 @@ def _share(
             value = tl.where(best == -float("inf"), -1e30, value * LN2)
         value = tl.reshape(value, (TILES, COLS))
         unit = at + tl.arange(0, COLS)
-        mask = (own < num_tiles)[:, None] & (unit < num_units)[None, :]
         if BIASED:
+            mask = (own < num_tiles)[:, None] & (unit < num_units)[None, :]
             value += _distance_bias(
                 Bias + head * KINDS * KINDS * BUCKETS, Tiles + batch * num_tiles * 2,
                 TileKind + batch * num_tiles, UnitKind + batch * num_units, Units,
                 own, unit, mask, num_tiles, num_units, query_offset, KINDS, BUCKETS,
             )  # fmt: skip
-        tl.store(Out + own.to(tl.int64)[:, None] * num_units + unit[None, :], value, mask=mask)
+        out = Out + own.to(tl.int64)[:, None] * row_length + unit[None, :]
+        # Rows are longer than their units, so that they begin where numbers are read together.
+        tl.store(out, value, mask=(own < num_tiles)[:, None] & (unit < row_length)[None, :])
     behind = tl.maximum(begin, (end + COLS - 1) // COLS * COLS)
-    _deny(Out, own, behind, last, num_tiles, num_units, COLS)
+    _deny(Out, own, behind, last, num_tiles, row_length, COLS)
 
 
 def row_order(tile_rows: int, rows: int) -> tuple[int, int, int, int, int]:
@@ -365,16 +371,19 @@ def share_blocks(
 def unit_chunks(blocks: int, num_units: int, cols: int, places: int) -> tuple[int, int]:
     """Runs that units are cut into for `blocks` blocks of rows, and the units of a run.
 
-    Programs run in rounds of `places`. One costs its units, and about `cols` more to begin.
+    Few programs run at once, in `places`, as long as their units take, and about `cols` units and
+    a half more to begin; many are cut so that they end together.
     """
     steps = cdiv(num_units, cols)
-
-    def cost(chunk: int) -> tuple[int, int]:
-        rounds = cdiv(blocks * cdiv(steps, chunk), places)
-        return rounds * (chunk + 1), -chunk
-
-    chunk = min(range(1, steps + 1), key=cost)
+    if 2 * blocks >= places:
+        chunk = cdiv(steps, max(min(cdiv(steps, 4), cdiv(PROGRAMS, blocks)), 1))
+    else:
+        chunk = min(range(1, steps + 1), key=lambda n: _cost(n, blocks * cdiv(steps, n) / places))
     return cdiv(steps, chunk), chunk * cols
+
+
+def _cost(steps: int, rounds: float) -> tuple[float, int]:
+    return max(rounds, 1) * (steps + 1.5), -steps
 
 
 def by_heads(x: Tensor) -> tuple[Tensor, int]:
@@ -428,7 +437,8 @@ def share_of_units(
     order, cols, stages = share_blocks(
         next_power_of_2(group * subpools), width, itemsize, generation(rows), num_tiles
     )
-    out = rows.new_empty(batch, kv_heads, num_tiles, num_units, dtype=torch.float32)
+    row_length = cdiv(num_units, ALIGNED) * ALIGNED
+    out = rows.new_empty(batch, kv_heads, num_tiles, row_length, dtype=torch.float32)
     if not out.numel():
         return out
     blocks = cdiv(num_tiles, order[1] * order[3])
@@ -451,8 +461,8 @@ def share_of_units(
     launch(
         _share, grid, *inputs, parts, out, table,
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
-        tiles, *counts, stride_p, query_offset,
+        tiles, *counts, stride_p, query_offset, row_length,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
         LARGEST=largest, BIASED=bias is not None, **of_shares(parts, constants),
     )  # fmt: skip
-    return out
+    return out[..., :num_units]

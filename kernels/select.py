@@ -47,8 +47,8 @@ def _ordered(value):
 
 @triton.jit
 def _candidates(
-    Values, Runs, run_count, Sinks, Units, slot, num_units, num_keys, lead, low, high, near_low,
-    near_high, UNIT: tl.constexpr, EVEN: tl.constexpr, COARSE: tl.constexpr,
+    Values, Runs, run_count, Sinks, Units, slot, row_length, num_units, num_keys, lead, low, high,
+    near_low, near_high, UNIT: tl.constexpr, EVEN: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """Unit, order of scores, size, which are seen, and which are kept whatever they score.
 
@@ -70,7 +70,8 @@ def _candidates(
     seen = (size > 0) & (start < high) & (start + size > low)
     near = (start < near_high) & (start + size > near_low)
     always = near | tl.load(Sinks + unit, mask=there, other=0).to(tl.int1)
-    order = _ordered(tl.load(Values + slot, mask=there, other=0.0))
+    # What lies behind the units of a row may hold anything: it is not seen.
+    order = _ordered(tl.load(Values + slot, mask=slot < row_length, other=0.0))
     return unit, order, size, seen, seen & always
 
 
@@ -249,12 +250,12 @@ def _keep(
     low, high = tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1)
     near_low, near_high = tl.load(Near + own * 2), tl.load(Near + own * 2 + 1)
     unit, order, size, seen, first = _candidates(
-        Values, Runs, run_count, Sinks, Units, tl.arange(0, BLOCK_U), num_units, num_keys, lead,
-        low, high, near_low, near_high, UNIT, EVEN, COARSE,
+        Values, Runs, run_count, Sinks, Units, tl.arange(0, BLOCK_U), row_length,
+        num_units, num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
     )  # fmt: skip
     unit_1, order_1, size_1, seen_1, first_1 = _candidates(
-        Values, Runs, run_count, Sinks, Units, BLOCK_U, num_units, num_keys, lead,
-        low, high, near_low, near_high, UNIT, EVEN, COARSE,
+        Values, Runs, run_count, Sinks, Units, BLOCK_U, row_length,
+        num_units, num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
     )  # fmt: skip
     budget = _budget(Budget, batch, group - batch * kv_heads, tile, num_tiles, budgets)
     if KINDS > 0:
@@ -324,7 +325,7 @@ def _keep_long(
     lowest, highest, taken = HIGHEST, LOWEST + 1, 0
     for at in range(0, row, CHUNK):
         _unit, order, size, seen, first = _candidates(
-            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
+            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), row_length, num_units,
             num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
         )  # fmt: skip
         some = _bounds(order, seen & ~first)
@@ -340,8 +341,8 @@ def _keep_long(
         smallest = MOST_TOKENS
         for at in range(0, row, CHUNK):
             _unit, order, size, seen, first = _candidates(
-                Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
-                num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
+                Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), row_length,
+                num_units, num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
             )  # fmt: skip
             order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
             tokens += tl.sum(tl.where(order[:, None] >= bounds[None, :], size[:, None], 0), 0)
@@ -356,7 +357,7 @@ def _keep_long(
     before = 0
     for at in range(0, row, CHUNK):
         _unit, order, size, seen, first = _candidates(
-            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
+            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), row_length, num_units,
             num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
         )  # fmt: skip
         order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
@@ -365,7 +366,7 @@ def _keep_long(
     Index += list_ * list_length
     for at in range(0, row, CHUNK):
         unit, order, size, seen, first = _candidates(
-            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), num_units,
+            Values, Runs, run_count, Sinks, Units, at + tl.arange(0, CHUNK), row_length, num_units,
             num_keys, lead, low, high, near_low, near_high, UNIT, EVEN, COARSE,
         )  # fmt: skip
         order = tl.where(first, HIGHEST, tl.where(seen, order, LOWEST))
@@ -436,14 +437,15 @@ def keep_best(
     index = torch.empty(batch, heads, num_tiles, width, dtype=torch.int32, device=values.device)
     count = torch.empty(batch, heads, num_tiles, dtype=torch.int32, device=values.device)
     grid = (num_tiles, batch * heads)
-    inputs = (values.contiguous(), near, sinks, hull, units)
+    values, apart = rows_of(values)
+    inputs = (values, near, sinks, hull, units)
     if budget.shape not in ((batch, heads, num_tiles), (batch, 1, num_tiles)):
         raise ValueError(
             f"budget must be ({batch}, {heads} or 1, {num_tiles}), got {tuple(budget.shape)}"
         )
     listed, number, coarse = (units, units, 1) if runs is None else runs
     places = (num_tiles, units.shape[1], num_keys, lead)
-    counts = (*places, width, heads, budget.shape[1], row, listed.shape[-1])
+    counts = (*places, width, heads, budget.shape[1], apart, listed.shape[-1])
     even = {"UNIT": unit, "EVEN": lead >= 0, "COARSE": coarse}
     lists = [width] if drawing is None else [width, drawing.width, drawing.whole]
     block = next_power_of_2(max(row - 1, RUN.value))
@@ -470,6 +472,17 @@ def keep_best(
         num_warps=keep_warps(block),
     )  # fmt: skip
     return index, count, drawn
+
+
+def rows_of(values: Tensor) -> tuple[Tensor, int]:
+    """Scores whose rows follow one another, and how far apart; what lies between can be read."""
+    batch, heads, tiles, row = values.shape
+    apart = values.stride(2)
+    end = values.storage_offset() + batch * heads * tiles * apart
+    even = values.stride() == (heads * tiles * apart, tiles * apart, apart, 1) and apart >= row
+    if even and end * values.element_size() <= values.untyped_storage().nbytes():
+        return values, apart
+    return values.contiguous(), row
 
 
 def keep_warps(block: int) -> int:
