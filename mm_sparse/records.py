@@ -19,25 +19,24 @@ class Kept:
     """The lists of every n-th tile of a selection; a Selection again once somebody asks."""
 
     index: Tensor
-    count: Tensor
     plan: Plan
     step: int
 
     @cached_property
     def selection(self) -> Selection:
         """Of the tiles that are left."""
+        # Counted now: a copy of the counts would be one more launch in every call.
+        count = (self.index >= 0).sum(-1, dtype=torch.int32)
         if self.step == 1:
-            return Selection(self.index, self.count, self.plan)
-        return Selection(self.index, self.count, self.plan.of_tiles(slice(None, None, self.step)))
+            return Selection(self.index, count, self.plan)
+        return Selection(self.index, count, self.plan.of_tiles(slice(None, None, self.step)))
 
 
 def thinned(selection: Selection, entries: int) -> Kept:
     """The lists of every n-th tile, so that `index` has about `entries`; all if it has no more."""
     step = max(-(-selection.index.numel() // entries), 1)
-    index, count, plan = selection.index, selection.count, selection.plan
-    if step > 1:
-        index, count = index[:, :, ::step].clone(), count[:, :, ::step].clone()
-    return Kept(index, count, plan, step)
+    index = selection.index
+    return Kept(index[:, :, ::step].clone() if step > 1 else index, selection.plan, step)
 
 
 def joined(parts: Sequence[Kept]) -> Kept:
@@ -57,7 +56,7 @@ def joined(parts: Sequence[Kept]) -> Kept:
         descriptors=None,
     )
     index = [pad(s.index, (0, width - s.index.shape[-1]), value=-1) for s in selections]
-    return Kept(torch.cat(index, 2), torch.cat([s.count for s in selections], 2), plan, 1)
+    return Kept(torch.cat(index, 2), plan, 1)
 
 
 def _from(tiles: Tensor, start: int) -> Tensor:

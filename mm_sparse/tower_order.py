@@ -72,8 +72,8 @@ class OrderedBlocks:
         for layer, place in placed:
             layer.ordered = place
         try:
-            tokens = arrange(tokens, layout, first, dim=1)
-            out = nn.Sequential.forward(self.blocks, tokens)
+            # Not kept by a name: the first block's input goes when the block is done with it.
+            out = nn.Sequential.forward(self.blocks, arrange(tokens, layout, first, dim=1))
         finally:
             for layer, _ in placed:
                 layer.ordered = None
