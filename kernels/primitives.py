@@ -23,7 +23,7 @@ ROW_COUNTS = (
     "chunks", "run_length", "lead", "tile_lead",
 )  # fmt: skip
 COUNTS = (*ROW_COUNTS, "num_units")
-"""Where rows of `num_units` are read or written at once, whether they are aligned matters."""
+"""`_keep` reads tables of `num_units` rows, and is faster where these are aligned."""
 
 
 @triton.jit

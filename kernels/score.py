@@ -20,7 +20,6 @@ from mm_sparse.kernels.fast_launch import launch
 from mm_sparse.kernels.primitives import (
     COUNTS,
     LOG2E,
-    ROW_COUNTS,
     even_units,
     generation,
     multiprocessors,
@@ -231,7 +230,7 @@ def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
         tl.store(out, value, mask=(own < num_tiles)[:, None] & (unit < last)[None, :])
 
 
-@triton.jit(do_not_specialize=ROW_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _share(
     Rows, Keys, Exists, Hull, Units, Sums, Parts, Out, Bias, TileKind, UnitKind, Tiles,
     num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, stride_p,
@@ -367,23 +366,27 @@ def share_blocks(
     return row_order(tile_rows, max(rows, tile_rows)), cols, 2
 
 
-@lru_cache(maxsize=1024)
 def unit_chunks(blocks: int, num_units: int, cols: int, places: int) -> tuple[int, int]:
-    """Runs that units are cut into for `blocks` blocks of rows, and the units of a run.
-
-    Few programs run at once, in `places`, as long as their units take, and about `cols` units and
-    a half more to begin; many are cut so that they end together.
-    """
+    """Runs that units are cut into for `blocks` blocks of rows, and the units of a run."""
     steps = cdiv(num_units, cols)
-    if 2 * blocks >= places:
-        chunk = cdiv(steps, max(min(cdiv(steps, 4), cdiv(PROGRAMS, blocks)), 1))
-    else:
-        chunk = min(range(1, steps + 1), key=lambda n: _cost(n, blocks * cdiv(steps, n) / places))
+    chunk = _steps_of_run(blocks, steps, places)
     return cdiv(steps, chunk), chunk * cols
 
 
-def _cost(steps: int, rounds: float) -> tuple[float, int]:
-    return max(rounds, 1) * (steps + 1.5), -steps
+@lru_cache(maxsize=1024)
+def _steps_of_run(blocks: int, steps: int, places: int) -> int:
+    """Steps that one program takes of a row.
+
+    Many blocks are cut into about `PROGRAMS`. Those of few run at once in `places`, each for its
+    steps and, to begin with, for as long as one and a half of them take.
+    """
+    if 2 * blocks >= places:
+        return cdiv(steps, max(min(cdiv(steps, 4), cdiv(PROGRAMS, blocks)), 1))
+
+    def cost(run: int) -> tuple[float, int]:
+        return max(blocks * cdiv(steps, run) / places, 1) * (run + 1.5), -run
+
+    return min(range(1, steps + 1), key=cost)
 
 
 def by_heads(x: Tensor) -> tuple[Tensor, int]:
@@ -440,7 +443,7 @@ def share_of_units(
     row_length = cdiv(num_units, ALIGNED) * ALIGNED
     out = rows.new_empty(batch, kv_heads, num_tiles, row_length, dtype=torch.float32)
     if not out.numel():
-        return out
+        return out[..., :num_units]
     blocks = cdiv(num_tiles, order[1] * order[3])
     places = RESIDENT * multiprocessors(rows)
     splits, chunk = unit_chunks(blocks * batch * kv_heads, num_units, cols, places)

@@ -416,7 +416,8 @@ def keep_best(
     """Lists of the kept units, as `mm_sparse.selection` defines them; ties go to the lowest id.
 
     Args:
-        values: (B, K, T, U) float32, or (B, K, T, C) of `runs`; with floors at most IN_REGISTERS.
+        values: (B, K, T, U) float32, or (B, K, T, C) of `runs`; with floors or `drawing` at most
+            IN_REGISTERS + 1 of them.
         near: (B, T, 2) int32, range of keys whose units are kept whatever the scores, and
         sinks: (B, U) bool, units that are, if they are seen.
         hull: (B, T, 2) int32, range of keys that a tile sees.
@@ -427,7 +428,7 @@ def keep_best(
         unit: most keys of a unit.
         lead: if not -1, unit u is what exists of the `unit` keys from u * unit - lead on, of
             `num_keys` in all.
-        drawing: what else to draw; U is at most IN_REGISTERS then, too.
+        drawing: what else to draw.
         runs: index and count of runs of units, ascending, and how many units a run has; of a list
             of R runs, C = R x that many units compete.
     Returns:
@@ -452,7 +453,7 @@ def keep_best(
     if block > IN_REGISTERS:
         if floors is not None or drawing is not None:
             what = "floors" if drawing is None else "a sample"
-            raise ValueError(f"units must be at most {IN_REGISTERS} with {what}, got {row}")
+            raise ValueError(f"units must be at most {IN_REGISTERS + 1} with {what}, got {row}")
         launch(
             _keep_long, grid, *inputs, listed, number, budget, index, count, *counts,
             CHUNK=CHUNK, **even, num_warps=8,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mm_sparse.coarse import Runs
     from mm_sparse.kernels.select import Drawn
 
-# Units of a row that the kernel's registers hold, which floors need.
-MOST_UNITS = 16384
+# Units of a row that the kernel's registers hold and one behind them, which floors need.
+MOST_UNITS = 16385
 
 
 def in_registers(values: Tensor, plan: Plan) -> bool:

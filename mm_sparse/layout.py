@@ -228,7 +228,7 @@ class TokenLayout:
         Empty on padding, unless an explicit span says that padding looks at something.
         """
         if self.span is not None:
-            return self.span.to(torch.int32)
+            return self.span.clamp(0, self.length).to(torch.int32)
         low, high = piece_edges(fill_documents(self.document))
         if causal:
             high = torch.arange(1, self.length + 1, device=self.device).expand_as(high)

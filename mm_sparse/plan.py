@@ -85,15 +85,16 @@ class Plan:
     def of_tiles(self, tiles: slice | Tensor, queries: slice | None = None) -> Plan:
         """The plan of some of its tiles; what is known of units alone goes along.
 
-        Args:
-            queries: the run of queries that these tiles are, which are then all that it has.
+        If these are the tiles of a run of `queries`, it has no others.
         """
         table = self.tiles[:, tiles].clone()
         # Without their run, they are not one behind the other.
         changes: dict[str, Any] = {"tile_lead": -1}
         if queries is not None:
             table[..., 0] -= queries.start
+            # What begins behind the first tile begins with a whole one.
             changes = {
+                "tile_lead": min(self.tile_lead, 0) if queries.start else self.tile_lead,
                 "num_queries": queries.stop - queries.start,
                 "query_offset": self.query_offset + queries.start,
                 "span": self.span[:, queries].contiguous(),

@@ -143,7 +143,8 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     return [
         (pool._pool, pooled, warps, 2), (pool._pool_both, both, warps, 2),
         (score._log_sums, share, 4, stages),
-        (score._share, share, 4, stages), (score._share, own, 4, fine_stages),
+        (score._share, {**share, "COLS": min(share["COLS"], 32)}, 4, stages),
+        (score._share, own, 4, fine_stages),
         (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),
         (select._keep, drawn, select.keep_warps(4096), 2), (merge._merge, merged, 4, 2),
@@ -169,6 +170,7 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
                 more = {"D": dim, "COLS": cols, "STAGES": stages, "UNIT": unit}
                 found.append((hopper._forward, more, 4, 2))
                 found.append((hopper._forward, {**more, "EVEN": False}, 4, 2))
+                found.append((hopper._forward, {**more, "EVEN_TILES": False}, 4, 2))
     return found
 
 

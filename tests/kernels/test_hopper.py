@@ -1,5 +1,7 @@
 """The kernel for Hopper: its sorting of lists in the interpreter, all else on such a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,12 +83,12 @@ def test_gpu_strided_inputs_give_the_same(used: list[bool]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("regular", [True, False], ids=["regular", "ragged"])
-def test_gpu_a_head_behind_two_billion_numbers_is_as_alone(regular: bool, used: list[bool]) -> None:
+@pytest.mark.parametrize("units", ["regular", "short at the end", "in a table"])
+def test_gpu_a_head_behind_two_billion_numbers_is_as_alone(units: str, used: list[bool]) -> None:
     tokens, heads = 1 << 20, 17
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GiB of GPU memory")
-    layout = mms.TokenLayout.text(1, tokens if regular else tokens - 5, device="cuda")
+    layout = mms.TokenLayout.text(1, tokens if units == "regular" else tokens - 5, device="cuda")
     config = mms.SparseConfig(unit=64, tile=128, tokens=256, causal=False)
     generator = torch.Generator("cuda").manual_seed(0)
     size = (1, heads, layout.length, 128)
@@ -95,12 +97,15 @@ def test_gpu_a_head_behind_two_billion_numbers_is_as_alone(regular: bool, used: 
         for _ in range(3)
     )
     plan = layout.plan(config, num_query_heads=heads, num_kv_heads=heads)
+    one = layout.plan(config, num_query_heads=1, num_kv_heads=1)
+    assert plan.lead == one.lead == 0
+    if units == "in a table":
+        plan, one = (replace(x, lead=-1, tile_lead=-1) for x in (plan, one))
     index = torch.randint(
         plan.units.shape[1], (1, heads, plan.tiles.shape[1], 4), device="cuda", generator=generator
     )
     index, count = index.int().sort(-1).values, torch.full_like(index[..., 0], 4, dtype=torch.int32)
     found = mms.attend(q, k, v, mms.Selection(index, count, plan))
-    one = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     for head in (0, heads - 1):
         own = slice(head, head + 1)
         alone = mms.Selection(index[:, own].contiguous(), count[:, own].contiguous(), one)
@@ -200,3 +205,34 @@ def test_even_lists_stay_and_what_needs_a_mask_is_before_and_behind(prefix: int)
 def place(slot: int, whole: int, ahead: int) -> int:
     """`hopper._place` of even units."""
     return slot + (ahead if slot < whole else -whole if slot < whole + ahead else 0)
+
+
+@pytest.mark.gpu
+def test_gpu_blocks_of_queries_behind_a_class_token_give_what_one_call_gives(
+    used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = mms.TokenLayout.from_spans([("text", 1), ("image", (41, 43))], device="cuda")
+    config = mms.SparseConfig(0.3, unit=16, tile=128, causal=False, dense_below=0, grid_order=False)
+    q, k, v = torch.randn(3, 1, 4, layout.length, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        want = mms.sparse_attention(q, k, v, layout=layout, config=config)
+        monkeypatch.setattr("mm_sparse.blocks.MOST_SCORES", 2000)
+        found = mms.sparse_attention(q, k, v, layout=layout, config=config)
+    assert torch.equal(found, want)
+    assert len(used) > 5
+
+
+@pytest.mark.gpu
+def test_gpu_spans_beyond_the_keys_see_what_is_there(used: list[bool]) -> None:
+    at = torch.arange(1671)
+    span = torch.stack([at - 300, at + 300], -1)[None].to("cuda")
+    kind = (at >= 1).to(torch.int8)[None].to("cuda")
+    found = []
+    for seen in (span, span.clamp(0, 1671)):
+        layout = mms.TokenLayout.from_modality(kind, span=seen)
+        config = mms.SparseConfig(0.5, unit=16, tile=128, causal=False, dense_below=0)
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, 1, 2, 1671, 128, device="cuda", dtype=torch.bfloat16)
+        found.append(mms.sparse_attention(q, k, v, layout=layout, config=config))
+    assert torch.equal(*found)
+    assert used == [True, True]

@@ -1,5 +1,6 @@
 """The kernels that score and select, against the PyTorch path that is their law."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -270,7 +271,9 @@ def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, 
             assert_same_lists(*made, made[1].config)
 
 
-@pytest.mark.parametrize(("length", "prefix"), [(640, 0), (645, 0), (643, 1), (640, 11)])
+@pytest.mark.parametrize(
+    ("length", "prefix"), [(640, 0), (645, 0), (643, 1), (640, 11), (257, 1), (257, 0), (513, 1)]
+)
 def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -> None:
     """Log shares as scorers give them, -1e30 where nothing is seen, and few distinct ones."""
     row = [("text", prefix), ("image", length - prefix)] if prefix else [("text", length)]
@@ -302,14 +305,43 @@ def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -
                 assert torch.equal(tied[1], long[1])
 
 
+@pytest.mark.parametrize(("length", "prefix"), [(257, 1), (513, 0)])
+@pytest.mark.parametrize("changes", [{"sampled": 0.5}, {"modality_floor": 0.3}], ids=str)
+def test_the_unit_behind_the_block_counts_like_others(
+    length: int, prefix: int, changes: dict
+) -> None:
+    """17 and 33 units, in rows that are longer than these, NaN behind."""
+    row = [("text", prefix), ("image", length - prefix)] if prefix else [("text", length)]
+    layout = TokenLayout.from_rows([row, row])
+    config = small(unit=16, ratio=0.4, **changes)
+    plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
+    units = plan.units.shape[1]
+    last = 0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        size = (2, 2, plan.tiles.shape[1], units)
+        order = torch.rand(size, generator=generator).argsort(-1).float()
+        values = torch.full((*size[:3], units + 15), math.nan)[..., :units].copy_(order)
+        found = select(values, layout, replace(config, backend="triton"), num_query_heads=2)
+        law = select(order, layout, replace(config, backend="torch"), num_query_heads=2)
+        assert torch.equal(found.index, law.index)
+        assert torch.equal(found.count, law.count)
+        last += int((found.index == units - 1).sum())
+        if law.sample is not None:
+            for name in ("index", "count", "best_index", "best_count"):
+                assert torch.equal(getattr(found.sample, name), getattr(law.sample, name)), name
+            torch.testing.assert_close(found.sample.weight, law.sample.weight)
+    assert last > 0
+
+
 def test_long_rows_refuse_floors(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert select_kernels.IN_REGISTERS == MOST_UNITS
+    assert select_kernels.IN_REGISTERS + 1 == MOST_UNITS
     monkeypatch.setattr(select_kernels, "IN_REGISTERS", 8)
     layout = TokenLayout.from_spans(MIXED)
     plan = layout.plan(small(unit=16, modality_floor=0.25), num_query_heads=1, num_kv_heads=1)
     num_units = plan.units.shape[1]
     values = torch.zeros(1, 1, plan.tiles.shape[1], num_units)
-    with pytest.raises(ValueError, match=f"units must be at most 8 with floors, got {num_units}"):
+    with pytest.raises(ValueError, match=f"units must be at most 9 with floors, got {num_units}"):
         keep_best(
             values, *of_plan(plan), unit=16, unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
         )  # fmt: skip

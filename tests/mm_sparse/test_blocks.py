@@ -8,6 +8,7 @@ import torch
 import mm_sparse as mms
 from mm_sparse import blocks
 from mm_sparse.attention import rank_and_attend
+from mm_sparse.pieces import lead_of
 from mm_sparse.placing import Placed
 from mm_sparse.plan import Plan
 from mm_sparse.retrofit import watch
@@ -39,6 +40,8 @@ def layout(kind, device="cpu"):
     if kind == "rows cut apart":
         rows = [[("text", 300), ("image", 310)], [("text", 500), ("audio", 110)]]
         return mms.TokenLayout.from_rows(rows).to(device)
+    if kind == "class token":
+        return mms.TokenLayout.from_rows([[("text", 1), ("image", LENGTH - 1)]]).to(device)
     kinds = torch.zeros(1, LENGTH, dtype=torch.int8)
     kinds[:, 40:180] = int(mms.Modality.AUDIO)
     documents = (torch.arange(LENGTH) // 130)[None]
@@ -62,7 +65,7 @@ def test_blocks_are_whole_tiles_and_even(monkeypatch):
     assert len(list(cut(mms.TokenLayout.text(1, 100), CONFIG))) == 1
 
 
-@pytest.mark.parametrize("kind", ["text", "documents", "two rows", "rows cut apart"])
+@pytest.mark.parametrize("kind", ["text", "class token", "documents", "two rows", "rows cut apart"])
 def test_plans_of_blocks_are_parts_of_the_whole(kind, small):
     """Of one row, or of tiles that are alike in all rows; else they are plans of those queries."""
     own = layout(kind)
@@ -81,6 +84,8 @@ def test_plans_of_blocks_are_parts_of_the_whole(kind, small):
         always.append(plan.always)
         spans.append(plan.span)
         assert plan.modalities <= whole.modalities
+        assert plan.tile_lead in (-1, lead_of(plan.tiles, plan.tile_tokens, plan.num_queries))
+        assert (plan.tile_lead < 0) == (whole.tile_lead < 0)
     if tables:
         assert len(tables) > 5
         assert torch.equal(torch.cat(tables, 1), whole.tiles)
