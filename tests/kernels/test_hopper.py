@@ -219,7 +219,8 @@ def test_gpu_blocks_of_queries_behind_a_class_token_give_what_one_call_gives(
         monkeypatch.setattr("mm_sparse.blocks.MOST_SCORES", 2000)
         found = mms.sparse_attention(q, k, v, layout=layout, config=config)
     assert torch.equal(found, want)
-    assert len(used) > 5
+    assert len(used) > 3
+    assert all(used)
 
 
 @pytest.mark.gpu
