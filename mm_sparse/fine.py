@@ -120,9 +120,8 @@ class FineScorer(Scorer):
         if plan.regular:
             whole = parts.mean(3)
         else:
-            weight = part_sizes(plan.units, plan.unit, self.parts).to(parts.dtype)[
-                :, None, ..., None
-            ]
+            size = part_sizes(plan.units, plan.unit, self.parts)
+            weight = size.to(parts.dtype)[:, None, ..., None]
             whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
         return Descriptors(
             tiles.unflatten(2, (-1, subpools)).to(dtype),

@@ -59,5 +59,5 @@ def test_twenty_lengths_compile_attention_four_times_at_most():
         layout = mms.TokenLayout.text(1, length, device="cuda")
         mms.sparse_attention(q, k, v, layout=layout, config=config).sum().backward()
     for kernel, old in zip(attention, before, strict=True):
-        # Units and tiles are even, or tiles have as many queries as a tile takes.
+        # Units and tiles are all whole or not, which the kernels of the backward compile in.
         assert 1 <= len(kernel.device_caches[0][0]) - old <= 4, kernel.__name__
