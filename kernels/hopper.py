@@ -13,165 +13,34 @@ T tiles, U units, L list length
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .cpu import new_output
 from .fast_launch import launch
-from .primitives import COUNTS, multiprocessors, row_span, tile_rows
-from .sizes import all_whole, cdiv, next_power_of_2
+from .hopper_lists import (
+    BOXED,
+    FLAT,
+    LOG2E,
+    boxes,
+    copy_blocks,
+    listed_keys,
+    one_list,
+    rows_of_tile,
+    sorted_lists,
+)
+from .primitives import COUNTS, multiprocessors
+from .sizes import cdiv
 
-LOG2E = gl.constexpr(1.4426950408889634)
-FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-BOXED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))
 # By head dim: keys of a block, blocks in flight, tiles that a program serves at a time.
 BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _sort_lists(
-    Order, Inner, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
-    kv_heads, lead, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr,
-    WIDTH: tl.constexpr, EVEN: tl.constexpr, REGULAR_TILES: tl.constexpr,
-):  # fmt: skip
-    """A list's units that need no mask from the front, the others from the back of its places.
-
-    Of even units those that need one are the first and the last of a list: it stays as it is, and
-    is told how many come first.
-    """
-    t = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
-    batch = group // kv_heads
-    token, _, exists = tile_rows(
-        Tiles, (batch * num_tiles + t, t), 0, 1, LENGTH, TOKENS, REGULAR_TILES
-    )
-    low, high = row_span(Span, token, exists, num_queries, batch)
-    all_from = tl.max(tl.where(exists, low, 0), 0)
-    all_to = tl.min(tl.where(exists, high, 2147483647), 0)
-    list_ = group * num_tiles + t
-    count = tl.load(Count + list_)
-    inner, others = 0, 0
-    for first in range(0, count, WIDTH):
-        slot = first + tl.arange(0, WIDTH)
-        listed = slot < count
-        unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0)
-        if EVEN:
-            start = unit * UNIT - lead
-            whole = listed & (start >= all_from) & (start + UNIT <= all_to)
-            others += tl.sum((listed & (start < all_from)).to(tl.int32), 0)
-        else:
-            table = Units + (batch * num_units + unit) * 2
-            start = tl.load(table, mask=listed, other=0)
-            size = tl.load(table + 1, mask=listed, other=0)
-            whole = listed & (size == UNIT) & (start >= all_from) & (start + size <= all_to)
-            cut = listed & ~whole
-            place = inner + tl.cumsum(whole.to(tl.int32), 0) - 1
-            back = list_length - others - tl.cumsum(cut.to(tl.int32), 0)
-            place = Order + list_ * list_length + tl.where(whole, place, back)
-            tl.store(place, unit.to(Order.dtype.element_ty), mask=listed)
-            others += tl.sum(cut.to(tl.int32), 0)
-        inner += tl.sum(whole.to(tl.int32), 0)
-    tl.store(Inner + list_ * 2, inner)
-    tl.store(Inner + list_ * 2 + 1, others)
-
-
-@gluon.jit
-def _list(item, Inner, Count, num_tiles, UNIT: gl.constexpr, COLS: gl.constexpr):
-    """List of a work item, its units without a mask, blocks of those, all blocks, all units.
-
-    Behind the number of its units without a mask, that of those that stand before them.
-    """
-    # Late tiles of causal text have the longest lists: they start first.
-    list_ = (item // num_tiles) * num_tiles + num_tiles - 1 - item % num_tiles
-    inner = gl.load(Inner + list_ * 2)
-    ahead = gl.load(Inner + list_ * 2 + 1)
-    count = gl.load(Count + list_)
-    main = inner * UNIT // COLS
-    left = count * UNIT - main * COLS
-    return list_.to(gl.int64), (inner, ahead), main, main + (left + COLS - 1) // COLS, count
-
-
-@gluon.jit
-def _place(slot, inner, list_length, EVEN: gl.constexpr):
-    """Where the unit of a slot stands: those that need no mask have the first slots."""
-    whole, ahead = inner
-    if EVEN:
-        return slot + gl.where(slot < whole, ahead, gl.where(slot < whole + ahead, -whole, 0))
-    else:
-        return gl.where(slot < whole, slot, list_length - 1 - (slot - whole))
-
-
-@gluon.jit
-def _produce(
-    worker: gl.constexpr, workers: gl.constexpr, Described, pieces, ready, free, tables, sizes,
-    UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    EVEN: gl.constexpr,
-):  # fmt: skip
-    """Copies the blocks of keys, or of values, of one tile after the other."""
-    _tiles, Units, _span, Order, Inner, Count = tables
-    items, _queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
-    PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
-    PIECES: gl.constexpr = COLS // PIECE
-    HALVES: gl.constexpr = D // 64
-    step = 0
-    first = gl.program_id(0) * workers + worker
-    for item in range(first, items, gl.num_programs(0) * workers):
-        list_, inner, _main, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch = item // num_tiles // kv_heads
-        head = item // num_tiles % kv_heads
-        for j in range(total):
-            slot = j * COLS // UNIT
-            rows = ()
-            for p in gl.static_range(PIECES):
-                listed = slot + p < count
-                place = _place(slot + p, inner, list_length, EVEN)
-                unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
-                unit = unit.to(gl.int32)
-                if EVEN:
-                    start = unit * UNIT - lead
-                else:
-                    start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
-                # What lies before the first key or behind the last arrives as zeros.
-                row = gl.where(listed, start + j * COLS % UNIT, num_keys)
-                rows = rows + (row,)  # noqa: RUF005
-            stage = step % STAGES
-            mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
-            mbarrier.expect(ready.index(stage), COLS * D * 2)
-            # A box for every unit and 64 columns of the head dim.
-            for p in gl.static_range(PIECES):
-                for h in gl.static_range(HALVES):
-                    tma.async_copy_global_to_shared(
-                        Described, [batch, head, rows[p], h * 64], ready.index(stage),
-                        pieces.index((stage * HALVES + h) * PIECES + p),
-                    )  # fmt: skip
-            step += 1
-
-
-@gluon.jit
-def _tile(
-    Tiles, batch, sizes, t, row, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    EVEN_TILES: gl.constexpr,
-):  # fmt: skip
-    """As `primitives.tile_rows`, for rows of any layout and tiles of which two may be short."""
-    _items, num_queries, _num_keys, num_tiles, _units, _length, _kv_heads, _lead, lead = sizes
-    if EVEN_TILES:
-        token = t * TOKENS - lead + row // GROUP
-        exists = (row // GROUP < TOKENS) & (token >= 0) & (token < num_queries)
-    else:
-        token = gl.load(Tiles + (batch * num_tiles + t) * 2) + row // GROUP
-        exists = row // GROUP < gl.load(Tiles + (batch * num_tiles + t) * 2 + 1)
-    return token.to(gl.int64), row % GROUP, exists
 
 
 @gluon.jit
@@ -199,12 +68,12 @@ def _consume(
     step, cleaned = 0, 0
     first = gl.program_id(0) * workers + worker
     for item in range(first, items, gl.num_programs(0) * workers):
-        list_, inner, main, total, count = _list(item, Inner, Count, num_tiles, UNIT, COLS)
+        list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
         batch = (item // num_tiles // kv_heads).to(gl.int64)
         head = item // num_tiles % kv_heads
         t = num_tiles - 1 - item % num_tiles
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = _tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         base = batch * stride_qb + (head * GROUP + g).to(gl.int64) * stride_qh
         base += token * stride_qn
         q.store(gl.load(Q + base[:, None] + dim, mask=exists[:, None], other=0.0))
@@ -257,7 +126,7 @@ def _consume(
             mbarrier.arrive(v_free.index(stage))
             step += 1
         row = w * 64 + gl.arange(0, 64, rows_s)
-        token, g, exists = _tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         if main < total:
             span = Span + (batch * num_queries + token) * 2
             low = gl.load(span, mask=exists, other=0)[:, None]
@@ -270,7 +139,7 @@ def _consume(
                 s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), s, use_acc=False)
                 mbarrier.arrive(k_free.index(stage))
                 column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s_layout))
-                key, there = _keys(
+                key, there = listed_keys(
                     column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
                     UNIT, EVEN,
                 )  # fmt: skip
@@ -294,7 +163,7 @@ def _consume(
                     HALF: gl.constexpr = COLS // 2
                     own = v_smem.index(stage).slice(w * HALF, HALF, dim=0)
                     column = j * COLS + w * HALF + gl.arange(0, HALF, rows_w)
-                    _key, there = _keys(
+                    _key, there = listed_keys(
                         column, Order, Units, list_, batch, inner, count, num_units, list_length,
                         lead, UNIT, EVEN,
                     )  # fmt: skip
@@ -317,29 +186,10 @@ def _consume(
         # Through shared memory, where q was, so that rows are written whole.
         q.store(acc.to(dtype))
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = _tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         base = batch * stride_ob + (head * GROUP + g).to(gl.int64) * stride_oh
         base += token * stride_on
         gl.store(Out + base[:, None] + dim, q.load(whole), mask=exists[:, None])
-
-
-@gluon.jit
-def _keys(
-    column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
-    UNIT: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
-    """Key token of columns of a list, and which exist."""
-    slot = column // UNIT
-    listed = slot < count
-    place = _place(slot, inner, list_length, EVEN)
-    unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0).to(gl.int32)
-    if EVEN:
-        return unit * UNIT - lead + column % UNIT, listed
-    else:
-        table = Units + (batch * num_units + unit) * 2
-        start = gl.load(table, mask=listed, other=0)
-        size = gl.load(table + 1, mask=listed, other=0)
-        return start + column % UNIT, column % UNIT < size
 
 
 @gluon.jit
@@ -403,11 +253,11 @@ def _forward(
                     1, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
                     COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
-                (_produce, (
+                (copy_blocks, (
                     0, 1, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
                     STAGES, EVEN,
                 )),
-                (_produce, (
+                (copy_blocks, (
                     0, 1, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
                     STAGES, EVEN,
                 )),
@@ -437,19 +287,19 @@ def _forward(
                     1, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
                     COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
-                (_produce, (
+                (copy_blocks, (
                     0, 2, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
                     STAGES, EVEN,
                 )),
-                (_produce, (
+                (copy_blocks, (
                     0, 2, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
                     STAGES, EVEN,
                 )),
-                (_produce, (
+                (copy_blocks, (
                     1, 2, Kd, two[1], two[5], two[6], tables, sizes, UNIT, COLS, D,
                     STAGES, EVEN,
                 )),
-                (_produce, (
+                (copy_blocks, (
                     1, 2, Vd, two[2], two[7], two[8], tables, sizes, UNIT, COLS, D,
                     STAGES, EVEN,
                 )),
@@ -470,23 +320,11 @@ def attend_forward(
     group = heads // kv_heads
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    order, inner = index, count.new_empty(*count.shape, 2)
-    if lead < 0:
-        # Lists of long sequences are large: half as much where numbers of units allow.
-        small = torch.int16 if num_units < 2**15 else torch.int32
-        order = torch.empty_like(index, dtype=small)
-    launch(
-        _sort_lists, (num_tiles, batch * kv_heads),
-        order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
-        list_length, kv_heads, lead, TOKENS=tile_tokens, LENGTH=next_power_of_2(tile_tokens),
-        UNIT=unit, WIDTH=min(next_power_of_2(list_length), 1024), EVEN=lead >= 0,
-        REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
-    )  # fmt: skip
+    order, inner = sorted_lists(
+        kv_heads, num_queries, tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead
+    )
     cols, stages, workers = BLOCKS[head_dim]
-    box = [1, 1, min(unit, cols), 64]
-    described = [
-        TensorDescriptor(x, list(x.shape), list(x.stride()), box, BOXED.value) for x in (k, v)
-    ]
+    described = [boxes(x, min(unit, cols)) for x in (k, v)]
     items = num_tiles * batch * kv_heads
     launch(
         _forward, (min(cdiv(items, workers), multiprocessors(q)),),

@@ -22,6 +22,7 @@ from mm_sparse.kernels import (
     decode,
     forward,
     hopper,
+    hopper_lists,
     mass,
     merge,
     pool,
@@ -69,7 +70,7 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
             continue
         if name in DESCRIBED and gluon:
             box = f"1, 1, {min(constants['UNIT'], constants['COLS'])}, 64"
-            signature[name] = f"tensordesc<{dtype}[{box}],{hopper.BOXED.value!r}>"
+            signature[name] = f"tensordesc<{dtype}[{box}],{hopper_lists.BOXED.value!r}>"
             continue
         if name in DESCRIBED:
             rows = constants["COLS" if DESCRIBED[name] == "keys" else "ROWS"]
@@ -163,7 +164,7 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
     found = [
         (decode._part, part, 4, 1 if wide else 3), (decode._merge, {"WIDTH": 16}, 4, 2)
     ]  # fmt: skip
-    found.append((hopper._sort_lists, {"LENGTH": 128, "WIDTH": 1024}, 4, 2))
+    found.append((hopper_lists.sort_lists, {"LENGTH": 128, "WIDTH": 1024}, 4, 2))
     if target == 90 and not wide and rows == 128:
         for dim, (cols, stages, _) in hopper.BLOCKS.items():
             for unit in (16, 64, 128):

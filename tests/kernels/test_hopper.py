@@ -133,14 +133,14 @@ def test_gpu_nan_behind_a_short_unit_stays_where_it_is(used: list[bool]) -> None
 
 def sorted_lists(selection: mms.Selection, narrow: bool = False) -> tuple[torch.Tensor, ...]:
     """Lists as the kernel is given them, and for each its whole units and those before them."""
-    hopper = pytest.importorskip("mm_sparse.kernels.hopper")
+    hopper_lists = pytest.importorskip("mm_sparse.kernels.hopper_lists")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
     plan, index, count = selection.plan, selection.index, selection.count
     order = torch.full_like(index, -1, dtype=torch.int16 if narrow else torch.int32)
     inner = torch.full((*count.shape, 2), -1, dtype=torch.int32)
     batch, heads, tiles, length = index.shape
-    hopper._sort_lists[(tiles, batch * heads)](
+    hopper_lists.sort_lists[(tiles, batch * heads)](
         order, inner, plan.tiles, plan.units, plan.span, index, count, plan.num_queries, tiles,
         plan.units.shape[1], length, heads, plan.lead,
         TOKENS=plan.tile_tokens, LENGTH=128, UNIT=16, WIDTH=16, EVEN=plan.lead >= 0,
@@ -203,7 +203,7 @@ def test_even_lists_stay_and_what_needs_a_mask_is_before_and_behind(prefix: int)
 
 
 def place(slot: int, whole: int, ahead: int) -> int:
-    """`hopper._place` of even units."""
+    """`hopper_lists.place_of` of even units."""
     return slot + (ahead if slot < whole else -whole if slot < whole + ahead else 0)
 
 

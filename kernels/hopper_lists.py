@@ -1,0 +1,222 @@
+"""What kernels for Hopper share: sorted lists, blocks of keys and values copied, rows of a tile.
+
+Written in Gluon for those that run warp-specialised; `sort_lists` is a plain Triton kernel before.
+
+B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T tiles, U units,
+L list length
+"""
+
+# Names of a kernel's constants, which pyright cannot follow.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .fast_launch import launch
+from .primitives import COUNTS, row_span, tile_rows
+from .sizes import all_whole, next_power_of_2
+
+LOG2E = gl.constexpr(1.4426950408889634)
+FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+BOXED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def sort_lists(
+    Order, Inner, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
+    kv_heads, lead, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr, REGULAR_TILES: tl.constexpr,
+):  # fmt: skip
+    """A list's units that need no mask from the front, the others from the back of its places.
+
+    Of even units those that need one are the first and the last of a list: it stays as it is, and
+    is told how many come first.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    batch = group // kv_heads
+    token, _, exists = tile_rows(
+        Tiles, (batch * num_tiles + t, t), 0, 1, LENGTH, TOKENS, REGULAR_TILES
+    )
+    low, high = row_span(Span, token, exists, num_queries, batch)
+    all_from = tl.max(tl.where(exists, low, 0), 0)
+    all_to = tl.min(tl.where(exists, high, 2147483647), 0)
+    list_ = group * num_tiles + t
+    count = tl.load(Count + list_)
+    inner, others = 0, 0
+    for first in range(0, count, WIDTH):
+        slot = first + tl.arange(0, WIDTH)
+        listed = slot < count
+        unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0)
+        if EVEN:
+            start = unit * UNIT - lead
+            whole = listed & (start >= all_from) & (start + UNIT <= all_to)
+            others += tl.sum((listed & (start < all_from)).to(tl.int32), 0)
+        else:
+            table = Units + (batch * num_units + unit) * 2
+            start = tl.load(table, mask=listed, other=0)
+            size = tl.load(table + 1, mask=listed, other=0)
+            whole = listed & (size == UNIT) & (start >= all_from) & (start + size <= all_to)
+            cut = listed & ~whole
+            place = inner + tl.cumsum(whole.to(tl.int32), 0) - 1
+            back = list_length - others - tl.cumsum(cut.to(tl.int32), 0)
+            place = Order + list_ * list_length + tl.where(whole, place, back)
+            tl.store(place, unit.to(Order.dtype.element_ty), mask=listed)
+            others += tl.sum(cut.to(tl.int32), 0)
+        inner += tl.sum(whole.to(tl.int32), 0)
+    tl.store(Inner + list_ * 2, inner)
+    tl.store(Inner + list_ * 2 + 1, others)
+
+
+@gluon.jit
+def one_list(item, Inner, Count, num_tiles, UNIT: gl.constexpr, COLS: gl.constexpr):
+    """List of a work item, its units without a mask, blocks of those, all blocks, all units.
+
+    Behind the number of its units without a mask, that of those that stand before them.
+    """
+    # Late tiles of causal text have the longest lists: they start first.
+    list_ = (item // num_tiles) * num_tiles + num_tiles - 1 - item % num_tiles
+    inner = gl.load(Inner + list_ * 2)
+    ahead = gl.load(Inner + list_ * 2 + 1)
+    count = gl.load(Count + list_)
+    main = inner * UNIT // COLS
+    left = count * UNIT - main * COLS
+    return list_.to(gl.int64), (inner, ahead), main, main + (left + COLS - 1) // COLS, count
+
+
+@gluon.jit
+def place_of(slot, inner, list_length, EVEN: gl.constexpr):
+    """Where the unit of a slot stands: those that need no mask have the first slots."""
+    whole, ahead = inner
+    if EVEN:
+        return slot + gl.where(slot < whole, ahead, gl.where(slot < whole + ahead, -whole, 0))
+    else:
+        return gl.where(slot < whole, slot, list_length - 1 - (slot - whole))
+
+
+@gluon.jit
+def rows_of_boxes(
+    j, batch, list_, inner, count, Units, Order, num_keys, num_units, list_length, lead,
+    UNIT: gl.constexpr, COLS: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """First key of each unit (or part of one) of a block; behind all keys where none is listed."""
+    PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
+    slot = j * COLS // UNIT
+    rows = ()
+    for p in gl.static_range(COLS // PIECE):
+        listed = slot + p < count
+        place = place_of(slot + p, inner, list_length, EVEN)
+        unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
+        unit = unit.to(gl.int32)
+        if EVEN:
+            start = unit * UNIT - lead
+        else:
+            start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+        # What lies before the first key or behind the last arrives as zeros.
+        row = gl.where(listed, start + j * COLS % UNIT, num_keys)
+        rows = rows + (row,)  # noqa: RUF005
+    return rows
+
+
+@gluon.jit
+def copy_blocks(
+    worker: gl.constexpr, workers: gl.constexpr, Described, pieces, ready, free, tables, sizes,
+    UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    EVEN: gl.constexpr,
+):  # fmt: skip
+    """Copies the blocks of keys, or of values, of one tile after the other."""
+    _tiles, Units, _span, Order, Inner, Count = tables
+    items, _queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
+    PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
+    PIECES: gl.constexpr = COLS // PIECE
+    HALVES: gl.constexpr = D // 64
+    step = 0
+    first = gl.program_id(0) * workers + worker
+    for item in range(first, items, gl.num_programs(0) * workers):
+        list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
+        batch = item // num_tiles // kv_heads
+        head = item // num_tiles % kv_heads
+        for j in range(total):
+            rows = rows_of_boxes(
+                j, batch, list_, inner, count, Units, Order, num_keys, num_units, list_length, lead,
+                UNIT, COLS, EVEN,
+            )  # fmt: skip
+            stage = step % STAGES
+            mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
+            mbarrier.expect(ready.index(stage), COLS * D * 2)
+            # A box for every unit and 64 columns of the head dim.
+            for p in gl.static_range(PIECES):
+                for h in gl.static_range(HALVES):
+                    tma.async_copy_global_to_shared(
+                        Described, [batch, head, rows[p], h * 64], ready.index(stage),
+                        pieces.index((stage * HALVES + h) * PIECES + p),
+                    )  # fmt: skip
+            step += 1
+
+
+@gluon.jit
+def rows_of_tile(
+    Tiles, batch, sizes, t, row, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    EVEN_TILES: gl.constexpr,
+):  # fmt: skip
+    """As `primitives.tile_rows`, for rows of any layout and tiles of which two may be short."""
+    _items, num_queries, _num_keys, num_tiles, _units, _length, _kv_heads, _lead, lead = sizes
+    if EVEN_TILES:
+        token = t * TOKENS - lead + row // GROUP
+        exists = (row // GROUP < TOKENS) & (token >= 0) & (token < num_queries)
+    else:
+        token = gl.load(Tiles + (batch * num_tiles + t) * 2) + row // GROUP
+        exists = row // GROUP < gl.load(Tiles + (batch * num_tiles + t) * 2 + 1)
+    return token.to(gl.int64), row % GROUP, exists
+
+
+@gluon.jit
+def listed_keys(
+    column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
+    UNIT: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Key token of columns of a list, and which exist."""
+    slot = column // UNIT
+    listed = slot < count
+    place = place_of(slot, inner, list_length, EVEN)
+    unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0).to(gl.int32)
+    if EVEN:
+        return unit * UNIT - lead + column % UNIT, listed
+    else:
+        table = Units + (batch * num_units + unit) * 2
+        start = gl.load(table, mask=listed, other=0)
+        size = gl.load(table + 1, mask=listed, other=0)
+        return start + column % UNIT, column % UNIT < size
+
+
+def sorted_lists(
+    kv_heads: int, num_queries: int, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, tile_tokens: int, unit: int, lead: int, tile_lead: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Lists as `place_of` reads them (B, K, T, L), and what it must know of each (B, K, T, 2)."""
+    batch, _, num_tiles, list_length = index.shape
+    num_units = units.shape[1]
+    order, inner = index, count.new_empty(*count.shape, 2)
+    if lead < 0:
+        # Lists of long sequences are large: half as much where numbers of units allow.
+        small = torch.int16 if num_units < 2**15 else torch.int32
+        order = torch.empty_like(index, dtype=small)
+    launch(
+        sort_lists, (num_tiles, batch * kv_heads),
+        order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
+        list_length, kv_heads, lead, TOKENS=tile_tokens, LENGTH=next_power_of_2(tile_tokens),
+        UNIT=unit, WIDTH=min(next_power_of_2(list_length), 1024), EVEN=lead >= 0,
+        REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
+    )  # fmt: skip
+    return order, inner
+
+
+def boxes(x: Tensor, rows: int) -> TensorDescriptor:
+    """Keys or values (B, K, M, D), to be copied so many rows and 64 columns at a time."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, 64], BOXED.value)
