@@ -53,7 +53,7 @@ BLOCKS = {64: (64, 2), 128: (64, 2)}
 
 @gl._core.builtin
 def add_to_global(described: Any, coordinates: Any, box: Any, _semantic: Any = None) -> None:
-    """Adds a box of shared memory to global memory, as `tma.async_copy_shared_to_global` copies one.
+    """Add a box of shared memory to global memory, as `tma.async_copy_shared_to_global` copies one.
 
     Triton 3.6 compiles it, and has no name for it in Gluon.
     """
@@ -64,8 +64,8 @@ def add_to_global(described: Any, coordinates: Any, box: Any, _semantic: Any = N
 
 @gluon.jit
 def _add(
-    w: gl.constexpr, Described, pieces, full, free, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr,
-    D: gl.constexpr, EVEN: gl.constexpr,
+    w: gl.constexpr, Described, pieces, full, free, tables, sizes, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Adds blocks of dV (w = 0), or of dK (1), to the sums of their units."""
     _tiles, Units, _span, Order, Inner, Count = tables
@@ -246,29 +246,29 @@ def _collect(
         _list, _inner, _main, total, _count = one_list(item, Inner, Count, sizes[3], UNIT, COLS)
         for _j in range(total):
             mbarrier.wait(made, step % 2)
-            dv = gl.zeros([COLS, D], gl.float32, layout)
-            dk = gl.zeros([COLS, D], gl.float32, layout)
+            # One after the other: registers for both would be missing elsewhere.
+            acc = gl.zeros([COLS, D], gl.float32, layout)
             for i in gl.static_range(2):
-                dv = warpgroup_mma(
-                    p_smem.index(i).permute((1, 0)), do_smem.index(i), dv, use_acc=i > 0,
-                    is_async=True,
-                )  # fmt: skip
-            for i in gl.static_range(2):
-                dk = warpgroup_mma(
-                    ds_smem.index(i).permute((1, 0)), q_smem.index(i), dk, use_acc=i > 0,
+                acc = warpgroup_mma(
+                    p_smem.index(i).permute((1, 0)), do_smem.index(i), acc, use_acc=i > 0,
                     is_async=True,
                 )  # fmt: skip
             mbarrier.wait(free.index(0), step % 2 ^ 1)
-            dv = warpgroup_mma_wait(2, deps=(dv,))
-            sums.index(0).store(dv)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            sums.index(0).store(acc)
             fence_async_shared()
             gl.thread_barrier()
             mbarrier.arrive(full.index(0))
+            for i in gl.static_range(2):
+                acc = warpgroup_mma(
+                    ds_smem.index(i).permute((1, 0)), q_smem.index(i), acc, use_acc=i > 0,
+                    is_async=True,
+                )  # fmt: skip
             mbarrier.wait(free.index(1), step % 2 ^ 1)
-            dk = warpgroup_mma_wait(0, deps=(dk,))
+            acc = warpgroup_mma_wait(0, deps=(acc,))
             gl.thread_barrier()
             mbarrier.arrive(used)
-            sums.index(1).store(dk)
+            sums.index(1).store(acc)
             fence_async_shared()
             gl.thread_barrier()
             mbarrier.arrive(full.index(1))
@@ -353,7 +353,7 @@ def _backward(
             )),
         ],
         [4, 4, 1, 1, 1, 1],
-        [160, 160, 24, 24, 24, 24],
+        [192, 96, 24, 24, 24, 24],
     )  # fmt: skip
 
 
@@ -362,7 +362,7 @@ def attend_backward(
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
     unit: int, lead: int, tile_lead: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `backward.attend_backward`, but for the order of sums, where `launch.on_hopper` says so."""
+    """As `backward.attend_backward` but for the order of sums, where `launch.on_hopper` says so."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     num_tiles, num_units, list_length = tiles.shape[1], units.shape[1], index.shape[-1]

@@ -1,4 +1,4 @@
-"""Which of the forward kernels serves a call.
+"""Which of the kernels serves a call.
 
 B batch, H query heads, K KV heads, N query tokens, D head dim, T tiles, L list length
 """
@@ -6,13 +6,16 @@ B batch, H query heads, K KV heads, N query tokens, D head dim, T tiles, L list 
 import triton
 from torch import Tensor
 
-from . import decode, forward
+from . import backward, decode, forward
 from .primitives import describable, generation, multiprocessors
 from .sizes import next_power_of_2
 
+# Keys of a unit from which on the copy engine's sums take as long as a second product of scores.
+WIDE_UNIT = 64
+
 
 def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
-    """Whether the kernel of `hopper` serves: 16-bit numbers, head dims 64 and 128, full tiles.
+    """Whether kernels for Hopper serve: 16-bit numbers, head dims 64 and 128, full tiles.
 
     Gluon's names change from release to release: it is written for those of Triton 3.6.
     """
@@ -37,7 +40,7 @@ def attend_forward(
         q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, tile_lead
     )  # fmt: skip
     batch, kv_heads, num_tiles, list_length = index.shape
-    rows = next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // kv_heads))
+    rows = _rows(q, k, tile_tokens)
     lists = num_tiles * batch * kv_heads
     parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q))
     if parts > 1 and rows <= decode.MOST_ROWS:
@@ -48,3 +51,25 @@ def attend_forward(
 
         return hopper.attend_forward(*args)
     return forward.attend_forward(*args)
+
+
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
+    unit: int, lead: int, tile_lead: int, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `backward.attend_backward`, by the fastest kernels: dq, dk, dv."""
+    args = (
+        dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, lead,
+        tile_lead,
+    )  # fmt: skip
+    if not deterministic and unit < WIDE_UNIT and on_hopper(q, k, v, _rows(q, k, tile_tokens)):
+        from . import hopper_backward
+
+        return hopper_backward.attend_backward(*args)
+    return backward.attend_backward(*args)
+
+
+def _rows(q: Tensor, k: Tensor, tile_tokens: int) -> int:
+    """Rows of a tile: its tokens times the query heads that share keys."""
+    return next_power_of_2(min(tile_tokens, q.shape[2]) * (q.shape[1] // k.shape[1]))

@@ -60,7 +60,7 @@ def interpreted() -> bool:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
     count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    tile_lead: int, backend: str,
+    tile_lead: int, backend: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
     args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
@@ -98,14 +98,15 @@ def _listening(q: Tensor) -> bool:
 def attend_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, lead: int, tile_lead: int, backend: str,
+    unit: int, lead: int, tile_lead: int, backend: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `attend_op` for q, k and v; the same bit for bit in every run."""
+    """Gradients of `attend_op` for q, k and v; they repeat bit for bit if deterministic."""
     args = (dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
-        from .backward import attend_backward
+        from .launch import attend_backward
 
-        return attend_backward(*args, lead, tile_lead)
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        return attend_backward(*args, lead, tile_lead, deterministic)
     with torch.autocast("cpu", enabled=False):
         return cpu.attend_backward(*args)
 
@@ -117,7 +118,7 @@ def _use_triton(q: Tensor, backend: str) -> bool:
 @attend_op.register_fake
 def _(
     q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, tile_lead,
-    backend,
+    backend, deterministic,
 ):  # fmt: skip
     return new_output(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -125,7 +126,7 @@ def _(
 @attend_backward_op.register_fake
 def _(
     dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, lead,
-    tile_lead, backend,
+    tile_lead, backend, deterministic,
 ):  # fmt: skip
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
@@ -141,11 +142,11 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 14
+        return (None,) * 15
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     grads = attend_backward_op(dout, *ctx.saved_tensors, *ctx.constants)
-    return (*grads, *(None,) * 11)
+    return (*grads, *(None,) * 12)
 
 
 attend_op.register_autograd(_backward, setup_context=_setup)

@@ -37,7 +37,8 @@ def attend(
     """Softmax attention under `selection.to_dense_mask()`, without ever building it.
 
     Where the selection has a sample (`SparseConfig.sampled`), its keys count several times.
-    Differentiable in q, k and v; sums run in a fixed order, so results repeat bit for bit.
+    Differentiable in q, k and v. Sums run in a fixed order, so results repeat bit for bit;
+    gradients of k and v need not with `SparseConfig(deterministic=False)`.
     Under autocast the inputs are cast to its dtype.
 
     Args:
@@ -91,6 +92,7 @@ def attend(
         plan.lead,
         plan.tile_lead,
         plan.config.backend,
+        plan.config.deterministic,
     )
     return out
 

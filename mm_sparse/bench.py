@@ -166,6 +166,12 @@ class Bench:
             made.index_bytes = chosen()[0].index.nbytes + chosen()[0].count.nbytes
             return made
 
+        def free() -> Tensor:
+            """Its gradients need not repeat bit for bit."""
+            selection = chosen()[0]
+            config = replace(selection.plan.config, deterministic=False)
+            return attend(q, k, v, replace(selection, plan=replace(selection.plan, config=config)))
+
         for family, what, run in (
             ("attend", "attend", lambda: attend(q, k, v, chosen()[0])),
             ("select", "score + select", lambda: picked().index),
@@ -177,6 +183,8 @@ class Bench:
             if family in self.graphs and (not parts or family in parts):
                 captured = partial(lambda run: build(replayed(torch.no_grad()(run))), run)
                 self.enter(f"{what} unit {unit}, CUDA graph", family, captured, backward=False)
+        if self.device == "cuda" and self.backward and (not parts or "attend" in parts):
+            self.enter(f"attend unit {unit}, any order", "attend", lambda: build(free))
 
     def scores(self, scorer: Scorer, layout: TokenLayout, config: SparseConfig) -> Scores:
         """What selection is given."""

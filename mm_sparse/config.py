@@ -75,6 +75,9 @@ class SparseConfig:
     """Ratios of the KV heads instead of `ratio`, one for each, where given."""
     backend: str = "auto"
     """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
+    deterministic: bool = True
+    """Whether gradients repeat bit for bit. False lets a GPU add up those of keys and values in the
+    order in which they come, where that is faster; torch.use_deterministic_algorithms overrules."""
 
     def __post_init__(self) -> None:
         _between("ratio", self.ratio)
@@ -101,7 +104,7 @@ class SparseConfig:
             raise ValueError(f"coarse_budget must be at least 1, got {self.coarse_budget!r}")
         if self.dense_below is not None:
             _count("dense_below", self.dense_below)
-        for name in ("causal", "grid_order"):
+        for name in ("causal", "grid_order", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         layers = _sequence("dense_layers", self.dense_layers, "ints or names")

@@ -153,7 +153,8 @@ def _geometry(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rest(plan: Plan, scale: float) -> tuple[Any, ...]:
     even = plan.lead, plan.tile_lead
-    return scale, plan.tile_tokens, plan.unit, *even, plan.config.backend
+    config = plan.config
+    return scale, plan.tile_tokens, plan.unit, *even, config.backend, config.deterministic
 
 
 def of_queries(value: Tensor, plan: Plan) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -112,3 +113,14 @@ def errors_and_bounds(
             bound += 8 * torch.finfo(torch.float32).eps * peak
         rows.append((name, error, bound))
     return rows
+
+
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows up as NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))

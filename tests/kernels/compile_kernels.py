@@ -22,6 +22,7 @@ from mm_sparse.kernels import (
     decode,
     forward,
     hopper,
+    hopper_backward,
     hopper_lists,
     mass,
     merge,
@@ -57,6 +58,7 @@ NARROW = {"Exists": "i1", "Sinks": "i1", "TileKind": "i8", "UnitKind": "i8", "Bu
 NARROW["WholeBudget"] = "i64"
 WIDE = (mass._mass, score._share, score_runs._share_of_runs)
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
+SUMS = ("Dkd", "Dvd")
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
@@ -67,6 +69,10 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+            continue
+        if name in SUMS:
+            box = f"1, {min(constants['UNIT'], constants['COLS'])}, 32"
+            signature[name] = f"tensordesc<fp32[{box}],{hopper_backward.BOXED_SUMS.value!r}>"
             continue
         if name in DESCRIBED and gluon:
             box = f"1, 1, {min(constants['UNIT'], constants['COLS'])}, 64"
@@ -172,6 +178,11 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
                 found.append((hopper._forward, more, 4, 2))
                 found.append((hopper._forward, {**more, "EVEN": False}, 4, 2))
                 found.append((hopper._forward, {**more, "EVEN_TILES": False}, 4, 2))
+        for dim, (cols, stages) in hopper_backward.BLOCKS.items():
+            for unit in (16, 128):
+                more = {"D": dim, "COLS": cols, "STAGES": stages, "UNIT": unit}
+                found.append((hopper_backward._backward, more, 4, 2))
+                found.append((hopper_backward._backward, {**more, "EVEN": False}, 4, 2))
     return found
 
 

@@ -42,6 +42,8 @@ def main() -> None:
     half, wide = torch.bfloat16, torch.float32
     attention(2, 2, 128, 16, 128, half)
     attention(2, 2, 64, 64, 128, half, causal=False, sampled=0.5)
+    for dim in (64, 128):
+        attention(4, 2, dim, 16, 128, half, deterministic=False)
     attention(6, 2, 80, 16, 64, half)
     attention(1, 1, 32, 32, 64, wide)
     # Text in whole units, whose lists stay as they are.

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 import mm_sparse as mms
-from tests.kernels.cases import CASES, MIXED, Case, errors_and_bounds
+from tests.kernels.cases import CASES, MIXED, Case, errors_and_bounds, poison_empty
 
 IDS = [c.name for c in CASES]
 ON_CPU = [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32)]
@@ -19,14 +18,7 @@ def assert_within(rows: list[tuple[str, float, float]]) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows up as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    poison_empty(monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

@@ -7,50 +7,11 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.kernels import launch
-from tests.kernels.cases import MIXED, Case, errors_and_bounds
+from tests.kernels.cases import Case, errors_and_bounds
+from tests.kernels.hopper_cases import ODD, SHAPES
 from tests.kernels.test_attend import assert_within
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
-
-LONG = [[("text", 1664)], [("text", 1664)]]
-ODD = [("text", 301), ("image", (13, 17)), ("text", 190), ("audio", 77), ("text", 2000)]
-SHAPES = [
-    # More tiles than a GPU has multiprocessors: programs serve several.
-    Case("regular", LONG, 1, 8, 128, 128, 128, config={"causal": False}),
-    Case("causal", LONG, 1, 8, 128, 16, 128),
-    Case("G3", LONG, 3, 2, 128, 32, 128),
-    Case("G8", LONG, 8, 1, 128, 64, 128),
-    Case("short-units", [ODD, [("text", 700)]], 4, 2, 128, 16, 128, padding="left"),
-    Case("padded-right", [ODD, MIXED], 1, 2, 128, 64, 128),
-    Case("documents", [[("text", 60, 0), ("text", 3, 1), ("text", 900, 2)]], 2, 2, 128, 16, 128),
-    Case("chunk", [[("text", 3000)]], 4, 2, 128, 16, 128, queries=333),
-    Case("all-kept", [ODD], 1, 2, 128, 16, 128, config={"ratio": 1.0}),
-    Case("few-keys", [[("text", 3000), ("image", 9)]], 1, 2, 128, 16, 128, config={"tokens": 40}),
-    Case(
-        "class-token",
-        [[("text", 1), ("image", (41, 43))]] * 2,
-        1,
-        4,
-        128,
-        16,
-        128,
-        config={"causal": False},
-    ),
-    Case("short-last-unit", [[("text", 1671)]] * 2, 2, 2, 128, 64, 128),
-    Case(
-        "D64-class-tokens",
-        [[("text", 5), ("image", (41, 43))]],
-        1,
-        12,
-        64,
-        64,
-        128,
-        config={"causal": False, "sinks": 0, "window": 0},
-    ),
-    Case("D64", LONG, 1, 12, 64, 64, 128, config={"causal": False}),
-    Case("D64-causal", LONG, 3, 2, 64, 16, 128),
-    Case("D64-short-units", [ODD, [("text", 700)]], 4, 2, 64, 32, 128, padding="left"),
-]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ def _op_args(device: str) -> tuple:
     q, k, v, s = CASE.make(torch.float32, device)
     p = s.plan
     lists = (p.tiles, p.units, p.span, s.index, s.count)
-    return (q, k, v, *lists, 0.2, p.tile_tokens, p.unit, p.lead, p.tile_lead, "auto")
+    return (q, k, v, *lists, 0.2, p.tile_tokens, p.unit, p.lead, p.tile_lead, "auto", True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,148 @@
+"""The backward for Hopper that adds gradients of keys and values up in any order, on such a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mm_sparse as mms
+from mm_sparse.kernels import launch
+from tests.kernels.cases import Case, errors_and_bounds, poison_empty
+from tests.kernels.hopper_cases import SHAPES
+from tests.kernels.test_attend import assert_within
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills up with the unit of each call of the backward that adds in any order."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    hopper_backward = pytest.importorskip("mm_sparse.kernels.hopper_backward")
+    found, run = [], hopper_backward.attend_backward
+    monkeypatch.setattr(
+        hopper_backward, "attend_backward", lambda *a: found.append(a[13]) or run(*a)
+    )
+    monkeypatch.setattr(launch, "WIDE_UNIT", 256)
+    poison_empty(monkeypatch)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gpu_gradients_added_in_any_order_are_within_bounds(
+    case: Case, dtype: torch.dtype, added: list[int]
+) -> None:
+    case = replace(case, config={**case.config, "deterministic": False})
+    assert_within(errors_and_bounds(*case.make(dtype, device="cuda")))
+    assert added == [case.unit]
+
+
+@pytest.mark.gpu
+def test_gpu_gradients_of_a_sample_may_be_added_in_any_order(added: list[int]) -> None:
+    layout = mms.TokenLayout.from_spans([("text", 1), ("image", (41, 43))], device="cuda")
+    q, k, v = torch.randn(3, 1, 4, layout.length, 64, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    found = []
+    for deterministic in (True, False):
+        config = mms.SparseConfig(
+            0.3, sampled=0.5, causal=False, dense_below=0, deterministic=deterministic
+        )
+        out = mms.sparse_attention(q, k, v, layout=layout, config=config)
+        found.append(torch.autograd.grad(out.float().square().sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        error = (one - other).float().norm() / other.float().norm()
+        assert error < 2 * torch.finfo(torch.bfloat16).eps
+    assert added == [16, 16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asked", ["of the config", "of torch"])
+def test_gpu_deterministic_gradients_repeat_bit_for_bit(asked: str, added: list[int]) -> None:
+    case = replace(SHAPES[1], config={"deterministic": asked == "of the config"})
+    q, k, v, selection = case.make(torch.bfloat16, device="cuda")
+    torch.use_deterministic_algorithms(asked == "of torch")
+    try:
+        out = mms.attend(q, k, v, selection)
+        runs = [
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
+            for _ in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    assert not added
+
+
+@pytest.mark.gpu
+def test_gpu_wide_units_keep_the_kernels_without_sums_in_memory(
+    added: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert launch.WIDE_UNIT == 64
+    case = replace(SHAPES[0], config={"causal": False, "deterministic": False})
+    q, k, v, selection = case.make(torch.bfloat16, device="cuda")
+    out = mms.attend(q, k, v, selection)
+    runs = [torch.autograd.grad(out, (k, v), out, retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_gradients_of_a_head_behind_two_billion_numbers_are_as_alone(added: list[int]) -> None:
+    tokens, heads = 1 << 20, 17
+    if torch.cuda.mem_get_info()[0] < 72 << 30:
+        pytest.skip("needs 72 GiB of GPU memory")
+    layout = mms.TokenLayout.text(1, tokens, device="cuda")
+    config = mms.SparseConfig(
+        unit=16, tile=128, tokens=64, causal=False, sinks=0, window=0, deterministic=False
+    )
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(1, heads, tokens, 128, device="cuda", dtype=torch.half, generator=generator)
+        for _ in range(4)
+    )
+    plan = layout.plan(config, num_query_heads=heads, num_kv_heads=heads)
+    size = (1, heads, plan.tiles.shape[1], 4)
+    index = torch.randint(plan.units.shape[1], size, device="cuda", generator=generator)
+    index, count = index.int().sort(-1).values, torch.full(size[:3], 4, device="cuda").int()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = mms.attend(*leaves, mms.Selection(index, count, plan))
+    found = torch.autograd.grad(out, leaves, dout)
+    del out
+    alone = layout.plan(replace(config, deterministic=True), num_query_heads=1, num_kv_heads=1)
+    for head in (0, heads - 1):
+        own = slice(head, head + 1)
+        part = [x[:, own].detach().contiguous().requires_grad_() for x in leaves]
+        lists = mms.Selection(index[:, own].contiguous(), count[:, own].contiguous(), alone)
+        want = torch.autograd.grad(mms.attend(*part, lists), part, dout[:, own].contiguous())
+        for one, other in zip(found, want, strict=True):
+            error = (one[:, own] - other).float().norm() / other.float().norm()
+            assert error < torch.finfo(torch.half).eps
+    assert added == [16]
+
+
+@pytest.mark.gpu
+def test_gpu_nan_behind_a_short_unit_leaves_gradients_alone(added: list[int]) -> None:
+    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
+    config = mms.SparseConfig(
+        unit=16, tile=128, causal=False, sinks=0, window=0, deterministic=False
+    )
+    plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
+    kept = torch.zeros(1, 2, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
+    kept[..., :3] = True
+    selection = mms.Selection.from_mask(kept.cuda(), plan)
+    q, k, v, dout = torch.randn(4, 1, 2, 293, 128, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for behind in (None, float("nan")):
+        if behind is not None:
+            k[:, :, 37:], v[:, :, 37:] = behind, behind
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        found.append(torch.autograd.grad(mms.attend(*leaves, selection), leaves, dout))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(one, other)
+        assert not other[:, :, 37:].any()
+    assert added == [16, 16]
