@@ -48,7 +48,7 @@ from .primitives import COUNTS, multiprocessors
 SUMS = gl.constexpr(gl.NVMMASharedLayout(128, 32, rank=2))
 BOXED_SUMS = gl.constexpr(gl.NVMMASharedLayout(128, 32, rank=3))
 # By head dim: keys of a block, blocks in flight.
-BLOCKS = {64: (64, 2), 128: (64, 2)}
+BLOCKS = {64: (64, 5), 128: (64, 2)}
 
 
 @gl._core.builtin

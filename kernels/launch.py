@@ -10,9 +10,6 @@ from . import backward, decode, forward
 from .primitives import describable, generation, multiprocessors
 from .sizes import next_power_of_2
 
-# Keys of a unit from which on the copy engine's sums take as long as a second product of scores.
-WIDE_UNIT = 64
-
 
 def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
     """Whether kernels for Hopper serve: 16-bit numbers, head dims 64 and 128, full tiles.
@@ -63,7 +60,7 @@ def attend_backward(
         dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, lead,
         tile_lead,
     )  # fmt: skip
-    if not deterministic and unit < WIDE_UNIT and on_hopper(q, k, v, _rows(q, k, tile_tokens)):
+    if not deterministic and on_hopper(q, k, v, _rows(q, k, tile_tokens)):
         from . import hopper_backward
 
         return hopper_backward.attend_backward(*args)

@@ -219,8 +219,8 @@ def describable(x: Tensor) -> bool:
     return aligned and x.data_ptr() % 16 == 0
 
 
-def describe(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
-    """For loads of (rows, D) at once by the copy engine; None if it cannot."""
+def describe(x: Tensor, rows: int, block_d: int, heads: int = 1) -> TensorDescriptor | None:
+    """For loads of (heads * rows, D) at once by the copy engine; None if it cannot."""
     if not describable(x):
         return None
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, block_d])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, heads, rows, block_d])
