@@ -10,6 +10,10 @@ from . import backward, decode, forward
 from .primitives import describable, generation, multiprocessors
 from .sizes import next_power_of_2
 
+# Keys of a unit from which on a head of 128 that shares its keys with no other is as fast with its
+# scores computed twice as with sums of gradients in memory.
+WIDE_UNIT = 64
+
 
 def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
     """Whether kernels for Hopper serve: 16-bit numbers, head dims 64 and 128, full tiles.
@@ -39,7 +43,7 @@ def attend_forward(
     batch, kv_heads, num_tiles, list_length = index.shape
     rows = _rows(q, k, tile_tokens)
     lists = num_tiles * batch * kv_heads
-    parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q))
+    parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q), generation(q))
     if parts > 1 and rows <= decode.MOST_ROWS:
         return decode.attend_forward(*args, parts)
     if on_hopper(q, k, v, rows):
@@ -60,7 +64,9 @@ def attend_backward(
         dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, lead,
         tile_lead,
     )  # fmt: skip
-    if not deterministic and on_hopper(q, k, v, _rows(q, k, tile_tokens)):
+    alone = q.shape[1] == k.shape[1] and q.shape[-1] == 128
+    twice = deterministic or (alone and unit >= WIDE_UNIT)
+    if not twice and on_hopper(q, k, v, _rows(q, k, tile_tokens)):
         from . import hopper_backward
 
         return hopper_backward.attend_backward(*args)

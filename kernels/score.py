@@ -33,6 +33,8 @@ RESIDENT = 3
 PROGRAMS = 1024
 # Numbers that rows of scores are a multiple of.
 ALIGNED = 16
+# Rows of a block, in decoding, whose logits are kept for the shares: less to read than descriptors.
+FEW_ROWS = 32
 # Sums of runs of units that are added up at once.
 TOGETHER = tl.constexpr(8)
 
@@ -145,12 +147,19 @@ def _logits(
     return logits
 
 
+@triton.jit
+def _kept_logits(Logits, unit, row_length, ROWS: tl.constexpr):
+    """Where (rows, COLS) logits of a head's only block of rows are kept."""
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return Logits + row[:, None] * row_length + unit[None, :]
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _log_sums(
-    Rows, Keys, Exists, Hull, Units, Sums, num_tiles, num_units, kv_heads, splits, chunk,
-    num_keys, lead, stride_k, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
-    COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    Rows, Keys, Exists, Hull, Units, Sums, Logits, num_tiles, num_units, kv_heads, splits, chunk,
+    num_keys, lead, stride_k, row_length, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr,
+    ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -175,6 +184,10 @@ def _log_sums(
             row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
             F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
         )  # fmt: skip
+        if Logits is not None:
+            unit = at + tl.arange(0, COLS)
+            mask = exists[:, None] & (unit < num_units)[None, :]
+            tl.store(_kept_logits(Logits, unit, row_length, ROWS), logits, mask=mask)
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
@@ -232,9 +245,9 @@ def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _share(
-    Rows, Keys, Exists, Hull, Units, Sums, Parts, Out, Bias, TileKind, UnitKind, Tiles,
-    num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, stride_p,
-    query_offset, row_length, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
+    Rows, Keys, Exists, Hull, Units, Sums, Logits, Parts, Out, Bias, TileKind, UnitKind, Tiles,
+    num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length, stride_p,
+    query_offset, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
     COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
     EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
     BIASED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -301,10 +314,16 @@ def _share(
                 value = value / members
             value = tl.where(value > 0, tl.log2(tl.maximum(value, 1e-38)) * LN2, -1e30)
         else:
-            logits = _logits(
-                row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
-                F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
-            )  # fmt: skip
+            if Logits is not None:
+                unit = at + tl.arange(0, COLS)
+                mask = exists[:, None] & (unit < num_units)[None, :]
+                kept = _kept_logits(Logits, unit, row_length, ROWS)
+                logits = tl.load(kept, mask=mask, other=-float("inf"))
+            else:
+                logits = _logits(
+                    row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
+                    F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
+                )  # fmt: skip
             share = tl.reshape(
                 logits - lse[:, None],
                 (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS),
@@ -449,11 +468,16 @@ def share_of_units(
     splits, chunk = unit_chunks(blocks * batch * kv_heads, num_units, cols, places)
     grid = (blocks * splits, batch * kv_heads)
     sums = out.new_empty(*grid, math.prod(order))
+    logits = None
+    if blocks == 1 and math.prod(order) <= FEW_ROWS and parts is None:
+        logits = out.new_empty(batch * kv_heads, math.prod(order), row_length)
     table = out if bias is None else bias.contiguous()
     keys, stride_k = by_heads(keys)
     parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
-    inputs = (rows.contiguous(), keys, exists.contiguous(), hull, units, sums)
-    counts = (num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k)
+    inputs = (rows.contiguous(), keys, exists.contiguous(), hull, units, sums, logits)
+    counts = (
+        num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length
+    )  # fmt: skip
     constants = {
         "GROUP": group, "SUBPOOLS": subpools, "ORDER": order, "COLS": cols, "F": width,
         "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "EVEN": lead >= 0,
@@ -464,7 +488,7 @@ def share_of_units(
     launch(
         _share, grid, *inputs, parts, out, table,
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
-        tiles, *counts, stride_p, query_offset, row_length,
+        tiles, *counts, stride_p, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
         LARGEST=largest, BIASED=bias is not None, **of_shares(parts, constants),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm_sparse.kernels.fast_launch import launch
 from mm_sparse.kernels.primitives import COUNTS, LOG2E, even_units
-from mm_sparse.kernels.score import LN2, _distance_bias, by_heads
+from mm_sparse.kernels.score import LN2, _distance_bias, _log_sizes, by_heads
 from mm_sparse.kernels.sizes import next_power_of_2
 
 # Units of a step. Small programs, of which a multiprocessor runs many, hide how long the gathers
@@ -48,7 +48,6 @@ def _products(
     PRECISION: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """(rows, COLS) products, in powers of 2, with sizes added; -inf for what is not seen."""
-    WIDTH: tl.constexpr = (UNIT + PARTS - 1) // PARTS
     dim = tl.arange(0, BLOCK_F)
     mask = seen[:, None]
     if F < BLOCK_F:
@@ -57,9 +56,7 @@ def _products(
         Keys + unit.to(tl.int64)[:, None] * (F * PARTS) + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
     logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION) * LOG2E
-    members = tl.minimum(tl.maximum(size - PART * WIDTH, 0), WIDTH)
-    weight = tl.log2(tl.maximum(members, 1).to(tl.float32) / WIDTH)
-    return logits + tl.where(seen & (members > 0), weight, -float("inf"))[None, :]
+    return logits + tl.where(seen, _log_sizes(size, UNIT, PART, PARTS), -float("inf"))[None, :]
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -53,7 +53,7 @@ POINTERS = {
     "OutK",
 }
 FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
-FLOATS |= {"Log", "OtherLog", "Whole"}
+FLOATS |= {"Log", "OtherLog", "Whole", "Logits"}
 NARROW = {"Exists": "i1", "Sinks": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
 NARROW["WholeBudget"] = "i64"
 WIDE = (mass._mass, score._share, score_runs._share_of_runs)
@@ -132,8 +132,10 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     share = {
         "SUBPOOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
-        "BIASED": True, "PARTS": 1,
+        "BIASED": True, "PARTS": 1, "Logits": None,
     }  # fmt: skip
+    kept = {k: v for k, v in share.items() if k != "Logits"} | {"COLS": min(share["COLS"], 32)}
+    kept["ORDER"] = score.row_order(rows, max(16, rows))
     own = {**share, "F": dim, "BLOCK_F": max(triton.next_power_of_2(dim), 16), "PARTS": 4}
     own["ORDER"], cols, fine_stages = score.share_blocks(rows, dim, size, target // 10)
     own["COLS"] = max(cols // 2, 16)
@@ -152,6 +154,7 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         (score._log_sums, share, 4, stages),
         (score._share, {**share, "COLS": min(share["COLS"], 32)}, 4, stages),
         (score._share, own, 4, fine_stages),
+        (score._log_sums, kept, 4, stages), (score._share, kept, 4, stages),
         (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),
         (select._keep, drawn, select.keep_warps(4096), 2), (merge._merge, merged, 4, 2),
@@ -167,9 +170,8 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
     """The kernels for few queries and for Hopper, where they serve."""
     wide = dtype == "fp32"
     part = {"ROWS": 16, "COLS": 32 if wide else 64}
-    found = [
-        (decode._part, part, 4, 1 if wide else 3), (decode._merge, {"WIDTH": 16}, 4, 2)
-    ]  # fmt: skip
+    stages = 1 if wide else 4 if target // 10 in decode.DEEP else 3
+    found = [(decode._part, part, 4, stages), (decode._merge, {"WIDTH": 16}, 4, 2)]
     found.append((hopper_lists.sort_lists, {"LENGTH": 128, "WIDTH": 1024}, 4, 2))
     if target == 90 and not wide and rows == 128:
         for dim, (cols, stages, _) in hopper.BLOCKS.items():

@@ -5,8 +5,11 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.kernels import decode
+from mm_sparse.kernels import score as score_kernels
 from tests.kernels.cases import Case, errors_and_bounds
 from tests.kernels.test_attend import assert_within
+from tests.kernels.test_scoring import DEVICES, both_ways, random_qk, scorers_of, small
+from tests.kernels.test_scoring import LONG as ROWS
 
 LONG = [[("text", 1500)], [("text", 900)]]
 MIXED = [[("text", 400), ("image", (20, 31)), ("text", 333)]]
@@ -60,7 +63,39 @@ def test_gpu_a_long_cache(dim: int, parts: list[int]) -> None:
 
 
 def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
-    assert decode.parts_of_lists(64, 16384, 132) == 8
-    assert decode.parts_of_lists(64, 512, 132) == 2
-    assert decode.parts_of_lists(8, 100, 132) == 1
-    assert decode.parts_of_lists(128, 16384, 132) == 1
+    assert decode.parts_of_lists(64, 16384, 132, 9) == 4
+    assert decode.parts_of_lists(64, 16384, 132, 8) == 8
+    assert decode.parts_of_lists(64, 512, 132, 9) == 2
+    assert decode.parts_of_lists(8, 100, 132, 9) == 1
+    assert decode.parts_of_lists(128, 16384, 132, 9) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("heads", "queries", "kept"), [(1, 1, True), (8, 1, True), (2, 200, False)]
+)
+def test_scores_of_few_queries_equal_the_law_whether_logits_are_kept_or_not(
+    heads: int, queries: int, kept: bool, name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = mms.TokenLayout.from_rows([ROWS[name]] * 2)
+    layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, heads, 1))
+    config = small(backend="triton", unit=16, causal=True)
+    launched, run = [], score_kernels.launch
+    monkeypatch.setattr(
+        score_kernels, "launch", lambda *a, **k: launched.append(a[8] is not None) or run(*a, **k)
+    )
+    for scorer in scorers_of(q, k):
+        exact, scores = both_ways(scorer, q[:, :, -queries:], k, layout, config)
+        seen = scores.plan.visible[:, None].expand_as(scores.values)
+        torch.testing.assert_close(
+            scores.values[seen].cpu().double(), exact[seen.cpu()], rtol=1e-4, atol=1e-4
+        )
+        assert launched == [kept] * 2
+        launched.clear()
+        with monkeypatch.context() as without, torch.no_grad():
+            without.setattr(score_kernels, "FEW_ROWS", 0)
+            again = scorer(q[:, :, -queries:], k, layout=layout, config=config)
+        assert launched == [False] * 2
+        launched.clear()
+        assert torch.equal(again.values[seen], scores.values[seen])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
+from mm_sparse.kernels import launch
 from tests.kernels.cases import Case, errors_and_bounds, poison_empty
 from tests.kernels.hopper_cases import SHAPES
 from tests.kernels.test_attend import assert_within
@@ -23,6 +24,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(
         hopper_backward, "attend_backward", lambda *a: found.append(a[13]) or run(*a)
     )
+    monkeypatch.setattr(launch, "WIDE_UNIT", 256)
     poison_empty(monkeypatch)
     return found
 
@@ -73,6 +75,20 @@ def test_gpu_deterministic_gradients_repeat_bit_for_bit(asked: str, added: list[
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
     assert not added
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "dim", "unit", "times"), [
+    (1, 128, 64, 0), (1, 128, 32, 1), (2, 128, 64, 1), (1, 64, 128, 1),
+])  # fmt: skip
+def test_gpu_wide_units_of_a_head_alone_are_never_added_up_in_memory(
+    group: int, dim: int, unit: int, times: int, added: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "WIDE_UNIT", 64)
+    case = Case("x", [[("text", 512)]], group, 2, dim, unit, 128, config={"deterministic": False})
+    q, k, v, selection = case.make(torch.bfloat16, device="cuda")
+    mms.attend(q, k, v, selection).float().square().sum().backward()
+    assert len(added) == times
 
 
 @pytest.mark.gpu

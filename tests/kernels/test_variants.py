@@ -14,7 +14,7 @@ import mm_sparse as mms
 FIXED = {"scale", "heads", "q_heads", "k_heads", "kv_heads", "budgets", "subpools"}
 FIXED |= {"other_b", "other_h", "other_n"}
 ROWS = ("num_units", "row_length")
-ALIGNED = {"_share": ROWS[1:], "_keep": ROWS, "_keep_long": ROWS}
+ALIGNED = {"_share": ROWS[1:], "_log_sums": ROWS[1:], "_keep": ROWS, "_keep_long": ROWS}
 # The interpreter knows nothing of how kernels are compiled, so this runs without it.
 LOOK = """
 import importlib, json, pkgutil
