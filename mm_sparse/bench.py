@@ -166,25 +166,24 @@ class Bench:
             made.index_bytes = chosen()[0].index.nbytes + chosen()[0].count.nbytes
             return made
 
-        def free() -> Tensor:
-            """Its gradients need not repeat bit for bit."""
-            selection = chosen()[0]
-            config = replace(selection.plan.config, deterministic=False)
-            return attend(q, k, v, replace(selection, plan=replace(selection.plan, config=config)))
-
-        for family, what, run in (
-            ("attend", "attend", lambda: attend(q, k, v, chosen()[0])),
-            ("select", "score + select", lambda: picked().index),
-            ("whole", "score + select + attend", lambda: attend(q, k, v, picked())),
+        for family, what, pick in (
+            ("attend", "attend", lambda: chosen()[0]),
+            ("select", "score + select", picked),
+            ("whole", "score + select + attend", picked),
         ):
-            if not parts or family in parts:
-                backward = family == "attend" or family in parts
-                self.enter(f"{what} unit {unit}", family, partial(build, run), backward=backward)
-            if family in self.graphs and (not parts or family in parts):
+            if parts and family not in parts:
+                continue
+            run = partial(lambda pick: attend(q, k, v, pick()), pick)
+            if family == "select":
+                run = partial(lambda pick: pick().index, pick)
+            backward = family != "select" and (family == "attend" or family in parts)
+            self.enter(f"{what} unit {unit}", family, partial(build, run), backward=backward)
+            if backward and self.backward and self.device == "cuda":
+                free = partial(lambda pick: attend(q, k, v, _any_order(pick())), pick)
+                self.enter(f"{what} unit {unit}, any order", family, partial(build, free))
+            if family in self.graphs:
                 captured = partial(lambda run: build(replayed(torch.no_grad()(run))), run)
                 self.enter(f"{what} unit {unit}, CUDA graph", family, captured, backward=False)
-        if self.device == "cuda" and self.backward and (not parts or "attend" in parts):
-            self.enter(f"attend unit {unit}, any order", "attend", lambda: build(free))
 
     def scores(self, scorer: Scorer, layout: TokenLayout, config: SparseConfig) -> Scores:
         """What selection is given."""
@@ -214,6 +213,12 @@ class Bench:
             return selection, selection.density()
 
         return chosen
+
+
+def _any_order(selection: Selection) -> Selection:
+    """The same, with gradients that need not repeat bit for bit."""
+    config = replace(selection.plan.config, deterministic=False)
+    return replace(selection, plan=replace(selection.plan, config=config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
