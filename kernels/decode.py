@@ -19,7 +19,6 @@ from .fast_launch import launch
 from .primitives import (
     COUNTS,
     LOG2E,
-    generation,
     listed_units,
     load_rows,
     row_span,
@@ -30,8 +29,6 @@ from .sizes import all_whole, cdiv, next_power_of_2
 
 # Keys of the smallest part: below, merging costs more than it brings.
 LEAST_KEYS = 256
-# Generations with shared memory for four blocks of keys and values of a head dim of 128.
-DEEP = (9, 10)
 # Rows of the largest tile that is cut: a float32 accumulator of more would not fit.
 MOST_ROWS = 64
 
@@ -121,13 +118,11 @@ def _merge(
     tl.store(pointer + dim, (acc / total).to(Out.dtype.element_ty), mask=dim < D)
 
 
-def parts_of_lists(programs: int, keys: int, multiprocessors: int, generation: int) -> int:
+def parts_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
     """Parts that lists of up to `keys` keys are cut into, 1 if `programs` fill the GPU anyway."""
     if programs * 2 > multiprocessors:
         return 1
-    # Where much memory lets each hold many keys in flight, fewer are as fast and start less often.
-    each = 2 if generation in DEEP else 4
-    return max(1, min(each * multiprocessors // programs, keys // LEAST_KEYS))
+    return max(1, min(3 * multiprocessors // programs, keys // LEAST_KEYS))
 
 
 def attend_forward(
@@ -142,7 +137,6 @@ def attend_forward(
     block_d = max(next_power_of_2(head_dim), 16)
     wide = q.element_size() == 4 or block_d > 128
     cols = 32 if wide else 64
-    stages = 4 if generation(q) in DEEP else 3
     keys_of_part = cdiv(cdiv(list_length * unit, parts), cols) * cols
     parts = cdiv(list_length * unit, keys_of_part)
     out = new_output(q)
@@ -158,7 +152,7 @@ def attend_forward(
         BLOCK_D=block_d, REGULAR=all_whole(lead, unit, k.shape[2]),
         REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=1 if q.element_size() == 4 else 2 if wide else stages,
+        num_warps=4, num_stages=1 if q.element_size() == 4 else 2 if wide else 3,
     )  # fmt: skip
     launch(
         _merge, (batch * heads * num_queries,),

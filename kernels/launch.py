@@ -43,7 +43,7 @@ def attend_forward(
     batch, kv_heads, num_tiles, list_length = index.shape
     rows = _rows(q, k, tile_tokens)
     lists = num_tiles * batch * kv_heads
-    parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q), generation(q))
+    parts = decode.parts_of_lists(lists, list_length * unit, multiprocessors(q))
     if parts > 1 and rows <= decode.MOST_ROWS:
         return decode.attend_forward(*args, parts)
     if on_hopper(q, k, v, rows):

@@ -8,7 +8,6 @@ F width of a descriptor
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,17 +23,17 @@ from mm_sparse.kernels.primitives import (
     generation,
     multiprocessors,
 )
-from mm_sparse.kernels.sizes import cdiv, next_power_of_2
+from mm_sparse.kernels.sizes import cdiv, next_power_of_2, unit_chunks
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Programs that share a multiprocessor, for registers and shared memory of 128 rows.
 RESIDENT = 3
-# Programs that keep the largest GPUs busy to the end.
-PROGRAMS = 1024
 # Numbers that rows of scores are a multiple of.
 ALIGNED = 16
 # Rows of a block, in decoding, whose logits are kept for the shares: less to read than descriptors.
 FEW_ROWS = 32
+# Units of which the logits are read at once.
+KEPT_COLS = 256
 # Sums of runs of units that are added up at once.
 TOGETHER = tl.constexpr(8)
 
@@ -148,10 +147,12 @@ def _logits(
 
 
 @triton.jit
-def _kept_logits(Logits, unit, row_length, ROWS: tl.constexpr):
-    """Where (rows, COLS) logits of a head's only block of rows are kept."""
+def _kept_logits(Logits, at, stop, exists, row_length, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where (ROWS, COLS) logits of a head's only block of rows are kept, and which are."""
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return Logits + row[:, None] * row_length + unit[None, :]
+    unit = at + tl.arange(0, COLS)
+    mask = exists[:, None] & (unit < stop)[None, :]
+    return Logits + row[:, None] * row_length + unit[None, :], mask
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -185,9 +186,8 @@ def _log_sums(
             F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
         )  # fmt: skip
         if Logits is not None:
-            unit = at + tl.arange(0, COLS)
-            mask = exists[:, None] & (unit < num_units)[None, :]
-            tl.store(_kept_logits(Logits, unit, row_length, ROWS), logits, mask=mask)
+            kept, mask = _kept_logits(Logits, at, num_units, exists, row_length, ROWS, COLS)
+            tl.store(kept, logits, mask=mask)
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
@@ -250,7 +250,7 @@ def _share(
     query_offset, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
     COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
     EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
-    BIASED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -293,8 +293,11 @@ def _share(
     begin, end, all_low, all_high = _seen_units(
         Units, low, high, exists, first, last, num_keys, lead, UNIT, EVEN
     )
-    begin = tl.minimum(begin, last) // COLS * COLS
+    begin = tl.minimum(begin, last) // ALIGN * ALIGN
     _deny(Out, own, first, begin, num_tiles, row_length, COLS)
+    # Logits are kept in blocks of ALIGN units, of those of this chunk that some row sees.
+    stop = tl.where(last == num_units, row_length, last)
+    known = tl.minimum((end + ALIGN - 1) // ALIGN * ALIGN, last)
     for at in range(begin, end, COLS):
         if PARTS > 1:
             # The sums are over whole units, so that parts cost one product, not two. What is
@@ -315,9 +318,7 @@ def _share(
             value = tl.where(value > 0, tl.log2(tl.maximum(value, 1e-38)) * LN2, -1e30)
         else:
             if Logits is not None:
-                unit = at + tl.arange(0, COLS)
-                mask = exists[:, None] & (unit < num_units)[None, :]
-                kept = _kept_logits(Logits, unit, row_length, ROWS)
+                kept, mask = _kept_logits(Logits, at, known, exists, row_length, ROWS, COLS)
                 logits = tl.load(kept, mask=mask, other=-float("inf"))
             else:
                 logits = _logits(
@@ -346,8 +347,11 @@ def _share(
             )  # fmt: skip
         out = Out + own.to(tl.int64)[:, None] * row_length + unit[None, :]
         # Rows are longer than their units, so that they begin where numbers are read together.
-        tl.store(out, value, mask=(own < num_tiles)[:, None] & (unit < row_length)[None, :])
-    behind = tl.maximum(begin, (end + COLS - 1) // COLS * COLS)
+        mask = (own < num_tiles)[:, None] & (unit < (row_length if ALIGN == COLS else stop))[
+            None, :
+        ]
+        tl.store(out, value, mask=mask)
+    behind = begin + (tl.maximum(end - begin, 0) + COLS - 1) // COLS * COLS
     _deny(Out, own, behind, last, num_tiles, row_length, COLS)
 
 
@@ -385,29 +389,6 @@ def share_blocks(
     return row_order(tile_rows, max(rows, tile_rows)), cols, 2
 
 
-def unit_chunks(blocks: int, num_units: int, cols: int, places: int) -> tuple[int, int]:
-    """Runs that units are cut into for `blocks` blocks of rows, and the units of a run."""
-    steps = cdiv(num_units, cols)
-    chunk = _steps_of_run(blocks, steps, places)
-    return cdiv(steps, chunk), chunk * cols
-
-
-@lru_cache(maxsize=1024)
-def _steps_of_run(blocks: int, steps: int, places: int) -> int:
-    """Steps that one program takes of a row.
-
-    Many blocks are cut into about `PROGRAMS`. Those of few run at once in `places`, each for its
-    steps and, to begin with, for as long as one and a half of them take.
-    """
-    if 2 * blocks >= places:
-        return cdiv(steps, max(min(cdiv(steps, 4), cdiv(PROGRAMS, blocks)), 1))
-
-    def cost(run: int) -> tuple[float, int]:
-        return max(blocks * cdiv(steps, run) / places, 1) * (run + 1.5), -run
-
-    return min(range(1, steps + 1), key=cost)
-
-
 def by_heads(x: Tensor) -> tuple[Tensor, int]:
     """(B, K, U, ...) with each head's descriptors in one run, and how far apart two heads are.
 
@@ -426,7 +407,7 @@ def of_shares(parts: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
     """Constants of `_share`, which needs more registers than the sums: fewer units a step."""
     count = 1 if parts.dim() == 4 else parts.shape[3]
     fewer = max(constants["COLS"] // 2, 16) if count > 1 else min(constants["COLS"], 32)
-    return {**constants, "PARTS": count, "COLS": fewer}
+    return {**constants, "PARTS": count, "COLS": fewer, "ALIGN": fewer}
 
 
 def share_of_units(
@@ -484,12 +465,15 @@ def share_of_units(
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
         "num_warps": 4, "num_stages": stages,
     }  # fmt: skip
+    shares = of_shares(parts, constants)
+    if logits is not None:
+        shares |= {"COLS": KEPT_COLS, "ALIGN": cols}
     launch(_log_sums, grid, *inputs, *counts, **constants)
     launch(
         _share, grid, *inputs, parts, out, table,
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
         tiles, *counts, stride_p, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
-        LARGEST=largest, BIASED=bias is not None, **of_shares(parts, constants),
+        LARGEST=largest, BIASED=bias is not None, **shares,
     )  # fmt: skip
     return out[..., :num_units]

@@ -132,13 +132,13 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     share = {
         "SUBPOOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
-        "BIASED": True, "PARTS": 1, "Logits": None,
+        "BIASED": True, "PARTS": 1, "Logits": None, "ALIGN": min(cols, 32),
     }  # fmt: skip
-    kept = {k: v for k, v in share.items() if k != "Logits"} | {"COLS": min(share["COLS"], 32)}
+    kept = {k: v for k, v in share.items() if k != "Logits"}
     kept["ORDER"] = score.row_order(rows, max(16, rows))
     own = {**share, "F": dim, "BLOCK_F": max(triton.next_power_of_2(dim), 16), "PARTS": 4}
     own["ORDER"], cols, fine_stages = score.share_blocks(rows, dim, size, target // 10)
-    own["COLS"] = max(cols // 2, 16)
+    own["COLS"] = own["ALIGN"] = max(cols // 2, 16)
     true_mass = {
         "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
         "COLS": max(64 if size == 2 else 16, unit),
@@ -154,7 +154,8 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         (score._log_sums, share, 4, stages),
         (score._share, {**share, "COLS": min(share["COLS"], 32)}, 4, stages),
         (score._share, own, 4, fine_stages),
-        (score._log_sums, kept, 4, stages), (score._share, kept, 4, stages),
+        (score._log_sums, kept, 4, stages),
+        (score._share, {**kept, "COLS": score.KEPT_COLS, "ALIGN": kept["COLS"]}, 4, stages),
         (mass._mass, true_mass, 4, 2),
         (select._keep, keep, select.keep_warps(4096), 2),
         (select._keep, drawn, select.keep_warps(4096), 2), (merge._merge, merged, 4, 2),
@@ -170,7 +171,7 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
     """The kernels for few queries and for Hopper, where they serve."""
     wide = dtype == "fp32"
     part = {"ROWS": 16, "COLS": 32 if wide else 64}
-    stages = 1 if wide else 4 if target // 10 in decode.DEEP else 3
+    stages = 1 if wide else 3
     found = [(decode._part, part, 4, stages), (decode._merge, {"WIDTH": 16}, 4, 2)]
     found.append((hopper_lists.sort_lists, {"LENGTH": 128, "WIDTH": 1024}, 4, 2))
     if target == 90 and not wide and rows == 128:

@@ -63,11 +63,10 @@ def test_gpu_a_long_cache(dim: int, parts: list[int]) -> None:
 
 
 def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
-    assert decode.parts_of_lists(64, 16384, 132, 9) == 4
-    assert decode.parts_of_lists(64, 16384, 132, 8) == 8
-    assert decode.parts_of_lists(64, 512, 132, 9) == 2
-    assert decode.parts_of_lists(8, 100, 132, 9) == 1
-    assert decode.parts_of_lists(128, 16384, 132, 9) == 1
+    assert decode.parts_of_lists(64, 16384, 132) == 6
+    assert decode.parts_of_lists(64, 512, 132) == 2
+    assert decode.parts_of_lists(8, 100, 132) == 1
+    assert decode.parts_of_lists(128, 16384, 132) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
