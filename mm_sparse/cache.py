@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +71,8 @@ class DescriptorCache:
             if not same:
                 room = describe(plan)
             elif same < plan.units.shape[1]:
-                new = describe(without_units(plan, same))
+                # Layers that share a plan share what of it is new.
+                new = describe(plan.once(("without", same), partial(without_units, plan, same)))
                 room = _with_room(room, same, plan.units.shape[1], new)
                 room[:, :, same : plan.units.shape[1]] = new
         self._room = room
