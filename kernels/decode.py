@@ -16,15 +16,7 @@ from torch import Tensor
 
 from .cpu import new_output
 from .fast_launch import launch
-from .primitives import (
-    COUNTS,
-    LOG2E,
-    listed_units,
-    load_rows,
-    row_span,
-    softmax_step,
-    tile_rows,
-)
+from .primitives import COUNTS, LOG2E, listed_units, load_rows, row_span, softmax_step, tile_rows
 from .sizes import all_whole, cdiv, next_power_of_2
 
 # Keys of the smallest part: below, merging costs more than it brings.

@@ -133,7 +133,7 @@ def _consume(
         rows_o = gl.load(Out + base[:, None] + dim, mask=there, other=0.0)
         delta = gl.sum(rows_o.to(gl.float32) * rows_do.to(gl.float32), 1)
         delta = gl.convert_layout(delta, rows_s)[:, None]
-        # The other warpgroup may still read the last tile's rows.
+        # `_collect` may still read the last tile's rows.
         mbarrier.wait(used, step % 2 ^ 1)
         q.store(rows_q)
         do.store(rows_do)
@@ -199,9 +199,8 @@ def _consume(
             if not EVEN:
                 # The other warpgroup's half of the keys is zeroed, too.
                 mbarrier.wait(made, step % 2, pred=j >= main)
-            acc_next = warpgroup_mma(
-                gl.convert_layout(narrow, ds_layout), k_smem.index(stage), acc, is_async=True
-            )
+            operand = gl.convert_layout(narrow, ds_layout)
+            acc_next = warpgroup_mma(operand, k_smem.index(stage), acc, is_async=True)
             # Scores of the next step, of no use behind the last.
             after = (step + 1) % STAGES
             more = j + 1 < total
@@ -213,7 +212,7 @@ def _consume(
             ds_next = warpgroup_mma(
                 do, v_smem.index(after).permute((1, 0)), ds, use_acc=False, is_async=True
             )
-            acc, s = warpgroup_mma_wait(1, deps=(acc_next, s_next))
+            acc, s, operand = warpgroup_mma_wait(1, deps=(acc_next, s_next, operand))
             gl.thread_barrier()
             mbarrier.arrive(k_free.index(stage))
             p = gl.exp2(s * scale2 - lse)
@@ -233,8 +232,28 @@ def _consume(
 
 
 @gluon.jit
+def _of_unit(
+    acc, j, main, tables, sizes, list_, batch, inner, count, UNIT: gl.constexpr,
+    COLS: gl.constexpr, EVEN: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Zeros for what lies behind short units: the weights there are 0, but 0 x NaN is NaN."""
+    if EVEN:
+        return acc
+    else:
+        if j >= main:
+            column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(1, layout))
+            _key, there = listed_keys(
+                column, tables[3], tables[1], list_, batch, inner, count, sizes[4], sizes[5],
+                sizes[7], UNIT, EVEN,
+            )  # fmt: skip
+            acc = gl.where(there[:, None], acc, 0.0)
+        return acc
+
+
+@gluon.jit
 def _collect(
     buffers, barriers, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     """dV and dK of a block of keys, of all 128 rows."""
     q_smem, do_smem, p_smem, ds_smem, _k, _v, sums = buffers
@@ -243,8 +262,9 @@ def _collect(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     step = 0
     for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
-        _list, _inner, _main, total, _count = one_list(item, Inner, Count, sizes[3], UNIT, COLS)
-        for _j in range(total):
+        list_, inner, main, total, count = one_list(item, Inner, Count, sizes[3], UNIT, COLS)
+        batch = (item // sizes[3] // sizes[6]).to(gl.int64)
+        for j in range(total):
             mbarrier.wait(made, step % 2)
             # One after the other: registers for both would be missing elsewhere.
             acc = gl.zeros([COLS, D], gl.float32, layout)
@@ -255,6 +275,9 @@ def _collect(
                 )  # fmt: skip
             mbarrier.wait(free.index(0), step % 2 ^ 1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
+            acc = _of_unit(
+                acc, j, main, tables, sizes, list_, batch, inner, count, UNIT, COLS, EVEN, layout
+            )
             sums.index(0).store(acc)
             fence_async_shared()
             gl.thread_barrier()
@@ -268,6 +291,9 @@ def _collect(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             gl.thread_barrier()
             mbarrier.arrive(used)
+            acc = _of_unit(
+                acc, j, main, tables, sizes, list_, batch, inner, count, UNIT, COLS, EVEN, layout
+            )
             sums.index(1).store(acc)
             fence_async_shared()
             gl.thread_barrier()
@@ -338,7 +364,7 @@ def _backward(
                 1, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides, GROUP,
                 TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
             )),
-            (_collect, (buffers, barriers, tables, sizes, UNIT, COLS, D)),
+            (_collect, (buffers, barriers, tables, sizes, UNIT, COLS, D, EVEN)),
             (copy_blocks, (
                 0, 1, Kd, k_pieces, k_ready, k_free, tables, sizes, UNIT, COLS, D, STAGES, EVEN,
             )),

@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .fast_launch import launch
 from .primitives import COUNTS, row_span, tile_rows
-from .sizes import all_whole, next_power_of_2
+from .sizes import all_whole, index_dtype, next_power_of_2
 
 LOG2E = gl.constexpr(1.4426950408889634)
 FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
@@ -53,7 +53,7 @@ def sort_lists(
     for first in range(0, count, WIDTH):
         slot = first + tl.arange(0, WIDTH)
         listed = slot < count
-        unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0)
+        unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0).to(tl.int32)
         if EVEN:
             start = unit * UNIT - lead
             whole = listed & (start >= all_from) & (start + UNIT <= all_to)
@@ -204,9 +204,7 @@ def sorted_lists(
     num_units = units.shape[1]
     order, inner = index, count.new_empty(*count.shape, 2)
     if lead < 0:
-        # Lists of long sequences are large: half as much where numbers of units allow.
-        small = torch.int16 if num_units < 2**15 else torch.int32
-        order = torch.empty_like(index, dtype=small)
+        order = torch.empty_like(index, dtype=index_dtype(num_units))
     launch(
         sort_lists, (num_tiles, batch * kv_heads),
         order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,

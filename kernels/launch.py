@@ -10,8 +10,8 @@ from . import backward, decode, forward
 from .primitives import describable, generation, multiprocessors
 from .sizes import next_power_of_2
 
-# Keys of a unit from which on a head of 128 that shares its keys with no other is as fast with its
-# scores computed twice as with sums of gradients in memory.
+# Keys of a unit from which on a head of 128 that shares its keys with no other is faster with its
+# scores computed twice than with sums of gradients in memory.
 WIDE_UNIT = 64
 
 

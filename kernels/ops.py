@@ -60,7 +60,7 @@ def interpreted() -> bool:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
     count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    tile_lead: int, backend: str, deterministic: bool,
+    tile_lead: int, backend: str, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
     args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
@@ -118,7 +118,7 @@ def _use_triton(q: Tensor, backend: str) -> bool:
 @attend_op.register_fake
 def _(
     q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, tile_lead,
-    backend, deterministic,
+    backend, deterministic=True,
 ):  # fmt: skip
     return new_output(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 

@@ -68,7 +68,7 @@ def listed_units(Index, first, count, UNIT: tl.constexpr, COLS: tl.constexpr):
     slot = first // UNIT
     if COLS > UNIT:
         slot += tl.arange(0, COLS) // UNIT
-    return tl.load(Index + slot, mask=slot < count, other=0)
+    return tl.load(Index + slot, mask=slot < count, other=0).to(tl.int32)
 
 
 @triton.jit

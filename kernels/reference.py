@@ -44,7 +44,7 @@ def dense_mask(
         tiles: (B, T, 2) int32, first query token and length of each tile.
         units: (B, U, 2) int32, first key token and length of each unit.
         span: (B, N, 2) int32, the half-open range of keys that each query may see.
-        index: (B, K, T, L) int32, kept unit ids; entries from `count` on are not read.
+        index: (B, K, T, L) int16 or int32, kept unit ids; entries from `count` on are not read.
         count: (B, K, T) int32.
         keys: M.
     Returns:

@@ -30,7 +30,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 RESIDENT = 3
 # Numbers that rows of scores are a multiple of.
 ALIGNED = 16
-# Rows of a block, in decoding, whose logits are kept for the shares: less to read than descriptors.
+# Most rows of a head's only block, in decoding, of which logits are kept: less to read for the
+# shares than descriptors.
 FEW_ROWS = 32
 # Units of which the logits are read at once.
 KEPT_COLS = 256
@@ -346,11 +347,12 @@ def _share(
                 own, unit, mask, num_tiles, num_units, query_offset, KINDS, BUCKETS,
             )  # fmt: skip
         out = Out + own.to(tl.int64)[:, None] * row_length + unit[None, :]
-        # Rows are longer than their units, so that they begin where numbers are read together.
-        mask = (own < num_tiles)[:, None] & (unit < (row_length if ALIGN == COLS else stop))[
-            None, :
-        ]
-        tl.store(out, value, mask=mask)
+        if ALIGN == COLS:
+            # Rows are longer than their units, so that numbers are read and written together.
+            mask = unit < row_length
+        else:
+            mask = unit < stop
+        tl.store(out, value, mask=(own < num_tiles)[:, None] & mask[None, :])
     behind = begin + (tl.maximum(end - begin, 0) + COLS - 1) // COLS * COLS
     _deny(Out, own, behind, last, num_tiles, row_length, COLS)
 

@@ -31,7 +31,7 @@ def _units_of(
     """Units of the slots from `at` on, their sizes, and which of them the tile sees."""
     slot = at + tl.arange(0, COLS)
     run = tl.load(Runs + slot // COARSE, mask=slot < count, other=0)
-    unit = run * COARSE + slot % COARSE
+    unit = run.to(tl.int32) * COARSE + slot % COARSE
     there = (slot < count) & (unit < num_units)
     if EVEN:
         start, size = even_units(unit, lead, num_keys, UNIT)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fast_launch import launch
 from .primitives import ROW_COUNTS, even_units
-from .sizes import next_power_of_2
+from .sizes import index_dtype, next_power_of_2
 
 LOWEST = tl.constexpr(-2147483648)
 HIGHEST = tl.constexpr(2147483647)
@@ -56,7 +56,7 @@ def _candidates(
     """
     if COARSE > 1:
         run = tl.load(Runs + slot // COARSE, mask=slot < run_count * COARSE, other=0)
-        unit = run * COARSE + slot % COARSE
+        unit = run.to(tl.int32) * COARSE + slot % COARSE
         there = (slot < run_count * COARSE) & (unit < num_units)
     else:
         unit = slot
@@ -432,10 +432,11 @@ def keep_best(
         runs: index and count of runs of units, ascending, and how many units a run has; of a list
             of R runs, C = R x that many units compete.
     Returns:
-        index (B, K, T, L) int32, -1 behind the end, count (B, K, T) int32, and what was drawn.
+        index (B, K, T, L) int16 or int32, -1 behind the end, count (B, K, T) int32, what was drawn.
     """
     batch, heads, num_tiles, row = values.shape
-    index = torch.empty(batch, heads, num_tiles, width, dtype=torch.int32, device=values.device)
+    kind = index_dtype(units.shape[1])
+    index = torch.empty(batch, heads, num_tiles, width, dtype=kind, device=values.device)
     count = torch.empty(batch, heads, num_tiles, dtype=torch.int32, device=values.device)
     grid = (num_tiles, batch * heads)
     values, apart = rows_of(values)

@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 
+import torch
+
 # Programs that keep the largest GPUs busy to the end.
 PROGRAMS = 1024
 
@@ -19,6 +21,11 @@ def next_power_of_2(n: int) -> int:
 def all_whole(lead: int, unit: int, keys: int) -> bool:
     """Whether unit u is exactly the keys [u * unit, (u + 1) * unit), as `Plan.lead` tells."""
     return lead == 0 and keys % unit == 0
+
+
+def index_dtype(num_units: int) -> torch.dtype:
+    """Of lists of units: those of long sequences are large, so half as wide where ids allow."""
+    return torch.int16 if num_units < 2**15 else torch.int32
 
 
 def unit_chunks(blocks: int, num_units: int, cols: int, places: int) -> tuple[int, int]:

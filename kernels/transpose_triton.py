@@ -38,7 +38,7 @@ def _count(
     for first in range(0, count, WIDTH):
         place = first + tl.arange(0, WIDTH)
         listed = place < count
-        unit = tl.load(Index + row * list_length + place, mask=listed, other=0)
+        unit = tl.load(Index + row * list_length + place, mask=listed, other=0).to(tl.int32)
         table = Units + (batch * num_units + unit) * 2
         low = tl.load(table, mask=listed, other=0)
         size = tl.load(table + 1, mask=listed, other=0)

@@ -81,6 +81,7 @@ class Bench:
         family: str,
         build: Callable[[], Contestant],
         *,
+        forward: bool = True,
         backward: bool = True,
         reference: Callable[[], Tensor | None] | None = None,
     ) -> None:
@@ -92,16 +93,14 @@ class Bench:
         if made is None:
             return
 
-        def forward() -> float:
+        def one_way() -> float:
             with torch.no_grad():
                 if reference and (expected := reference()) is not None:
                     made.check(expected)
                 return self.measure(made, self.forward)
 
-        for way, step in (
-            (self.forward, forward),
-            ("backward", lambda: self.measure(made, "backward")),
-        ):
+        steps = [(self.forward, one_way), ("backward", lambda: self.measure(made, "backward"))]
+        for way, step in steps[not forward :]:
             value = guard(step, direction=way)
             if value is None:
                 return
@@ -180,7 +179,8 @@ class Bench:
             self.enter(f"{what} unit {unit}", family, partial(build, run), backward=backward)
             if backward and self.backward and self.device == "cuda":
                 free = partial(lambda pick: attend(q, k, v, _any_order(pick())), pick)
-                self.enter(f"{what} unit {unit}, any order", family, partial(build, free))
+                name = f"{what} unit {unit}, any order"
+                self.enter(name, family, partial(build, free), forward=False)
             if family in self.graphs:
                 captured = partial(lambda run: build(replayed(torch.no_grad()(run))), run)
                 self.enter(f"{what} unit {unit}, CUDA graph", family, captured, backward=False)

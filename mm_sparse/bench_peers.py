@@ -269,7 +269,8 @@ def cudnn_index(selection: Selection, heads: int) -> Tensor:
     kept = int(selection.count.max())
     if not (plan.regular and plan.regular_tiles) or int(selection.count.min()) != kept:
         raise ValueError("lists must be of one length and tiles whole")
-    index = selection.index[..., :kept].repeat_interleave(heads // selection.index.shape[1], 1)
+    group = heads // selection.index.shape[1]
+    index = selection.index[..., :kept].int().repeat_interleave(group, 1)
     return index.repeat_interleave(plan.tile_tokens // plan.unit, 2).contiguous()
 
 

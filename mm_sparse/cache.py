@@ -72,7 +72,8 @@ class DescriptorCache:
                 room = describe(plan)
             elif same < plan.units.shape[1]:
                 # Layers that share a plan share what of it is new.
-                new = describe(plan.once(("without", same), partial(without_units, plan, same)))
+                part = partial(without_units, plan, same)
+                new = describe(plan.once(("without", same, plan.config), part))
                 room = _with_room(room, same, plan.units.shape[1], new)
                 room[:, :, same : plan.units.shape[1]] = new
         self._room = room
@@ -133,6 +134,7 @@ def without_units(plan: Plan, first: int) -> Plan:
         units=plan.units[:, first:].contiguous(),
         unit_modality=plan.unit_modality[:, first:].contiguous(),
         lead=-1,
+        descriptors=None,
     )
     # Who describes asks which modalities there are: to look would wait for the device.
     rest.known["modalities"] = plan.modalities

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.descriptors import fused
+from mm_sparse.kernels.sizes import index_dtype
 from mm_sparse.plan import Plan
 from mm_sparse.sampling import list_lengths
 
@@ -37,8 +38,8 @@ def choose(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor
     batch, heads, num_tiles, _ = values.shape
     num_units, width = plan.units.shape[1], plan.max_kept
     if not width or not num_tiles or not batch:
-        index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=torch.int32)
-        return index, index.new_zeros(batch, heads, num_tiles)
+        index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=index_dtype(num_units))
+        return index, index.new_zeros(batch, heads, num_tiles, dtype=torch.int32)
     long = plan.config.mass is None and fused(values, plan) and not plan.config.floors()
     if long or in_registers(values, plan):
         return choose_fused(values, plan, runs)[:2]
@@ -60,8 +61,9 @@ def choose(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor
     kept[..., 0] = True
     kept |= top == math.inf
     kept &= top > -math.inf
-    index = torch.where(kept, ids, num_units).sort(-1).values.to(torch.int32)
-    return index.masked_fill(index == num_units, -1), kept.sum(-1, dtype=torch.int32)
+    index = torch.where(kept, ids, num_units).sort(-1).values
+    index = index.masked_fill(index == num_units, -1).to(index_dtype(num_units))
+    return index, kept.sum(-1, dtype=torch.int32)
 
 
 def choose_fused(

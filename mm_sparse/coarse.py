@@ -29,7 +29,7 @@ class Runs:
     """Candidates of a tile by runs: run r is the units [r * size, (r + 1) * size)."""
 
     index: Tensor
-    """(B, K, T, R) int32, ascending; -1 from `count` on."""
+    """(B, K, T, R) int16 or int32, ascending; -1 from `count` on."""
     count: Tensor
     """(B, K, T) int32."""
     size: int

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mm_sparse.kernels.sizes import index_dtype
+
 
 def units_of_lists(index: Tensor, count: Tensor, num_units: int) -> Tensor:
     """(B, K, T, U) bool: what lists (B, K, T, L) hold up to their count (B, K, T)."""
@@ -20,7 +22,8 @@ def units_of_lists(index: Tensor, count: Tensor, num_units: int) -> Tensor:
 def lists_of_units(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Ascending ids of at most `width` units where `kept` (B, K, T, U) is True, and their count."""
     slot = torch.where(kept, kept.cumsum(-1) - 1, width)
-    index = torch.full((*kept.shape[:3], width + 1), -1, dtype=torch.int32, device=kept.device)
-    ids = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device).expand_as(slot)
+    kind = index_dtype(kept.shape[-1])
+    index = torch.full((*kept.shape[:3], width + 1), -1, dtype=kind, device=kept.device)
+    ids = torch.arange(kept.shape[-1], dtype=kind, device=kept.device).expand_as(slot)
     index = index.scatter_(-1, slot, ids)[..., :width].contiguous()
     return index, kept.sum(-1, dtype=torch.int32)

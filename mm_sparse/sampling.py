@@ -32,11 +32,11 @@ class Sample:
     """The two parts of a selection; together they are its lists."""
 
     best_index: Tensor
-    """(B, K, T, L) int32, units kept for their scores."""
+    """(B, K, T, L) int16 or int32, units kept for their scores."""
     best_count: Tensor
     """(B, K, T) int32."""
     index: Tensor
-    """(B, K, T, L) int32, units that stand for what is not kept."""
+    """(B, K, T, L) int16 or int32, units that stand for what is not kept."""
     count: Tensor
     """(B, K, T) int32, 0 where nothing is left to stand for, or no budget."""
     weight: Tensor

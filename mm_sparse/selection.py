@@ -14,6 +14,7 @@ from torch import Tensor
 from mm_sparse.choosing import choose, choose_fused, in_registers
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.reference import dense_mask
+from mm_sparse.kernels.sizes import index_dtype
 from mm_sparse.kernels.transpose import transpose_lists
 from mm_sparse.layout import TokenLayout
 from mm_sparse.lists import lists_of_units
@@ -29,7 +30,7 @@ class Selection:
     """For each (batch, KV head, tile): the kept units, ascending, and their number."""
 
     index: Tensor
-    """(B, K, T, L) int32 unit ids; -1 from `count` on."""
+    """(B, K, T, L) unit ids, int16 where they fit, else int32; -1 from `count` on."""
     count: Tensor
     """(B, K, T) int32."""
     plan: Plan
@@ -39,12 +40,17 @@ class Selection:
     def __post_init__(self) -> None:
         plan = self.plan
         lists = (plan.tiles.shape[0], plan.tiles.shape[1])
-        for name, value, rank in (("index", self.index, 4), ("count", self.count, 3)):
+        index_types = {torch.int32, index_dtype(plan.units.shape[1])}
+        for name, value, rank, types in (
+            ("index", self.index, 4, index_types),
+            ("count", self.count, 3, {torch.int32}),
+        ):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-            if value.dim() != rank or value.dtype != torch.int32:
+            if value.dim() != rank or value.dtype not in types:
+                wanted = " or ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
                 raise ValueError(
-                    f"{name} must be int32 with {rank} dimensions, "
+                    f"{name} must be {wanted} with {rank} dimensions, "
                     f"got {value.dtype} {tuple(value.shape)}"
                 )
             if (value.shape[0], value.shape[2]) != lists:

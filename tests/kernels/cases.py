@@ -74,6 +74,8 @@ CASES = [
     Case("unit-64-tile-128-D96", [MIXED], unit=64, tile=128, dim=96),
     Case("unit-128-D128", [[("text", 200)]], unit=128, dim=128),
     Case("D256", [[("text", 90)]], dim=256),
+    Case("heads-in-boxes", [[("text", 128)]], group=4, kv_heads=2, unit=64, tile=128),
+    Case("heads-not-in-boxes", [[("text", 128)]], group=2, unit=16, tile=128),
     Case("all-kept", [MIXED], config={"ratio": 1.0}),
     Case("mass", [MIXED], config={"mass": 0.8}),
     Case("tokens-and-floors", [MIXED], config={"tokens": 48, "modality_floor": 0.2}),

@@ -26,6 +26,17 @@ SHAPES = [
         128,
         config={"causal": False},
     ),
+    Case("wide-short-units", [ODD, [("text", 700)]], 2, 2, 128, 128, 128, padding="left"),
+    Case(
+        "wide-class-token",
+        [[("text", 1), ("image", (41, 43))]],
+        1,
+        2,
+        128,
+        128,
+        128,
+        config={"causal": False, "sinks": 0, "window": 0, "ratio": 0.6},
+    ),
     Case("short-last-unit", [[("text", 1671)]] * 2, 2, 2, 128, 64, 128),
     Case(
         "D64-class-tokens",

@@ -71,15 +71,30 @@ def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("cols", [16, 32, 64, 256])
 @pytest.mark.parametrize(
-    ("heads", "queries", "kept"), [(1, 1, True), (8, 1, True), (2, 200, False)]
+    ("heads", "kv_heads", "queries", "kept"), [(1, 1, 1, True), (8, 2, 3, True), (2, 1, 200, False)]
 )
 def test_scores_of_few_queries_equal_the_law_whether_logits_are_kept_or_not(
-    heads: int, queries: int, kept: bool, name: str, device: str, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    kept: bool,
+    cols: int,
+    name: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu = mms.TokenLayout.from_rows([ROWS[name]] * 2)
-    layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, heads, 1))
+    layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, heads, kv_heads))
     config = small(backend="triton", unit=16, causal=True)
+    monkeypatch.setattr(score_kernels, "KEPT_COLS", cols)
+    if cols < 256:
+        # Chunks of two blocks, of which a step takes one, both, or more than there are.
+        cut = lambda blocks, units, cols, _: (-(-units // (2 * cols)), 2 * cols)  # noqa: E731
+        monkeypatch.setattr(score_kernels, "unit_chunks", cut)
+        blocks = score_kernels.share_blocks
+        monkeypatch.setattr(score_kernels, "share_blocks", lambda *a: (blocks(*a)[0], 16, 2))
     launched, run = [], score_kernels.launch
     monkeypatch.setattr(
         score_kernels, "launch", lambda *a, **k: launched.append(a[8] is not None) or run(*a, **k)
@@ -98,3 +113,4 @@ def test_scores_of_few_queries_equal_the_law_whether_logits_are_kept_or_not(
         assert launched == [False] * 2
         launched.clear()
         assert torch.equal(again.values[seen], scores.values[seen])
+        assert (scores.values[~seen] < -1e29).all()

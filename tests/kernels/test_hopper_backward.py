@@ -127,6 +127,44 @@ def test_gpu_gradients_of_a_head_behind_two_billion_numbers_are_as_alone(added: 
 
 
 @pytest.mark.gpu
+def test_gpu_strided_inputs_have_the_same_gradients(added: list[int]) -> None:
+    case = replace(SHAPES[4], config={"deterministic": False})
+    q, k, v, selection = case.make(torch.bfloat16, device="cuda")
+    out = mms.attend(q, k, v, selection)
+    dout = torch.randn_like(out)
+    want = torch.autograd.grad(out, (q, k, v), dout)
+    q, k, v, dout = (
+        x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for x in (q, k, v, dout)
+    )
+    found = torch.autograd.grad(mms.attend(q, k, v, selection), (q, k, v), dout)
+    assert torch.equal(found[0], want[0])
+    for one, other in zip(found[1:], want[1:], strict=True):
+        torch.testing.assert_close(one, other)
+    assert added == [16, 16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["q", "dout"])
+def test_gpu_nan_of_a_query_stays_with_the_keys_of_its_units(where: str, added: list[int]) -> None:
+    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
+    config = mms.SparseConfig(
+        unit=16, tile=128, causal=False, sinks=0, window=0, deterministic=False
+    )
+    plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
+    kept = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
+    kept[..., :3] = True
+    selection = mms.Selection.from_mask(kept.cuda(), plan)
+    q, k, v, dout = torch.randn(4, 1, 1, 293, 128, device="cuda", dtype=torch.bfloat16)
+    (q if where == "q" else dout)[0, 0, 3, 5] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    _, dk, dv = torch.autograd.grad(mms.attend(*leaves, selection), leaves, dout)
+    assert not dk[:, :, 37:].any()
+    assert not dv[:, :, 37:].any()
+    assert added == [16]
+
+
+@pytest.mark.gpu
 def test_gpu_nan_behind_a_short_unit_leaves_gradients_alone(added: list[int]) -> None:
     layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
     config = mms.SparseConfig(

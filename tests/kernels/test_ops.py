@@ -1,10 +1,14 @@
 """The op inside torch: opcheck, compile, checkpoint, autocast, refusals."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import mm_sparse as mms
+from mm_sparse.kernels import launch
 from mm_sparse.kernels.ops import attend_op
 from mm_sparse.kernels.transpose import transpose_lists
 from tests.kernels.cases import CASES, MIXED, Case
@@ -13,17 +17,38 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASE = Case("x", [MIXED, [("text", 90)]], 3, 2)
 
 
-def _op_args(device: str) -> tuple:
+def _op_args(device: str, deterministic: bool = True) -> tuple:
     q, k, v, s = CASE.make(torch.float32, device)
     p = s.plan
     lists = (p.tiles, p.units, p.span, s.index, s.count)
-    return (q, k, v, *lists, 0.2, p.tile_tokens, p.unit, p.lead, p.tile_lead, "auto", True)
+    return (q, k, v, *lists, 0.2, p.tile_tokens, p.unit, p.lead, p.tile_lead, "auto", deterministic)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_opcheck(device: str) -> None:
-    torch.library.opcheck(attend_op, _op_args(device))
+def test_opcheck(deterministic: bool, device: str) -> None:
+    torch.library.opcheck(attend_op, _op_args(device, deterministic))
+
+
+@pytest.mark.parametrize(("group", "dim", "unit", "deterministic", "added"), [
+    (1, 128, 16, False, True), (1, 128, 64, False, False), (2, 128, 64, False, True),
+    (1, 64, 128, False, True), (1, 128, 16, True, False),
+])  # fmt: skip
+def test_which_backward_serves(
+    group: int, dim: int, unit: int, deterministic: bool, added: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked, q = [], torch.empty(1, group, 256, dim)
+    other = types.SimpleNamespace(attend_backward=lambda *a: "any order")
+    monkeypatch.setitem(sys.modules, "mm_sparse.kernels.hopper_backward", other)
+    monkeypatch.setattr("mm_sparse.kernels.hopper_backward", other, raising=False)
+    monkeypatch.setattr(launch, "on_hopper", lambda *a: asked.append(a[-1]) or True)
+    monkeypatch.setattr(launch.backward, "attend_backward", lambda *a: "in order")
+    args = (q, q, q[:, :1], q[:, :1], q, q[..., 0], *(q,) * 5, 0.2, 128 // group, unit, 0, 0)
+    found = launch.attend_backward(*args, deterministic)
+    assert found == ("any order" if added else "in order")
+    assert asked == [128] * added
 
 
 @pytest.mark.parametrize("device", DEVICES)

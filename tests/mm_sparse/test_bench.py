@@ -44,7 +44,7 @@ def test_memory_is_a_share_of_the_inputs(monkeypatch):
     assert session.records == []
     assert [row["direction"] for row in session.memory] == ["forward", "training"]
     assert {row["share_of_qkv"] for row in session.memory} == {round(4 / 3, 4)}
-    assert session.memory[0]["index_bytes"] == 4 * (2 * 2 * 1 + 2 * 2)
+    assert session.memory[0]["index_bytes"] == 2 * (2 * 2 * 1) + 4 * (2 * 2)
     assert "1.333" in bench_report.summary({"machine": {}}, session)
 
 

@@ -55,7 +55,7 @@ def test_counts_that_the_lists_do_not_hold_are_refused(count: int) -> None:
 def test_what_stands_behind_count_is_not_read() -> None:
     selection = good_selection()
     slot = torch.arange(selection.index.shape[-1])
-    junk = selection.index.masked_fill(slot >= selection.count[..., None], 10**6)
+    junk = selection.index.int().masked_fill(slot >= selection.count[..., None], 10**6)
     other = Selection(junk, selection.count, selection.plan).check()
     assert torch.equal(other.to_dense_mask(), selection.to_dense_mask())
     assert other.density() == selection.density()
@@ -66,8 +66,8 @@ def test_tensors_that_are_no_lists_of_the_plan_are_refused() -> None:
     index, count, plan = selection.index, selection.count, selection.plan
     tiles = plan.tiles.shape[1]
     for args, message in (
-        ((index.long(), count), "index must be int32 with 4 dimensions, got torch.int64"),
-        ((index[0], count), "index must be int32 with 4 dimensions, got torch.int32"),
+        ((index.long(), count), "index must be int16 or int32 with 4 dimensions, got torch.int64"),
+        ((index[0], count), "index must be int16 or int32 with 4 dimensions, got torch.int16"),
         ((index, count[..., None]), "count must be int32 with 3 dimensions, got torch.int32"),
         ((index, count.float()), "count must be int32 with 3 dimensions, got torch.float32"),
         ((index[:, :, 1:], count), f"index must have 1 rows and {tiles} tiles as the plan has"),
