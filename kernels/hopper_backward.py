@@ -4,8 +4,8 @@ Scores are recomputed once, not twice as in `backward`: five products where that
 tile's share of dK and dV is added to float32 sums in memory by the copy engine, in the order in
 which tiles come to it, so gradients differ in their last bits from run to run.
 
-Two warps copy the listed units of keys and of values, two warpgroups of 64 rows each do the
-products, and two warps add up what these made: the first dV, the second dK, of all 128 rows.
+Two warps copy the listed units of keys and of values; two warpgroups of 64 rows each compute
+weights, their gradients and dQ, and a third dV and dK of all 128 rows, which one warp each adds up.
 
 B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
 T tiles, U units, L list length
@@ -98,7 +98,7 @@ def _consume(
     GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of one tile after the other: their dQ; dV (w = 0) or dK (1) of all 128 rows."""
+    """64 rows of one tile after the other: weights and their gradients for `_collect`, and dQ."""
     q_smem, do_smem, p_smem, ds_smem, k_smem, v_smem, _sums = buffers
     k_ready, k_free, v_ready, v_free, made, used, _full, _free = barriers
     Tiles, Units, Span, Order, Inner, Count = tables

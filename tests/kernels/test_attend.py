@@ -177,3 +177,19 @@ def test_float64_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda q, k, v: mms.attend(q, k, v, selection), (q, k, v), nondet_tol=0.0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("regular", [True, False])
+@pytest.mark.parametrize("dim", [32, 128])
+def test_lists_of_32_bits_give_what_those_of_16_give(dim: int, regular: bool, device: str) -> None:
+    rows = [[("text", 256)]] if regular else [MIXED]
+    backend = "auto" if torch.cuda.is_available() and device == "cpu" else "triton"
+    q, k, v, selection = Case("x", rows, 2, 2, dim, 16, 128).make(torch.float16, device, backend)
+    assert selection.index.dtype == torch.int16
+    wide = mms.Selection(selection.index.int(), selection.count, selection.plan)
+    found = []
+    for lists in (selection, wide):
+        out = mms.attend(q, k, v, lists)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
