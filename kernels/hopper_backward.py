@@ -232,25 +232,6 @@ def _consume(
 
 
 @gluon.jit
-def _of_unit(
-    acc, j, main, tables, sizes, list_, batch, inner, count, UNIT: gl.constexpr,
-    COLS: gl.constexpr, EVEN: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Zeros for what lies behind short units: the weights there are 0, but 0 x NaN is NaN."""
-    if EVEN:
-        return acc
-    else:
-        if j >= main:
-            column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(1, layout))
-            _key, there = listed_keys(
-                column, tables[3], tables[1], list_, batch, inner, count, sizes[4], sizes[5],
-                sizes[7], UNIT, EVEN,
-            )  # fmt: skip
-            acc = gl.where(there[:, None], acc, 0.0)
-        return acc
-
-
-@gluon.jit
 def _collect(
     buffers, barriers, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr,
     EVEN: gl.constexpr,
@@ -258,46 +239,47 @@ def _collect(
     """dV and dK of a block of keys, of all 128 rows."""
     q_smem, do_smem, p_smem, ds_smem, _k, _v, sums = buffers
     _k_ready, _k_free, _v_ready, _v_free, made, used, full, free = barriers
-    _tiles, _units, _span, _order, Inner, Count = tables
+    _tiles, Units, _span, Order, Inner, Count = tables
+    items, _queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     step = 0
-    for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
-        list_, inner, main, total, count = one_list(item, Inner, Count, sizes[3], UNIT, COLS)
-        batch = (item // sizes[3] // sizes[6]).to(gl.int64)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
+        batch = (item // num_tiles // kv_heads).to(gl.int64)
         for j in range(total):
             mbarrier.wait(made, step % 2)
-            # One after the other: registers for both would be missing elsewhere.
+            # dV, then dK: registers for both would be missing elsewhere.
             acc = gl.zeros([COLS, D], gl.float32, layout)
-            for i in gl.static_range(2):
-                acc = warpgroup_mma(
-                    p_smem.index(i).permute((1, 0)), do_smem.index(i), acc, use_acc=i > 0,
-                    is_async=True,
-                )  # fmt: skip
-            mbarrier.wait(free.index(0), step % 2 ^ 1)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc = _of_unit(
-                acc, j, main, tables, sizes, list_, batch, inner, count, UNIT, COLS, EVEN, layout
-            )
-            sums.index(0).store(acc)
-            fence_async_shared()
-            gl.thread_barrier()
-            mbarrier.arrive(full.index(0))
-            for i in gl.static_range(2):
-                acc = warpgroup_mma(
-                    ds_smem.index(i).permute((1, 0)), q_smem.index(i), acc, use_acc=i > 0,
-                    is_async=True,
-                )  # fmt: skip
-            mbarrier.wait(free.index(1), step % 2 ^ 1)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            gl.thread_barrier()
-            mbarrier.arrive(used)
-            acc = _of_unit(
-                acc, j, main, tables, sizes, list_, batch, inner, count, UNIT, COLS, EVEN, layout
-            )
-            sums.index(1).store(acc)
-            fence_async_shared()
-            gl.thread_barrier()
-            mbarrier.arrive(full.index(1))
+            for w in gl.static_range(2):
+                for i in gl.static_range(2):
+                    if w == 0:
+                        acc = warpgroup_mma(
+                            p_smem.index(i).permute((1, 0)), do_smem.index(i), acc, use_acc=i > 0,
+                            is_async=True,
+                        )  # fmt: skip
+                    else:
+                        acc = warpgroup_mma(
+                            ds_smem.index(i).permute((1, 0)), q_smem.index(i), acc, use_acc=i > 0,
+                            is_async=True,
+                        )  # fmt: skip
+                mbarrier.wait(free.index(w), step % 2 ^ 1)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                if w == 1:
+                    gl.thread_barrier()
+                    mbarrier.arrive(used)
+                if not EVEN:  # noqa: SIM102 - a constant, and a branch
+                    if j >= main:
+                        # Weights behind a short unit are 0, but 0 x NaN is NaN.
+                        column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(1, layout))
+                        _key, there = listed_keys(
+                            column, Order, Units, list_, batch, inner, count, num_units,
+                            list_length, lead, UNIT, EVEN,
+                        )  # fmt: skip
+                        acc = gl.where(there[:, None], acc, 0.0)
+                sums.index(w).store(acc)
+                fence_async_shared()
+                gl.thread_barrier()
+                mbarrier.arrive(full.index(w))
             step += 1
 
 

@@ -1,5 +1,9 @@
 """Problems that the kernels for Hopper serve: 16-bit numbers, head dims 64 and 128, full tiles."""
 
+import pytest
+import torch
+
+import mm_sparse as mms
 from tests.kernels.cases import MIXED, Case
 
 LONG = [[("text", 1664)], [("text", 1664)]]
@@ -52,3 +56,19 @@ SHAPES = [
     Case("D64-causal", LONG, 3, 2, 64, 16, 128),
     Case("D64-short-units", [ODD, [("text", 700)]], 4, 2, 64, 32, 128, padding="left"),
 ]
+
+
+def need_hopper() -> None:
+    """Skip the test elsewhere."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+
+
+def up_to_a_short_unit(heads: int, **changes: object) -> mms.Selection:
+    """Of 293 keys the first 37, whose third unit is 5 long: the next one begins behind it."""
+    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
+    config = mms.SparseConfig(unit=16, tile=128, causal=False, sinks=0, window=0, **changes)
+    plan = layout.plan(config, num_query_heads=heads, num_kv_heads=heads)
+    kept = torch.zeros(1, heads, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
+    kept[..., :3] = True
+    return mms.Selection.from_mask(kept.cuda(), plan)

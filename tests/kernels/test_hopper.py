@@ -8,7 +8,7 @@ import torch
 import mm_sparse as mms
 from mm_sparse.kernels import launch
 from tests.kernels.cases import Case, errors_and_bounds
-from tests.kernels.hopper_cases import ODD, SHAPES
+from tests.kernels.hopper_cases import ODD, SHAPES, need_hopper, up_to_a_short_unit
 from tests.kernels.test_attend import assert_within
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
@@ -17,8 +17,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Fills up with what each call of the forward decided."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a Hopper GPU")
+    need_hopper()
     found, asked = [], launch.on_hopper
     monkeypatch.setattr(launch, "on_hopper", lambda *a: found.append(asked(*a)) or found[-1])
     return found
@@ -78,13 +77,9 @@ def test_gpu_a_head_behind_two_billion_numbers_is_as_alone(units: str, used: lis
 @pytest.mark.gpu
 def test_gpu_nan_behind_a_short_unit_stays_where_it_is(used: list[bool]) -> None:
     """A copy of 16 keys from a unit of 5 brings keys of the next one along."""
-    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
-    config = mms.SparseConfig(unit=16, tile=128, causal=False, sinks=0, window=0)
-    plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
-    assert plan.units[0, :4].tolist() == [[0, 16], [16, 16], [32, 5], [37, 16]]
-    kept = torch.zeros(1, 2, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
-    kept[..., :3] = True
-    selection = mms.Selection.from_mask(kept.cuda(), plan)
+    selection = up_to_a_short_unit(heads=2)
+    units = selection.plan.units[0, :4]
+    assert units.tolist() == [[0, 16], [16, 16], [32, 5], [37, 16]]
     q, k, v = torch.randn(3, 1, 2, 293, 128, device="cuda", dtype=torch.bfloat16)
     want = mms.attend(q, k, v, selection)
     k[:, :, 37:], v[:, :, 37:] = float("nan"), float("nan")

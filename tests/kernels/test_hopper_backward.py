@@ -8,7 +8,7 @@ import torch
 import mm_sparse as mms
 from mm_sparse.kernels import launch
 from tests.kernels.cases import Case, errors_and_bounds, poison_empty
-from tests.kernels.hopper_cases import SHAPES
+from tests.kernels.hopper_cases import SHAPES, need_hopper, up_to_a_short_unit
 from tests.kernels.test_attend import assert_within
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
@@ -17,8 +17,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills up with the unit of each call of the backward that adds in any order."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a Hopper GPU")
+    need_hopper()
     hopper_backward = pytest.importorskip("mm_sparse.kernels.hopper_backward")
     found, run = [], hopper_backward.attend_backward
     monkeypatch.setattr(
@@ -147,14 +146,7 @@ def test_gpu_strided_inputs_have_the_same_gradients(added: list[int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["q", "dout"])
 def test_gpu_nan_of_a_query_stays_with_the_keys_of_its_units(where: str, added: list[int]) -> None:
-    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
-    config = mms.SparseConfig(
-        unit=16, tile=128, causal=False, sinks=0, window=0, deterministic=False
-    )
-    plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
-    kept = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
-    kept[..., :3] = True
-    selection = mms.Selection.from_mask(kept.cuda(), plan)
+    selection = up_to_a_short_unit(heads=1, deterministic=False)
     q, k, v, dout = torch.randn(4, 1, 1, 293, 128, device="cuda", dtype=torch.bfloat16)
     (q if where == "q" else dout)[0, 0, 3, 5] = float("nan")
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -166,14 +158,7 @@ def test_gpu_nan_of_a_query_stays_with_the_keys_of_its_units(where: str, added: 
 
 @pytest.mark.gpu
 def test_gpu_nan_behind_a_short_unit_leaves_gradients_alone(added: list[int]) -> None:
-    layout = mms.TokenLayout.from_spans([("text", 37), ("image", (16, 16))], device="cuda")
-    config = mms.SparseConfig(
-        unit=16, tile=128, causal=False, sinks=0, window=0, deterministic=False
-    )
-    plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
-    kept = torch.zeros(1, 2, plan.tiles.shape[1], plan.units.shape[1], dtype=torch.bool)
-    kept[..., :3] = True
-    selection = mms.Selection.from_mask(kept.cuda(), plan)
+    selection = up_to_a_short_unit(heads=2, deterministic=False)
     q, k, v, dout = torch.randn(4, 1, 2, 293, 128, device="cuda", dtype=torch.bfloat16)
     found = []
     for behind in (None, float("nan")):
