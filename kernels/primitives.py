@@ -14,7 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .ops import interpreted
+
 LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(interpreted())
 # Numbers that differ from call to call. Triton compiles a kernel anew for numbers that are 1 or
 # divide by 16: with batches of any length it would do so for most of a training run's first hour.
 ROW_COUNTS = (
@@ -24,6 +27,17 @@ ROW_COUNTS = (
 )  # fmt: skip
 COUNTS = (*ROW_COUNTS, "num_units")
 """`_keep` reads tables of `num_units` rows, and is faster where these are aligned."""
+
+
+@triton.jit
+def fast_log2(x):
+    """Of numbers that are not subnormal, to 22 bits: one instruction, not some twenty."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

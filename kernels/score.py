@@ -20,12 +20,15 @@ from mm_sparse.kernels.primitives import (
     COUNTS,
     LOG2E,
     even_units,
+    fast_log2,
     generation,
     multiprocessors,
 )
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2, unit_chunks
 
 LN2 = tl.constexpr(0.6931471805599453)
+# Threads that share a row of a product, two adjacent columns of eight each.
+LANES = tl.constexpr(4)
 # Programs that share a multiprocessor, for registers and shared memory of 128 rows.
 RESIDENT = 3
 # Numbers that rows of scores are a multiple of.
@@ -114,7 +117,7 @@ def _logits(
     EVEN: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr = 0,
     PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """(rows, COLS) products, in powers of 2, with sizes added; -inf where a tile sees nothing.
+    """(rows, COLS) products with logs of sizes added; -inf where a tile sees nothing.
 
     `Keys` describe the whole units, or PARTS parts of each, from number PART on.
     """
@@ -126,7 +129,7 @@ def _logits(
     keys = tl.load(
         Keys + unit.to(tl.int64)[:, None] * (F * PARTS) + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
-    logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION) * LOG2E
+    logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION)
     if EVEN:
         start, size = even_units(unit, lead, num_keys, UNIT)
         reach = first * UNIT - lead
@@ -134,11 +137,11 @@ def _logits(
         cut = (first == 0) | (first + COLS >= num_units)
         cut |= (reach + UNIT <= all_low) | (reach + (COLS - 1) * UNIT >= all_high)
         if cut:
-            logits += _log_sizes(size, UNIT, PART, PARTS)[None, :]
+            logits += (_log_sizes(size, UNIT, PART, PARTS) * LN2)[None, :]
     else:
         start = tl.load(Units + unit * 2, mask=unit < num_units, other=0)
         size = tl.load(Units + unit * 2 + 1, mask=unit < num_units, other=0)
-        logits += _log_sizes(size, UNIT, PART, PARTS)[None, :]
+        logits += (_log_sizes(size, UNIT, PART, PARTS) * LN2)[None, :]
         start = tl.where(size > 0, start, 2147483647)
         cut = tl.max(((start >= all_high) | (start + size <= all_low)).to(tl.int32), 0) > 0
     if cut:
@@ -163,10 +166,14 @@ def _log_sums(
     ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them."""
+    """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them.
+
+    Each thread adds up the columns that it holds of a product, and they meet behind the loop.
+    """
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    block, split = program // splits, program % splits
     Units += batch * num_units * 2
     Keys += (batch * kv_heads + head) * stride_k
     row, low, high, exists = _rows_of(
@@ -179,8 +186,8 @@ def _log_sums(
         UNIT, EVEN,
     )  # fmt: skip
     ROWS: tl.constexpr = ORDER[0] * ORDER[1] * ORDER[2] * ORDER[3] * ORDER[4]
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS, LANES], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS, LANES], tl.float32)
     for at in range(begin // COLS * COLS, end, COLS):
         logits = _logits(
             row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
@@ -189,13 +196,19 @@ def _log_sums(
         if Logits is not None:
             kept, mask = _kept_logits(Logits, at, num_units, exists, row_length, ROWS, COLS)
             tl.store(kept, logits, mask=mask)
-        new_top = tl.maximum(top, tl.max(logits, 1))
+        columns = tl.reshape(logits, (ROWS, COLS // (2 * LANES), LANES, 2))
+        new_top = tl.maximum(top, tl.max(tl.max(columns, 3), 1) * LOG2E)
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        given = tl.exp2(columns * LOG2E - shift[:, None, :, None])
+        total = total * tl.exp2(top - shift) + tl.sum(tl.sum(given, 3), 1)
         top = new_top
+    lane_top, lane_total = top, total
+    top = tl.max(lane_top, 1)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(lane_total * tl.exp2(lane_top - shift[:, None]), 1)
     some = total > 0
     result = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), -float("inf"))
-    place = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * ROWS
+    place = (tl.program_id(1) * tl.num_programs(0) + program).to(tl.int64) * ROWS
     tl.store(Sums + place + tl.arange(0, ROWS), result)
 
 
@@ -208,6 +221,13 @@ def _over_members(x, LARGEST: tl.constexpr):
     else:
         x = tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
         return tl.sum(x, 4, keep_dims=True)
+
+
+@triton.jit
+def log_of_share(share):
+    """Log of a share; what is under 2^-126 of the attention counts as nothing."""
+    log = fast_log2(tl.minimum(tl.maximum(share, 1.2e-38), 3e38)) * LN2
+    return tl.where(share > 0, log, -1e30)
 
 
 @triton.jit
@@ -256,7 +276,8 @@ def _share(
     """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    block, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    block, split = program // splits, program % splits
     Units += batch * num_units * 2
     Keys += (batch * kv_heads + head) * stride_k
     Parts += (batch * kv_heads + head) * stride_p
@@ -287,7 +308,7 @@ def _share(
     members = tl.reshape(
         exists.to(tl.float32), (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], 1)
     )  # fmt: skip
-    members = tl.maximum(_over_members(members, False), 1.0)
+    per_member = 1.0 / tl.maximum(_over_members(members, False), 1.0)
     own = block * TILES + tl.arange(0, TILES)
     first = split * chunk
     last = tl.minimum(first + chunk, num_units)
@@ -301,22 +322,21 @@ def _share(
     known = tl.minimum((end + ALIGN - 1) // ALIGN * ALIGN, last)
     for at in range(begin, end, COLS):
         if PARTS > 1:
-            # The sums are over whole units, so that parts cost one product, not two. What is
-            # under 2^-126 of the attention counts as nothing.
+            # The sums are over whole units, so that parts cost one product, not two.
             given = tl.zeros([ROWS, COLS], tl.float32)
             for part in tl.static_range(PARTS):
                 logits = _logits(
                     row, low, high, all_low, all_high, Parts + part * F, Units, at, num_units,
                     num_keys, lead, F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, part, PARTS,
                 )  # fmt: skip
-                given += tl.exp2(tl.minimum(logits - lse[:, None], 100.0))
+                given += tl.exp2(logits * LOG2E - lse[:, None])
             value = tl.reshape(
                 given, (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS)
             )  # fmt: skip
-            value = _over_members(value, LARGEST) / PARTS
+            value = _over_members(value, LARGEST) * (1.0 / PARTS)
             if not LARGEST:
-                value = value / members
-            value = tl.where(value > 0, tl.log2(tl.maximum(value, 1e-38)) * LN2, -1e30)
+                value *= per_member
+            value = log_of_share(value)
         else:
             if Logits is not None:
                 kept, mask = _kept_logits(Logits, at, known, exists, row_length, ROWS, COLS)
@@ -327,16 +347,14 @@ def _share(
                     F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
                 )  # fmt: skip
             share = tl.reshape(
-                logits - lse[:, None],
+                logits * LOG2E - lse[:, None],
                 (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS),
             )  # fmt: skip
-            best = _over_members(share, True)
-            value = best
-            if not LARGEST:
-                shift = tl.where(best == -float("inf"), 0.0, best)
-                summed = _over_members(tl.exp2(share - shift), False)
-                value = shift + tl.log2(tl.maximum(summed, 1e-30) / members)
-            value = tl.where(best == -float("inf"), -1e30, value * LN2)
+            if LARGEST:
+                best = _over_members(share, True)
+                value = tl.where(best == -float("inf"), -1e30, best * LN2)
+            else:
+                value = log_of_share(_over_members(tl.exp2(share), False) * per_member)
         value = tl.reshape(value, (TILES, COLS))
         unit = at + tl.arange(0, COLS)
         if BIASED:

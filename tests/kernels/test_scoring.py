@@ -84,6 +84,24 @@ def test_scores_in_half_precision_are_as_near_as_pytorchs(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_shares_of_next_to_nothing_rank_behind_all_others(reduce: str, device: str) -> None:
+    """Kernels add up powers as they are: below 2^-126 of the attention they become zero."""
+    cpu = layout_of("mixed")
+    layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, 6, 2))
+    exact, scores = both_ways(
+        PooledScorer(), q * 1000, k, layout, small(reduce=reduce, backend="triton")
+    )
+    seen = scores.plan.visible[:, None].expand_as(exact).cpu()
+    found, exact = scores.values.cpu().double()[seen], exact[seen]
+    counts, tiny = exact > -85, exact < -90
+    assert counts.any()
+    assert tiny.any()
+    torch.testing.assert_close(found[counts], exact[counts], rtol=1e-4, atol=1e-3)
+    assert found[tiny].max() < found[counts].min()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_bad_tokens_and_strided_inputs(device: str) -> None:
     layout = layout_of("mixed").to(device)
     q, k = (x.to(device) for x in random_qk(layout_of("mixed"), 3, 1))
