@@ -32,9 +32,12 @@ from .hopper_lists import (
     boxes,
     copy_blocks,
     listed_keys,
+    make_queue,
     one_list,
+    place_of_tile,
     rows_of_tile,
     sorted_lists,
+    take,
 )
 from .primitives import COUNTS, multiprocessors
 from .sizes import cdiv
@@ -45,10 +48,9 @@ BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}
 
 @gluon.jit
 def _consume(
-    w: gl.constexpr, worker: gl.constexpr, workers: gl.constexpr, Q, Out, Lse, buffers, tables,
-    sizes, scale2, strides, GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr,
-    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
-    EVEN_TILES: gl.constexpr,
+    w: gl.constexpr, queue, Q, Out, Lse, buffers, tables, sizes, scale2, strides,
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr,
 ):  # fmt: skip
     """64 rows of one tile after the other."""
     q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free, v_clean = buffers
@@ -65,13 +67,12 @@ def _consume(
     dtype: gl.constexpr = q_smem.dtype
     q = q_smem.index(w)
     dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
-    step, cleaned = 0, 0
-    first = gl.program_id(0) * workers + worker
-    for item in range(first, items, gl.num_programs(0) * workers):
+    step, cleaned, turn = 0, 0, 0
+    item = take(queue, turn, 4)
+    while item < items:
         list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch = (item // num_tiles // kv_heads).to(gl.int64)
-        head = item // num_tiles % kv_heads
-        t = num_tiles - 1 - item % num_tiles
+        batch, head, t = place_of_tile(item, num_tiles, kv_heads)
+        batch = batch.to(gl.int64)
         row = w * 64 + gl.arange(0, 64, rows_w)
         token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         base = batch * stride_qb + (head * GROUP + g).to(gl.int64) * stride_qh
@@ -190,6 +191,8 @@ def _consume(
         base = batch * stride_ob + (head * GROUP + g).to(gl.int64) * stride_oh
         base += token * stride_on
         gl.store(Out + base[:, None] + dim, q.load(whole), mask=exists[:, None])
+        turn += 1
+        item = take(queue, turn, 4)
 
 
 @gluon.jit
@@ -226,7 +229,7 @@ def _buffers(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def _forward(
-    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, scale, items, num_queries,
+    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, Begun, scale, items, num_queries,
     num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb, stride_qh,
     stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
     EVEN: gl.constexpr, EVEN_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
@@ -242,24 +245,25 @@ def _forward(
     # Arguments are written out: constants kept in a tuple of their own would become numbers.
     # Of a pair of buffers: 1 and 2 the boxes of k and v, 5 to 8 their barriers.
     one = _buffers(dtype, UNIT, COLS, D, STAGES, EVEN)
+    tiles_of_one = make_queue(3)
     if D == 128:
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, EVEN_TILES,
+                    0, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
+                    TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
-                    1, 0, 1, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, EVEN_TILES,
+                    1, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
+                    TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (copy_blocks, (
-                    0, 1, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
-                    STAGES, EVEN,
+                    0, 1, Begun, tiles_of_one, Kd, one[1], one[5], one[6],
+                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
-                    0, 1, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
-                    STAGES, EVEN,
+                    0, 1, None, tiles_of_one, Vd, one[2], one[7], one[8],
+                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
             ],
             [4, 1, 1],
@@ -269,39 +273,40 @@ def _forward(
         # A small head dim leaves registers for two tiles at a time, whose softmaxes and products
         # fill each other's gaps.
         two = _buffers(dtype, UNIT, COLS, D, STAGES, EVEN)
+        tiles_of_two = make_queue(3)
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, EVEN_TILES,
+                    0, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
+                    TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
-                    1, 0, 2, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, EVEN_TILES,
+                    1, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
+                    TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
-                    0, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, EVEN_TILES,
+                    0, tiles_of_two, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP,
+                    TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (_consume, (
-                    1, 1, 2, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP, TOKENS, UNIT,
-                    COLS, D, STAGES, EVEN, EVEN_TILES,
+                    1, tiles_of_two, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP,
+                    TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
                 (copy_blocks, (
-                    0, 2, Kd, one[1], one[5], one[6], tables, sizes, UNIT, COLS, D,
-                    STAGES, EVEN,
+                    0, 2, Begun, tiles_of_one, Kd, one[1], one[5], one[6],
+                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
-                    0, 2, Vd, one[2], one[7], one[8], tables, sizes, UNIT, COLS, D,
-                    STAGES, EVEN,
+                    0, 2, None, tiles_of_one, Vd, one[2], one[7], one[8],
+                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
-                    1, 2, Kd, two[1], two[5], two[6], tables, sizes, UNIT, COLS, D,
-                    STAGES, EVEN,
+                    1, 2, Begun, tiles_of_two, Kd, two[1], two[5], two[6],
+                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
-                    1, 2, Vd, two[2], two[7], two[8], tables, sizes, UNIT, COLS, D,
-                    STAGES, EVEN,
+                    1, 2, None, tiles_of_two, Vd, two[2], two[7], two[8],
+                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
             ],
             [4, 4, 4, 1, 1, 1, 1],
@@ -320,7 +325,7 @@ def attend_forward(
     group = heads // kv_heads
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    order, inner = sorted_lists(
+    order, inner, begun = sorted_lists(
         kv_heads, num_queries, tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead
     )
     cols, stages, workers = BLOCKS[head_dim]
@@ -328,7 +333,7 @@ def attend_forward(
     items = num_tiles * batch * kv_heads
     launch(
         _forward, (min(cdiv(items, workers), multiprocessors(q)),),
-        q, *described, out, lse, tiles, units, span, order, inner, count, scale, items,
+        q, *described, out, lse, tiles, units, span, order, inner, count, begun, scale, items,
         num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
         *q.stride()[:3], *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, EVEN=lead >= 0,
         EVEN_TILES=tile_lead >= 0, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,

@@ -38,10 +38,13 @@ from .hopper_lists import (
     boxes,
     copy_blocks,
     listed_keys,
+    make_queue,
     one_list,
+    place_of_tile,
     rows_of_boxes,
     rows_of_tile,
     sorted_lists,
+    take,
 )
 from .primitives import COUNTS, multiprocessors
 
@@ -64,7 +67,7 @@ def add_to_global(described: Any, coordinates: Any, box: Any, _semantic: Any = N
 
 @gluon.jit
 def _add(
-    w: gl.constexpr, Described, pieces, full, free, tables, sizes, UNIT: gl.constexpr,
+    w: gl.constexpr, queue, Described, pieces, full, free, tables, sizes, UNIT: gl.constexpr,
     COLS: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Adds blocks of dV (w = 0), or of dK (1), to the sums of their units."""
@@ -73,8 +76,9 @@ def _add(
     PIECES: gl.constexpr = COLS // (UNIT if UNIT < COLS else COLS)
     # A row that is negative is an illegal instruction here: sums start with `lead` more.
     padding = gl.maximum(lead, 0)
-    step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    step, turn = 0, 0
+    item = take(queue, turn, 1)
+    while item < items:
         list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
         group = item // num_tiles
         for j in range(total):
@@ -90,11 +94,13 @@ def _add(
             tma.store_wait(0)
             mbarrier.arrive(free.index(w))
             step += 1
+        turn += 1
+        item = take(queue, turn, 1)
 
 
 @gluon.jit
 def _consume(
-    w: gl.constexpr, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides,
+    w: gl.constexpr, queue, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr,
 ):  # fmt: skip
@@ -115,12 +121,12 @@ def _consume(
     q, do = q_smem.index(w), do_smem.index(w)
     dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
     scale2 = scale * LOG2E
-    step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    step, turn = 0, 0
+    item = take(queue, turn, 4)
+    while item < items:
         list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch = (item // num_tiles // kv_heads).to(gl.int64)
-        head = item // num_tiles % kv_heads
-        t = num_tiles - 1 - item % num_tiles
+        batch, head, t = place_of_tile(item, num_tiles, kv_heads)
+        batch = batch.to(gl.int64)
         row = w * 64 + gl.arange(0, 64, rows_w)
         token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         own = (head * GROUP + g).to(gl.int64)
@@ -228,13 +234,14 @@ def _consume(
         token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         at = ((batch * kv_heads + head) * GROUP + g) * num_queries + token
         gl.store(Dq + at[:, None] * D + dim, q.load(whole), mask=exists[:, None])
-        gl.thread_barrier()
+        turn += 1
+        item = take(queue, turn, 4)
 
 
 @gluon.jit
 def _collect(
-    buffers, barriers, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr,
-    EVEN: gl.constexpr,
+    queue, buffers, barriers, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr,
+    D: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """dV and dK of a block of keys, of all 128 rows."""
     q_smem, do_smem, p_smem, ds_smem, _k, _v, sums = buffers
@@ -242,10 +249,11 @@ def _collect(
     _tiles, Units, _span, Order, Inner, Count = tables
     items, _queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    step, turn = 0, 0
+    item = take(queue, turn, 4)
+    while item < items:
         list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch = (item // num_tiles // kv_heads).to(gl.int64)
+        batch = place_of_tile(item, num_tiles, kv_heads)[0].to(gl.int64)
         for j in range(total):
             mbarrier.wait(made, step % 2)
             # dV, then dK: registers for both would be missing elsewhere.
@@ -281,15 +289,18 @@ def _collect(
                 gl.thread_barrier()
                 mbarrier.arrive(full.index(w))
             step += 1
+        turn += 1
+        item = take(queue, turn, 4)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def _backward(
-    Q, Kd, Vd, Out, Dout, Lse, Dq, Dkd, Dvd, Tiles, Units, Span, Order, Inner, Count, scale, items,
-    num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb,
-    stride_qh, stride_qn, stride_db, stride_dh, stride_dn, stride_ob, stride_oh, stride_on,
-    GROUP: gl.constexpr, TOKENS: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr,
-    UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    Q, Kd, Vd, Out, Dout, Lse, Dq, Dkd, Dvd, Tiles, Units, Span, Order, Inner, Count, Begun, scale,
+    items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
+    stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn, stride_ob, stride_oh,
+    stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr, EVEN: gl.constexpr,
+    EVEN_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype.element_ty
     tables = (Tiles, Units, Span, Order, Inner, Count)
@@ -333,31 +344,34 @@ def _backward(
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
+    queue = make_queue(6)
     buffers = (q_smem, do_smem, p_smem, ds_smem, k_smem, v_smem, sums)
     barriers = (k_ready, k_free, v_ready, v_free, made, used, full, free)
     # Arguments are written out: constants kept in a tuple of their own would become numbers.
     gl.warp_specialize(
         [
             (_consume, (
-                0, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides, GROUP,
-                TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
+                0, queue, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides,
+                GROUP, TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
             )),
             (_consume, (
-                1, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides, GROUP,
-                TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
+                1, queue, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides,
+                GROUP, TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
             )),
-            (_collect, (buffers, barriers, tables, sizes, UNIT, COLS, D, EVEN)),
+            (_collect, (queue, buffers, barriers, tables, sizes, UNIT, COLS, D, EVEN)),
             (copy_blocks, (
-                0, 1, Kd, k_pieces, k_ready, k_free, tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                0, 1, Begun, queue, Kd, k_pieces, k_ready, k_free, tables, sizes, UNIT, COLS, D,
+                STAGES, EVEN,
             )),
             (copy_blocks, (
-                0, 1, Vd, v_pieces, v_ready, v_free, tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                0, 1, None, queue, Vd, v_pieces, v_ready, v_free, tables, sizes, UNIT, COLS, D,
+                STAGES, EVEN,
             )),
             (_add, (
-                0, Dvd, added, full, free, tables, sizes, UNIT, COLS, D, EVEN,
+                0, queue, Dvd, added, full, free, tables, sizes, UNIT, COLS, D, EVEN,
             )),
             (_add, (
-                1, Dkd, added, full, free, tables, sizes, UNIT, COLS, D, EVEN,
+                1, queue, Dkd, added, full, free, tables, sizes, UNIT, COLS, D, EVEN,
             )),
         ],
         [4, 4, 1, 1, 1, 1],
@@ -374,7 +388,7 @@ def attend_backward(
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     num_tiles, num_units, list_length = tiles.shape[1], units.shape[1], index.shape[-1]
-    order, inner = sorted_lists(
+    order, inner, begun = sorted_lists(
         kv_heads, num_queries, tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead
     )
     cols, stages = BLOCKS[head_dim]
@@ -390,7 +404,7 @@ def attend_backward(
     launch(
         _backward, (min(items, multiprocessors(q)),),
         q, *(boxes(x, min(unit, cols)) for x in (k, v)), out, dout, lse, dq, *added, tiles, units,
-        span, order, inner, count, scale, items, num_queries, num_keys, num_tiles, num_units,
+        span, order, inner, count, begun, scale, items, num_queries, num_keys, num_tiles, num_units,
         list_length, kv_heads, lead, tile_lead, *q.stride()[:3], *dout.stride()[:3],
         *out.stride()[:3], GROUP=heads // kv_heads, TOKENS=tile_tokens, EVEN=lead >= 0,
         EVEN_TILES=tile_lead >= 0, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,

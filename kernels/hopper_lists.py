@@ -25,12 +25,13 @@ from .sizes import all_whole, index_dtype, next_power_of_2
 LOG2E = gl.constexpr(1.4426950408889634)
 FLAT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 BOXED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))
+ONE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def sort_lists(
-    Order, Inner, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
-    kv_heads, lead, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr,
+    Order, Inner, Begun, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units,
+    list_length, kv_heads, lead, TOKENS: tl.constexpr, LENGTH: tl.constexpr, UNIT: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr, REGULAR_TILES: tl.constexpr,
 ):  # fmt: skip
     """A list's units that need no mask from the front, the others from the back of its places.
@@ -70,8 +71,58 @@ def sort_lists(
             tl.store(place, unit.to(Order.dtype.element_ty), mask=listed)
             others += tl.sum(cut.to(tl.int32), 0)
         inner += tl.sum(whole.to(tl.int32), 0)
+    if list_ == 0:
+        # For the kernel behind: nobody has begun a tile yet.
+        tl.store(Begun, 0)
     tl.store(Inner + list_ * 2, inner)
     tl.store(Inner + list_ * 2 + 1, others)
+
+
+@gluon.jit
+def make_queue(readers: gl.constexpr):
+    """Numbers of tiles, on their way from the warp that draws them to `readers` groups of warps.
+
+    Lists differ in length, by causality or by budgets of heads: who is done takes the next.
+    """
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], ONE)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=readers)
+    return numbers, ready, free
+
+
+@gluon.jit
+def offer(queue, turn, item):
+    """Hand the number of a tile on, as the one warp that draws them."""
+    numbers, ready, free = queue
+    slot = turn % 2
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(free.index(slot), turn // 2 % 2 ^ 1)
+    numbers.index(slot).store(gl.zeros([1], gl.int32, layout) + item)
+    gl.thread_barrier()
+    mbarrier.arrive(ready.index(slot))
+
+
+@gluon.jit
+def take(queue, turn, WARPS: gl.constexpr):
+    """Number of the next tile; behind the last, one that no tile has."""
+    numbers, ready, free = queue
+    slot = turn % 2
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    mbarrier.wait(ready.index(slot), turn // 2 % 2)
+    item = gl.max(numbers.index(slot).load(layout), 0)
+    gl.thread_barrier()
+    mbarrier.arrive(free.index(slot))
+    return item
+
+
+@gluon.jit
+def place_of_tile(item, num_tiles, kv_heads):
+    """Batch, KV head and number of a tile; late ones, of long lists if causal, come first."""
+    group = item // num_tiles
+    return group // kv_heads, group % kv_heads, num_tiles - 1 - item % num_tiles
 
 
 @gluon.jit
@@ -80,8 +131,7 @@ def one_list(item, Inner, Count, num_tiles, UNIT: gl.constexpr, COLS: gl.constex
 
     Behind the number of its units without a mask, that of those that stand before them.
     """
-    # Late tiles of causal text have the longest lists: they start first.
-    list_ = (item // num_tiles) * num_tiles + num_tiles - 1 - item % num_tiles
+    list_ = item // num_tiles * num_tiles + num_tiles - 1 - item % num_tiles
     inner = gl.load(Inner + list_ * 2)
     ahead = gl.load(Inner + list_ * 2 + 1)
     count = gl.load(Count + list_)
@@ -126,38 +176,69 @@ def rows_of_boxes(
 
 @gluon.jit
 def copy_blocks(
-    worker: gl.constexpr, workers: gl.constexpr, Described, pieces, ready, free, tables, sizes,
-    UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    worker: gl.constexpr, workers: gl.constexpr, Begun, queue, Described, pieces, ready, free,
+    tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Copies the blocks of keys, or of values, of one tile after the other."""
+    """Copies the blocks of keys, or of values, of one tile after the other.
+
+    With `Begun`, the number of tiles that programs have begun beyond their first, it draws tiles.
+    """
+    items = sizes[0]
+    step, turn = 0, 0
+    if Begun is not None:
+        item = gl.program_id(0) * workers + worker
+        while item < items:
+            offer(queue, turn, item)
+            after = gl.atomic_add(Begun, 1) + gl.num_programs(0) * workers
+            step = _copy_list(
+                item, step, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D, STAGES,
+                EVEN,
+            )  # fmt: skip
+            turn += 1
+            item = after
+        offer(queue, turn, item)
+    else:
+        item = take(queue, turn, 1)
+        while item < items:
+            step = _copy_list(
+                item, step, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D, STAGES,
+                EVEN,
+            )  # fmt: skip
+            turn += 1
+            item = take(queue, turn, 1)
+
+
+@gluon.jit
+def _copy_list(
+    item, step, Described, pieces, ready, free, tables, sizes, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Copies the blocks of one tile; returns how many there were so far."""
     _tiles, Units, _span, Order, Inner, Count = tables
-    items, _queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
+    _items, _queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
-    step = 0
-    first = gl.program_id(0) * workers + worker
-    for item in range(first, items, gl.num_programs(0) * workers):
-        list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch = item // num_tiles // kv_heads
-        head = item // num_tiles % kv_heads
-        for j in range(total):
-            rows = rows_of_boxes(
-                j, batch, list_, inner, count, Units, Order, num_keys, num_units, list_length, lead,
-                UNIT, COLS, EVEN,
-            )  # fmt: skip
-            stage = step % STAGES
-            mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
-            mbarrier.expect(ready.index(stage), COLS * D * 2)
-            # A box for every unit and 64 columns of the head dim.
-            for p in gl.static_range(PIECES):
-                for h in gl.static_range(HALVES):
-                    tma.async_copy_global_to_shared(
-                        Described, [batch, head, rows[p], h * 64], ready.index(stage),
-                        pieces.index((stage * HALVES + h) * PIECES + p),
-                    )  # fmt: skip
-            step += 1
+    list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
+    batch, head, _t = place_of_tile(item, num_tiles, kv_heads)
+    for j in range(total):
+        rows = rows_of_boxes(
+            j, batch, list_, inner, count, Units, Order, num_keys, num_units, list_length, lead,
+            UNIT, COLS, EVEN,
+        )  # fmt: skip
+        stage = step % STAGES
+        mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
+        mbarrier.expect(ready.index(stage), COLS * D * 2)
+        # A box for every unit and 64 columns of the head dim.
+        for p in gl.static_range(PIECES):
+            for h in gl.static_range(HALVES):
+                tma.async_copy_global_to_shared(
+                    Described, [batch, head, rows[p], h * 64], ready.index(stage),
+                    pieces.index((stage * HALVES + h) * PIECES + p),
+                )  # fmt: skip
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -198,21 +279,22 @@ def listed_keys(
 def sorted_lists(
     kv_heads: int, num_queries: int, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
     count: Tensor, tile_tokens: int, unit: int, lead: int, tile_lead: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Lists as `place_of` reads them (B, K, T, L), and what it must know of each (B, K, T, 2)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Lists as `place_of` reads them (B, K, T, L), what it must know of each (B, K, T, 2), and a
+    number for the kernel behind: how many tiles were begun, none."""
     batch, _, num_tiles, list_length = index.shape
     num_units = units.shape[1]
-    order, inner = index, count.new_empty(*count.shape, 2)
+    order, inner, begun = index, count.new_empty(*count.shape, 2), count.new_empty(1)
     if lead < 0:
         order = torch.empty_like(index, dtype=index_dtype(num_units))
     launch(
         sort_lists, (num_tiles, batch * kv_heads),
-        order, inner, tiles, units, span, index, count, num_queries, num_tiles, num_units,
+        order, inner, begun, tiles, units, span, index, count, num_queries, num_tiles, num_units,
         list_length, kv_heads, lead, TOKENS=tile_tokens, LENGTH=next_power_of_2(tile_tokens),
         UNIT=unit, WIDTH=min(next_power_of_2(list_length), 1024), EVEN=lead >= 0,
         REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
     )  # fmt: skip
-    return order, inner
+    return order, inner, begun
 
 
 def boxes(x: Tensor, rows: int) -> TensorDescriptor:

@@ -95,13 +95,15 @@ def sorted_lists(selection: mms.Selection, narrow: bool = False) -> tuple[torch.
     plan, index, count = selection.plan, selection.index, selection.count
     order = torch.full_like(index, -1, dtype=torch.int16 if narrow else torch.int32)
     inner = torch.full((*count.shape, 2), -1, dtype=torch.int32)
+    begun = torch.full((1,), 7, dtype=torch.int32)
     batch, heads, tiles, length = index.shape
     hopper_lists.sort_lists[(tiles, batch * heads)](
-        order, inner, plan.tiles, plan.units, plan.span, index, count, plan.num_queries, tiles,
-        plan.units.shape[1], length, heads, plan.lead,
+        order, inner, begun, plan.tiles, plan.units, plan.span, index, count, plan.num_queries,
+        tiles, plan.units.shape[1], length, heads, plan.lead,
         TOKENS=plan.tile_tokens, LENGTH=128, UNIT=16, WIDTH=16, EVEN=plan.lead >= 0,
         REGULAR_TILES=plan.regular_tiles,
     )  # fmt: skip
+    assert begun == 0
     return (order if plan.lead < 0 else index), inner
 
 
