@@ -2,8 +2,8 @@
 
 Two warps copy the listed units of keys and of values into shared memory, box by box; two warpgroups
 of 64 rows each do the products and the softmax, each step's scores issued before the last step's
-values are used (the schedule of FlashAttention-3: Shah et al., 2024). Programs stay, and serve tile
-after tile; at a head dim of 64 each serves two at a time.
+values are used (the schedule of FlashAttention-3: Shah et al., 2024). Programs stay, and serve the
+tiles that one of their copying warps draws from a counter; at a head dim of 64 two at a time.
 
 B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
 T tiles, U units, L list length

@@ -182,6 +182,38 @@ def test_gpu_blocks_of_queries_behind_a_class_token_give_what_one_call_gives(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gpu_lists_of_any_length_are_served_once_and_once_more_in_a_graph(
+    dim: int, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs draw tiles as they come free; every launch has to begin at the first."""
+    layout = mms.TokenLayout.text(1, 6000, device="cuda")
+    config = mms.SparseConfig(unit=16, tile=128, causal=False, sinks=0, window=0)
+    plan = layout.plan(config, num_query_heads=12, num_kv_heads=12)
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = 1, 12, plan.tiles.shape[1], plan.units.shape[1]
+    share = torch.rand(*size[:3], 1, device="cuda", generator=generator) ** 4
+    share[:, :, ::5] = 0
+    kept = torch.rand(size, device="cuda", generator=generator) < share
+    selection = mms.Selection.from_mask(kept, plan)
+    q, k, v = torch.randn(3, 1, 12, 6000, dim, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = mms.attend(q, k, v, selection)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = mms.attend(q, k, v, selection)
+        for _ in range(3):
+            again.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(again, found)
+        monkeypatch.setattr(launch, "on_hopper", lambda *_: False)
+        want = mms.attend(q, k, v, selection)
+    error = (found - want).float().norm() / want.float().norm()
+    assert error < torch.finfo(torch.bfloat16).eps
+    assert used == [True, True]
+
+
+@pytest.mark.gpu
 def test_gpu_spans_beyond_the_keys_see_what_is_there(used: list[bool]) -> None:
     at = torch.arange(1671)
     span = torch.stack([at - 300, at + 300], -1)[None].to("cuda")
