@@ -182,47 +182,55 @@ def copy_blocks(
 ):  # fmt: skip
     """Copies the blocks of keys, or of values, of one tile after the other.
 
-    With `Begun`, the number of tiles that programs have begun beyond their first, it draws tiles.
+    With `Begun`, how many tiles were begun beyond the first of each program, it draws them.
     """
-    items = sizes[0]
+    _tiles, _units, _span, _order, Inner, Count = tables
+    items, num_tiles, kv_heads = sizes[0], sizes[3], sizes[6]
     step, turn = 0, 0
     if Begun is not None:
         item = gl.program_id(0) * workers + worker
-        while item < items:
-            offer(queue, turn, item)
-            after = gl.atomic_add(Begun, 1) + gl.num_programs(0) * workers
-            step = _copy_list(
-                item, step, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D, STAGES,
-                EVEN,
-            )  # fmt: skip
-            turn += 1
-            item = after
         offer(queue, turn, item)
     else:
         item = take(queue, turn, 1)
-        while item < items:
-            step = _copy_list(
-                item, step, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D, STAGES,
-                EVEN,
+    while item < items:
+        list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
+        batch, head, _t = place_of_tile(item, num_tiles, kv_heads)
+        place = (batch, head, list_, inner, count)
+        turn += 1
+        if Begun is not None:
+            # Not before: who draws early may turn out to be slow. Not behind: it takes a while.
+            last = gl.maximum(total - 1, 0)
+            step = _copy_some(
+                0, last, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
+                STAGES, EVEN,
             )  # fmt: skip
-            turn += 1
+            item = gl.atomic_add(Begun, 1, sem="relaxed") + gl.num_programs(0) * workers
+            offer(queue, turn, item)
+            step = _copy_some(
+                last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS,
+                D, STAGES, EVEN,
+            )  # fmt: skip
+        else:
+            step = _copy_some(
+                0, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
+                STAGES, EVEN,
+            )  # fmt: skip
             item = take(queue, turn, 1)
 
 
 @gluon.jit
-def _copy_list(
-    item, step, Described, pieces, ready, free, tables, sizes, UNIT: gl.constexpr,
+def _copy_some(
+    first, end, step, place, Described, pieces, ready, free, tables, sizes, UNIT: gl.constexpr,
     COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Copies the blocks of one tile; returns how many there were so far."""
-    _tiles, Units, _span, Order, Inner, Count = tables
-    _items, _queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
+    """Copies the blocks [first, end) of a tile; returns how many there were so far."""
+    _tiles, Units, _span, Order, _inner, _count = tables
+    _items, _queries, num_keys, _num_tiles, num_units, list_length, _kv_heads, lead, _ = sizes
+    batch, head, list_, inner, count = place
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
-    list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-    batch, head, _t = place_of_tile(item, num_tiles, kv_heads)
-    for j in range(total):
+    for j in range(first, end):
         rows = rows_of_boxes(
             j, batch, list_, inner, count, Units, Order, num_keys, num_units, list_length, lead,
             UNIT, COLS, EVEN,

@@ -27,7 +27,7 @@ from mm_sparse.kernels.primitives import (
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2, unit_chunks
 
 LN2 = tl.constexpr(0.6931471805599453)
-# Threads that share a row of a product, two adjacent columns of eight each.
+# Threads of a warp that share a row of a product, two adjacent columns of eight each.
 LANES = tl.constexpr(4)
 # Programs that share a multiprocessor, for registers and shared memory of 128 rows.
 RESIDENT = 3
@@ -168,7 +168,8 @@ def _log_sums(
 ):  # fmt: skip
     """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them.
 
-    Each thread adds up the columns that it holds of a product, and they meet behind the loop.
+    Sums of every fourth pair of columns meet behind the loop: where a warp has whole rows of a
+    product, each thread adds up what it holds.
     """
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)

@@ -58,7 +58,7 @@ def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None =
             unit's; the sum that shares are of stays that of the whole units, which is cheaper.
         competes: (B, K, T, U) bool, units that shares are of, all that are visible if None.
     Returns:
-        (B, K, T, U) float32; kernels count a mean share under 2^-126 as nothing, -1e30.
+        (B, K, T, U) float32; kernels may count a share under 2^-126 as nothing, -1e30.
     """
     tile, unit, exists, bias, parts = described
     if competes is None and not torch.is_grad_enabled() and fused(tile, plan):
