@@ -29,6 +29,12 @@ from .primitives import (
 from .sizes import all_whole, next_power_of_2
 from .transpose_triton import transpose_lists
 
+# Keys of each head, sinks among them, whose gradients are begun before those of all others, and
+# tiles of a piece of their lists, of which there are so many at most.
+EARLY_KEYS = 64
+PIECE = 32
+MOST_PIECES = 8
+
 
 @triton.jit
 def _query_step(
@@ -165,23 +171,77 @@ def _key_step(
     return tl.dot(dscore.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
+@triton.jit
+def _early_first(
+    program, num_units, groups, pieces, PARTS: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    """Unit and part, KV head of a batch, piece of the list and number of pieces of a program.
+
+    All tiles keep the sinks: the first units of all heads come first, their lists in pieces, or
+    all would wait for these. Then head by head the others, whose queries the cache holds.
+    """
+    early = tl.minimum(num_units, EARLY) * PARTS
+    others = tl.maximum(num_units * PARTS - early, 1)
+    behind = program - early * groups * pieces
+    first = behind < 0
+    place = tl.where(first, program // pieces // groups, early + behind % others)
+    group = tl.where(first, program // pieces % groups, behind // others)
+    piece = tl.where(first, program % pieces, 0)
+    return place, group.to(tl.int64), piece, tl.where(first, pieces, 1)
+
+
+@triton.jit
+def _store_keys(Dk, Dv, dk, dv, row, in_unit, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of gradients of keys and of values, in the dtype of where they go."""
+    dim = tl.arange(0, BLOCK_D)
+    pointer = row.to(tl.int64)[:, None] * D + dim[None, :]
+    mask = in_unit[:, None] & (dim < D)[None, :]
+    tl.store(Dk + pointer, dk.to(Dk.dtype.element_ty), mask=mask)
+    tl.store(Dv + pointer, dv.to(Dv.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _add_pieces(
+    SumsK, SumsV, Dk, Dv, Units, num_units, num_keys, kv_heads, pieces, UNIT: tl.constexpr,
+    COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the first units, from those of the pieces of their lists, in their order."""
+    PARTS: tl.constexpr = UNIT // COLS
+    place, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    unit = Units + (group // kv_heads * num_units + place // PARTS) * 2
+    offset = place % PARTS * COLS + tl.arange(0, COLS)
+    row = (group * tl.num_programs(0) + place) * pieces * COLS + tl.arange(0, COLS)
+    dim = tl.arange(0, BLOCK_D)
+    pointer, mask = row[:, None] * D + dim[None, :], (dim < D)[None, :]
+    dk = tl.zeros([COLS, BLOCK_D], tl.float32)
+    dv = tl.zeros([COLS, BLOCK_D], tl.float32)
+    for i in range(pieces):
+        dk += tl.load(SumsK + pointer + i * COLS * D, mask=mask, other=0.0)
+        dv += tl.load(SumsV + pointer + i * COLS * D, mask=mask, other=0.0)
+    key = group * num_keys + tl.load(unit) + offset
+    _store_keys(Dk, Dv, dk, dv, key, offset < tl.load(unit + 1), D, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_keys(
-    Q, K, V, Qd, Dd, Dout, Lse, Delta, Dk, Dv, Tiles, Units, Span, TileIds, Edges,
-    chunks, scale, num_queries, num_keys, num_tiles, num_units, kv_heads,
+    Q, K, V, Qd, Dd, Dout, Lse, Delta, Dk, Dv, SumsK, SumsV, Tiles, Units, Span, TileIds, Edges,
+    chunks, scale, num_queries, num_keys, num_tiles, num_units, kv_heads, groups, pieces,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = UNIT // COLS
-    u = (tl.program_id(0) // PARTS).to(tl.int64)
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    place, group, piece, own_pieces = _early_first(
+        tl.program_id(0), num_units, groups, pieces, PARTS, EARLY
+    )
+    batch, head = group // kv_heads, group % kv_heads
+    u, part = (place // PARTS).to(tl.int64), place % PARTS
     start = tl.load(Units + (batch * num_units + u) * 2)
     length = tl.load(Units + (batch * num_units + u) * 2 + 1)
-    offset = tl.program_id(0) % PARTS * COLS + tl.arange(0, COLS)
+    offset = part * COLS + tl.arange(0, COLS)
     key, in_unit = start + offset, offset < length
     k = load_keys(
         K + batch * stride_kb + head * stride_kh, key, in_unit, stride_kn, False, D, BLOCK_D
@@ -198,8 +258,11 @@ def _backward_keys(
     begin = tl.load(edge) * SPLITS
     cut = tl.load(edge + chunks) * SPLITS
     end = tl.load(edge + 2 * chunks) * SPLITS
+    behind = cut + (end - cut) * (piece + 1) // own_pieces
+    last = begin + (cut - begin) * (piece + 1) // own_pieces
+    begin += (cut - begin) * piece // own_pieces
     ahead = tl.load(TileIds + begin // SPLITS, mask=begin < end, other=0)
-    for entry in range(begin, cut):
+    for entry in range(begin, last):
         tile = ahead
         ahead = tl.load(TileIds + (entry + 1) // SPLITS, mask=entry + 1 < end, other=0)
         dk, dv = _key_step(
@@ -208,7 +271,7 @@ def _backward_keys(
             stride_dh, stride_dn, False, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES,
             PRECISION,
         )  # fmt: skip
-    for entry in range(cut, end):
+    for entry in range(cut + (end - cut) * piece // own_pieces, behind):
         tile = tl.load(TileIds + entry // SPLITS)
         dk, dv = _key_step(
             k, v, key, in_unit, dk, dv, tile, entry % SPLITS, Qd, Dd, Qb, Db, Lse, Delta, Tiles,
@@ -216,12 +279,12 @@ def _backward_keys(
             stride_dh, stride_dn, True, GROUP, TOKENS, ROWS, SPLITS, D, BLOCK_D, REGULAR_TILES,
             PRECISION,
         )  # fmt: skip
-    dim = tl.arange(0, BLOCK_D)
-    row = (batch * kv_heads + head) * num_keys + key
-    pointer = row.to(tl.int64)[:, None] * D + dim[None, :]
-    mask = in_unit[:, None] & (dim < D)[None, :]
-    tl.store(Dk + pointer, (dk * scale).to(Dk.dtype.element_ty), mask=mask)
-    tl.store(Dv + pointer, dv.to(Dv.dtype.element_ty), mask=mask)
+    if own_pieces > 1:
+        early = tl.minimum(num_units, EARLY) * PARTS
+        row = ((group * early + place) * pieces + piece) * COLS + tl.arange(0, COLS)
+        _store_keys(SumsK, SumsV, dk * scale, dv, row, tl.arange(0, COLS) >= 0, D, BLOCK_D)
+    else:
+        _store_keys(Dk, Dv, dk * scale, dv, group * num_keys + key, in_unit, D, BLOCK_D)
 
 
 def query_blocks(rows: int, head_dim: int, itemsize: int, major: int) -> tuple[int, int, int, int]:
@@ -295,10 +358,25 @@ def attend_backward(
     # heads: 4.4 ms for 5.7 with units of 64, 10 for 6.4 with units of 16).
     if regular_tiles and rows % group == 0 and (group == 1 or unit >= 64):
         described = (describe(x, rows // group, block_d, group) for x in (q, dout))
-    _backward_keys[(num_units * (unit // cols), batch * kv_heads)](
-        q, k, v, *described, dout, lse, delta, dk, dv, tiles, units, span, *lists,
-        scale, num_queries, num_keys, num_tiles, num_units, kv_heads, *strides,
-        ROWS=rows, COLS=cols, SPLITS=all_rows // rows, num_warps=warps, num_stages=stages,
-        **constants,
+    groups, parts = batch * kv_heads, unit // cols
+    early, pieces = max(EARLY_KEYS // unit, 1), pieces_of(num_tiles)
+    first, sums = min(early, num_units) * parts, (delta, delta)
+    if pieces > 1:
+        sums = q.new_empty(2, groups, first, pieces, cols, head_dim, dtype=torch.float32)
+    _backward_keys[((num_units * parts + first * (pieces - 1)) * groups,)](
+        q, k, v, *described, dout, lse, delta, dk, dv, *sums, tiles, units, span, *lists,
+        scale, num_queries, num_keys, num_tiles, num_units, kv_heads, groups, pieces, *strides,
+        ROWS=rows, COLS=cols, SPLITS=all_rows // rows, EARLY=early, num_warps=warps,
+        num_stages=stages, **constants,
     )  # fmt: skip
+    if pieces > 1:
+        _add_pieces[(first, groups)](
+            *sums, dk, dv, units, num_units, num_keys, kv_heads, pieces, UNIT=unit, COLS=cols,
+            D=head_dim, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
     return dq, dk, dv
+
+
+def pieces_of(num_tiles: int) -> int:
+    """Pieces of the list of a unit that all tiles may keep."""
+    return min(max(num_tiles // PIECE, 1), MOST_PIECES)

@@ -23,7 +23,7 @@ INTERPRETED = tl.constexpr(interpreted())
 ROW_COUNTS = (
     "num_queries", "num_keys", "num_tiles", "list_length", "drawn_length", "all_length", "items",
     "pieces", "queries", "query_offset", "rows", "splits", "parts", "keys_of_part", "chunk",
-    "chunks", "run_length", "lead", "tile_lead",
+    "chunks", "run_length", "lead", "tile_lead", "groups",
 )  # fmt: skip
 COUNTS = (*ROW_COUNTS, "num_units")
 """`_keep` reads tables of `num_units` rows, and is faster where these are aligned."""

@@ -53,7 +53,7 @@ POINTERS = {
     "OutK",
 }
 FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
-FLOATS |= {"Log", "OtherLog", "Whole", "Logits"}
+FLOATS |= {"Log", "OtherLog", "Whole", "Logits", "SumsK", "SumsV"}
 NARROW = {"Exists": "i1", "Sinks": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
 NARROW |= {"WholeBudget": "i64", "Index": "i16", "Order": "i16", "Runs": "i16"}
 NARROW |= dict.fromkeys(("Drawn", "All"), "i16")
@@ -175,6 +175,7 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
     stages = 1 if wide else 3
     found = [(decode._part, part, 4, stages), (decode._merge, {"WIDTH": 16}, 4, 2)]
     found.append((hopper_lists.sort_lists, {"LENGTH": 128, "WIDTH": 1024}, 4, 2))
+    found.append((backward._add_pieces, {"COLS": min(constants["UNIT"], 64)}, 4, 2))
     if target == 90 and not wide and rows == 128:
         for dim, (cols, stages, _) in hopper.BLOCKS.items():
             for unit in (16, 64, 128):
@@ -210,6 +211,7 @@ def main(targets: list[int]) -> None:
                 (backward._backward_keys, backward.key_blocks(rows, unit, dim, size, target // 10)),
             ):
                 blocks = {"ROWS": r, "COLS": c, "CUT_COLS": min(c, 64), "SPLITS": rows // r}
+                blocks["EARLY"] = max(backward.EARLY_KEYS // unit, 1)
                 if target < 90 or size == 4 or not regular:
                     blocks |= dict.fromkeys(DESCRIBED)
                 usage = compile_one(kernel, dtype, {**constants, **blocks}, target, warps, stages)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
+from mm_sparse.kernels import backward
 from tests.kernels.cases import CASES, MIXED, Case, errors_and_bounds, poison_empty
 
 IDS = [c.name for c in CASES]
@@ -52,6 +53,33 @@ def test_gpu_every_unit_tile_and_head_dim(unit: int, tile: int, dim: int) -> Non
     )
     case = Case("x", rows, group, 2, dim, unit, tile, padding="left")
     assert_within(errors_and_bounds(*case.make(torch.bfloat16, device="cuda")))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_gradients_of_the_first_units_may_be_made_in_pieces(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are many tiles; a piece may be of a part of a tile, and of none."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU; a gpu test runs the kernel")
+    monkeypatch.setattr(backward, "pieces_of", lambda _: 3)
+    assert_within(errors_and_bounds(*case.make(torch.float32, backend="triton")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unit", [16, 64, 128])
+def test_gpu_gradients_in_pieces_repeat_bit_for_bit(unit: int) -> None:
+    case = Case("x", [[("text", 4099), ("image", (41, 43)), ("text", 77)]], 4, 2, 128, unit, 128)
+    q, k, v, selection = case.make(torch.bfloat16, device="cuda")
+    assert backward.pieces_of(selection.plan.tiles.shape[1]) > 1
+    assert_within(errors_and_bounds(q, k, v, selection))
+    out = mms.attend(q, k, v, selection)
+    runs = [
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
+        for _ in range(3)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.gpu
