@@ -210,16 +210,18 @@ def _add_pieces(
     place, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     unit = Units + (group // kv_heads * num_units + place // PARTS) * 2
     offset = place % PARTS * COLS + tl.arange(0, COLS)
-    row = (group * tl.num_programs(0) + place) * pieces * COLS + tl.arange(0, COLS)
+    in_unit = offset < tl.load(unit + 1)
+    # Where the programs of this place and group were, piece by piece, in `_backward_keys`.
+    row = (place * tl.num_programs(1) + group) * pieces * COLS + tl.arange(0, COLS)
     dim = tl.arange(0, BLOCK_D)
-    pointer, mask = row[:, None] * D + dim[None, :], (dim < D)[None, :]
+    pointer, mask = row[:, None] * D + dim[None, :], in_unit[:, None] & (dim < D)[None, :]
     dk = tl.zeros([COLS, BLOCK_D], tl.float32)
     dv = tl.zeros([COLS, BLOCK_D], tl.float32)
     for i in range(pieces):
         dk += tl.load(SumsK + pointer + i * COLS * D, mask=mask, other=0.0)
         dv += tl.load(SumsV + pointer + i * COLS * D, mask=mask, other=0.0)
     key = group * num_keys + tl.load(unit) + offset
-    _store_keys(Dk, Dv, dk, dv, key, offset < tl.load(unit + 1), D, BLOCK_D)
+    _store_keys(Dk, Dv, dk, dv, key, in_unit, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -280,9 +282,8 @@ def _backward_keys(
             PRECISION,
         )  # fmt: skip
     if own_pieces > 1:
-        early = tl.minimum(num_units, EARLY) * PARTS
-        row = ((group * early + place) * pieces + piece) * COLS + tl.arange(0, COLS)
-        _store_keys(SumsK, SumsV, dk * scale, dv, row, tl.arange(0, COLS) >= 0, D, BLOCK_D)
+        row = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+        _store_keys(SumsK, SumsV, dk * scale, dv, row, in_unit, D, BLOCK_D)
     else:
         _store_keys(Dk, Dv, dk * scale, dv, group * num_keys + key, in_unit, D, BLOCK_D)
 
@@ -362,7 +363,7 @@ def attend_backward(
     early, pieces = max(EARLY_KEYS // unit, 1), pieces_of(num_tiles)
     first, sums = min(early, num_units) * parts, (delta, delta)
     if pieces > 1:
-        sums = q.new_empty(2, groups, first, pieces, cols, head_dim, dtype=torch.float32)
+        sums = q.new_empty(2, first, groups, pieces, cols, head_dim, dtype=torch.float32)
     _backward_keys[((num_units * parts + first * (pieces - 1)) * groups,)](
         q, k, v, *described, dout, lse, delta, dk, dv, *sums, tiles, units, span, *lists,
         scale, num_queries, num_keys, num_tiles, num_units, kv_heads, groups, pieces, *strides,

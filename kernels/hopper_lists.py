@@ -197,13 +197,15 @@ def copy_blocks(
         batch, head, _t = place_of_tile(item, num_tiles, kv_heads)
         place = (batch, head, list_, inner, count)
         turn += 1
+        last = total
+        if Begun is not None:
+            last = gl.maximum(total - 1, 0)
+        step = _copy_some(
+            0, last, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
+            STAGES, EVEN,
+        )  # fmt: skip
         if Begun is not None:
             # Not before: who draws early may turn out to be slow. Not behind: it takes a while.
-            last = gl.maximum(total - 1, 0)
-            step = _copy_some(
-                0, last, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
-                STAGES, EVEN,
-            )  # fmt: skip
             item = gl.atomic_add(Begun, 1, sem="relaxed") + gl.num_programs(0) * workers
             offer(queue, turn, item)
             step = _copy_some(
@@ -211,10 +213,6 @@ def copy_blocks(
                 D, STAGES, EVEN,
             )  # fmt: skip
         else:
-            step = _copy_some(
-                0, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
-                STAGES, EVEN,
-            )  # fmt: skip
             item = take(queue, turn, 1)
 
 

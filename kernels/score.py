@@ -225,7 +225,7 @@ def _over_members(x, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def log_of_share(share):
+def _log_of_share(share):
     """Log of a share; what is under 2^-126 of the attention counts as nothing."""
     log = fast_log2(tl.minimum(tl.maximum(share, 1.2e-38), 3e38)) * LN2
     return tl.where(share > 0, log, -1e30)
@@ -337,7 +337,7 @@ def _share(
             value = _over_members(value, LARGEST) * (1.0 / PARTS)
             if not LARGEST:
                 value *= per_member
-            value = log_of_share(value)
+            value = _log_of_share(value)
         else:
             if Logits is not None:
                 kept, mask = _kept_logits(Logits, at, known, exists, row_length, ROWS, COLS)
@@ -355,7 +355,7 @@ def _share(
                 best = _over_members(share, True)
                 value = tl.where(best == -float("inf"), -1e30, best * LN2)
             else:
-                value = log_of_share(_over_members(tl.exp2(share), False) * per_member)
+                value = _log_of_share(_over_members(tl.exp2(share), False) * per_member)
         value = tl.reshape(value, (TILES, COLS))
         unit = at + tl.arange(0, COLS)
         if BIASED:
