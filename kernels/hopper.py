@@ -34,7 +34,6 @@ from .hopper_lists import (
     listed_keys,
     make_queue,
     one_list,
-    place_of_tile,
     rows_of_tile,
     sorted_lists,
     take,
@@ -47,6 +46,45 @@ BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}
 
 
 @gluon.jit
+def _masked(
+    s, j, row, place, tables, sizes, GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr,
+    COLS: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr,
+):  # fmt: skip
+    """Scores of a block, minus infinity where a row does not see a key."""
+    Tiles, _units, Span, _order, _inner, _count = tables
+    num_queries = sizes[1]
+    batch, t, list_, inner, count = place
+    token, _g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+    span = Span + (batch * num_queries + token) * 2
+    low = gl.load(span, mask=exists, other=0)
+    width = gl.load(span + 1, mask=exists, other=0) - low
+    column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    key, there = listed_keys(column, tables, sizes, batch, list_, inner, count, UNIT, EVEN)
+    # One comparison for both ends: a key before the first is far behind the last without a sign.
+    behind = (gl.where(there, key, -1)[None, :] - low[:, None]).to(gl.uint32)
+    return gl.where(behind < width[:, None].to(gl.uint32), s, -float("inf"))
+
+
+@gluon.jit
+def _clean(
+    v, j, w: gl.constexpr, layout: gl.constexpr, place, tables, sizes, UNIT: gl.constexpr,
+    COLS: gl.constexpr,
+):  # fmt: skip
+    """Zeros for a half of a block's values that stand behind a short unit.
+
+    Its box holds those of the next one, and 0 x NaN is NaN.
+    """
+    batch, _t, list_, inner, count = place
+    HALF: gl.constexpr = COLS // 2
+    column = j * COLS + w * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    _key, there = listed_keys(column, tables, sizes, batch, list_, inner, count, UNIT, False)
+    own = v.slice(w * HALF, HALF, dim=0)
+    own.store(gl.where(there[:, None], own.load(layout), 0.0))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
 def _consume(
     w: gl.constexpr, queue, Q, Out, Lse, buffers, tables, sizes, scale2, strides,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
@@ -54,8 +92,8 @@ def _consume(
 ):  # fmt: skip
     """64 rows of one tile after the other."""
     q_smem, _k, _v, k_smem, v_smem, k_ready, k_free, v_ready, v_free, v_clean = buffers
-    Tiles, Units, Span, Order, Inner, Count = tables
-    items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
+    Tiles = tables[0]
+    num_queries, kv_heads = sizes[1], sizes[6]
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on = strides
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -68,131 +106,120 @@ def _consume(
     q = q_smem.index(w)
     dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
     step, cleaned, turn = 0, 0, 0
-    item = take(queue, turn, 4)
-    while item < items:
-        list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch, head, t = place_of_tile(item, num_tiles, kv_heads)
-        batch = batch.to(gl.int64)
+    batch, head, t = take(queue, turn, 4)
+    while t >= 0:
+        list_, inner, main, total, count = one_list(batch, head, t, tables, sizes, UNIT, COLS)
+        wide = batch.to(gl.int64)
+        place = (wide, t, list_, inner, count)
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
-        base = batch * stride_qb + (head * GROUP + g).to(gl.int64) * stride_qh
+        token, g, exists = rows_of_tile(Tiles, wide, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        base = wide * stride_qb + (head * GROUP + g).to(gl.int64) * stride_qh
         base += token * stride_qn
         q.store(gl.load(Q + base[:, None] + dim, mask=exists[:, None], other=0.0))
         fence_async_shared()
         top = gl.full([64], -float("inf"), gl.float32, rows_s)
         weight = gl.zeros([64], gl.float32, rows_s)
         acc = gl.zeros([64, D], gl.float32, o_layout)
-        if main > 0:
-            stage = step % STAGES
-            mbarrier.wait(k_ready.index(stage), step // STAGES % 2)
-            s = gl.zeros([64, COLS], gl.float32, s_layout)
-            s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), s, use_acc=False)
-            mbarrier.arrive(k_free.index(stage))
-            top = gl.max(s, 1) * scale2
-            s = gl.exp2(s * scale2 - top[:, None])
-            weight = gl.sum(s, 1)
-            mbarrier.wait(v_ready.index(stage), step // STAGES % 2)
-            mbarrier.wait(
-                k_ready.index((step + 1) % STAGES), (step + 1) // STAGES % 2, pred=main > 1
-            )
-            for j in range(1, main):
-                before = step % STAGES
-                stage = (step + 1) % STAGES
-                # Carried in float32: of 16-bit numbers each would take a register of its own.
-                p = gl.convert_layout(s.to(dtype), p_layout)
-                s_next = warpgroup_mma(
-                    q, k_smem.index(stage).permute((1, 0)), s, use_acc=False, is_async=True
-                )
-                acc_next = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s_next,))
-                mbarrier.arrive(k_free.index(stage))
-                new_top = gl.maximum(top, gl.max(s, 1) * scale2)
-                decay = gl.exp2(top - new_top)
-                s = gl.exp2(s * scale2 - new_top[:, None])
-                weight = weight * decay + gl.sum(s, 1)
-                top = new_top
-                # Between softmax and product: the branches of these waits keep the compiler from
-                # waiting for the product first.
-                mbarrier.wait(
-                    k_ready.index((step + 2) % STAGES), (step + 2) // STAGES % 2, pred=j + 1 < main
-                )
-                mbarrier.wait(v_ready.index(stage), (step + 1) // STAGES % 2)
-                acc, p, s = warpgroup_mma_wait(0, deps=(acc_next, p, s))
-                mbarrier.arrive(v_free.index(before))
-                acc = acc * gl.convert_layout(decay, rows_o)[:, None]
-                step += 1
-            stage = step % STAGES
-            p = gl.convert_layout(s.to(dtype), p_layout)
-            acc = warpgroup_mma(p, v_smem.index(stage), acc)
-            mbarrier.arrive(v_free.index(stage))
-            step += 1
-        row = w * 64 + gl.arange(0, 64, rows_s)
-        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
-        if main < total:
-            span = Span + (batch * num_queries + token) * 2
-            low = gl.load(span, mask=exists, other=0)[:, None]
-            high = gl.load(span + 1, mask=exists, other=0)[:, None]
-            for j in range(main, total):
+        first = 0
+        if D == 128:
+            # Two warpgroups alone: scores of a block are begun before values of the last are used.
+            first = main
+            if main > 0:
                 stage = step % STAGES
-                phase = step // STAGES % 2
-                mbarrier.wait(k_ready.index(stage), phase)
+                mbarrier.wait(k_ready.index(stage), step // STAGES % 2)
                 s = gl.zeros([64, COLS], gl.float32, s_layout)
                 s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), s, use_acc=False)
                 mbarrier.arrive(k_free.index(stage))
-                column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s_layout))
-                key, there = listed_keys(
-                    column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
-                    UNIT, EVEN,
-                )  # fmt: skip
-                key = key[None, :]
-                seen = there[None, :] & (key >= low) & (key < high)
-                s = gl.where(seen, s, -float("inf"))
-                new_top = gl.maximum(top, gl.max(s, 1) * scale2)
-                # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0.
-                shift = gl.where(new_top == -float("inf"), 0.0, new_top)
-                decay = gl.exp2(top - shift)
-                s = gl.exp2(s * scale2 - shift[:, None])
-                weight = weight * decay + gl.sum(s, 1)
-                top = new_top
-                acc = acc * gl.convert_layout(decay, rows_o)[:, None]
-                p = gl.convert_layout(s.to(dtype), p_layout)
-                mbarrier.wait(v_ready.index(stage), phase)
-                if not EVEN:
-                    # A short unit's box holds values of the next one, and 0 x NaN is NaN. Each
-                    # warpgroup zeroes those among half of the keys, and waits for the other half.
-                    clean = v_clean.index(cleaned % STAGES)
-                    HALF: gl.constexpr = COLS // 2
-                    own = v_smem.index(stage).slice(w * HALF, HALF, dim=0)
-                    column = j * COLS + w * HALF + gl.arange(0, HALF, rows_w)
-                    _key, there = listed_keys(
-                        column, Order, Units, list_, batch, inner, count, num_units, list_length,
-                        lead, UNIT, EVEN,
+                top = gl.max(s, 1) * scale2
+                s = gl.exp2(s * scale2 - top[:, None])
+                weight = gl.sum(s, 1)
+                mbarrier.wait(v_ready.index(stage), step // STAGES % 2)
+                mbarrier.wait(
+                    k_ready.index((step + 1) % STAGES), (step + 1) // STAGES % 2, pred=main > 1
+                )
+                for j in range(1, main):
+                    before = step % STAGES
+                    stage = (step + 1) % STAGES
+                    # Carried in float32: of 16-bit numbers each would take a register of its own.
+                    p = gl.convert_layout(s.to(dtype), p_layout)
+                    s_next = warpgroup_mma(
+                        q, k_smem.index(stage).permute((1, 0)), s, use_acc=False, is_async=True
+                    )
+                    acc_next = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=(s_next,))
+                    mbarrier.arrive(k_free.index(stage))
+                    new_top = gl.maximum(top, gl.max(s, 1) * scale2)
+                    decay = gl.exp2(top - new_top)
+                    s = gl.exp2(s * scale2 - new_top[:, None])
+                    weight = weight * decay + gl.sum(s, 1)
+                    top = new_top
+                    # Between softmax and product: the branches of these waits keep the compiler
+                    # from waiting for the product first.
+                    mbarrier.wait(
+                        k_ready.index((step + 2) % STAGES), (step + 2) // STAGES % 2,
+                        pred=j + 1 < main,
                     )  # fmt: skip
-                    v = own.load(whole)
-                    own.store(gl.where(there[:, None], v, 0.0))
-                    fence_async_shared()
-                    gl.thread_barrier()
-                    mbarrier.arrive(clean)
-                    mbarrier.wait(clean, cleaned // STAGES % 2)
-                    cleaned += 1
+                    mbarrier.wait(v_ready.index(stage), (step + 1) // STAGES % 2)
+                    acc, p, s = warpgroup_mma_wait(0, deps=(acc_next, p, s))
+                    mbarrier.arrive(v_free.index(before))
+                    acc = acc * gl.convert_layout(decay, rows_o)[:, None]
+                    step += 1
+                stage = step % STAGES
+                p = gl.convert_layout(s.to(dtype), p_layout)
                 acc = warpgroup_mma(p, v_smem.index(stage), acc)
                 mbarrier.arrive(v_free.index(stage))
                 step += 1
+        # What the two or four warpgroups run must stay within what a multiprocessor keeps of
+        # instructions, so that all blocks of a small head dim, masked or not, share this loop.
+        for j in range(first, total):
+            stage = step % STAGES
+            phase = step // STAGES % 2
+            mbarrier.wait(k_ready.index(stage), phase)
+            s = gl.zeros([64, COLS], gl.float32, s_layout)
+            s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), s, use_acc=False)
+            mbarrier.arrive(k_free.index(stage))
+            if j >= main:
+                own = w * 64 + gl.arange(0, 64, rows_s)
+                s = _masked(
+                    s, j, own, place, tables, sizes, GROUP, TOKENS, UNIT, COLS, EVEN, EVEN_TILES
+                )
+            new_top = gl.maximum(top, gl.max(s, 1) * scale2)
+            # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0.
+            shift = gl.where(new_top == -float("inf"), 0.0, new_top)
+            decay = gl.exp2(top - shift)
+            s = gl.exp2(s * scale2 - shift[:, None])
+            weight = weight * decay + gl.sum(s, 1)
+            top = new_top
+            acc = acc * gl.convert_layout(decay, rows_o)[:, None]
+            p = gl.convert_layout(s.to(dtype), p_layout)
+            mbarrier.wait(v_ready.index(stage), phase)
+            if not EVEN:  # noqa: SIM102 - a constant, and a branch
+                if j >= main:
+                    # Each warpgroup cleans half of a block, and waits for the other half.
+                    _clean(v_smem.index(stage), j, w, whole, place, tables, sizes, UNIT, COLS)
+                    mbarrier.arrive(v_clean.index(cleaned % STAGES))
+                    mbarrier.wait(v_clean.index(cleaned % STAGES), cleaned // STAGES % 2)
+                    cleaned += 1
+            acc = warpgroup_mma(p, v_smem.index(stage), acc)
+            mbarrier.arrive(v_free.index(stage))
+            step += 1
         some = weight != 0
         weight = gl.where(some, weight, 1.0)
         lse = gl.where(some, top / LOG2E + gl.log(weight), -float("inf"))
-        heads = (batch * kv_heads + head) * GROUP + g
+        row = w * 64 + gl.arange(0, 64, rows_s)
+        token, g, exists = rows_of_tile(Tiles, wide, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        heads = (wide * kv_heads + head) * GROUP + g
         gl.store(Lse + heads * num_queries + token, lse, mask=exists)
         acc = acc * gl.convert_layout(1 / weight, rows_o)[:, None]
         # Through shared memory, where q was, so that rows are written whole.
         q.store(acc.to(dtype))
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
-        base = batch * stride_ob + (head * GROUP + g).to(gl.int64) * stride_oh
+        token, g, exists = rows_of_tile(Tiles, wide, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        base = wide * stride_ob + (head * GROUP + g).to(gl.int64) * stride_oh
         base += token * stride_on
         gl.store(Out + base[:, None] + dim, q.load(whole), mask=exists[:, None])
         turn += 1
-        item = take(queue, turn, 4)
+        batch, head, t = take(queue, turn, 4)
 
 
 @gluon.jit

@@ -40,7 +40,6 @@ from .hopper_lists import (
     listed_keys,
     make_queue,
     one_list,
-    place_of_tile,
     rows_of_boxes,
     rows_of_tile,
     sorted_lists,
@@ -71,21 +70,17 @@ def _add(
     COLS: gl.constexpr, D: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Adds blocks of dV (w = 0), or of dK (1), to the sums of their units."""
-    _tiles, Units, _span, Order, Inner, Count = tables
-    items, _queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
+    kv_heads, lead = sizes[6], sizes[7]
     PIECES: gl.constexpr = COLS // (UNIT if UNIT < COLS else COLS)
     # A row that is negative is an illegal instruction here: sums start with `lead` more.
     padding = gl.maximum(lead, 0)
     step, turn = 0, 0
-    item = take(queue, turn, 1)
-    while item < items:
-        list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        group = item // num_tiles
+    batch, head, t = take(queue, turn, 1)
+    while t >= 0:
+        list_, inner, _main, total, count = one_list(batch, head, t, tables, sizes, UNIT, COLS)
+        group = batch * kv_heads + head
         for j in range(total):
-            rows = rows_of_boxes(
-                j, group // kv_heads, list_, inner, count, Units, Order, num_keys, num_units,
-                list_length, lead, UNIT, COLS, EVEN,
-            )  # fmt: skip
+            rows = rows_of_boxes(j, batch, list_, inner, count, tables, sizes, UNIT, COLS, EVEN)
             mbarrier.wait(full.index(w), step % 2)
             for p in gl.static_range(PIECES):
                 for h in gl.static_range(D // 32):
@@ -95,7 +90,7 @@ def _add(
             mbarrier.arrive(free.index(w))
             step += 1
         turn += 1
-        item = take(queue, turn, 1)
+        batch, head, t = take(queue, turn, 1)
 
 
 @gluon.jit
@@ -107,8 +102,8 @@ def _consume(
     """64 rows of one tile after the other: weights and their gradients for `_collect`, and dQ."""
     q_smem, do_smem, p_smem, ds_smem, k_smem, v_smem, _sums = buffers
     k_ready, k_free, v_ready, v_free, made, used, _full, _free = barriers
-    Tiles, Units, Span, Order, Inner, Count = tables
-    items, num_queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
+    Tiles, _units, Span, _order, _inner, _count = tables
+    num_queries, kv_heads = sizes[1], sizes[6]
     stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn = strides[:6]
     stride_ob, stride_oh, stride_on = strides[6:]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
@@ -122,11 +117,10 @@ def _consume(
     dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
     scale2 = scale * LOG2E
     step, turn = 0, 0
-    item = take(queue, turn, 4)
-    while item < items:
-        list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch, head, t = place_of_tile(item, num_tiles, kv_heads)
-        batch = batch.to(gl.int64)
+    group, head, t = take(queue, turn, 4)
+    while t >= 0:
+        list_, inner, main, total, count = one_list(group, head, t, tables, sizes, UNIT, COLS)
+        batch = group.to(gl.int64)
         row = w * 64 + gl.arange(0, 64, rows_w)
         token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         own = (head * GROUP + g).to(gl.int64)
@@ -175,12 +169,11 @@ def _consume(
             if j >= main:
                 column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s_layout))
                 key, listed = listed_keys(
-                    column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
-                    UNIT, EVEN,
-                )  # fmt: skip
+                    column, tables, sizes, batch, list_, inner, count, UNIT, EVEN
+                )
                 low = gl.load(span, mask=exists, other=0)[:, None]
-                high = gl.load(span + 1, mask=exists, other=0)[:, None]
-                seen = listed[None, :] & (key[None, :] >= low) & (key[None, :] < high)
+                width = (gl.load(span + 1, mask=exists, other=0)[:, None] - low).to(gl.uint32)
+                seen = (gl.where(listed, key, -1)[None, :] - low).to(gl.uint32) < width
                 p = gl.where(seen, p, 0.0)
                 # What was multiplied may be the next unit's, and NaN there.
                 ds = gl.where(seen, ds, 0.0)
@@ -190,9 +183,8 @@ def _consume(
                     part = k_smem.index(stage).slice(w * HALF, HALF, dim=0)
                     column = j * COLS + w * HALF + gl.arange(0, HALF, rows_w)
                     _key, listed = listed_keys(
-                        column, Order, Units, list_, batch, inner, count, num_units, list_length,
-                        lead, UNIT, EVEN,
-                    )  # fmt: skip
+                        column, tables, sizes, batch, list_, inner, count, UNIT, EVEN
+                    )
                     part.store(gl.where(listed[:, None], part.load(whole), 0.0))
             ds = p * (ds - delta)
             mbarrier.wait(used, step % 2 ^ 1)
@@ -235,7 +227,7 @@ def _consume(
         at = ((batch * kv_heads + head) * GROUP + g) * num_queries + token
         gl.store(Dq + at[:, None] * D + dim, q.load(whole), mask=exists[:, None])
         turn += 1
-        item = take(queue, turn, 4)
+        group, head, t = take(queue, turn, 4)
 
 
 @gluon.jit
@@ -246,14 +238,11 @@ def _collect(
     """dV and dK of a block of keys, of all 128 rows."""
     q_smem, do_smem, p_smem, ds_smem, _k, _v, sums = buffers
     _k_ready, _k_free, _v_ready, _v_free, made, used, full, free = barriers
-    _tiles, Units, _span, Order, Inner, Count = tables
-    items, _queries, _num_keys, num_tiles, num_units, list_length, kv_heads, lead, _ = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     step, turn = 0, 0
-    item = take(queue, turn, 4)
-    while item < items:
-        list_, inner, main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch = place_of_tile(item, num_tiles, kv_heads)[0].to(gl.int64)
+    batch, head, t = take(queue, turn, 4)
+    while t >= 0:
+        list_, inner, main, total, count = one_list(batch, head, t, tables, sizes, UNIT, COLS)
         for j in range(total):
             mbarrier.wait(made, step % 2)
             # dV, then dK: registers for both would be missing elsewhere.
@@ -280,9 +269,8 @@ def _collect(
                         # Weights behind a short unit are 0, but 0 x NaN is NaN.
                         column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(1, layout))
                         _key, there = listed_keys(
-                            column, Order, Units, list_, batch, inner, count, num_units,
-                            list_length, lead, UNIT, EVEN,
-                        )  # fmt: skip
+                            column, tables, sizes, batch, list_, inner, count, UNIT, EVEN
+                        )
                         acc = gl.where(there[:, None], acc, 0.0)
                 sums.index(w).store(acc)
                 fence_async_shared()
@@ -290,7 +278,7 @@ def _collect(
                 mbarrier.arrive(full.index(w))
             step += 1
         turn += 1
-        item = take(queue, turn, 4)
+        batch, head, t = take(queue, turn, 4)
 
 
 @gluon.jit(do_not_specialize=COUNTS)

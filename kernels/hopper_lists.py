@@ -80,58 +80,68 @@ def sort_lists(
 
 @gluon.jit
 def make_queue(readers: gl.constexpr):
-    """Numbers of tiles, on their way from the warp that draws them to `readers` groups of warps.
+    """Places of tiles, on their way from the warp that draws them to `readers` groups of warps.
 
     Lists differ in length, by causality or by budgets of heads: who is done takes the next.
     """
-    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], ONE)
+    places = gl.allocate_shared_memory(gl.int32, [6, 1], ONE)
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=readers)
-    return numbers, ready, free
+    return places, ready, free
 
 
 @gluon.jit
-def offer(queue, turn, item):
-    """Hand the number of a tile on, as the one warp that draws them."""
-    numbers, ready, free = queue
+def offer(queue, turn, item, sizes):
+    """Hand the place of a work item on, as the one warp that draws them; returns it.
+
+    Batch, KV head, and number of the tile: late ones, of long lists if causal, come first, and
+    behind the last item it is -1. All divisions are here: a kernel of many parts has little room.
+    """
+    places, ready, free = queue
+    items, num_tiles, kv_heads = sizes[0], sizes[3], sizes[6]
+    group = item // num_tiles
+    batch = group // kv_heads
+    head = group - batch * kv_heads
+    t = gl.where(item < items, num_tiles - 1 - (item - group * num_tiles), -1)
     slot = turn % 2
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    nothing = gl.zeros([1], gl.int32, layout)
     mbarrier.wait(free.index(slot), turn // 2 % 2 ^ 1)
-    numbers.index(slot).store(gl.zeros([1], gl.int32, layout) + item)
+    places.index(slot * 3).store(nothing + batch)
+    places.index(slot * 3 + 1).store(nothing + head)
+    places.index(slot * 3 + 2).store(nothing + t)
     gl.thread_barrier()
     mbarrier.arrive(ready.index(slot))
+    return batch, head, t
 
 
 @gluon.jit
 def take(queue, turn, WARPS: gl.constexpr):
-    """Number of the next tile; behind the last, one that no tile has."""
-    numbers, ready, free = queue
+    """Place of the next tile, as `offer` has it."""
+    places, ready, free = queue
     slot = turn % 2
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(ready.index(slot), turn // 2 % 2)
-    item = gl.max(numbers.index(slot).load(layout), 0)
+    batch = gl.max(places.index(slot * 3).load(layout), 0)
+    head = gl.max(places.index(slot * 3 + 1).load(layout), 0)
+    t = gl.max(places.index(slot * 3 + 2).load(layout), 0)
     gl.thread_barrier()
     mbarrier.arrive(free.index(slot))
-    return item
+    return batch, head, t
 
 
 @gluon.jit
-def place_of_tile(item, num_tiles, kv_heads):
-    """Batch, KV head and number of a tile; late ones, of long lists if causal, come first."""
-    group = item // num_tiles
-    return group // kv_heads, group % kv_heads, num_tiles - 1 - item % num_tiles
-
-
-@gluon.jit
-def one_list(item, Inner, Count, num_tiles, UNIT: gl.constexpr, COLS: gl.constexpr):
-    """List of a work item, its units without a mask, blocks of those, all blocks, all units.
+def one_list(batch, head, t, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr):
+    """List of a tile, its units without a mask, blocks of those, all blocks, all units.
 
     Behind the number of its units without a mask, that of those that stand before them.
     """
-    list_ = item // num_tiles * num_tiles + num_tiles - 1 - item % num_tiles
+    _tiles, _units, _span, _order, Inner, Count = tables
+    num_tiles, kv_heads = sizes[3], sizes[6]
+    list_ = (batch * kv_heads + head) * num_tiles + t
     inner = gl.load(Inner + list_ * 2)
     ahead = gl.load(Inner + list_ * 2 + 1)
     count = gl.load(Count + list_)
@@ -152,10 +162,12 @@ def place_of(slot, inner, list_length, EVEN: gl.constexpr):
 
 @gluon.jit
 def rows_of_boxes(
-    j, batch, list_, inner, count, Units, Order, num_keys, num_units, list_length, lead,
-    UNIT: gl.constexpr, COLS: gl.constexpr, EVEN: gl.constexpr,
+    j, batch, list_, inner, count, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     """First key of each unit (or part of one) of a block; behind all keys where none is listed."""
+    _tiles, Units, _span, Order, _inner, _count = tables
+    num_keys, num_units, list_length, lead = sizes[2], sizes[4], sizes[5], sizes[7]
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     slot = j * COLS // UNIT
     rows = ()
@@ -184,55 +196,64 @@ def copy_blocks(
 
     With `Begun`, how many tiles were begun beyond the first of each program, it draws them.
     """
-    _tiles, _units, _span, _order, Inner, Count = tables
-    items, num_tiles, kv_heads = sizes[0], sizes[3], sizes[6]
     step, turn = 0, 0
     if Begun is not None:
-        item = gl.program_id(0) * workers + worker
-        offer(queue, turn, item)
+        batch, head, t = offer(queue, turn, gl.program_id(0) * workers + worker, sizes)
     else:
-        item = take(queue, turn, 1)
-    while item < items:
-        list_, inner, _main, total, count = one_list(item, Inner, Count, num_tiles, UNIT, COLS)
-        batch, head, _t = place_of_tile(item, num_tiles, kv_heads)
+        batch, head, t = take(queue, turn, 1)
+    while t >= 0:
+        list_, inner, main, total, count = one_list(batch, head, t, tables, sizes, UNIT, COLS)
         place = (batch, head, list_, inner, count)
         turn += 1
-        last = total
-        if Begun is not None:
-            last = gl.maximum(total - 1, 0)
-        step = _copy_some(
-            0, last, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
+        last = gl.minimum(main, gl.maximum(total - 1, 0))
+        step = _copy_inner(
+            last, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
             STAGES, EVEN,
         )  # fmt: skip
         if Begun is not None:
-            # Not before: who draws early may turn out to be slow. Not behind: it takes a while.
+            # Not before: who draws early may turn out to be slow. While the last blocks are copied
+            # the number arrives.
             item = gl.atomic_add(Begun, 1, sem="relaxed") + gl.num_programs(0) * workers
-            offer(queue, turn, item)
-            step = _copy_some(
-                last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS,
-                D, STAGES, EVEN,
+            step = _copy_outer(
+                last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT,
+                COLS, D, STAGES, EVEN,
             )  # fmt: skip
+            batch, head, t = offer(queue, turn, item, sizes)
         else:
-            item = take(queue, turn, 1)
+            step = _copy_outer(
+                last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT,
+                COLS, D, STAGES, EVEN,
+            )  # fmt: skip
+            batch, head, t = take(queue, turn, 1)
 
 
 @gluon.jit
-def _copy_some(
-    first, end, step, place, Described, pieces, ready, free, tables, sizes, UNIT: gl.constexpr,
+def _copy_inner(
+    end, step, place, Described, pieces, ready, free, tables, sizes, UNIT: gl.constexpr,
     COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Copies the blocks [first, end) of a tile; returns how many there were so far."""
+    """Copies the first `end` blocks of a tile, whose units need no mask and stand side by side.
+
+    Returns how many were copied so far.
+    """
     _tiles, Units, _span, Order, _inner, _count = tables
-    _items, _queries, num_keys, _num_tiles, num_units, list_length, _kv_heads, lead, _ = sizes
-    batch, head, list_, inner, count = place
+    num_units, list_length, lead = sizes[4], sizes[5], sizes[7]
+    batch, head, list_, inner, _listed = place
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
-    for j in range(first, end):
-        rows = rows_of_boxes(
-            j, batch, list_, inner, count, Units, Order, num_keys, num_units, list_length, lead,
-            UNIT, COLS, EVEN,
-        )  # fmt: skip
+    ids = Order + list_ * list_length
+    if EVEN:
+        ids += inner[1]
+    for j in range(end):
+        rows = ()
+        for p in gl.static_range(PIECES):
+            unit = gl.load(ids + j * COLS // UNIT + p).to(gl.int32)
+            if EVEN:
+                start = unit * UNIT - lead
+            else:
+                start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+            rows = rows + (start + j * COLS % UNIT,)  # noqa: RUF005
         stage = step % STAGES
         mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
         mbarrier.expect(ready.index(stage), COLS * D * 2)
@@ -244,6 +265,44 @@ def _copy_some(
                     pieces.index((stage * HALVES + h) * PIECES + p),
                 )  # fmt: skip
         step += 1
+    return step
+
+
+@gluon.jit
+def _copy_outer(
+    first, end, step, place, Described, pieces, ready, free, tables, sizes, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Copies the blocks [first, end), one unit or part of one at a time: seldom run, so short."""
+    _tiles, Units, _span, Order, _inner, _count = tables
+    num_keys, num_units, list_length, lead = sizes[2], sizes[4], sizes[5], sizes[7]
+    batch, head, list_, inner, count = place
+    PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
+    PIECES: gl.constexpr = COLS // PIECE
+    HALVES: gl.constexpr = D // 64
+    for piece in range(first * PIECES, end * PIECES):
+        stage = step % STAGES
+        p = piece % PIECES
+        if p == 0:
+            mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
+            mbarrier.expect(ready.index(stage), COLS * D * 2)
+        slot = piece * PIECE // UNIT
+        listed = slot < count
+        at = place_of(slot, inner, list_length, EVEN)
+        unit = gl.load(Order + list_ * list_length + at, mask=listed, other=0).to(gl.int32)
+        if EVEN:
+            start = unit * UNIT - lead
+        else:
+            start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+        # What lies before the first key or behind the last arrives as zeros.
+        row = gl.where(listed, start + piece * PIECE % UNIT, num_keys)
+        for h in gl.static_range(HALVES):
+            tma.async_copy_global_to_shared(
+                Described, [batch, head, row, h * 64], ready.index(stage),
+                pieces.index((stage * HALVES + h) * PIECES + p),
+            )  # fmt: skip
+        if p == PIECES - 1:
+            step += 1
     return step
 
 
@@ -265,10 +324,11 @@ def rows_of_tile(
 
 @gluon.jit
 def listed_keys(
-    column, Order, Units, list_, batch, inner, count, num_units, list_length, lead,
-    UNIT: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
+    column, tables, sizes, batch, list_, inner, count, UNIT: gl.constexpr, EVEN: gl.constexpr
+):
     """Key token of columns of a list, and which exist."""
+    _tiles, Units, _span, Order, _inner, _count = tables
+    num_units, list_length, lead = sizes[4], sizes[5], sizes[7]
     slot = column // UNIT
     listed = slot < count
     place = place_of(slot, inner, list_length, EVEN)
