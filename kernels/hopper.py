@@ -1,9 +1,10 @@
 """Forward for Hopper: warp-specialised, with `wgmma` and the copy engine, written in Gluon.
 
 Two warps copy the listed units of keys and of values into shared memory, box by box; two warpgroups
-of 64 rows each do the products and the softmax, each step's scores issued before the last step's
-values are used (the schedule of FlashAttention-3: Shah et al., 2024). Programs stay, and serve the
-tiles that one of their copying warps draws from a counter; at a head dim of 64 two at a time.
+of 64 rows each do the products and the softmax. At a head dim of 128 scores of a block are issued
+before values of the last are used (the schedule of FlashAttention-3: Shah et al., 2024); at one of
+64 four warpgroups serve two tiles, and fill each other's gaps. Programs stay, and serve the tiles
+that one of their copying warps draws from a counter.
 
 B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
 T tiles, U units, L list length

@@ -1,10 +1,11 @@
-"""Compile the kernels for GPUs that are not here, and print registers, stack and shared memory.
+"""Compile the kernels for GPUs that are not here; print registers, stack, shared memory and code.
 
 `python -m tests.kernels.compile_kernels [sm ...]`; shows type errors that the interpreter hides.
 """
 
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,17 @@ SUMS = ("Dkd", "Dvd")
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
+def code_size(cubin: bytes) -> int:
+    """Bytes of the sections of an ELF file that hold instructions."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    total = 0
+    for i in range(count):
+        flags, _, _, length = struct.unpack_from("<4Q", cubin, table + i * size + 8)
+        total += length if flags & 4 else 0
+    return total
+
+
 def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, stages: int) -> str:
     """One kernel with every pointer and stride aligned to 16, as contiguous tensors have them."""
     signature, attributes = {}, {}
@@ -109,7 +121,9 @@ def compile_one(kernel, dtype: str, constants: dict, target: int, warps: int, st
     registers, stack = (re.search(f"{n}:(\\d+)", usage)[1] for n in ("REG", "STACK"))
     if built.metadata.shared > SHARED[target]:
         raise SystemExit(f"sm_{target} has {SHARED[target]} B of shared memory, {built.metadata}")
-    return f"registers {registers}, stack {stack} B, shared {built.metadata.shared} B"
+    code = code_size(built.asm["cubin"]) / 1024
+    shared = built.metadata.shared
+    return f"registers {registers}, stack {stack} B, shared {shared} B, code {code:.1f} KiB"
 
 
 def scoring(constants: dict, target: int) -> list[tuple]:
@@ -219,7 +233,11 @@ def main(targets: list[int]) -> None:
             kinds = scoring(constants, target) + special(constants, dtype, rows, target)
             for kernel, more, warps, stages in kinds:
                 usage = compile_one(kernel, dtype, {**constants, **more}, target, warps, stages)
-                print(f"sm_{target} {name} {kernel.__name__}: {usage}", flush=True)
+                kind = ""
+                if kernel.is_gluon():
+                    even = more.get("EVEN", True) and more.get("EVEN_TILES", True)
+                    kind = f" D{more['D']} unit {more['UNIT']} {'even' if even else 'any'}"
+                print(f"sm_{target} {name} {kernel.__name__}{kind}: {usage}", flush=True)
 
 
 if __name__ == "__main__":
