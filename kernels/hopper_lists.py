@@ -98,7 +98,8 @@ def offer(queue, turn, item, sizes):
     """Hand the place of a work item on, as the one warp that draws them; returns it.
 
     Batch, KV head, and number of the tile: late ones, of long lists if causal, come first, and
-    behind the last item it is -1. All divisions are here: a kernel of many parts has little room.
+    behind the last item it is -1. Divisions by what is no constant are here alone: a kernel of
+    many parts has little room.
     """
     places, ready, free = queue
     items, num_tiles, kv_heads = sizes[0], sizes[3], sizes[6]
@@ -211,8 +212,7 @@ def copy_blocks(
             STAGES, EVEN,
         )  # fmt: skip
         if Begun is not None:
-            # Not before: who draws early may turn out to be slow. While the last blocks are copied
-            # the number arrives.
+            # Not before: who draws early may turn out to be slow. Not behind: it takes a while.
             item = gl.atomic_add(Begun, 1, sem="relaxed") + gl.num_programs(0) * workers
             step = _copy_outer(
                 last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT,

@@ -225,10 +225,12 @@ class TokenLayout:
     def visible_span(self, causal: bool, bidirectional: Sequence[Modality] = ()) -> Tensor:
         """Half-open range of keys that each token sees: (B, M, 2) int32.
 
-        Empty on padding, unless an explicit span says that padding looks at something.
+        Empty on padding, unless an explicit span says that padding looks at something. No range
+        ends before it starts, whatever an explicit span says: kernels count on it.
         """
         if self.span is not None:
-            return self.span.clamp(0, self.length).to(torch.int32)
+            low, high = self.span.clamp(0, self.length).to(torch.int32).unbind(-1)
+            return torch.stack([low, high.maximum(low)], -1)
         low, high = piece_edges(fill_documents(self.document))
         if causal:
             high = torch.arange(1, self.length + 1, device=self.device).expand_as(high)

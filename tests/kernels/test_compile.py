@@ -23,8 +23,9 @@ def test_kernels_compile_within_shared_memory(target: str) -> None:
     stacks = [int(n) for n in re.findall(r"stack (\d+) B", done.stdout)]
     assert max(stacks) <= 640, done.stdout
     if target == "90":
-        # All parts of the kernel run at once. Beyond some 100 KiB a multiprocessor fetched code
-        # anew at every tile with masked blocks: 0.446 ms for 0.360 (docs/kernel-notes.md).
-        code = re.findall(r"_forward D\d+ unit \d+ even: .* code ([\d.]+) KiB", done.stdout)
-        assert len(code) == 6, done.stdout
-        assert max(map(float, code)) <= 104, done.stdout
+        # All parts of the kernel run at once, and more code than a multiprocessor keeps is fetched
+        # anew at every tile with masked blocks (docs/kernel-notes.md has what that costs).
+        for dim, most in ((64, 99), (128, 104)):
+            code = re.findall(rf"_forward D{dim} unit \d+ even: .* code ([\d.]+) KiB", done.stdout)
+            assert len(code) == 3, done.stdout
+            assert max(map(float, code)) <= most, done.stdout

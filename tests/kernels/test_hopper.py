@@ -227,3 +227,25 @@ def test_gpu_spans_beyond_the_keys_see_what_is_there(used: list[bool]) -> None:
         found.append(mms.sparse_attention(q, k, v, layout=layout, config=config))
     assert torch.equal(*found)
     assert used == [True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gpu_rows_whose_span_ends_before_it_starts_see_nothing(
+    head_dim: int, used: list[bool]
+) -> None:
+    at = torch.arange(1671)
+    span = torch.stack([at.clamp(max=0), at + 1], -1)
+    span[700:1000] = torch.tensor([1000, 3])
+    layout = mms.TokenLayout.from_modality(
+        torch.zeros(1, 1671, dtype=torch.int8, device="cuda"), span=span[None].to("cuda")
+    )
+    config = mms.SparseConfig(0.5, unit=16, tile=128, dense_below=0, deterministic=False)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 1671, head_dim, device="cuda", dtype=torch.bfloat16)
+    out = mms.sparse_attention(q.requires_grad_(), k, v, layout=layout, config=config)
+    (grad,) = torch.autograd.grad(out.float().square().sum(), q)
+    for found in (out, grad):
+        assert not found[:, :, 700:1000].any()
+        assert found[:, :, 1:700].any(-1).all()
+    assert used and all(used)

@@ -121,6 +121,13 @@ def test_an_explicit_span_decides_alone() -> None:
         assert torch.equal(layout.visible_span(causal, tuple(Modality)), span.int())
 
 
+def test_a_span_that_ends_before_it_starts_is_empty() -> None:
+    span = torch.tensor([[[0, 2], [2, 1], [3, -4], [7, 9]]])
+    layout = TokenLayout.from_modality(torch.zeros(1, 4, dtype=torch.int8), span=span)
+    seen = layout.visible_span(causal=True)[0]
+    assert seen.tolist() == [[0, 2], [2, 2], [3, 3], [4, 4]]
+
+
 def ids(*rows: list[int]) -> Tensor:
     return torch.tensor(rows)
 
