@@ -121,5 +121,5 @@ def _cut(span: Tensor, cuts: tuple[int, ...], keys: int) -> Tensor:
     own = torch.arange(keys, device=span.device)
     piece = torch.searchsorted(bounds, own, right=True) - 1
     low = span[0, :, 0].maximum(bounds[piece])
-    high = span[0, :, 1].minimum(bounds[piece + 1]).maximum(low)
+    high = span[0, :, 1].minimum(bounds[piece + 1])
     return torch.stack([low, high], -1).to(torch.int32)[None]

@@ -262,7 +262,7 @@ class Plan:
         """(B, T) int64: queries of a tile that see a key."""
         keys = torch.nn.functional.pad(self.layout.valid.cumsum(1), (1, 0))
         low, high = self.span.long().unbind(-1)
-        live = keys.gather(1, high.maximum(low)) > keys.gather(1, low)
+        live = keys.gather(1, high) > keys.gather(1, low)
         before = torch.nn.functional.pad(live.cumsum(1), (1, 0))
         edges = self.tiles.long().cumsum(-1).unbind(-1)
         return before.gather(1, edges[1]) - before.gather(1, edges[0])
