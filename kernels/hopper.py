@@ -31,6 +31,7 @@ from .hopper_lists import (
     FLAT,
     LOG2E,
     boxes,
+    clean,
     copy_blocks,
     listed_keys,
     make_queue,
@@ -64,25 +65,6 @@ def _masked(
     # One comparison for both ends: a key before the first is far behind the last without a sign.
     behind = (gl.where(there, key, -1)[None, :] - low[:, None]).to(gl.uint32)
     return gl.where(behind < width[:, None].to(gl.uint32), s, -float("inf"))
-
-
-@gluon.jit
-def _clean(
-    v, j, w: gl.constexpr, layout: gl.constexpr, place, tables, sizes, UNIT: gl.constexpr,
-    COLS: gl.constexpr,
-):  # fmt: skip
-    """Zeros for a half of a block's values that stand behind a short unit.
-
-    Its box holds those of the next one, and 0 x NaN is NaN.
-    """
-    batch, _t, list_, inner, count = place
-    HALF: gl.constexpr = COLS // 2
-    column = j * COLS + w * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-    _key, there = listed_keys(column, tables, sizes, batch, list_, inner, count, UNIT, False)
-    own = v.slice(w * HALF, HALF, dim=0)
-    own.store(gl.where(there[:, None], own.load(layout), 0.0))
-    fence_async_shared()
-    gl.thread_barrier()
 
 
 @gluon.jit
@@ -197,7 +179,12 @@ def _consume(
             if not EVEN:  # noqa: SIM102 - a constant, and a branch
                 if j >= main:
                     # Each warpgroup cleans half of a block, and waits for the other half.
-                    _clean(v_smem.index(stage), j, w, whole, place, tables, sizes, UNIT, COLS)
+                    clean(
+                        v_smem.index(stage), j, w, whole, wide, list_, inner, count, tables, sizes,
+                        UNIT, COLS,
+                    )  # fmt: skip
+                    fence_async_shared()
+                    gl.thread_barrier()
                     mbarrier.arrive(v_clean.index(cleaned % STAGES))
                     mbarrier.wait(v_clean.index(cleaned % STAGES), cleaned // STAGES % 2)
                     cleaned += 1
@@ -346,7 +333,7 @@ def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
     count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `forward.attend_forward`, where `serves` says so."""
+    """As `forward.attend_forward`, where `launch.on_hopper` says so."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     num_tiles, num_units, list_length = tiles.shape[1], units.shape[1], index.shape[-1]

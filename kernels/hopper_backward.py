@@ -36,6 +36,7 @@ from .hopper_lists import (
     FLAT,
     LOG2E,
     boxes,
+    clean,
     copy_blocks,
     listed_keys,
     make_queue,
@@ -117,19 +118,19 @@ def _consume(
     dim = gl.arange(0, D, gl.SliceLayout(0, whole))[None, :]
     scale2 = scale * LOG2E
     step, turn = 0, 0
-    group, head, t = take(queue, turn, 4)
+    batch, head, t = take(queue, turn, 4)
     while t >= 0:
-        list_, inner, main, total, count = one_list(group, head, t, tables, sizes, UNIT, COLS)
-        batch = group.to(gl.int64)
+        list_, inner, main, total, count = one_list(batch, head, t, tables, sizes, UNIT, COLS)
+        wide = batch.to(gl.int64)
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        token, g, exists = rows_of_tile(Tiles, wide, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
         own = (head * GROUP + g).to(gl.int64)
         there = exists[:, None]
-        base = batch * stride_qb + own * stride_qh + token * stride_qn
+        base = wide * stride_qb + own * stride_qh + token * stride_qn
         rows_q = gl.load(Q + base[:, None] + dim, mask=there, other=0.0)
-        base = batch * stride_db + own * stride_dh + token * stride_dn
+        base = wide * stride_db + own * stride_dh + token * stride_dn
         rows_do = gl.load(Dout + base[:, None] + dim, mask=there, other=0.0)
-        base = batch * stride_ob + own * stride_oh + token * stride_on
+        base = wide * stride_ob + own * stride_oh + token * stride_on
         rows_o = gl.load(Out + base[:, None] + dim, mask=there, other=0.0)
         delta = gl.sum(rows_o.to(gl.float32) * rows_do.to(gl.float32), 1)
         delta = gl.convert_layout(delta, rows_s)[:, None]
@@ -140,12 +141,12 @@ def _consume(
         fence_async_shared()
         gl.thread_barrier()
         row = w * 64 + gl.arange(0, 64, rows_s)
-        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
-        at = ((batch * kv_heads + head) * GROUP + g) * num_queries + token
+        token, g, exists = rows_of_tile(Tiles, wide, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        at = ((wide * kv_heads + head) * GROUP + g) * num_queries + token
         lse = gl.load(Lse + at, mask=exists, other=float("inf")) * LOG2E
         # A row that sees nothing weighs nothing.
         lse = gl.where(lse == -float("inf"), float("inf"), lse)[:, None]
-        span = Span + (batch * num_queries + token) * 2
+        span = Span + (wide * num_queries + token) * 2
         acc = gl.zeros([64, D], gl.float32, o_layout)
         p = gl.zeros([64, COLS], gl.float32, s_layout)
         ds = gl.zeros([64, COLS], gl.float32, s_layout)
@@ -169,7 +170,7 @@ def _consume(
             if j >= main:
                 column = j * COLS + gl.arange(0, COLS, gl.SliceLayout(0, s_layout))
                 key, listed = listed_keys(
-                    column, tables, sizes, batch, list_, inner, count, UNIT, EVEN
+                    column, tables, sizes, wide, list_, inner, count, UNIT, EVEN
                 )
                 low = gl.load(span, mask=exists, other=0)[:, None]
                 width = (gl.load(span + 1, mask=exists, other=0)[:, None] - low).to(gl.uint32)
@@ -179,13 +180,10 @@ def _consume(
                 ds = gl.where(seen, ds, 0.0)
                 if not EVEN:
                     # So are keys behind a short unit: each warpgroup zeroes half of a block's.
-                    HALF: gl.constexpr = COLS // 2
-                    part = k_smem.index(stage).slice(w * HALF, HALF, dim=0)
-                    column = j * COLS + w * HALF + gl.arange(0, HALF, rows_w)
-                    _key, listed = listed_keys(
-                        column, tables, sizes, batch, list_, inner, count, UNIT, EVEN
-                    )
-                    part.store(gl.where(listed[:, None], part.load(whole), 0.0))
+                    clean(
+                        k_smem.index(stage), j, w, whole, wide, list_, inner, count, tables,
+                        sizes, UNIT, COLS,
+                    )  # fmt: skip
             ds = p * (ds - delta)
             mbarrier.wait(used, step % 2 ^ 1)
             p_smem.index(w).store(p.to(dtype))
@@ -223,11 +221,11 @@ def _consume(
         q.store((acc * scale).to(dtype))
         gl.thread_barrier()
         row = w * 64 + gl.arange(0, 64, rows_w)
-        token, g, exists = rows_of_tile(Tiles, batch, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
-        at = ((batch * kv_heads + head) * GROUP + g) * num_queries + token
+        token, g, exists = rows_of_tile(Tiles, wide, sizes, t, row, GROUP, TOKENS, EVEN_TILES)
+        at = ((wide * kv_heads + head) * GROUP + g) * num_queries + token
         gl.store(Dq + at[:, None] * D + dim, q.load(whole), mask=exists[:, None])
         turn += 1
-        group, head, t = take(queue, turn, 4)
+        batch, head, t = take(queue, turn, 4)
 
 
 @gluon.jit

@@ -162,25 +162,32 @@ def place_of(slot, inner, list_length, EVEN: gl.constexpr):
 
 
 @gluon.jit
+def first_of_unit(unit, batch, tables, sizes, UNIT: gl.constexpr, EVEN: gl.constexpr):
+    """Its first key."""
+    _tiles, Units, _span, _order, _inner, _count = tables
+    num_units, lead = sizes[4], sizes[7]
+    unit = unit.to(gl.int32)
+    if EVEN:
+        return unit * UNIT - lead
+    else:
+        return gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+
+
+@gluon.jit
 def rows_of_boxes(
     j, batch, list_, inner, count, tables, sizes, UNIT: gl.constexpr, COLS: gl.constexpr,
     EVEN: gl.constexpr,
 ):  # fmt: skip
     """First key of each unit (or part of one) of a block; behind all keys where none is listed."""
-    _tiles, Units, _span, Order, _inner, _count = tables
-    num_keys, num_units, list_length, lead = sizes[2], sizes[4], sizes[5], sizes[7]
+    num_keys, list_length = sizes[2], sizes[5]
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
+    ids = tables[3] + list_ * list_length
     slot = j * COLS // UNIT
     rows = ()
     for p in gl.static_range(COLS // PIECE):
         listed = slot + p < count
-        place = place_of(slot + p, inner, list_length, EVEN)
-        unit = gl.load(Order + list_ * list_length + place, mask=listed, other=0)
-        unit = unit.to(gl.int32)
-        if EVEN:
-            start = unit * UNIT - lead
-        else:
-            start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+        unit = gl.load(ids + place_of(slot + p, inner, list_length, EVEN), mask=listed, other=0)
+        start = first_of_unit(unit, batch, tables, sizes, UNIT, EVEN)
         # What lies before the first key or behind the last arrives as zeros.
         row = gl.where(listed, start + j * COLS % UNIT, num_keys)
         rows = rows + (row,)  # noqa: RUF005
@@ -214,16 +221,13 @@ def copy_blocks(
         if Begun is not None:
             # Not before: who draws early may turn out to be slow. Not behind: it takes a while.
             item = gl.atomic_add(Begun, 1, sem="relaxed") + gl.num_programs(0) * workers
-            step = _copy_outer(
-                last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT,
-                COLS, D, STAGES, EVEN,
-            )  # fmt: skip
+        step = _copy_outer(
+            last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT, COLS, D,
+            STAGES, EVEN,
+        )  # fmt: skip
+        if Begun is not None:
             batch, head, t = offer(queue, turn, item, sizes)
         else:
-            step = _copy_outer(
-                last, total, step, place, Described, pieces, ready, free, tables, sizes, UNIT,
-                COLS, D, STAGES, EVEN,
-            )  # fmt: skip
             batch, head, t = take(queue, turn, 1)
 
 
@@ -236,23 +240,18 @@ def _copy_inner(
 
     Returns how many were copied so far.
     """
-    _tiles, Units, _span, Order, _inner, _count = tables
-    num_units, list_length, lead = sizes[4], sizes[5], sizes[7]
     batch, head, list_, inner, _listed = place
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
-    ids = Order + list_ * list_length
+    ids = tables[3] + list_ * sizes[5]
     if EVEN:
         ids += inner[1]
     for j in range(end):
         rows = ()
         for p in gl.static_range(PIECES):
-            unit = gl.load(ids + j * COLS // UNIT + p).to(gl.int32)
-            if EVEN:
-                start = unit * UNIT - lead
-            else:
-                start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+            unit = gl.load(ids + j * COLS // UNIT + p)
+            start = first_of_unit(unit, batch, tables, sizes, UNIT, EVEN)
             rows = rows + (start + j * COLS % UNIT,)  # noqa: RUF005
         stage = step % STAGES
         mbarrier.wait(free.index(stage), step // STAGES % 2 ^ 1)
@@ -274,12 +273,12 @@ def _copy_outer(
     COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Copies the blocks [first, end), one unit or part of one at a time: seldom run, so short."""
-    _tiles, Units, _span, Order, _inner, _count = tables
-    num_keys, num_units, list_length, lead = sizes[2], sizes[4], sizes[5], sizes[7]
+    num_keys, list_length = sizes[2], sizes[5]
     batch, head, list_, inner, count = place
     PIECE: gl.constexpr = UNIT if UNIT < COLS else COLS
     PIECES: gl.constexpr = COLS // PIECE
     HALVES: gl.constexpr = D // 64
+    ids = tables[3] + list_ * list_length
     for piece in range(first * PIECES, end * PIECES):
         stage = step % STAGES
         p = piece % PIECES
@@ -288,12 +287,8 @@ def _copy_outer(
             mbarrier.expect(ready.index(stage), COLS * D * 2)
         slot = piece * PIECE // UNIT
         listed = slot < count
-        at = place_of(slot, inner, list_length, EVEN)
-        unit = gl.load(Order + list_ * list_length + at, mask=listed, other=0).to(gl.int32)
-        if EVEN:
-            start = unit * UNIT - lead
-        else:
-            start = gl.load(Units + (batch.to(gl.int64) * num_units + unit) * 2)
+        unit = gl.load(ids + place_of(slot, inner, list_length, EVEN), mask=listed, other=0)
+        start = first_of_unit(unit, batch, tables, sizes, UNIT, EVEN)
         # What lies before the first key or behind the last arrives as zeros.
         row = gl.where(listed, start + piece * PIECE % UNIT, num_keys)
         for h in gl.static_range(HALVES):
@@ -340,6 +335,22 @@ def listed_keys(
         start = gl.load(table, mask=listed, other=0)
         size = gl.load(table + 1, mask=listed, other=0)
         return start + column % UNIT, column % UNIT < size
+
+
+@gluon.jit
+def clean(
+    block, j, w: gl.constexpr, layout: gl.constexpr, batch, list_, inner, count, tables, sizes,
+    UNIT: gl.constexpr, COLS: gl.constexpr,
+):  # fmt: skip
+    """Zeros for a half of a block's rows that stand behind a short unit, or behind the list.
+
+    Their box holds those of the next unit, and 0 x NaN is NaN.
+    """
+    HALF: gl.constexpr = COLS // 2
+    column = j * COLS + w * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    _key, there = listed_keys(column, tables, sizes, batch, list_, inner, count, UNIT, False)
+    own = block.slice(w * HALF, HALF, dim=0)
+    own.store(gl.where(there[:, None], own.load(layout), 0.0))
 
 
 def sorted_lists(

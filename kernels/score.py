@@ -203,14 +203,14 @@ def _log_sums(
         given = tl.exp2(columns * LOG2E - shift[:, None, :, None])
         total = total * tl.exp2(top - shift) + tl.sum(tl.sum(given, 3), 1)
         top = new_top
-    lane_top, lane_total = top, total
-    top = tl.max(lane_top, 1)
+    # Powers alone are added: of two products a compiler rounds one, so that threads that hold the
+    # same row would differ in its last bit.
+    lane = top + fast_log2(tl.where(top == -float("inf"), 1.0, total))
+    top = tl.max(lane, 1)
     shift = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(lane_total * tl.exp2(lane_top - shift[:, None]), 1)
-    some = total > 0
-    result = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), -float("inf"))
-    place = (tl.program_id(1) * tl.num_programs(0) + program).to(tl.int64) * ROWS
-    tl.store(Sums + place + tl.arange(0, ROWS), result)
+    total = tl.sum(tl.exp2(lane - shift[:, None]), 1)
+    sums = Sums + (tl.program_id(1) * tl.num_programs(0) + program).to(tl.int64) * ROWS
+    tl.store(sums + tl.arange(0, ROWS), top + tl.log2(tl.where(total > 0, total, 1.0)))
 
 
 @triton.jit
