@@ -26,14 +26,9 @@ def fused(x: Tensor, plan: Plan) -> bool:
     return plan.group * min(plan.config.subpools, plan.tile_tokens) <= MOST_ROWS
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows what is made of these: kernels that rank have no backward."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def tile_descriptors(q: Tensor, plan: Plan, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Means of sub-pools of tiles (B, H, T, S, D), times `scale`, and which exist (B, T, S)."""
-    if wants_gradient(q) or not fused(q, plan):
+    if torch.is_grad_enabled() or not fused(q, plan):
         tile, exists = tile_subpools(
             q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
         )
@@ -78,7 +73,7 @@ def piece_features(
 
 def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...]:
     """Means of the keys of every unit (B, K, U, D), and their largest and smallest if asked."""
-    if wants_gradient(k) or not fused(k, plan):
+    if torch.is_grad_enabled() or not fused(k, plan):
         keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
         present = present[:, None, ..., None]
         mean = masked_mean(keys, present, 3)
@@ -91,7 +86,7 @@ def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...
 
 def means(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """What `tile_descriptors` and `unit_descriptors` give, by one kernel where it serves."""
-    apart = wants_gradient(q, k) or plan.descriptors is not None or q.dtype != k.dtype
+    apart = torch.is_grad_enabled() or plan.descriptors is not None or q.dtype != k.dtype
     if apart or not (fused(q, plan) and fused(k, plan)):
         return None
     from mm_sparse.kernels.pool import pool_both

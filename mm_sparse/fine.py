@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.cache import described
-from mm_sparse.descriptors import piece_features, wants_gradient
+from mm_sparse.descriptors import piece_features
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
 from mm_sparse.pieces import part_sizes
@@ -148,9 +148,9 @@ class FineScorer(Scorer):
         The mean itself, the size of features and `scale` are in them: one product describes a
         piece. Who only ranks gets them in `dtype`, made once.
         """
-        own = (self.query_map, self.key_map, self.query_size, self.key_size)
-        if wants_gradient(*own):
+        if torch.is_grad_enabled():
             return self._made(scale)
+        own = (self.query_map, self.key_map, self.query_size, self.key_size)
         return self._kept.get(
             own, (scale, dtype), lambda: tuple(x.to(dtype) for x in self._made(scale))
         )

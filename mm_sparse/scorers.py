@@ -15,13 +15,7 @@ from torch import Tensor, nn
 from mm_sparse.cache import DescriptorCache, described
 from mm_sparse.coarse import Runs, rank_in_two_steps
 from mm_sparse.config import SparseConfig
-from mm_sparse.descriptors import (
-    means,
-    piece_features,
-    tile_descriptors,
-    unit_descriptors,
-    wants_gradient,
-)
+from mm_sparse.descriptors import means, piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.layout import TokenLayout
 from mm_sparse.maps import Kept, describe
 from mm_sparse.modality import Modality
@@ -81,9 +75,9 @@ class Scorer(nn.Module):
         if descriptors is not None:
             plan = plan.sharing(descriptors=descriptors)
         own = type(self).score is not Scorer.score
-        if config.coarse > 1 and not own and not wants_gradient(q, k, *self.parameters()):
+        if config.coarse > 1 and not own and not torch.is_grad_enabled():
             described = self.describe(q, k, plan, scale)
-            if described is not None and not wants_gradient(*described):
+            if described is not None:
                 found = rank_in_two_steps(described, plan)
                 return Scores(found.values, plan, found.runs)
         return Scores(self.score(q, k, plan, scale), plan)
@@ -153,7 +147,7 @@ class RelevanceScorer(Scorer):
 
     def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
-        if not wants_gradient(q, k, *self.parameters()):
+        if not torch.is_grad_enabled():
             return self._describe(q, k, plan, scale)
         tile, exists = tile_descriptors(q, plan)
         described = unit_descriptors(k, plan, extremes=True)

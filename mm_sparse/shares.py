@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm_sparse.descriptors import fused, wants_gradient
+from mm_sparse.descriptors import fused
 from mm_sparse.modality import Modality
 from mm_sparse.pieces import part_sizes
 from mm_sparse.plan import Plan
@@ -61,8 +61,7 @@ def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None =
         (B, K, T, U) float32; kernels may count a share under 2^-126 as nothing, -1e30.
     """
     tile, unit, exists, bias, parts = described
-    followed = wants_gradient(tile, unit, bias, parts)
-    if competes is None and not followed and fused(tile, plan):
+    if competes is None and not torch.is_grad_enabled() and fused(tile, plan):
         from mm_sparse.kernels.score import share_of_units as kernel
 
         return kernel(
