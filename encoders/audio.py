@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.encoders.audio_backbones import (
+from mm_sparse.encoders.backbones.audio import (
     AudioEncoder,
     ConformerAudio,
     TorchaudioAudio,
     TransformersAudio,
 )
-from mm_sparse.encoders.encoder import choose, made_sparse
-from mm_sparse.scorers import Scorer
+from mm_sparse.encoders.base import choose, made_sparse
+from mm_sparse.scorers.pooled import Scorer
 
 __all__ = ["AudioEncoder", "create_audio_encoder"]
 
@@ -84,6 +84,6 @@ def _torchaudio(name: str, pretrained: bool, options: dict[str, Any]) -> Made:
 
 
 def _transformers(name: str, pretrained: bool, options: dict[str, Any]) -> Made:
-    from mm_sparse.encoders.transformers_models import load_model
+    from mm_sparse.encoders.backbones.hf import load_model
 
     return TransformersAudio, load_model(name, pretrained, options)

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.encoders.encoder import choose, made_sparse
-from mm_sparse.encoders.vision_backbones import (
+from mm_sparse.encoders.backbones.vision import (
     OpenClipVision,
     TimmVision,
     TransformersVision,
     VisionEncoder,
 )
-from mm_sparse.scorers import Scorer
+from mm_sparse.encoders.base import choose, made_sparse
+from mm_sparse.scorers.pooled import Scorer
 
 __all__ = ["VisionEncoder", "VisionTower", "create_vision_encoder", "create_vision_tower"]
 
@@ -116,7 +116,7 @@ def _open_clip(name: str, pretrained: bool | str, image_size: Any, options: Any)
 
 
 def _transformers(name: str, pretrained: bool | str, image_size: Any, options: Any) -> Made:
-    from mm_sparse.encoders.transformers_models import load_model
+    from mm_sparse.encoders.backbones.hf import load_model
 
     if image_size is not None:
         options["image_size"] = image_size

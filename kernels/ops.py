@@ -14,8 +14,8 @@ from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import cpu
-from .cpu import new_output
+from mm_sparse.kernels import cpu
+from mm_sparse.kernels.cpu import new_output
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNITS = (16, 32, 64, 128)
@@ -65,7 +65,7 @@ def _attend(
     """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
     args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
-        from .launch import attend_forward
+        from mm_sparse.kernels.dispatch import attend_forward
 
         return attend_forward(*args, lead, tile_lead)
     with torch.autocast("cpu", enabled=False):
@@ -103,7 +103,7 @@ def attend_backward_op(
     """Gradients of `attend_op` for q, k and v; they repeat bit for bit if deterministic."""
     args = (dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit)
     if _use_triton(q, backend):
-        from .launch import attend_backward
+        from mm_sparse.kernels.dispatch import attend_backward
 
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         return attend_backward(*args, lead, tile_lead, deterministic)

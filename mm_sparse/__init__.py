@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import patterns
-    from .attention import attend, attention_reference, sparse_attention
-    from .cache import DescriptorCache
-    from .checkpoints import load_scorers, save_scorers
-    from .config import SparseConfig
-    from .fine import FineScorer
-    from .layout import Modality, TokenLayout
-    from .mass import unit_mass
-    from .reporting import report
-    from .retrofit import densify, sparse, sparsify
-    from .scorers import PooledScorer, RelevanceScorer, Scorer, Scores
-    from .selection import Selection, select
+    from mm_sparse.analysis.layer_report import report
+    from mm_sparse.attention.functional import attend, attention_reference, sparse_attention
+    from mm_sparse.checkpoints.api import load_scorers, save_scorers
+    from mm_sparse.config import SparseConfig
+    from mm_sparse.integrations.patching import densify, sparse, sparsify
+    from mm_sparse.layout.token_layout import Modality, TokenLayout
+    from mm_sparse.scorers import patterns
+    from mm_sparse.scorers.attention_mass import unit_mass
+    from mm_sparse.scorers.descriptor_cache import DescriptorCache
+    from mm_sparse.scorers.fine import FineScorer
+    from mm_sparse.scorers.pooled import PooledScorer, RelevanceScorer, Scorer, Scores
+    from mm_sparse.selection.selection import Selection, select
 
 __version__ = "0.1.0"
 
@@ -51,33 +51,33 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
 
 _HOME = {
-    "Modality": "layout",
-    "TokenLayout": "layout",
+    "Modality": "layout.token_layout",
+    "TokenLayout": "layout.token_layout",
     "SparseConfig": "config",
-    "DescriptorCache": "cache",
-    "PooledScorer": "scorers",
-    "RelevanceScorer": "scorers",
-    "Scorer": "scorers",
-    "Scores": "scorers",
-    "unit_mass": "mass",
-    "FineScorer": "fine",
-    "Selection": "selection",
-    "select": "selection",
-    "attend": "attention",
-    "attention_reference": "attention",
-    "sparse_attention": "attention",
-    "densify": "retrofit",
-    "load_scorers": "checkpoints",
-    "save_scorers": "checkpoints",
-    "sparse": "retrofit",
-    "sparsify": "retrofit",
-    "report": "reporting",
+    "DescriptorCache": "scorers.descriptor_cache",
+    "PooledScorer": "scorers.pooled",
+    "RelevanceScorer": "scorers.pooled",
+    "Scorer": "scorers.pooled",
+    "Scores": "scorers.pooled",
+    "unit_mass": "scorers.attention_mass",
+    "FineScorer": "scorers.fine",
+    "Selection": "selection.selection",
+    "select": "selection.selection",
+    "attend": "attention.functional",
+    "attention_reference": "attention.functional",
+    "sparse_attention": "attention.functional",
+    "densify": "integrations.patching",
+    "load_scorers": "checkpoints.api",
+    "save_scorers": "checkpoints.api",
+    "sparse": "integrations.patching",
+    "sparsify": "integrations.patching",
+    "report": "analysis.layer_report",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "patterns":
-        return import_module(".patterns", __name__)
+        return import_module(".scorers.patterns", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

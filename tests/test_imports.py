@@ -58,7 +58,7 @@ def test_mapped_folders_have_no_init_file(floor):
     [
         ("mm_sparse.kernels.ops", "kernels"),
         ("mm_sparse.recipes", "recipes"),
-        ("mm_sparse.layout.TokenLayout", "mm_sparse"),
+        ("mm_sparse.layout.token_layout.TokenLayout", "mm_sparse"),
         ("mm_sparse", "mm_sparse"),
         ("torch.nn", None),
     ],

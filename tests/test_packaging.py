@@ -45,7 +45,7 @@ def test_wheel_holds_every_module_and_config(wheel):
         home = "mm_sparse" if part == "mm_sparse" else f"mm_sparse/{part}"
         for path in [*(ROOT / part).glob("*.py"), *(ROOT / part).glob("*.yaml")]:
             assert f"{home}/{path.name}" in inside
-    trained = list((ROOT / "mm_sparse" / "trained").glob("*/*"))
+    trained = list((ROOT / "mm_sparse" / "checkpoints" / "weights").glob("*/*"))
     assert trained
     assert {str(path.relative_to(ROOT)) for path in trained} <= inside
 

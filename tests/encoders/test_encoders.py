@@ -8,10 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import mm_sparse as mms
-from mm_sparse import retrofit
 from mm_sparse.encoders.audio import create_audio_encoder
 from mm_sparse.encoders.vision import create_vision_encoder
-from tests.encoders.cases import AUDIOS, NAMES, VISION, VISIONS, build
+from mm_sparse.integrations import patching
+from tests.support.encoder_cases import AUDIOS, NAMES, VISION, VISIONS, build
 
 for needed in ("timm", "open_clip", "torchaudio", "transformers"):
     pytest.importorskip(needed)
@@ -60,8 +60,8 @@ def test_pieces_of_pictures_and_their_layers(name: str) -> None:
     assert (piece.modality, piece.grid, piece.prefix) == (mms.Modality.IMAGE, grid, prefix)
     assert tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
     assert encoder.prefix == prefix
-    calls: list[retrofit.Call] = []
-    with retrofit.watch(encoder, calls.append):
+    calls: list[patching.Call] = []
+    with patching.watch(encoder, calls.append):
         encoder(*batch)
     call = calls[0]
     assert call.selection is not None
@@ -128,8 +128,8 @@ def test_compiled_and_autocast(name: str) -> None:
     found, same = torch.compile(encoder, backend="eager")(*batch)
     torch.testing.assert_close(seen(found, same), seen(tokens, piece), atol=1e-5, rtol=1e-5)
     assert (same.grid, same.prefix, same.rate) == (piece.grid, piece.prefix, piece.rate)
-    calls: list[retrofit.Call] = []
-    with torch.autocast("cpu", torch.bfloat16), retrofit.watch(encoder, calls.append):
+    calls: list[patching.Call] = []
+    with torch.autocast("cpu", torch.bfloat16), patching.watch(encoder, calls.append):
         found, same = encoder(*batch)
     assert all(call.q.dtype == torch.bfloat16 for call in calls if not call.reason)
     found, wanted = seen(found.float(), same), seen(tokens, piece)
@@ -264,7 +264,7 @@ def test_what_cannot_be_made_is_refused(make, name, source, options, error, mess
 
 
 def test_layers_that_cannot_be_served_are_refused_or_listed() -> None:
-    from tests.encoders.cases import TORCHAUDIO, WAVE
+    from tests.support.encoder_cases import TORCHAUDIO, WAVE
 
     wavlm = {**TORCHAUDIO, "encoder_num_buckets": 8, "encoder_max_distance": 16}
     for name, source, options, message in (

@@ -7,7 +7,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.encoders.interleave import Piece, interleave, interleave_rows, text_piece
-from tests.encoders.cases import build
+from tests.support.encoder_cases import build
 
 TEXT, IMAGE, AUDIO = mms.Modality.TEXT, mms.Modality.IMAGE, mms.Modality.AUDIO
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 import mm_sparse as mms
 from mm_sparse.encoders.audio import create_audio_encoder
 from mm_sparse.encoders.vision import create_vision_encoder
-from tests.encoders.cases import CONFORMER, TORCHAUDIO, WAVE
+from tests.support.encoder_cases import CONFORMER, TORCHAUDIO, WAVE
 
 for needed in ("timm", "torchaudio", "transformers"):
     pytest.importorskip(needed)
@@ -77,7 +77,7 @@ def test_long_sound_with_padding(name: str, seconds: int) -> None:
 
 
 def test_an_encoder_with_fixed_positions_says_what_it_takes() -> None:
-    from tests.encoders.cases import OPEN_CLIP, WHISPER
+    from tests.support.encoder_cases import OPEN_CLIP, WHISPER
 
     whisper = create_audio_encoder("whisper", "transformers", SPARSE, **WHISPER)
     with pytest.raises(ValueError, match=r"cut to 300 frames of features \(3 s\), for which alone"):

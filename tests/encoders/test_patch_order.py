@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse import grid_order, retrofit
-from mm_sparse.grid_order import patch_order, restore
-from mm_sparse.viz import kept_share
-from tests.encoders.cases import VISIONS, build
+from mm_sparse.analysis.overlays import kept_share
+from mm_sparse.integrations import patching
+from mm_sparse.layout import patch_order as ordering
+from mm_sparse.layout.patch_order import patch_order, restore
+from tests.support.encoder_cases import VISIONS, build
 
 for needed in ("timm", "open_clip", "transformers"):
     pytest.importorskip(needed)
@@ -21,10 +22,10 @@ GRID = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0)
 RASTER = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0, grid_order=False)
 
 
-def calls_of(encoder: Any, batch: Any, config: mms.SparseConfig) -> list[retrofit.Call]:
-    found: list[retrofit.Call] = []
+def calls_of(encoder: Any, batch: Any, config: mms.SparseConfig) -> list[patching.Call]:
+    found: list[patching.Call] = []
     mms.sparsify(encoder, config)
-    with retrofit.watch(encoder, found.append), torch.no_grad():
+    with patching.watch(encoder, found.append), torch.no_grad():
         encoder(*batch)
     return found
 
@@ -123,7 +124,7 @@ def test_report_counts_the_same_pairs() -> None:
 def test_tokens_put_in_order_once_give_what_q_k_v_and_output_give_one_by_one() -> None:
     encoder, batch = build("timm-dinov2")
     tokens = torch.randn(1, calls_of(encoder, batch, GRID)[0].q.shape[2], encoder.width)
-    layers = retrofit.layers(encoder)
+    layers = patching.layers(encoder)
     assert all(layer.place_in_order(tokens) is not None for layer in layers.values())
     once, _ = encoder(*batch)
     # Who looks into the module sees tokens as they are, and so it takes the other way.
@@ -141,13 +142,13 @@ def test_tokens_put_in_order_once_give_what_q_k_v_and_output_give_one_by_one() -
 def takes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every move of tokens into or out of patch order."""
     moved: list[int] = []
-    take = grid_order._take
+    take = ordering._take
 
     def counted(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
         moved.append(dim)
         return take(x, index, dim)
 
-    monkeypatch.setattr(grid_order, "_take", counted)
+    monkeypatch.setattr(ordering, "_take", counted)
     return moved
 
 
@@ -221,7 +222,7 @@ def test_blocks_that_fail_leave_no_order_behind() -> None:
     with pytest.raises(RuntimeError):
         encoder(*batch)
     blocks[-1].mlp.fc1 = kept
-    assert all(layer.ordered is None for layer in retrofit.layers(encoder).values())
+    assert all(layer.ordered is None for layer in patching.layers(encoder).values())
     assert encoder(*batch)[0].equal(want)
     mms.densify(encoder)
     assert "forward" not in vars(blocks)
@@ -231,7 +232,7 @@ def test_blocks_that_fail_leave_no_order_behind() -> None:
 def test_dense_layers_among_sparse_ones_take_tokens_in_order(takes: list[int]) -> None:
     encoder, batch = build("timm-dinov2")
     mms.sparsify(encoder, GRID)
-    name = next(iter(retrofit.layers(encoder)))
+    name = next(iter(patching.layers(encoder)))
     mms.sparsify(encoder, dataclasses.replace(GRID, dense_layers=(name,)))
     together, _ = encoder(*batch)
     assert len(takes) == 2

@@ -15,7 +15,7 @@ def test_kernels_compile_within_shared_memory(target: str) -> None:
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_kernels", target],
+        [sys.executable, "-m", "tests.tools.compile_kernels", target],
         cwd=root, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,10 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import mm_sparse as mms
-from mm_sparse.kernels import launch
+from mm_sparse.kernels import dispatch
 from mm_sparse.kernels.ops import attend_op
 from mm_sparse.kernels.transpose import transpose_lists
-from tests.kernels.cases import CASES, MIXED, Case
+from tests.support.kernel_cases import CASES, MIXED, Case
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASE = Case("x", [MIXED, [("text", 90)]], 3, 2)
@@ -41,12 +41,12 @@ def test_which_backward_serves(
 ) -> None:  # fmt: skip
     asked, q = [], torch.empty(1, group, 256, dim)
     other = types.SimpleNamespace(attend_backward=lambda *a: "any order")
-    monkeypatch.setitem(sys.modules, "mm_sparse.kernels.hopper_backward", other)
-    monkeypatch.setattr("mm_sparse.kernels.hopper_backward", other, raising=False)
-    monkeypatch.setattr(launch, "on_hopper", lambda *a: asked.append(a[-1]) or True)
-    monkeypatch.setattr(launch.backward, "attend_backward", lambda *a: "in order")
+    monkeypatch.setitem(sys.modules, "mm_sparse.kernels.hopper.backward", other)
+    monkeypatch.setattr("mm_sparse.kernels.hopper.backward", other, raising=False)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda *a: asked.append(a[-1]) or True)
+    monkeypatch.setattr(dispatch.backward, "attend_backward", lambda *a: "in order")
     args = (q, q, q[:, :1], q[:, :1], q, q[..., 0], *(q,) * 5, 0.2, 128 // group, unit, 0, 0)
-    found = launch.attend_backward(*args, deterministic)
+    found = dispatch.attend_backward(*args, deterministic)
     assert found == ("any order" if added else "in order")
     assert asked == [128] * added
 
@@ -130,7 +130,7 @@ def test_transposed_lists_hold_every_kept_pair_once(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 def test_triton_builds_the_same_transposed_lists(case: Case) -> None:
-    from mm_sparse.kernels.transpose_triton import transpose_lists as by_triton
+    from mm_sparse.kernels.triton.transpose_lists import transpose_lists as by_triton
 
     *_, selection = case.make(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     plan = selection.plan

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import mm_sparse as mms
 from mm_sparse import Modality, SparseConfig
-from tests.mm_sparse.layouts import FEW, configs
+from tests.support.layouts import FEW, configs
 
 MODALITIES = "modalities among TEXT, IMAGE, AUDIO"
 

@@ -1,0 +1,1 @@
+"""Backbones of timm, open_clip, torchaudio and transformers."""

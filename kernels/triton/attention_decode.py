@@ -1,0 +1,163 @@
+"""Forward for few queries: every list is cut into parts, whose results are merged.
+
+Few tiles alone would leave most of the GPU idle (Flash-Decoding: Dao et al., 2023).
+
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, U units, L list length, S parts of a list
+"""
+
+# Triton launches are subscripts of a jit function, which pyright cannot follow.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from mm_sparse.kernels.cached_launch import launch
+from mm_sparse.kernels.cpu import new_output
+from mm_sparse.kernels.sizes import all_whole, cdiv, next_power_of_2
+from mm_sparse.kernels.triton.primitives import (
+    COUNTS,
+    LOG2E,
+    listed_units,
+    load_rows,
+    row_span,
+    softmax_step,
+    tile_rows,
+)
+
+# Keys of the smallest part: below, merging costs more than it brings.
+LEAST_KEYS = 256
+# Rows of the largest tile that is cut: a float32 accumulator of more would not fit.
+MOST_ROWS = 64
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _part(
+    Q, K, V, Part, Weight, Tiles, Units, Span, Index, Count,
+    scale, num_queries, num_tiles, num_units, list_length, kv_heads, parts, keys_of_part,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REGULAR: tl.constexpr,
+    REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile on one part of its list, and the log-sum-exp that weighs it."""
+    t = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    token, g, exists = tile_rows(
+        Tiles, (batch * num_tiles + t, t), 0, GROUP, ROWS, TOKENS, REGULAR_TILES
+    )
+    low, high = row_span(Span, token, exists, num_queries, batch)
+    q_base = Q + batch * stride_qb + head * GROUP * stride_qh
+    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, False, D, BLOCK_D)
+    Kb = K + batch * stride_kb + head * stride_kh
+    Vb = V + batch * stride_vb + head * stride_vh
+    Ub = Units + batch * num_units * 2
+    list_ = (batch * kv_heads + head) * num_tiles + t
+    Ib = Index + list_ * list_length
+    count = tl.load(Count + list_)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    begin = part * keys_of_part
+    end = tl.minimum(begin + keys_of_part, count * UNIT)
+    for first in range(begin, end, COLS):
+        unit = listed_units(Ib, first, count, UNIT, COLS)
+        top, total, acc = softmax_step(
+            q, top, total, acc, None, None, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
+            scale * LOG2E, stride_kn, stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    seen = total != 0
+    total = tl.where(seen, total, 1.0)
+    heads = (batch * kv_heads + head) * GROUP + g
+    place = (heads * num_queries + token) * parts + part
+    weight = tl.where(seen, top / LOG2E + tl.log(total), -float("inf"))
+    tl.store(Weight + place, weight, mask=exists)
+    dim = tl.arange(0, BLOCK_D)
+    tl.store(
+        Part + place[:, None] * D + dim[None, :], acc / total[:, None],
+        mask=exists[:, None] & (dim < D)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _merge(
+    Part, Weight, Out, Lse, parts, heads, num_queries, stride_ob, stride_oh, stride_on,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One query of one head: the parts' mean by their weights, always in the same order."""
+    row = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    top = -float("inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, parts, WIDTH):
+        part = first + tl.arange(0, WIDTH)
+        there = part < parts
+        weight = tl.load(Weight + row * parts + part, mask=there, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(weight, 0))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        share = tl.exp(weight - shift)
+        decay = tl.exp(top - shift)
+        found = tl.load(
+            Part + (row * parts + part)[:, None] * D + dim[None, :],
+            mask=there[:, None] & (dim < D)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = acc * decay + tl.sum(found * share[:, None], 0)
+        total = total * decay + tl.sum(share, 0)
+        top = new_top
+    seen = total != 0
+    total = tl.where(seen, total, 1.0)
+    tl.store(Lse + row, tl.where(seen, top + tl.log(total), -float("inf")))
+    pointer = Out + row // num_queries // heads * stride_ob
+    pointer += row // num_queries % heads * stride_oh + row % num_queries * stride_on
+    tl.store(pointer + dim, (acc / total).to(Out.dtype.element_ty), mask=dim < D)
+
+
+def parts_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
+    """Parts that lists of up to `keys` keys are cut into, 1 if `programs` fill the GPU anyway."""
+    if programs * 2 > multiprocessors:
+        return 1
+    return max(1, min(3 * multiprocessors // programs, keys // LEAST_KEYS))
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int, parts: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `forward.attend_forward`, every list in `parts`."""
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_tiles, list_length = k.shape[1], tiles.shape[1], index.shape[-1]
+    group = heads // kv_heads
+    rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    block_d = max(next_power_of_2(head_dim), 16)
+    wide = q.element_size() == 4 or block_d > 128
+    cols = 32 if wide else 64
+    keys_of_part = cdiv(cdiv(list_length * unit, parts), cols) * cols
+    parts = cdiv(list_length * unit, keys_of_part)
+    out = new_output(q)
+    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    part = q.new_empty(batch, heads, num_queries, parts, head_dim, dtype=torch.float32)
+    weight = q.new_empty(batch, heads, num_queries, parts, dtype=torch.float32)
+    launch(
+        _part, (num_tiles * parts, batch * kv_heads),
+        q, k, v, part, weight, tiles, units, span, index, count,
+        scale, num_queries, num_tiles, units.shape[1], list_length, kv_heads, parts, keys_of_part,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, UNIT=unit, D=head_dim,
+        BLOCK_D=block_d, REGULAR=all_whole(lead, unit, k.shape[2]),
+        REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=1 if q.element_size() == 4 else 2 if wide else 3,
+    )  # fmt: skip
+    launch(
+        _merge, (batch * heads * num_queries,),
+        part, weight, out, lse, parts, heads, num_queries, *out.stride()[:3], D=head_dim,
+        BLOCK_D=block_d,
+        WIDTH=min(next_power_of_2(parts), 16), num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,153 @@
+"""Forward: exact softmax attention of every tile on the units in its list.
+
+B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
+T tiles, U units, L list length
+"""
+
+# Triton launches are subscripts of a jit function, which pyright cannot follow.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from mm_sparse.kernels.cached_launch import launch
+from mm_sparse.kernels.cpu import new_output
+from mm_sparse.kernels.sizes import all_whole, next_power_of_2
+from mm_sparse.kernels.triton.primitives import (
+    COUNTS,
+    LOG2E,
+    describe,
+    generation,
+    listed_units,
+    load_rows,
+    row_span,
+    softmax_step,
+    tile_rows,
+    unmasked_columns,
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _forward(
+    Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count,
+    scale, num_queries, num_tiles, num_units, list_length, kv_heads,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CUT_COLS: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Late tiles of causal text have the longest lists: they start first.
+    t = (num_tiles - 1 - tl.program_id(0) // SPLITS).to(tl.int64)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    token, g, exists = tile_rows(
+        Tiles, (batch * num_tiles + t, t), tl.program_id(0) % SPLITS * ROWS, GROUP, ROWS, TOKENS,
+        REGULAR_TILES,
+    )  # fmt: skip
+    low, high = row_span(Span, token, exists, num_queries, batch)
+    q_base = Q + batch * stride_qb + head * GROUP * stride_qh
+    q = load_rows(q_base, token, g, exists, stride_qh, stride_qn, False, D, BLOCK_D)
+    Kb = K + batch * stride_kb + head * stride_kh
+    Vb = V + batch * stride_vb + head * stride_vh
+    Ub = Units + batch * num_units * 2
+    row = (batch * kv_heads + head) * num_tiles + t
+    Ib = Index + row * list_length
+    count = tl.load(Count + row)
+    scale2 = scale * LOG2E
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
+    # The next units are looked up a step ahead, so that loads of keys need not wait for them.
+    ahead = listed_units(Ib, begin, count, UNIT, COLS)
+    for first in range(begin, end, COLS):
+        unit = ahead
+        ahead = listed_units(Ib, first + COLS, count, UNIT, COLS)
+        top, total, acc = softmax_step(
+            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
+            scale2, stride_kn, stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    # What lies before `begin` and from `end` on is cut by the visible range of some row.
+    cut = begin + tl.maximum(count * UNIT - end, 0)
+    for i in range(0, cut, CUT_COLS):
+        first = tl.where(i < begin, i, end + i - begin)
+        unit = listed_units(Ib, first, count, UNIT, CUT_COLS)
+        top, total, acc = softmax_step(
+            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
+            scale2, stride_kn, stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    seen = total != 0
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, top / LOG2E + tl.log(tl.where(seen, total, 1.0)), -float("inf"))
+    dim = tl.arange(0, BLOCK_D)
+    pointer = Out + batch * stride_ob + (head * GROUP + g)[:, None] * stride_oh
+    pointer += token.to(tl.int64)[:, None] * stride_on + dim[None, :]
+    tl.store(pointer, out.to(Out.dtype.element_ty), mask=exists[:, None] & (dim < D)[None, :])
+    heads = (batch * kv_heads + head) * GROUP + g
+    tl.store(Lse + heads * num_queries + token, lse, mask=exists)
+
+
+def forward_blocks(
+    rows: int, unit: int, head_dim: int, itemsize: int, major: int
+) -> tuple[int, int, int, int]:
+    """(rows, keys) of a block, warps and stages, as measured (docs/kernel-notes.md).
+
+    q, k, v fit in the shared memory of the GPU's generation.
+    """
+    width = max(next_power_of_2(head_dim), 16)
+    if itemsize == 4:
+        # Products of float32 run on the vector units, out of registers: small blocks.
+        rows, cols, stages = min(rows, 32 if width > 128 else 64), 32, 1
+    elif width <= 128:
+        # Four warps and small blocks leave room for two programs on a multiprocessor.
+        if width > 64 or unit == 64:
+            return rows, 64, 4, 3 if width <= 64 and major in (9, 10) else 2
+        return rows, 128, 4, 3 if major in (9, 10) else 2
+    else:
+        cols, stages = 32, 2
+    return rows, cols, 8 if rows >= 64 else 4, stages
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
+    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernel; arguments as in `reference.dense_mask`.
+
+    Args:
+        tile_tokens: most query tokens in a tile.
+        unit: most key tokens in a unit.
+        lead: if not -1, unit u is what exists of the `unit` keys from u * unit - lead on.
+        tile_lead: the same of tiles and queries.
+    Returns:
+        out (B, H, N, D) in q's dtype, log-sum-exp (B, H, N) float32.
+    """
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_tiles = k.shape[1], tiles.shape[1]
+    group = heads // kv_heads
+    rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
+    out = new_output(q)
+    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    all_rows, major = rows, generation(q)
+    rows, cols, warps, stages = forward_blocks(rows, unit, head_dim, q.element_size(), major)
+    block_d = max(next_power_of_2(head_dim), 16)
+    regular = all_whole(lead, unit, k.shape[2])
+    whole = regular and cols <= unit
+    launch(
+        _forward, (num_tiles * (all_rows // rows), batch * kv_heads),
+        q, k, v, *(describe(x, cols, block_d) if whole else None for x in (k, v)),
+        out, lse, tiles, units, span, index, count,
+        scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, CUT_COLS=min(cols, 64),
+        UNIT=unit, D=head_dim,
+        BLOCK_D=block_d, SPLITS=all_rows // rows,
+        REGULAR=regular, REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,240 @@
+"""Pieces that more than one Triton kernel needs.
+
+R rows of a tile (tokens times query heads of a KV group), C keys of a block,
+D head dim (padded to a power of two)
+"""
+
+# Names of a kernel's constants, which pyright cannot follow.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from mm_sparse.kernels.ops import interpreted
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(interpreted())
+# Numbers that differ from call to call. Triton compiles a kernel anew for numbers that are 1 or
+# divide by 16: with batches of any length it would do so for most of a training run's first hour.
+ROW_COUNTS = (
+    "num_queries", "num_keys", "num_tiles", "list_length", "drawn_length", "all_length", "items",
+    "pieces", "queries", "query_offset", "rows", "splits", "parts", "keys_of_part", "chunk",
+    "chunks", "run_length", "lead", "tile_lead", "groups",
+)  # fmt: skip
+COUNTS = (*ROW_COUNTS, "num_units")
+"""`_keep` reads tables of `num_units` rows, and is faster where these are aligned."""
+
+
+@triton.jit
+def fast_log2(x):
+    """Of numbers that are not subnormal, to 22 bits: one instruction, not some twenty."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def tile_rows(
+    Tiles, tile, first, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, REGULAR: tl.constexpr,
+):  # fmt: skip
+    """Query token, head in its group and existence of rows of a tile.
+
+    `tile` is (row of the table, number in its batch row); regular tiles need no look-up.
+    """
+    row = first + tl.arange(0, ROWS)
+    if REGULAR:
+        start = (tile[1] * TOKENS).to(tl.int32)
+        length = TOKENS
+    else:
+        start = tl.load(Tiles + tile[0] * 2)
+        length = tl.load(Tiles + tile[0] * 2 + 1)
+    return start + row // GROUP, row % GROUP, row // GROUP < length
+
+
+@triton.jit
+def row_span(Span, token, exists, num_queries, batch):
+    """Half-open range of keys that each row sees."""
+    span = Span + (batch * num_queries + token) * 2
+    low = tl.load(span, mask=exists, other=0)
+    return low, tl.load(span + 1, mask=exists, other=0)
+
+
+@triton.jit
+def even_units(unit, lead, num_keys, UNIT: tl.constexpr):
+    """First key and length of units of which all but the first and the last are whole."""
+    start = unit * UNIT - lead
+    size = tl.minimum(start + UNIT, num_keys)
+    start = tl.maximum(start, 0)
+    return start, size - start
+
+
+@triton.jit
+def listed_units(Index, first, count, UNIT: tl.constexpr, COLS: tl.constexpr):
+    """Unit of columns `first`, `first + 1`, ... of a list; one number if all are of one unit."""
+    slot = first // UNIT
+    if COLS > UNIT:
+        slot += tl.arange(0, COLS) // UNIT
+    return tl.load(Index + slot, mask=slot < count, other=0).to(tl.int32)
+
+
+@triton.jit
+def unit_keys(
+    unit, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr, REGULAR: tl.constexpr
+):
+    """Key token of columns `first`, `first + 1`, ..., whose units are `unit`; which exist."""
+    column = first + tl.arange(0, COLS)
+    listed = column // UNIT < count
+    if REGULAR:
+        start = unit * UNIT
+    else:
+        start = tl.load(Units + unit.to(tl.int64) * 2)
+        listed = listed & (column % UNIT < tl.load(Units + unit.to(tl.int64) * 2 + 1))
+    return start + column % UNIT, listed
+
+
+@triton.jit
+def load_block(Described, batch, head, token, LENGTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(LENGTH, D) rows from `token` on of a tensor that `describe` described; zeros behind it."""
+    block = Described.load([batch.to(tl.int32), head.to(tl.int32), token, 0])
+    return tl.reshape(block, (LENGTH, BLOCK_D))
+
+
+@triton.jit
+def load_rows(
+    Base, token, head, exists, stride_head, stride_token,
+    ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(R, D) rows of q-like tensors; rows that do not exist (none if ALL) are zero."""
+    dim = tl.arange(0, BLOCK_D)
+    pointer = Base + head.to(tl.int64)[:, None] * stride_head
+    pointer += token.to(tl.int64)[:, None] * stride_token + dim[None, :]
+    return _load(pointer, exists, dim, ALL, D, BLOCK_D)
+
+
+@triton.jit
+def load_keys(
+    Base, key, exists, stride_token, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """(C, D) rows of k-like tensors of one head; keys that do not exist (none if ALL) are zero."""
+    dim = tl.arange(0, BLOCK_D)
+    pointer = Base + key.to(tl.int64)[:, None] * stride_token + dim[None, :]
+    return _load(pointer, exists, dim, ALL, D, BLOCK_D)
+
+
+@triton.jit
+def _load(pointer, exists, dim, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    if ALL and D == BLOCK_D:
+        rows = tl.load(pointer)
+    elif ALL:
+        rows = tl.load(pointer, mask=(dim < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        rows = tl.load(pointer, mask=exists[:, None], other=0.0)
+    else:
+        rows = tl.load(pointer, mask=exists[:, None] & (dim < D)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def softmax_step(
+    q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high, scale2,
+    stride_kn, stride_vn, MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr,
+    COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018)."""
+    ALL: tl.constexpr = REGULAR and not MASKED
+    key, exists = unit_keys(unit, Ub, first, count, UNIT, COLS, REGULAR)
+    if ALL and Kd is not None:
+        k = load_block(Kd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        score = tl.where(seen, score, -float("inf"))
+    elif not REGULAR:
+        score = tl.where(exists[None, :], score, -float("inf"))
+    new_top = tl.maximum(top, tl.max(score, 1) * scale2)
+    # A row that has seen nothing yet keeps -inf as its top; exp2(-inf - 0) is 0, never NaN.
+    shift = new_top
+    if not ALL:
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weight = tl.exp2(score * scale2 - shift[:, None])
+    decay = tl.exp2(top - shift)
+    if ALL and Vd is not None:
+        v = load_block(Vd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+    else:
+        v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
+    total = total * decay + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def count_below(Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.constexpr):
+    """How many units of a list start below `bound`, or (AT_END) end at or below it."""
+    total = 0
+    for first in range(0, count, WIDTH):
+        slot = first + tl.arange(0, WIDTH)
+        listed = slot < count
+        unit = tl.load(Index + slot, mask=listed, other=0).to(tl.int64)
+        edge = tl.load(Units + unit * 2, mask=listed, other=0)
+        if AT_END:
+            edge += tl.load(Units + unit * 2 + 1, mask=listed, other=0)
+            total += tl.sum((listed & (edge <= bound)).to(tl.int32), 0)
+        else:
+            total += tl.sum((listed & (edge < bound)).to(tl.int32), 0)
+    return total
+
+
+@triton.jit
+def unmasked_columns(
+    Index, Units, count, low, high, exists, UNIT: tl.constexpr, COLS: tl.constexpr
+):
+    """Range of list columns, in whole blocks, that the visible range of no row cuts."""
+    all_from = tl.max(tl.where(exists, low, 0), 0)
+    all_to = tl.min(tl.where(exists, high, 2147483647), 0)
+    begin = count_below(Index, Units, count, all_from, False, 512) * UNIT
+    end = count_below(Index, Units, count, all_to, True, 512) * UNIT
+    begin = (begin + COLS - 1) // COLS * COLS
+    return begin, tl.maximum(begin, end // COLS * COLS)
+
+
+def generation(x: Tensor) -> int:
+    """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell, 12 its desktop kind."""
+    # What the interpreter runs is what Hopper would.
+    return _known(x.device)[0] if x.is_cuda else 9
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the GPU that holds x; the interpreter counts as an H100."""
+    return _known(x.device)[1] if x.is_cuda else 132
+
+
+@cache
+def _known(device: torch.device) -> tuple[int, int]:
+    """Major compute capability and multiprocessors; torch takes 10 us to say each."""
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.multi_processor_count
+
+
+def describable(x: Tensor) -> bool:
+    """Whether the copy engine of Hopper and later can load rows of a (B, H, N, D) tensor."""
+    if generation(x) < 9 or x.element_size() == 4 or not x.numel():
+        return False
+    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+    return aligned and x.data_ptr() % 16 == 0
+
+
+def describe(x: Tensor, rows: int, block_d: int, heads: int = 1) -> TensorDescriptor | None:
+    """For loads of (heads * rows, D) at once by the copy engine; None if it cannot."""
+    if not describable(x):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, heads, rows, block_d])

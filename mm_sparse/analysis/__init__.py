@@ -1,0 +1,1 @@
+"""What layers kept: reports, heat maps, pictures, an HTML page."""

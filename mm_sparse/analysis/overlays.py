@@ -1,0 +1,209 @@
+"""Pictures of what selections kept: over a picture, over a spectrogram.
+
+Maps of density by modality and by head are in `mm_sparse.analysis.heatmaps`.
+
+B batch, K KV heads, T tiles, L list length, h x w grid of image tokens, A audio tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_sparse.modality import Modality
+from mm_sparse.selection.selection import Selection
+
+
+def kept_share(selection: Selection, tokens: Sequence[int], row: int = 0) -> Tensor:
+    """Share of heads and of the query `tokens` that keep each key: (M,) float32 in [0, 1].
+
+    Args:
+        tokens: positions in the sequence, all among the queries.
+        row: row of the batch.
+    """
+    plan = selection.plan
+    if not 0 <= row < plan.layout.batch:
+        raise ValueError(f"row must be in [0, {plan.layout.batch}), got {row}")
+    first, last = plan.query_offset, plan.query_offset + plan.num_queries
+    bad = [token for token in tokens if not first <= token < last]
+    if bad or not len(tokens):
+        raise ValueError(f"tokens must be one or more queries in [{first}, {last}), got {tokens!r}")
+    start, size = plan.tiles[row].cpu().unbind(-1)
+    units = plan.units[row].cpu().tolist()
+    span = plan.span[row].cpu()
+    index, count = selection.index[row].cpu(), selection.count[row].cpu()
+    share = torch.zeros(plan.layout.length)
+    order = plan.layout.order
+    order = torch.arange(len(share)) if order is None else order[row % len(order)].cpu()
+    place = order.argsort()
+    for token in tokens:
+        query = int(place[token]) - first
+        inside = ((start <= query) & (query < start + size)).nonzero().flatten().tolist()
+        low, high = span[query].tolist()
+        for tile in inside:
+            for head in range(index.shape[0]):
+                for unit in index[head, tile, : int(count[head, tile])].tolist():
+                    begin, length = units[unit]
+                    share[max(begin, low) : max(min(begin + length, high), low)] += 1
+    return share[place] / (len(tokens) * index.shape[0])
+
+
+def kept_patches(
+    selections: Mapping[str, Selection] | Selection,
+    tokens: Sequence[int],
+    picture: Tensor,
+    grid: tuple[int, int],
+    path: str | Path | None = None,
+    *,
+    row: int = 0,
+    start: int | None = None,
+    title: str = "",
+) -> dict[str, Tensor]:
+    """Which patches of a picture the query `tokens` kept, layer by layer, as a PNG.
+
+    Args:
+        selections: of one layer, or of several by name.
+        tokens: positions of the queries in the sequence, a question's for one.
+        picture: (3, height, width) in [0, 1].
+        grid: (h, w) image tokens of the picture.
+        path: where the drawing goes; None draws nothing.
+        row: row of the batch.
+        start: position of the picture's first token; the row's first image token if None.
+        title: text above.
+    Returns:
+        By layer, (h, w): share of heads and of the given tokens that kept a patch.
+    """
+    if picture.dim() != 3 or picture.shape[0] != 3:
+        raise ValueError(f"picture must be (3, height, width), got {tuple(picture.shape)}")
+    h, w = grid
+    kept = _kept_of(selections, tokens, Modality.IMAGE, h * w, row, start, "grid")
+    shares = {name: share.view(h, w) for name, share in kept.items()}
+    if path is not None:
+        save(draw_patches(shares, picture, title), path)
+    return shares
+
+
+def kept_frames(
+    selections: Mapping[str, Selection] | Selection,
+    tokens: Sequence[int],
+    spectrogram: Tensor,
+    count: int,
+    path: str | Path | None = None,
+    *,
+    seconds: float | None = None,
+    row: int = 0,
+    start: int | None = None,
+    title: str = "",
+) -> dict[str, Tensor]:
+    """Which audio tokens of a sound the query `tokens` kept, layer by layer, as a PNG.
+
+    Args:
+        spectrogram: (bins, frames) of the sound, low notes first.
+        count: A, audio tokens of the sound.
+        seconds: length of the sound, for the axis.
+        start: position of the sound's first token; the row's first audio token if None.
+    The other arguments are those of `kept_patches`.
+
+    Returns:
+        By layer, (A,): share of heads and of the given tokens that kept an audio token.
+    """
+    if spectrogram.dim() != 2:
+        raise ValueError(f"spectrogram must be (bins, frames), got {tuple(spectrogram.shape)}")
+    shares = _kept_of(selections, tokens, Modality.AUDIO, count, row, start, "count")
+    if path is not None:
+        save(draw_frames(shares, spectrogram, seconds, title), path)
+    return shares
+
+
+def _kept_of(
+    selections: Mapping[str, Selection] | Selection, tokens: Sequence[int], kind: Modality,
+    count: int, row: int, start: int | None, what: str,
+) -> dict[str, Tensor]:  # fmt: skip
+    """By layer, the shares of the `count` tokens of a picture or sound."""
+    if isinstance(selections, Selection):
+        selections = {"attention": selections}
+    if not selections:
+        raise ValueError("selections must hold at least one layer, got none")
+    shares: dict[str, Tensor] = {}
+    for name, selection in selections.items():
+        layout = selection.plan.layout
+        first = start
+        if first is None:
+            found = (layout.modality[row] == int(kind)).nonzero()
+            if not len(found):
+                thing = "picture" if kind == Modality.IMAGE else "sound"
+                raise ValueError(f"selections must be of a row with a {thing}, row {row} has none")
+            first = int(found[0])
+        if not 0 <= first <= layout.length - count:
+            raise ValueError(
+                f"start and {what} must lie in {layout.length} tokens, got {first} and {count}"
+            )
+        shares[name] = kept_share(selection, tokens, row)[first : first + count]
+    return shares
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a matplotlib figure; the folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_patches(shares: Mapping[str, Tensor], picture: Tensor, title: str = "") -> Any:
+    """A matplotlib figure of the shares (h, w) over the picture."""
+    from matplotlib.figure import Figure
+
+    pixels: Any = picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(3.2 * (len(shares) + 1), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(shares) + 1, squeeze=False)[0]
+    axes[0].imshow(pixels)
+    axes[0].set_title("picture", fontsize="small")
+    for axis, (name, share) in zip(axes[1:], shares.items(), strict=True):
+        axis.imshow(pixels)
+        shade = axis.imshow(
+            share.numpy(), cmap="magma", alpha=0.6, vmin=0, vmax=1, extent=(0, width, height, 0),
+            interpolation="nearest",
+        )  # fmt: skip
+        axis.set_title(f"{name}: {float(share.mean()):.0%} kept", fontsize="small")
+        if axis is axes[-1]:
+            figure.colorbar(shade, ax=axis, shrink=0.7, label="share of heads and tokens")
+    for axis in axes:
+        axis.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def draw_frames(
+    shares: Mapping[str, Tensor], spectrogram: Tensor, seconds: float | None = None, title: str = ""
+) -> Any:
+    """A matplotlib figure of the shares (A,) over the spectrogram, a strip for every layer."""
+    from matplotlib.figure import Figure
+
+    sound: Any = spectrogram.detach().float().cpu().numpy()
+    end = float(sound.shape[1] if seconds is None else seconds)
+    figure = Figure(figsize=(9, 1.5 + 1.3 * len(shares)), layout="constrained")
+    axes = figure.subplots(len(shares) + 1, 1, squeeze=False, sharex=True)[:, 0]
+    box = (0, end, 0, sound.shape[0])
+    axes[0].imshow(sound, origin="lower", aspect="auto", cmap="gray_r", extent=box)
+    axes[0].set_ylabel("mel bin", fontsize="small")
+    shade = None
+    for axis, (name, share) in zip(axes[1:], shares.items(), strict=True):
+        axis.imshow(sound, origin="lower", aspect="auto", cmap="gray_r", extent=box)
+        shade = axis.imshow(
+            share[None].numpy(), cmap="magma", alpha=0.6, vmin=0, vmax=1, extent=box,
+            aspect="auto", interpolation="nearest",
+        )  # fmt: skip
+        axis.set_yticks([])
+        axis.set_title(f"{name}: {float(share.mean()):.0%} kept", fontsize="small", loc="left")
+    axes[-1].set_xlabel("frames" if seconds is None else "seconds")
+    if shade is not None:
+        figure.colorbar(shade, ax=list(axes[1:]), label="share of heads\nand tokens")
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure

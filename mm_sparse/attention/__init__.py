@@ -1,0 +1,1 @@
+"""Exact attention on a selection, and scoring, selection and attention in one call."""

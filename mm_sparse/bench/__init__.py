@@ -1,0 +1,1 @@
+"""Timing of attention beside dense and sparse baselines."""

@@ -1,0 +1,1 @@
+"""Scorers on disk, and those that ship."""

@@ -1,0 +1,43 @@
+"""Scorers of a model, to a folder and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from mm_sparse.checkpoints.format import read_scorers, write_scorers
+from mm_sparse.checkpoints.pretrained import scorers_folder
+from mm_sparse.integrations.patching import STATE, find_all, sparsify, state_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_scorers(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the scorers of a sparsified model: safetensors, and JSON with one entry per layer.
+
+    Args:
+        dtype: of the weights in the file, theirs if None.
+    """
+    state = state_of(model)
+    write_scorers(state.layers, state.shared.config, Path(folder), dtype)
+
+
+def load_scorers(model: M, folder: str | Path) -> M:
+    """Read what `save_scorers` wrote; a model that is not sparsified is, with the stored config.
+
+    Args:
+        folder: of `save_scorers`, or the name of scorers that come with the package
+            (`mm_sparse.checkpoints.pretrained.shipped_scorers()`).
+    Raises:
+        ValueError: the files are missing, or are of another model's layers.
+    """
+    stored = read_scorers(scorers_folder(folder))
+    if STATE not in vars(model):
+        stored = stored.named_as([found.name for found in find_all(model)])
+        sparsify(model, stored.config)
+    known = state_of(model).layers
+    stored.named_as(list(known)).install(known)
+    return model

@@ -1,0 +1,142 @@
+"""Scorers on disk: safetensors for the weights, JSON for the config and what each layer has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.integrations.discovery import scorer_shape
+from mm_sparse.integrations.layer import Layer
+from mm_sparse.integrations.scorers import NAMED
+from mm_sparse.modality import Modality
+from mm_sparse.scorers.fine import FineScorer
+from mm_sparse.scorers.pooled import PooledScorer, RelevanceScorer, Scorer
+
+WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
+_SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")
+
+
+def write_scorers(
+    layers: dict[str, Layer], config: SparseConfig, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write the scorers of the layers that may run sparse, their numbers in `dtype` if given."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        if layer.known_mode()[0] != "sparse":
+            continue
+        scorer = layer.scorer or PooledScorer()
+        for key, value in scorer.state_dict().items():
+            stored = value.to(dtype if value.is_floating_point() else None)
+            tensors[f"{name}:{key}"] = stored.detach().cpu().contiguous()
+        entries[name] = {"scorer": type(scorer).__name__}
+        if isinstance(scorer, RelevanceScorer):
+            entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "rank")}
+        elif isinstance(scorer, FineScorer):
+            entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "parts")}
+            own = scorer.modalities
+            kinds = None if own is None else [m.name for m in own]
+            entries[name] |= {"modalities": kinds, "pairs": scorer.pairs}
+    save_file(tensors, folder / WEIGHTS)
+    record = {"format": 1, "config": json.loads(config.to_json()), "layers": entries}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `write_scorers` wrote."""
+
+    config: SparseConfig
+    entries: dict[str, dict[str, Any]]
+    tensors: dict[str, Tensor]
+
+    def named_as(self, names: Sequence[str]) -> Stored:
+        """The same for a model of these layers, where they differ in what all names begin with.
+
+        So scorers of a tower serve it bare and wrapped.
+        """
+        if not self.entries or set(self.entries) <= set(names):
+            return self
+        old, new = _stem(list(self.entries)), _stem(names)
+        if not {new + name[len(old) :] for name in self.entries} <= set(names):
+            return self
+
+        def renamed(name: Any) -> Any:
+            return new + name[len(old) :] if name in self.entries else name
+
+        config = replace(
+            self.config,
+            dense_layers=tuple(map(renamed, self.config.dense_layers)),
+            layer_ratio={renamed(name): r for name, r in self.config.layer_ratio.items()},
+        )
+        entries = {renamed(name): entry for name, entry in self.entries.items()}
+        parts = ((key.partition(":"), value) for key, value in self.tensors.items())
+        return Stored(config, entries, {f"{renamed(n)}:{key}": v for (n, _, key), v in parts})
+
+    def install(self, layers: dict[str, Layer]) -> None:
+        """Give the layers their scorers: all of them or, with an error, none."""
+        unknown = sorted(set(self.entries) - set(layers))
+        if unknown:
+            raise ValueError(f"folder must hold scorers of the model's layers, got {unknown[0]}")
+        made = {name: self._make(name, layers[name]) for name in self.entries}
+        for name, scorer in made.items():
+            layers[name].scorer = scorer
+
+    def _make(self, name: str, layer: Layer) -> Scorer | None:
+        entry = dict(self.entries[name])
+        kind = entry.pop("scorer")
+        if kind == "PooledScorer":
+            return None
+        scorer = layer.scorer
+        made = {cls.__name__: cls for cls in NAMED.values()}
+        if kind in made:
+            want, got = scorer_shape(layer.module), tuple(entry[field] for field in _SHAPE)
+            if want != got:
+                raise ValueError(
+                    f"folder must hold a scorer for {want} query heads, KV heads and head dim "
+                    f"of {name}, got {got}"
+                )
+            weight = next(layer.module.parameters(), None)
+            if entry.get("modalities") is not None:
+                entry["modalities"] = [Modality[name] for name in entry["modalities"]]
+            scorer = made[kind](**entry).to("cpu" if weight is None else weight.device)
+        elif scorer is None or type(scorer).__name__ != kind:
+            raise ValueError(
+                f"model must be sparsified with a {kind} at {name} before loading, "
+                f"got {type(scorer or PooledScorer()).__name__}"
+            )
+        own = {k.partition(":")[2]: v for k, v in self.tensors.items() if k.startswith(name + ":")}
+        scorer.load_state_dict(own)
+        return scorer
+
+
+def _stem(names: Sequence[str]) -> str:
+    """What all dotted names begin with, whole parts of a name only and never all of one."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, columns)
+    return "".join(f"{parts[0]}." for parts in shared)
+
+
+def read_scorers(folder: Path) -> Stored:
+    """Read the files of `folder`."""
+    from safetensors.torch import load_file
+
+    for file in (WEIGHTS, RECORD):
+        if not (folder / file).is_file():
+            raise ValueError(f"folder must hold {WEIGHTS} and {RECORD}, got {folder}, no {file}")
+    record = json.loads((folder / RECORD).read_text())
+    if record.get("format") != 1:
+        raise ValueError(f"folder must hold scorers of format 1, got {record.get('format')!r}")
+    config = SparseConfig.from_json(json.dumps(record["config"]))
+    return Stored(config, record["layers"], load_file(folder / WEIGHTS))

@@ -1,0 +1,1 @@
+"""Sparse attention in the attention layers of other libraries."""

@@ -1,0 +1,59 @@
+"""One call of an attention layer, as those who watch or replace it are given it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.layout.plan import Plan
+from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.scorers.pooled import Scores
+from mm_sparse.selection.selection import Selection
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a layer was given and what it made of it, as `retrofit.watch` hands it out.
+
+    Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if
+    `layout.order` is set. `grid_order.restore(call.q, call.layout, call.first)` is as the model
+    has them.
+    """
+
+    name: str
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    scores: Scores | None
+    """None if the layer ran dense; `scores.plan.layout` is the layout."""
+    selection: Selection | None
+    reason: str
+    """Why it ran dense, or empty."""
+    seconds: float | None
+    """Only while timing."""
+    config: SparseConfig | None = None
+    """The layer's own; None where the call has no layout."""
+    layout: TokenLayout | None = None
+    """Of the keys, also of a layer that runs dense because `backend` says so."""
+    first: int = 0
+    """Place of the first query among the keys."""
+
+    def plan(self) -> Plan:
+        """Tiles and units of the call.
+
+        Raises:
+            ValueError: the call has no layout.
+        """
+        if self.layout is None or self.config is None:
+            raise ValueError(f"{self.name} has no layout: {self.reason or 'it was not placed'}")
+        return self.layout.plan(
+            self.config,
+            num_query_heads=self.q.shape[1],
+            num_kv_heads=self.k.shape[1],
+            num_queries=self.q.shape[2],
+            query_offset=self.first,
+        )

@@ -1,0 +1,1 @@
+"""Attention layers of transformers models."""

@@ -1,0 +1,151 @@
+"""The attention function that sparsified transformers models call, one object per layer.
+
+B batch, H query heads, N query tokens, D head dim
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse.attention.dense import dense_attention
+from mm_sparse.integrations.discovery import defining_class
+from mm_sparse.integrations.hf import kv_cache
+from mm_sparse.integrations.hf.call_layout import HFSource, is_causal
+from mm_sparse.integrations.hf.discovery import DISPATCH, UNSERVED, HFFound, dispatches
+from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
+from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
+from mm_sparse.integrations.layer import LAYER, Layer, Shared
+from mm_sparse.scorers.descriptor_cache import DescriptorCache
+
+NAME = "mm_sparse"
+
+
+class HFLayer(Layer):
+    """Serves an attention module of a transformers model."""
+
+    source: HFSource
+
+    def __init__(self, found: HFFound, shared: Shared, tracker: ModalityTracker) -> None:
+        modality = found.modality
+        encoder_decoder = getattr(found.root.config, "is_encoder_decoder", False)
+        if encoder_decoder and modality is None and is_causal(found.module, {}):
+            # The ids that the tracker sees are the encoder's; a decoder of this kind writes text.
+            tracker = ModalityTracker(found.root)
+        super().__init__(found, shared, HFSource(tracker, modality, shared.plain, found.tower))
+        config = getattr(self.module, "config", None)
+        self.stock = getattr(config, "_attn_implementation", None) or "sdpa"
+        """The attention implementation that the layer had before."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A process that unpickles the model may never have sparsified one.
+        vars(self).update(state)
+        register()
+
+    @property
+    def index(self) -> int | None:
+        return getattr(self.module, "layer_idx", None) if self.modality is None else None
+
+    def attach(self) -> None:
+        if dispatches(type(self.module)):
+            setattr(self.module, LAYER, self)
+
+    def detach(self) -> None:
+        vars(self.module).pop(LAYER, None)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.run(
+            q, k, v, mask, options,
+            stock=lambda: self._dense(q, k, v, mask, options), finish=lambda out: (out, None),
+        )  # fmt: skip
+
+    def _dense(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        name = self.stock
+        if options.get("cu_seq_lens_q") is not None and "flash" not in name and not self.cross:
+            # The stock functions would let packed sequences see each other.
+            placed = self.source.place(self.module, q, k, mask, options)
+            out = dense_attention(
+                q, k, v, layout=placed.layout, config=self.shared.config,
+                query_offset=placed.first, scale=options.get("scaling"),
+            )  # fmt: skip
+            return out.transpose(1, 2).contiguous(), None
+        return run_stock(self.module, name, q, k, v, mask, options)
+
+    def _descriptors(self, k: Tensor) -> DescriptorCache | None:
+        return kv_cache.beside(self.source.tracker.cache, self.index, k, self.ranks)
+
+    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
+        queries, keys = q.shape[2], k.shape[2]
+        if isinstance(mask, LazyMask):
+            recipe = mask.recipe
+            return None if recipe.is_cross else min(keys, recipe.first + queries)
+        alone = mask is None and not is_causal(self.module, options)
+        return None if alone and keys != queries else keys
+
+    def _problem(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> str | None:
+        for argument, meaning in UNSERVED.items():
+            if options.get(argument) is not None:
+                return f"it needs {meaning} (`{argument}`)"
+        if mask is None and options.get("sliding_window") and not is_causal(self.module, options):
+            return "it came with a `sliding_window` to both sides and without a mask"
+        if isinstance(mask, LazyMask):
+            want, rows = (q.shape[2], k.shape[2]), mask.recipe.shape[0]
+            if mask.recipe.shape[1:] != want or rows not in (1, q.shape[0]):
+                return f"its mask is {mask.recipe.shape}, q and k are for {(q.shape[0], *want)}"
+        return super()._problem(q, k, v, mask, options)
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What transformers calls under the name "mm_sparse": (B, N, H, D) and None."""
+    layer = getattr(module, LAYER, None)
+    if layer is None:
+        # Another model that was built with the very config object of a sparsified one.
+        return run_stock(module, "sdpa", query, key, value, attention_mask, options)
+    return layer(query, key, value, attention_mask, options)
+
+
+def run_stock(
+    module: nn.Module, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Any,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The call as the model makes it without us, with the mask that it makes then."""
+    if any(options.get(n) is not None for n in ("softcap", "s_aux", "head_mask")):
+        name = "eager"  # SDPA would leave them out in silence
+    if isinstance(mask, LazyMask):
+        mask = mask.recipe.stock(name)
+    elif name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return _stock_function(type(module), name)(module, q, k, v, mask, **options)
+
+
+@cache
+def _stock_function(cls: type, name: str) -> Any:
+    from transformers import AttentionInterface
+
+    home = vars(import_module(defining_class(cls).__module__))
+    eager = home.get("eager_attention_forward")
+    if name == "eager" and eager is not None:
+        return eager
+    interface = home.get(DISPATCH) or AttentionInterface()
+    return interface["sdpa" if name == "eager" else name]
+
+
+def register() -> None:
+    """Make transformers know the name "mm_sparse"; again is harmless."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
+    AttentionMaskInterface.register(NAME, torch.compiler.disable(lazy_mask))

@@ -1,0 +1,130 @@
+"""The layout of one attention call, from its mask and from what its tokens are.
+
+B batch, N query tokens, M key tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse.integrations.hf.lazy_mask import LazyMask
+from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
+from mm_sparse.integrations.layout_cache import (
+    Placed,
+    make_room,
+    spans_of_tensor,
+    spans_without_mask,
+)
+from mm_sparse.integrations.mask_spans import layout_from_spans
+from mm_sparse.integrations.towers.call_layout import Tower, part_of_picture
+from mm_sparse.modality import Modality
+
+
+@dataclass(frozen=True, eq=False)
+class HFSource:
+    """Where the layouts of a layer come from."""
+
+    tracker: ModalityTracker
+    modality: Modality | None
+    """What all tokens are; None where the tracker knows."""
+    plain: dict[Any, Placed]
+    tower: Tower | None = None
+    """What is known of the tokens of a vision model."""
+
+    def place(
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
+    ) -> Placed:
+        """Layout of a call; layers that share a mask share it.
+
+        Raises:
+            ValueError: the mask is not one range of keys per query, or does not fit.
+        """
+        packed = options.get("cu_seq_lens_q")
+        cuts = None if packed is None else tuple(packed.tolist())
+        causal, window = is_causal(module, options), options.get("sliding_window")
+        tokens, prefix, grid = k.shape[2], 0, None
+        if self.tower is not None and q.shape[2] == tokens > self.tower.prefix and cuts is None:
+            prefix, grid = self.tower.prefix, self.tower.grid_of(tokens)
+        # What is made in inference mode is of no use to a backward pass.
+        inference = torch.is_inference_mode_enabled()
+        key = (self.modality, q.shape[0], q.device, cuts, prefix, grid, inference)
+        if mask is None:
+            key += (q.shape[2], k.shape[2], causal, window)
+        memo = self._memo(mask)
+        if key not in memo:
+            rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+            start = 0
+            if isinstance(mask, LazyMask):
+                span, valid = mask.recipe.spans()
+                first, start = mask.recipe.first, mask.recipe.offsets[1]
+            elif isinstance(mask, Tensor):
+                span, valid, first = spans_of_tensor(mask, queries, keys)
+            elif mask is None:
+                span, valid, first = spans_without_mask(queries, keys, causal, window)
+            else:
+                raise ValueError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+            span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
+            if cuts is not None:
+                span = _cut(span, cuts, keys)
+            kinds = self._kinds(rows, start, keys, first + queries, q.device)
+            layout = layout_from_spans(span, valid, first, kinds)
+            layout = part_of_picture(layout, prefix, grid)
+            memo[key] = Placed(layout, first, prefix)
+        return memo[key]
+
+    def _memo(self, mask: Any) -> dict[Any, Placed]:
+        if isinstance(mask, LazyMask):
+            return mask.recipe.layouts
+        now = self.tracker.current
+        if mask is None:
+            make_room(self.plain)
+            return self.plain if now is None or self.modality is not None else {}
+        # When a checkpoint computes again, the forward is over and the tracker says nothing.
+        held = getattr(mask, "_mm_sparse_layouts", None)
+        version = 0 if mask.is_inference() else mask._version
+        if held is None or held[0] != version or (now is not None and held[1] is not now):
+            held = mask._mm_sparse_layouts = (version, now, {})
+        return held[2]
+
+    def _kinds(
+        self, rows: int, start: int, keys: int, written: int, device: torch.device
+    ) -> Tensor:
+        """(B, M) int8."""
+        if self.modality is not None:
+            return torch.full((rows, keys), int(self.modality), dtype=torch.int8, device=device)
+        kinds = torch.zeros(rows, keys, dtype=torch.int8, device=device)
+        known = self.tracker.current
+        if known is None:
+            return kinds
+        if len(known) != rows or known.shape[1] < start + written:
+            raise ValueError(
+                f"the modality of {rows} rows of {start + written} tokens must be known, it is of "
+                f"{tuple(known.shape)}; give it with `retrofit.given_modality`"
+            )
+        known = known[:, start : start + keys]
+        kinds[:, : known.shape[1]] = known
+        return kinds
+
+
+def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether a call without a mask is causal."""
+    given = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _cut(span: Tensor, cuts: tuple[int, ...], keys: int) -> Tensor:
+    """Keep ranges inside the sequences of a packed row: `cuts` are their bounds."""
+    if len(span) != 1 or span.shape[1] != keys or cuts[0] != 0 or cuts[-1] != keys:
+        raise ValueError(
+            f"cu_seq_lens_q must cut one row of {keys} tokens, got {len(span)} rows and {cuts}"
+        )
+    bounds = torch.tensor(cuts, device=span.device)
+    own = torch.arange(keys, device=span.device)
+    piece = torch.searchsorted(bounds, own, right=True) - 1
+    low = span[0, :, 0].maximum(bounds[piece])
+    high = span[0, :, 1].minimum(bounds[piece + 1])
+    return torch.stack([low, high], -1).to(torch.int32)[None]

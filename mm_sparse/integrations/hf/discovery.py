@@ -1,0 +1,152 @@
+"""Which modules of a transformers model compute attention, and which of them cannot be served."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from mm_sparse.integrations.discovery import Found, forward_source, prefixes
+from mm_sparse.integrations.towers.call_layout import Tower
+from mm_sparse.modality import Modality
+
+DISPATCH = "ALL_ATTENTION_FUNCTIONS"
+# Arguments of an attention call that change its result in ways the kernels do not know.
+UNSERVED = {
+    "softcap": "soft-capped logits",
+    "s_aux": "learned attention sinks",
+    "position_bias": "a bias on the logits",
+    "attention_bias": "a bias on the logits",
+    "head_mask": "a mask over heads",
+    "indices": "a selection of keys of the model's own",
+    "block_indices": "a selection of keys of the model's own",
+}
+
+
+@dataclass(frozen=True)
+class HFFound(Found):
+    """An attention module of a transformers model."""
+
+    owners: tuple[Any, ...]
+    """The transformers models around it, outermost first."""
+    tower: Tower | None
+    """What is known of its tokens if it reads pictures."""
+
+    @property
+    def root(self) -> Any:
+        """The outermost of `owners`."""
+        return self.owners[0]
+
+
+def find_layers(model: nn.Module) -> list[HFFound]:
+    """Every module inside a transformers model that computes attention, in order."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    found: list[HFFound] = []
+    towers: dict[int, Tower | None] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        owners = [modules[p] for p in prefixes(name) if isinstance(modules[p], PreTrainedModel)]
+        if not owners or not _computes_attention(module):
+            continue
+        inside = any(found and name.startswith(f.name + ".") for f in found)
+        if inside and not dispatches(type(module)):
+            continue
+        modality = _modality(name, module, owners)
+        tower = None
+        if modality == Modality.IMAGE:
+            tower = towers.setdefault(id(owners[-1]), _tower(owners))
+        refusal, cross = _refusal(module), _is_cross(name, module)
+        found.append(HFFound(name, module, modality, refusal, cross, tuple(owners), tower))
+    return found
+
+
+def prefix_tokens(embeddings: nn.Module) -> int:
+    """Class and register tokens that the embeddings of a vision model put in front."""
+    count = 0
+    for name in ("cls_token", "distillation_token", "register_tokens", "class_embedding"):
+        value = getattr(embeddings, name, None)
+        if isinstance(value, Tensor):
+            count += value.numel() // value.shape[-1]
+    return count
+
+
+def _tower(owners: list[Any]) -> Tower | None:
+    """What vision models around a layer say of its tokens; None if none cuts patches itself."""
+    for owner in reversed(owners):
+        embeddings = getattr(owner, "embeddings", None)
+        patch = getattr(owner.config, "patch_size", None)
+        if isinstance(embeddings, nn.Module) and patch is not None:
+            height, width = (patch, patch) if isinstance(patch, int) else patch
+            prefix = prefix_tokens(embeddings)
+            return Tower(Modality.IMAGE, prefix, None, embeddings, (height, width))
+    return None
+
+
+@cache
+def dispatches(cls: type) -> bool:
+    """Whether the class's forward asks transformers' attention interface what to call."""
+    return DISPATCH in forward_source(cls)
+
+
+def _computes_attention(module: nn.Module) -> bool:
+    cls = type(module)
+    if dispatches(cls):
+        return True
+    looks = re.search(r"Attention|Attn", cls.__name__) and not re.search(
+        r"Output|Norm|Rotary|Embedding|Layer$|Block$|Model$", cls.__name__
+    )
+    if not looks:
+        return False
+    # A wrapper leaves the arithmetic to a module inside it.
+    inner = [m for m in module.modules() if m is not module]
+    return not any(dispatches(type(m)) for m in inner)
+
+
+def _refusal(module: nn.Module) -> str | None:
+    cls = type(module)
+    if _is_pooling(module):
+        return None
+    if not dispatches(cls):
+        return "it does not dispatch through transformers' attention interface"
+    source = forward_source(cls)
+    for argument, meaning in UNSERVED.items():
+        given = re.search(rf"\b{argument}=(self\.(\w+)|\w+)", source)
+        if given is None or given[1] == "None" or argument in ("indices", "attention_bias"):
+            continue
+        if given[2] is None and argument != "position_bias":
+            continue
+        if given[2] is None or getattr(module, given[2], None) is not None:
+            return f"it needs {meaning} (`{argument}`)"
+    return None
+
+
+def _is_cross(name: str, module: nn.Module) -> bool:
+    text = f"{name.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
+    return "cross" in text or "encoder_attn" in text or _is_pooling(module)
+
+
+def _is_pooling(module: nn.Module) -> bool:
+    """A probe that attends to a picture once: nothing to save."""
+    return "Pooling" in type(module).__name__
+
+
+def _modality(name: str, module: nn.Module, owners: list[nn.Module]) -> Modality | None:
+    kinds: Any = getattr(owners[-1], "input_modalities", "text")
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+    if kinds == {"text"}:
+        return None
+    if not kinds & {"text", "time"}:
+        return Modality.AUDIO if "audio" in kinds else Modality.IMAGE
+    text = f"{name} {type(module).__name__}".lower()
+    if re.search(r"audio|speech", text):
+        return Modality.AUDIO
+    if re.search(r"vision|visual|image", text):
+        return Modality.IMAGE
+    return None

@@ -1,0 +1,93 @@
+"""A stand-in for a model's attention mask that carries how to compute it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from mm_sparse.integrations.mask_spans import MaskRecipe
+
+
+class LazyMask(Tensor):
+    """Looks like a (B, 1, N, M) bool mask, owns one element, and carries its recipe.
+
+    An operation that needs the elements gets the dense mask.
+    """
+
+    recipe: MaskRecipe
+
+    @staticmethod
+    def __new__(cls, recipe: MaskRecipe) -> LazyMask:
+        batch, queries, keys = recipe.shape
+        device = recipe.arguments.get("device", "cpu")
+        one = torch.ones(1, dtype=torch.bool, device=device).expand(batch, 1, queries, keys)
+        mask = torch.Tensor._make_subclass(cls, one)
+        mask.recipe = recipe
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _ABOUT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name in _SAME and not _asks_for_numbers(args[1:], kwargs):
+            return args[0]
+        if name == "__getitem__" and _takes_all(args[0], args[1]):
+            return args[0]
+        args, kwargs = tree_map_only(LazyMask, lambda mask: mask.recipe.dense(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LazyMask(shape={tuple(self.shape)}, device={self.device})"
+
+
+_ABOUT = frozenset(
+    [
+        "__get__",
+        "__set__",
+        "__len__",
+        "__hash__",
+        "size",
+        "dim",
+        "ndimension",
+        "stride",
+        "numel",
+        "nelement",
+        "get_device",
+        "is_floating_point",
+        "is_complex",
+        "data_ptr",
+        "storage_offset",
+        "_is_view",
+        "untyped_storage",
+        "is_contiguous",
+        "requires_grad_",
+    ]
+)
+_SAME = frozenset(("contiguous", "to", "clone", "detach", "cuda", "cpu", "bool"))
+
+
+def _asks_for_numbers(args: Any, kwargs: dict[str, Any]) -> bool:
+    given = [*args, *kwargs.values()]
+    return any(isinstance(x, torch.dtype) and x != torch.bool for x in given)
+
+
+def _takes_all(mask: LazyMask, index: Any) -> bool:
+    """Whether `mask[index]` is the whole mask, as in `mask[:, :, :, :keys]`."""
+    index = index if isinstance(index, tuple) else (index,)
+    if index and index[-1] is Ellipsis:
+        index = index[:-1]
+    return len(index) <= 4 and all(
+        isinstance(part, slice) and part.indices(size) == (0, size, 1)
+        for part, size in zip(index, mask.shape, strict=False)
+    )
+
+
+def lazy_mask(**arguments: Any) -> LazyMask:
+    """A mask function for transformers' `AttentionMaskInterface`."""
+    return LazyMask(MaskRecipe(**arguments))

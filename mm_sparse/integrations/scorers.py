@@ -1,0 +1,32 @@
+"""Scorers that are asked for by name, and made for a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mm_sparse.integrations.discovery import scorer_shape
+from mm_sparse.integrations.layer import Layer
+from mm_sparse.scorers.fine import FineScorer
+from mm_sparse.scorers.pooled import RelevanceScorer, Scorer
+
+NAMED: dict[str, type[Scorer]] = {"relevance": RelevanceScorer, "fine": FineScorer}
+
+
+def make_scorer(
+    layer: Layer, scorer: str | Callable[..., Scorer] | None, kept: Scorer | None, strict: bool
+) -> Scorer | None:
+    """The scorer that `sparsify` was asked for; `kept` if it asks for that kind or for nothing."""
+    if scorer is None:
+        return kept
+    make = NAMED[scorer] if isinstance(scorer, str) else scorer
+    if isinstance(scorer, str) and isinstance(kept, NAMED[scorer]):
+        return kept
+    try:
+        heads, kv_heads, dim = scorer_shape(layer.module)
+    except ValueError as error:
+        if strict:
+            raise layer.error(error) from None
+        return None
+    made = make(num_query_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+    weight = next(layer.module.parameters(), None)
+    return made if weight is None else made.to(weight.device)

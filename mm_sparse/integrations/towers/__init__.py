@@ -1,0 +1,1 @@
+"""Attention layers of timm, open_clip and torchaudio."""

@@ -1,0 +1,159 @@
+"""The layout of a call in a tower: class and register tokens in front, then patches or frames.
+
+B batch, H heads, N tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse.integrations.layout_cache import (
+    MaskMemo,
+    Placed,
+    make_room,
+    one_for_all,
+    spans_of_tensor,
+    spans_without_mask,
+)
+from mm_sparse.integrations.mask_spans import layout_from_spans, shown
+from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.modality import Modality
+
+# Numbers down from here hide a key: torchaudio writes -10000, which bfloat16 rounds.
+HIDDEN = -9000.0
+
+
+@dataclass(eq=False)
+class Tower:
+    """What is known of the tokens of a tower."""
+
+    modality: Modality
+    prefix: int = 0
+    """Class and register tokens in front."""
+    grid: tuple[int, int] | None = None
+    """Height and width of the picture that is looked at, in tokens."""
+    embed: Any = None
+    """The module that gets pictures and cuts them into patches."""
+    patch: tuple[int, int] | None = None
+    """Height and width of a patch in pixels; None where `embed` tells the grid of any size."""
+
+    def attach(self) -> list[Any]:
+        """Set the hook that keeps `grid` up to date; returns its handle."""
+        return [] if self.embed is None else [self.embed.register_forward_pre_hook(self.look)]
+
+    def look(self, embed: Any, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook."""
+        picture = args[0] if args else None
+        self.grid = None
+        if isinstance(picture, Tensor) and picture.dim() == 4:
+            height, width = picture.shape[-2:]
+            if self.patch is not None:
+                self.grid = height // self.patch[0], width // self.patch[1]
+            else:
+                height, width = embed.dynamic_feat_size((height, width))
+                self.grid = int(height), int(width)
+
+    def grid_of(self, tokens: int) -> tuple[int, int] | None:
+        """The grid, if it is that of a sequence of so many tokens."""
+        if self.grid is None or self.grid[0] * self.grid[1] != tokens - self.prefix:
+            return None
+        return self.grid
+
+
+@dataclass(frozen=True, eq=False)
+class HidingMasks:
+    """The masks of an `nn.MultiheadAttention`, in which True hides."""
+
+    attention: Tensor | None
+    """(N, N) or (B * H, N, N)."""
+    padding: Tensor | None
+    """(B, N)."""
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The masks that there are."""
+        return tuple(mask for mask in (self.attention, self.padding) if mask is not None)
+
+    def shown(self, heads: int) -> Tensor:
+        """(B or 1, H or 1, N or 1, N) bool, True where a key is seen."""
+        seen = [_seen(~mask if mask.dtype == torch.bool else mask) for mask in self.parts()]
+        if self.attention is not None:
+            grouped = seen[0].dim() == 3
+            seen[0] = seen[0].unflatten(0, (-1, heads)) if grouped else seen[0][None, None]
+        if self.padding is not None:
+            seen[-1] = seen[-1][:, None, None]
+        return seen[0] if len(seen) == 1 else seen[0] & seen[1]
+
+
+@dataclass(frozen=True, eq=False)
+class TowerSource:
+    """Where the layouts of a tower's layers come from."""
+
+    tower: Tower
+    plain: dict[Any, Placed]
+    masked: MaskMemo
+
+    def place(
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
+    ) -> Placed:
+        """Layout of a call; layers that share a mask share it.
+
+        Raises:
+            ValueError: the mask is not one range of keys per query, or does not fit.
+        """
+        rows, heads, tokens = q.shape[:3]
+        causal, prefix = bool(options.get("is_causal")), self.tower.prefix
+        grid = self.tower.grid_of(tokens)
+        # The same tensor may come where True shows and where True hides.
+        form = type(mask), getattr(mask, "attention", None) is None
+        # What is made in inference mode is of no use to a backward pass.
+        where = q.device, torch.is_inference_mode_enabled()
+        key = (self.tower.modality, prefix, grid, rows, heads, tokens, causal, form, where)
+        memo = self._memo(mask)
+        if key not in memo:
+            if mask is None:
+                span, valid, first = spans_without_mask(tokens, tokens, causal, None)
+            else:
+                seen = _square(mask, rows, heads, tokens)
+                span, valid, first = spans_of_tensor(seen, tokens, tokens)
+            span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
+            kinds = torch.full_like(valid, int(self.tower.modality), dtype=torch.int8)
+            layout = layout_from_spans(span, valid, first, kinds)
+            layout = part_of_picture(layout, prefix, grid)
+            memo[key] = Placed(layout, first, prefix)
+        return memo[key]
+
+    def _memo(self, mask: Any) -> dict[Any, Placed]:
+        if mask is None:
+            make_room(self.plain)
+            return self.plain
+        return self.masked.of(mask.parts() if isinstance(mask, HidingMasks) else (mask,))
+
+
+def _seen(mask: Tensor) -> Tensor:
+    return shown(one_for_all(mask), HIDDEN)
+
+
+def _square(mask: Any, rows: int, heads: int, tokens: int) -> Tensor:
+    """(B or 1, H or 1, N or 1, N) bool of whatever SDPA or `nn.MultiheadAttention` takes."""
+    seen = mask.shown(heads) if isinstance(mask, HidingMasks) else _seen(mask)
+    seen = seen[(None,) * (4 - seen.dim())]
+    sizes = (rows, heads, tokens, tokens)
+    if seen.dim() != 4 or any(s not in (1, n) for s, n in zip(seen.shape, sizes, strict=True)):
+        raise ValueError(
+            f"attention_mask must be for (batch, heads, N, N) = {sizes}, got {tuple(seen.shape)}"
+        )
+    return seen.expand(-1, -1, -1, tokens)
+
+
+def part_of_picture(layout: TokenLayout, prefix: int, grid: tuple[int, int] | None) -> TokenLayout:
+    """Make the prefix a segment of its own, and write down the grid of a whole picture."""
+    behind = torch.arange(layout.length, device=layout.device) >= prefix
+    segment = layout.segment + behind.to(torch.int32) if prefix else layout.segment
+    grids = layout.grids
+    if grid is not None and bool(layout.valid.all()):
+        grids = tuple({number: grid} for number in segment[:, prefix].tolist())
+    return replace(layout, segment=segment, grids=grids, made={})

@@ -1,0 +1,132 @@
+"""A forward whose calls of `scaled_dot_product_attention` ask a layer; all else in it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from mm_sparse.layout.patch_order import arrange, restore
+
+if TYPE_CHECKING:
+    from mm_sparse.integrations.last_call import Record
+    from mm_sparse.integrations.layer import Layer
+    from mm_sparse.integrations.towers.adapter import TowerLayer
+
+
+class Forward:
+    """Stands before a module's forward.
+
+    Args:
+        layer: serves the module.
+        before: a forward that the module itself had, None for its class's.
+    """
+
+    def __init__(self, layer: Layer, before: Callable[..., Any] | None) -> None:
+        self.layer, self.before = layer, before
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does without us."""
+        module = self.layer.module
+        forward = self.before or type(module).forward.__get__(module)
+        return forward(*args, **kwargs)
+
+
+class RedirectedForward(Forward):
+    """Projections, norms, rotations and gates are the module's, attention is the layer's."""
+
+    layer: TowerLayer
+
+    def __init__(self, layer: TowerLayer, before: Callable[..., Any] | None) -> None:
+        super().__init__(layer, before)
+        self._dense: tuple[Any, Record | None] = (None, None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._uncompiled(*args, **kwargs)
+        layer = self.layer
+        form = None if layer.shared.watchers else _form(args, kwargs)
+        given = None if form is None else (layer.shared.config, form)
+        if given is not None and given == self._dense[0]:
+            # Listening to every function of the forward takes longer than a short call itself.
+            layer.record = self._dense[1]
+            return self.stock(*args, **kwargs)
+        if layer.ordered is not None:
+            out, calls = self._listened(*args, **kwargs)
+        else:
+            out, calls = self._ordered(*args, **kwargs)
+        short = calls == 1 and layer.record is not None and layer.record.mode == "dense"
+        self._dense = (given, layer.record) if short else (None, None)
+        return out
+
+    _uncompiled = torch.compiler.disable(__call__)
+
+    def _ordered(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        """`_listened`, with tokens in patch order inside of it where that may be."""
+        layer, placed = self.layer, None
+        alone = len(args) == 1 and isinstance(args[0], Tensor)
+        if alone and all(x is None or x is False for x in kwargs.values()):
+            placed = layer.place_in_order(args[0])
+        if placed is None:
+            return self._listened(*args, **kwargs)
+        layer.ordered = placed
+        try:
+            out, calls = self._listened(arrange(args[0], placed.layout, placed.first, dim=1))
+        finally:
+            layer.ordered = None
+        return restore(out, placed.layout, placed.first, dim=1), calls
+
+    def _listened(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        """What the forward gives, and how often it called for attention."""
+        with _Redirect(self.layer) as redirect:
+            out = self.stock(*args, **kwargs)
+        if not redirect.calls:
+            problem = "its forward did not call scaled_dot_product_attention"
+            self.layer.note(self.layer.refuse(problem), 0, 0)
+        return out, redirect.calls
+
+
+def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """All of a call that decides whether it is dense: sizes and devices, and what is no tensor.
+
+    None of a call with anything else in it.
+    """
+    found = []
+    for name, x in (*enumerate(args), *kwargs.items()):
+        if isinstance(x, Tensor):
+            found.append((name, x.shape, x.device))
+        elif x is None or isinstance(x, (bool, int, float, str)):
+            found.append((name, x))
+        else:
+            return None
+    return found
+
+
+class _Redirect(TorchFunctionMode):
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return self._ask(lambda: func(*args, **kwargs), *args, **kwargs)
+
+    def _ask(
+        self, stock: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor,
+        attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        options = {"dropout": dropout_p, "is_causal": is_causal, "scaling": scale}
+        return self.layer.run(
+            query, key, value, attn_mask, options,
+            stock=stock, finish=lambda out: out.transpose(1, 2),
+        )  # fmt: skip

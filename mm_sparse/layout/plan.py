@@ -1,0 +1,300 @@
+"""Tiles and units of a layout, what they can see, what is always kept, and how much may be kept.
+
+B batch, N query tokens, M key tokens, T tiles, U units, P pieces (tiles or units)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.kernels.sizes import all_whole
+from mm_sparse.layout.memo import OfConfig, OfPieces
+from mm_sparse.layout.partition import fill_documents, piece_edges, share_of, sum_between
+from mm_sparse.modality import Modality
+
+if TYPE_CHECKING:
+    from mm_sparse.layout.token_layout import TokenLayout
+    from mm_sparse.scorers.descriptor_cache import DescriptorCache
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Geometry that scorers, selection and kernels share; made by `TokenLayout.plan`."""
+
+    layout: TokenLayout
+    config: SparseConfig
+    group: int
+    """Query heads of a KV head."""
+    num_queries: int
+    query_offset: int
+    tile_tokens: int
+    """Most query tokens in a tile."""
+    tiles: Tensor
+    """(B, T, 2) int32: first query token, counted from `query_offset`, and length (0 is filler)."""
+    units: Tensor
+    """(B, U, 2) int32: first key token and length; padding belongs to no unit."""
+    span: Tensor
+    """(B, N, 2) int32: half-open range of keys that each query sees."""
+    hull: Tensor
+    """(B, T, 2) int32: range of keys that some query of the tile sees."""
+    tile_modality: Tensor
+    """(B, T) int8, the most frequent in the tile; -1 without a valid token."""
+    unit_modality: Tensor
+    """(B, U) int8."""
+    lead: int
+    """If not -1, unit u is what exists of the `unit` keys from u * unit - lead on."""
+    tile_lead: int
+    """The same of tiles and queries."""
+    run: int = 1
+    """Units of the layout that a unit of this plan is (`mm_sparse.scorers.two_stage`)."""
+    descriptors: DescriptorCache | None = None
+    """Of units that were described in earlier calls."""
+    known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    """What was found of the pieces; `replace`, which may change them, starts anew."""
+
+    @property
+    def unit(self) -> int:
+        """Most key tokens in a unit."""
+        return self.config.unit * self.run
+
+    @property
+    def regular(self) -> bool:
+        """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
+        return all_whole(self.lead, self.unit, self.layout.length)
+
+    @property
+    def regular_tiles(self) -> bool:
+        """Whether tile t is exactly the queries [t * tile_tokens, (t + 1) * tile_tokens)."""
+        return all_whole(self.tile_lead, self.tile_tokens, self.num_queries)
+
+    def sharing(self, **changes: Any) -> Plan:
+        """The same pieces with another budget or with descriptors; what is known is shared."""
+        made = replace(self, **changes)
+        object.__setattr__(made, "known", self.known)
+        return made
+
+    def of_tiles(self, tiles: slice | Tensor, queries: slice | None = None) -> Plan:
+        """The plan of some of its tiles; what is known of units alone goes along.
+
+        If these are the tiles of a run of `queries`, it has no others.
+        """
+        table = self.tiles[:, tiles].clone()
+        # Without their run, they are not one behind the other.
+        changes: dict[str, Any] = {"tile_lead": -1}
+        if queries is not None:
+            table[..., 0] -= queries.start
+            # What begins behind the first tile begins with a whole one.
+            changes = {
+                "tile_lead": min(self.tile_lead, 0) if queries.start else self.tile_lead,
+                "num_queries": queries.stop - queries.start,
+                "query_offset": self.query_offset + queries.start,
+                "span": self.span[:, queries].contiguous(),
+            }
+        part = replace(
+            self,
+            tiles=table,
+            hull=self.hull[:, tiles].contiguous(),
+            tile_modality=self.tile_modality[:, tiles].contiguous(),
+            **changes,
+        )
+        part.known["modalities"] = self.modalities
+        if self.config.sinks:
+            part.known["sinks", self.config.sinks] = self.sink_units
+        return part
+
+    def once(self, name: Hashable, find: Callable[[], R]) -> R:
+        """What `find` gave the first time that a plan of these pieces asked for `name`."""
+        if name not in self.known:
+            self.known[name] = find()
+        return self.known[name]
+
+    @OfPieces
+    def visible(self) -> Tensor:
+        """(B, T, U) bool: some query of the tile sees some key of the unit."""
+        return self._overlap(self.hull)
+
+    @property
+    def always(self) -> Tensor:
+        """(B, T, U) bool: kept whatever the scores say (sinks of the document, local window)."""
+        config = self.config
+        return self.once(("always", config.sinks, config.window), self._always)
+
+    def _always(self) -> Tensor:
+        kept = self._overlap(self.near)
+        # A tile of short documents has sinks in each of them, so units are asked, not tiles.
+        return (kept | self.sink_units[:, None]) & self.visible if self.config.sinks else kept
+
+    @property
+    def near(self) -> Tensor:
+        """(B, T, 2) int32: range of keys whose units are kept for being near to the tile."""
+        return self.once(("near", self.config.window), self._near)
+
+    def _near(self) -> Tensor:
+        window = self.config.window
+        if not window:
+            return torch.zeros_like(self.hull)
+        first = self.tiles[..., 0] + self.query_offset
+        last = first + self.tiles[..., 1]
+        low, high = self.hull.unbind(-1)
+        sees_ahead = high > last
+        behind = torch.where(sees_ahead, window // 2, window)
+        low = (first - behind + ~sees_ahead).maximum(low)
+        high = torch.where(sees_ahead, last + window // 2, last).minimum(high)
+        return torch.stack([low, high], -1)
+
+    @property
+    def sink_units(self) -> Tensor:
+        """(B, U) bool: units with one of the first `sinks` tokens of a document."""
+        return self.once(("sinks", self.config.sinks), self._sink_units)
+
+    def _sink_units(self) -> Tensor:
+        if not self.config.sinks:
+            return torch.zeros_like(self.unit_modality, dtype=torch.bool)
+        start, _ = piece_edges(fill_documents(self.layout.document))
+        position = torch.arange(self.layout.length, device=start.device)
+        sink = (position - start < self.config.sinks) & self.layout.valid
+        before = torch.nn.functional.pad(sink.cumsum(1), (1, 0))
+        edges = self.units.long().cumsum(-1).unbind(-1)
+        return before.gather(1, edges[1]) > before.gather(1, edges[0])
+
+    @OfConfig
+    def budget(self) -> Tensor:
+        """(B, T) int64: key tokens that a tile may keep, what is always kept included."""
+        config, seen = self.config, self.seen
+        if config.mass is not None:
+            return seen
+        if config.tokens is not None:
+            return seen.clamp(max=config.tokens)
+        return share_of(seen, config.ratio)
+
+    @OfConfig
+    def head_budget(self) -> Tensor:
+        """(B, K, T) int64: the same by KV head, or (B, 1, T) where heads have no ratios."""
+        config = self.config
+        if not config.head_ratio or config.mass is not None or config.tokens is not None:
+            return self.budget[:, None]
+        ratios = torch.tensor(config.head_ratio, device=self.units.device)
+        return share_of(self.seen[:, None], ratios[:, None])
+
+    @OfPieces
+    def seen(self) -> Tensor:
+        """(B, T) int64: keys of visible units."""
+        return sum_between(self.units[..., 1], *self.units_of(self.hull))
+
+    def units_of(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """First unit and end of those that hold a key of the ranges (B, T, 2): two (B, T)."""
+        starts, ends = self._edges
+        low, high = (x.contiguous() for x in keys.unbind(-1))
+        first = torch.searchsorted(ends, low, right=True)
+        return first, torch.searchsorted(starts, high).maximum(first)
+
+    @OfPieces
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Starts and ends of units, ascending: two (B, U) int32; fillers are behind all keys."""
+        start, size = self.units.unbind(-1)
+        filler = (size == 0) * torch.iinfo(torch.int32).max
+        return start.maximum(filler), (start + size).maximum(filler)
+
+    @cached_property
+    def best(self) -> Plan:
+        """The same pieces with what is left of the budget for the best units (`sampled`)."""
+        config = self.config
+        if not config.sampled:
+            return self
+        share = 1 - config.sampled
+        tokens = None if config.tokens is None else max(round(config.tokens * share), 1)
+        heads = tuple(ratio * share for ratio in config.head_ratio)
+        config = replace(
+            config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sampled=0.0
+        )
+        return self.sharing(config=config)
+
+    @OfConfig
+    def max_kept(self) -> int:
+        """No tile keeps more units than this."""
+        config, num_units = self.config, self.units.shape[1]
+        if config.mass is not None or not self.tiles.shape[1] or not num_units:
+            return num_units
+        seen, short, always = self.once(("most", config.sinks, config.window), self._most)
+        budget = seen if config.tokens is None else min(seen, config.tokens)
+        if config.tokens is None:
+            # Rounding in float32 may go the other way than here: one more than it can be.
+            budget = min(int(seen * max((config.ratio, *config.head_ratio))) + 1, seen)
+        if floors := config.floors():
+            # Each rounds up to a unit, and all may lie outside of what is always kept.
+            always += int(budget * sum(floors.values()) / self.unit) + short + len(floors)
+        return min(num_units, max(budget // self.unit + 1 + short, always))
+
+    def _most(self) -> tuple[int, int, int]:
+        """Over tiles: most keys seen, short units seen, units always kept."""
+        if not self.tiles.numel():
+            return 0, 0, 0
+        seen, near = self.units_of(self.hull), self.units_of(self.near)
+        short = sum_between(self.units[..., 1] < self.unit, *seen)
+        always = near[1] - near[0]
+        if self.config.sinks:
+            always = (
+                always + sum_between(self.sink_units, *seen) - sum_between(self.sink_units, *near)
+            )
+        found = (self.seen, short, always)
+        return tuple(torch.stack([x.amax() for x in found]).tolist())
+
+    @OfPieces
+    def tile_of(self) -> Tensor:
+        """(B, N) int64: the tile that a query is in."""
+        position = torch.arange(self.num_queries, device=self.tiles.device)
+        # Tiles follow one another, fillers without a token go last.
+        start = self.tiles[..., 0].masked_fill(self.tiles[..., 1] == 0, self.num_queries)
+        position = position.expand(len(start), -1).contiguous()
+        return torch.searchsorted(start.long().contiguous(), position, right=True) - 1
+
+    @OfPieces
+    def members(self) -> Tensor:
+        """(B, T) int64: queries of a tile that see a key."""
+        keys = torch.nn.functional.pad(self.layout.valid.cumsum(1), (1, 0))
+        low, high = self.span.long().unbind(-1)
+        live = keys.gather(1, high) > keys.gather(1, low)
+        before = torch.nn.functional.pad(live.cumsum(1), (1, 0))
+        edges = self.tiles.long().cumsum(-1).unbind(-1)
+        return before.gather(1, edges[1]) - before.gather(1, edges[0])
+
+    @OfPieces
+    def modalities(self) -> frozenset[int]:
+        """Of tiles and units; pieces without a valid token have none."""
+        kinds = torch.cat([self.tile_modality.flatten(), self.unit_modality.flatten()])
+        return frozenset(kinds.unique().tolist()) - {-1}
+
+    @OfConfig
+    def live_subpools(self) -> Tensor:
+        """(B, T, S) bool: which sub-pools of a tile hold a token; a short one lacks the last."""
+        parts = min(self.config.subpools, self.tile_tokens)
+        width = -(-self.tile_tokens // parts)
+        first = torch.arange(0, parts * width, width, device=self.tiles.device)
+        return first < self.tiles[..., 1:]
+
+    @OfConfig
+    def floors(self) -> Tensor | None:
+        """(modalities,) float32: least share of the budget; None where nobody has one."""
+        shares = self.config.floors()
+        found = [shares.get(kind, 0.0) for kind in Modality]
+        return torch.tensor(found, device=self.units.device) if shares else None
+
+    @OfPieces
+    def distance(self) -> Tensor:
+        """(B, T, U) int32: key tokens from the middle of a tile to the middle of a unit, signed."""
+        tile = self.tiles[..., 0] + self.query_offset + self.tiles[..., 1] // 2
+        unit = self.units[..., 0] + self.units[..., 1] // 2
+        return tile[:, :, None] - unit[:, None]
+
+    def _overlap(self, keys: Tensor) -> Tensor:
+        start, size = self.units[:, None].unbind(-1)
+        return (start < keys[..., 1:]) & (start + size > keys[..., :1]) & (size > 0)

@@ -1,0 +1,1 @@
+"""Rank key blocks for query tiles."""

@@ -1,0 +1,126 @@
+"""The share of attention that sub-pools of a tile give to every unit, from descriptors of both.
+
+B batch, H query heads, K KV heads, G = H / K, T tiles, U units, S sub-pools of a tile,
+F width of a descriptor
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm_sparse.layout.partition import part_sizes
+from mm_sparse.layout.plan import Plan
+from mm_sparse.modality import Modality
+from mm_sparse.scorers.descriptors import fused
+
+# Elements of one block of sub-pool logits; more are computed block by block.
+BLOCK_ELEMENTS = 1 << 26
+DISTANCE_BUCKETS = 24
+
+
+class Descriptors(NamedTuple):
+    """Of tiles and units, whose products are scores; see `share_of_units`."""
+
+    tile: Tensor
+    unit: Tensor
+    exists: Tensor
+    bias: Tensor | None = None
+    parts: Tensor | None = None
+
+
+def pair_biases(table: Tensor, plan: Plan) -> Tensor:
+    """(B, K, T, U) from (K, kinds, kinds, buckets) by distance in powers of two."""
+    distance = plan.distance
+    bucket = (distance.abs() + 1).float().log2().long().clamp(max=DISTANCE_BUCKETS // 2 - 1)
+    bucket = torch.where(distance < 0, bucket + DISTANCE_BUCKETS // 2, bucket)
+    kinds = len(Modality)
+    pair = plan.tile_modality.long().clamp(min=0)[:, :, None] * kinds
+    pair = pair + plan.unit_modality.long().clamp(min=0)[:, None]
+    place = (pair * DISTANCE_BUCKETS + bucket).flatten(1)[:, None]  # (B, 1, T * U)
+    heads = len(table)
+    # Gathered, not indexed: millions of places share a few hundred entries, whose gradients
+    # indexing would add up one after the other.
+    flat = table.flatten(1).expand(len(place), -1, -1)
+    return flat.gather(2, place.expand(-1, heads, -1)).unflatten(2, distance.shape[1:])
+
+
+def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None = None) -> Tensor:
+    """Log of the share that the sub-pools of a tile give to every unit, as `config.reduce` says.
+
+    Args:
+        described: tile (B, H, T, S, F), scale included, unit (B, K, U, F) and exists (B, T, S).
+            bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
+            parts: (B, K, U, C, F) of C runs of keys of each unit, whose shares add up to the
+            unit's; the sum that shares are of stays that of the whole units, which is cheaper.
+        competes: (B, K, T, U) bool, units that shares are of, all that are visible if None.
+    Returns:
+        (B, K, T, U) float32; kernels may count a share under 2^-126 as nothing, -1e30.
+    """
+    tile, unit, exists, bias, parts = described
+    if competes is None and not torch.is_grad_enabled() and fused(tile, plan):
+        from mm_sparse.kernels.triton.block_scores import share_of_units as kernel
+
+        return kernel(
+            tile,
+            unit.to(tile.dtype),
+            exists,
+            plan.tiles,
+            plan.hull,
+            plan.units,
+            plan.unit,
+            largest=plan.config.reduce == "max",
+            bias=bias,
+            tile_kind=plan.tile_modality,
+            unit_kind=plan.unit_modality,
+            query_offset=plan.query_offset,
+            lead=plan.lead,
+            num_keys=plan.layout.length,
+            parts=None if parts is None else parts.to(tile.dtype),
+        )
+    batch, heads, num_tiles, subpools, width = tile.shape
+    kv_heads, num_units = unit.shape[1], unit.shape[2]
+    size = plan.units[..., 1].clamp(min=1)
+    size_bias = (size.float() / plan.unit).log()[:, None, None, None, None]  # (B, 1, 1, 1, 1, U)
+    tile = tile.view(batch, kv_heads, plan.group, num_tiles, subpools, width)
+    unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
+    members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
+    count = 1 if parts is None else parts.shape[3]
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units * count))
+    blocks = []
+    for at in range(0, num_tiles, step):
+        part = slice(at, at + step)
+        rows = tile[:, :, :, part].flatten(2, 4)  # (B, K, G * t * S, F)
+        hidden = ~plan.visible[:, None, None, part, None]
+        if competes is not None:
+            hidden = hidden | ~competes[:, :, None, part, None]
+        logits = (rows @ unit).float().unflatten(2, (plan.group, -1, subpools))
+        logits = (logits + size_bias).masked_fill(hidden, -math.inf)
+        total = logits.logsumexp(-1, keepdim=True).clamp(min=-1e30)
+        if parts is not None:
+            logits = _sum_of_parts(rows, parts, plan).unflatten(2, (plan.group, -1, subpools))
+            logits = logits.masked_fill(hidden, -math.inf)
+        logits = logits - total
+        logits = logits.masked_fill(~exists[:, None, None, part, :, None], -math.inf)
+        # -inf everywhere would give NaN gradients; such entries are never selected.
+        logits = logits.clamp(min=-1e30)
+        if plan.config.reduce == "max":
+            blocks.append(logits.amax((2, 4)))
+        else:
+            blocks.append(logits.logsumexp((2, 4)) - members[:, None, part, None])
+    empty = tile.new_zeros(batch, kv_heads, 0, num_units).float()
+    values = torch.cat(blocks, 2) if blocks else empty
+    return values if bias is None else values + pair_biases(bias, plan)
+
+
+def _sum_of_parts(rows: Tensor, parts: Tensor, plan: Plan) -> Tensor:
+    """(B, K, rows, U): log of the mean over its parts of what a row gives to a unit."""
+    count = parts.shape[3]
+    weight = part_sizes(plan.units, plan.unit, count).float() / -(-plan.unit // count)  # (B, U, C)
+    bias = weight.log().flatten(1)[:, None, None]  # (B, 1, 1, U * C), -inf if empty
+    products = rows @ parts.flatten(2, 3).to(rows.dtype).transpose(-1, -2)
+    products = (products.float() + bias).clamp(min=-1e30).unflatten(-1, (-1, count))
+    return products.logsumexp(-1) - math.log(count)

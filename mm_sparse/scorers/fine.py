@@ -1,0 +1,169 @@
+"""A scorer that sees parts of units, and what queries and keys of a part have in common.
+
+B batch, H query heads, K KV heads, D head dim, T tiles, U units, S sub-pools of a tile, C parts
+of a unit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse._checks import check_shape, check_sizes
+from mm_sparse.layout.partition import part_sizes
+from mm_sparse.layout.plan import Plan
+from mm_sparse.modality import Modality
+from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, share_of_units
+from mm_sparse.scorers.descriptor_cache import described
+from mm_sparse.scorers.descriptors import piece_features
+from mm_sparse.scorers.modality_maps import Kept, describe
+from mm_sparse.scorers.pooled import Scorer
+
+
+class FineScorer(Scorer):
+    """Sub-pools of a tile against parts of units, both moved in the space of queries and keys.
+
+    A unit's share is the sum of its parts' shares; the sum that shares are of is taken over whole
+    units. The descriptor of a part is its mean key plus a linear map of mean, largest and smallest
+    key, a map for each modality and head; queries alike. Maps start at zero: untrained, it is the
+    pooled score of the parts.
+
+    Args:
+        num_query_heads, num_kv_heads, head_dim: H, K, D of the layer.
+        parts: C, which divides 16.
+        modalities: which have maps of their own; tokens of others count with their means. None: one
+            map that all share.
+        pairs: a bias per pair of modalities and distance; without, per distance only.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_query_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        parts: int = 4,
+        modalities: Sequence[Modality] | None = tuple(Modality),
+        pairs: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_query_heads, num_kv_heads, head_dim=head_dim, parts=parts)
+        if 16 % parts:
+            raise ValueError(f"parts must divide 16, the smallest unit, got {parts}")
+        self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
+        self.head_dim, self.parts = head_dim, parts
+        own = None if modalities is None else tuple(Modality(m) for m in modalities)
+        if own is not None and (not own or len(set(own)) < len(own)):
+            raise ValueError(f"modalities must be one or more, each once, got {modalities!r}")
+        if not isinstance(pairs, bool):
+            raise TypeError(f"pairs must be a bool, got {pairs!r}")
+        self.modalities, self.pairs = own, pairs
+        kinds, all_kinds = 1 if own is None else len(own), len(Modality)
+        bias_kinds = all_kinds if pairs else 1
+        self.query_map = nn.Parameter(torch.zeros(kinds, num_query_heads, 3 * head_dim, head_dim))
+        self.key_map = nn.Parameter(torch.zeros(kinds, num_kv_heads, 3 * head_dim, head_dim))
+        self.pair_bias = nn.Parameter(
+            torch.zeros(num_kv_heads, bias_kinds, bias_kinds, DISTANCE_BUCKETS)
+        )
+        self.register_buffer("query_size", torch.ones(num_query_heads, 3 * head_dim))
+        self.register_buffer("key_size", torch.ones(num_kv_heads, 3 * head_dim))
+        place = torch.full((all_kinds,), -1 if own else 0)
+        place[[int(m) for m in own or ()]] = torch.arange(len(own or ()))
+        self.register_buffer("map_of", place, persistent=False)
+        self._kept = Kept()
+
+    query_size: Tensor
+    """(H, 3 D): root mean squares that features are divided by before they are mapped."""
+    key_size: Tensor
+    """(K, 3 D)."""
+    map_of: Tensor
+    """(modalities,): which map each has, -1 for none."""
+
+    def features(self, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """What the maps are given: of tiles (B, H, T, S, 3 D), and of units (B, K, U, C, 3 D)."""
+        check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
+        subpools = plan.live_subpools.shape[2]
+        tiles = (plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles)
+        units = (plan.units, plan.unit, self.parts, plan.regular)
+        return piece_features(q, *tiles, plan), piece_features(k, *units, plan)
+
+    @torch.no_grad()
+    def calibrate(self, tiles: Tensor, units: Tensor) -> None:
+        """Set `query_size` and `key_size` to those of a sample's `features`."""
+        for size, x in ((self.query_size, tiles), (self.key_size, units)):
+            size.copy_(x.float().flatten(2, 3).pow(2).mean((0, 2)).sqrt() + 1e-3)
+
+    def rank(
+        self, tiles: Tensor, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        """(B, K, T, U) scores of `features`; products are taken in `dtype`."""
+        parts = self._describe_units(units, plan, scale, dtype)
+        return share_of_units(self._described(tiles, parts, plan, scale, dtype), plan)
+
+    def _describe_units(
+        self, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        """(B, K, U, C, D)."""
+        kind = plan.unit_modality.repeat_interleave(self.parts, 1)
+        parts = self._describe(units.flatten(2, 3), self._maps(scale, dtype)[1], kind, plan)
+        return parts.unflatten(2, (-1, self.parts))
+
+    def _described(
+        self, tiles: Tensor, parts: Tensor, plan: Plan, scale: float, dtype: torch.dtype
+    ) -> Descriptors:
+        """Of features of tiles and of the descriptors of parts of units."""
+        subpools = tiles.shape[3]
+        kind = plan.tile_modality.repeat_interleave(subpools, 1)
+        tiles = self._describe(tiles.flatten(2, 3), self._maps(scale, dtype)[0], kind, plan)
+        if plan.regular:
+            whole = parts.mean(3)
+        else:
+            size = part_sizes(plan.units, plan.unit, self.parts)
+            weight = size.to(parts.dtype)[:, None, ..., None]
+            whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
+        return Descriptors(
+            tiles.unflatten(2, (-1, subpools)).to(dtype),
+            whole.to(dtype),
+            plan.live_subpools,
+            self.pair_bias.expand(-1, len(Modality), len(Modality), -1),
+            parts.to(dtype) if self.parts > 1 else None,
+        )
+
+    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
+        check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
+
+        def describe_units(part: Plan) -> Tensor:
+            features = piece_features(k, part.units, part.unit, self.parts, part.regular, part)
+            return self._describe_units(features, part, scale, q.dtype)
+
+        subpools = plan.live_subpools.shape[2]
+        tiles = piece_features(q, plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles, plan)
+        return self._described(tiles, described(k, plan, describe_units), plan, scale, q.dtype)
+
+    def _maps(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """From features to descriptors, (modalities + 1, heads, 3 D, D), the last for no modality.
+
+        The mean itself, the size of features and `scale` are in them: one product describes a
+        piece. Who only ranks gets them in `dtype`, made once.
+        """
+        if torch.is_grad_enabled():
+            return self._made(scale)
+        own = (self.query_map, self.key_map, self.query_size, self.key_size)
+        return self._kept.get(
+            own, (scale, dtype), lambda: tuple(x.to(dtype) for x in self._made(scale))
+        )
+
+    def _made(self, scale: float) -> tuple[Tensor, Tensor]:
+        made = []
+        for maps, size in ((self.query_map, self.query_size), (self.key_map, self.key_size)):
+            mean = torch.eye(3 * self.head_dim, self.head_dim, device=maps.device, dtype=maps.dtype)
+            mean = mean.expand(1, len(size), -1, -1)
+            made.append(torch.cat([maps / size[..., None] + mean, mean]))
+        return made[0] * scale, made[1]
+
+    def _describe(self, x: Tensor, maps: Tensor, modality: Tensor, plan: Plan) -> Tensor:
+        if self.modalities is None:
+            return x.to(maps.dtype) @ maps[0]
+        return describe(x, maps, self.map_of, [int(m) for m in self.modalities], modality, plan)

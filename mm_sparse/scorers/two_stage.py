@@ -1,0 +1,152 @@
+"""Ranking in two steps, for sequences so long that ranking every unit would take most of the time.
+
+Runs of adjacent units are ranked first, each as one unit; then the units of the best runs one by
+one. Work for each tile is a fraction of the units and a constant, not all units: from coarse to
+fine as in Quest's pages (Tang et al., 2024) and in the two levels of NSA (Yuan et al., 2025).
+
+B batch, H query heads, K KV heads, T tiles, U units, S sub-pools of a tile, F width of a
+descriptor, R chosen runs of a tile, C = R x units of a run
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.layout.plan import Plan
+from mm_sparse.scorers.block_scores import Descriptors, share_of_units
+from mm_sparse.scorers.descriptors import fused
+from mm_sparse.selection.topk import choose
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Candidates of a tile by runs: run r is the units [r * size, (r + 1) * size)."""
+
+    index: Tensor
+    """(B, K, T, R) int16 or int32, ascending; -1 from `count` on."""
+    count: Tensor
+    """(B, K, T) int32."""
+    size: int
+
+    def units(self, num_units: int) -> Tensor:
+        """(B, K, T, C) int64 unit ids, ascending; `num_units` where there is none."""
+        within = torch.arange(self.size, device=self.index.device)
+        ids = (self.index.long()[..., None] * self.size + within).flatten(-2)
+        listed = torch.arange(ids.shape[-1], device=ids.device) < self.count[..., None] * self.size
+        return torch.where(listed & (ids < num_units), ids, num_units)
+
+    def among(self, num_units: int) -> Tensor:
+        """(B, K, T, U) bool: which units are candidates."""
+        ids = self.units(num_units)
+        found = torch.zeros(*ids.shape[:3], num_units + 1, dtype=torch.bool, device=ids.device)
+        return found.scatter_(-1, ids, True)[..., :num_units]
+
+    def spread(self, values: Tensor, num_units: int) -> Tensor:
+        """Values (B, K, T, C) at the places of their units: (B, K, T, U)."""
+        whole = values.new_zeros(*values.shape[:3], num_units + 1)
+        return whole.scatter_(-1, self.units(num_units), values)[..., :num_units]
+
+
+class Ranked(NamedTuple):
+    """Scores of the units of some runs."""
+
+    values: Tensor
+    """(B, K, T, C); what stands for no unit may hold anything."""
+    runs: Runs
+
+
+def rank_in_two_steps(described: Descriptors, plan: Plan) -> Ranked:
+    """`shares.share_of_units`, of the units of the best runs alone.
+
+    Shares are of what a sub-pool gives to those units.
+    """
+    tile, unit, exists, bias, parts = described
+    over = plan_of_runs(plan)
+    whole = share_of_units(Descriptors(tile, describe_runs(unit, plan), exists, bias), over)
+    runs = Runs(*choose(whole, over), plan.config.coarse)
+    del whole
+    if fused(tile, plan):
+        from mm_sparse.kernels.triton.two_stage_scores import share_of_runs
+
+        values = share_of_runs(
+            tile,
+            unit.to(tile.dtype),
+            exists,
+            plan.tiles,
+            plan.hull,
+            plan.units,
+            plan.unit,
+            (runs.index, runs.count, runs.size),
+            largest=plan.config.reduce == "max",
+            bias=bias,
+            tile_kind=plan.tile_modality,
+            unit_kind=plan.unit_modality,
+            query_offset=plan.query_offset,
+            lead=plan.lead,
+            num_keys=plan.layout.length,
+            parts=None if parts is None else parts.to(tile.dtype),
+        )
+        return Ranked(values, runs)
+    num_units = plan.units.shape[1]
+    values = share_of_units(described, plan, runs.among(num_units))
+    ids = runs.units(num_units).clamp(max=max(num_units - 1, 0))
+    return Ranked(values.gather(-1, ids), runs)
+
+
+def describe_runs(unit: Tensor, plan: Plan) -> Tensor:
+    """Means over the keys of runs of units: (B, K, U, F) -> (B, K, ceil(U / size), F)."""
+    size = plan.config.coarse
+    missing = -unit.shape[2] % size
+    if plan.regular and not missing:
+        return unit.unflatten(2, (-1, size)).mean(3)
+    weight = torch.nn.functional.pad(plan.units[..., 1], (0, missing)).unflatten(1, (-1, size))
+    weight = weight[:, None, ..., None].float()
+    unit = torch.nn.functional.pad(unit, (0, 0, 0, missing)).unflatten(2, (-1, size))
+    return ((unit * weight).sum(3) / weight.sum(3).clamp(min=1)).to(unit.dtype)
+
+
+def plan_of_runs(plan: Plan) -> Plan:
+    """The same tiles, with runs of units as units, and the budget for candidates.
+
+    A run has the modality of its first unit, and reaches from its first key to its last.
+    """
+    return plan.once(("runs", plan.config), lambda: _plan_of_runs(plan))
+
+
+def _plan_of_runs(plan: Plan) -> Plan:
+    size = plan.config.coarse
+    missing = -plan.units.shape[1] % size
+    units = torch.nn.functional.pad(plan.units, (0, 0, 0, missing)).unflatten(1, (-1, size))
+    first, end = units[:, :, 0, 0], units.sum(-1).amax(2)
+    kind = torch.nn.functional.pad(plan.unit_modality, (0, missing), value=-1)
+    over = replace(
+        plan,
+        config=candidates(plan.config),
+        units=torch.stack([first, (end - first).clamp(min=0)], -1).to(torch.int32),
+        unit_modality=kind.unflatten(1, (-1, size))[..., 0].contiguous(),
+        run=size,
+        descriptors=None,
+    )
+    over.known["modalities"] = plan.modalities
+    # To look at every token again would be slow.
+    sinks = torch.nn.functional.pad(plan.sink_units, (0, missing)).unflatten(1, (-1, size))
+    over.known["sinks", plan.config.sinks] = sinks.any(-1)
+    return over
+
+
+def candidates(config: SparseConfig) -> SparseConfig:
+    """The config by which runs are chosen: `coarse_budget` budgets of keys."""
+    more = config.coarse_budget
+    return replace(
+        config,
+        coarse=1,
+        ratio=min(config.ratio * more, 1.0),
+        head_ratio=tuple(min(ratio * more, 1.0) for ratio in config.head_ratio),
+        tokens=None if config.tokens is None else math.ceil(config.tokens * more),
+    )

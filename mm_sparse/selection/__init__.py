@@ -1,0 +1,1 @@
+"""From scores to lists of key blocks: budgets, top-k, sampling."""

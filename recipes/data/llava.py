@@ -1,0 +1,113 @@
+"""LLaVA's JSON with a folder of pictures.
+
+    [{"id": "1", "image": "cat.png",
+      "conversations": [{"from": "human", "value": "<image>What is it?"},
+                        {"from": "gpt", "value": "A cat."}]}]
+
+`<image>` stands for the next picture, at any place of any human turn. `image` is a name, a list of
+names, or absent in a row of text alone.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from mm_sparse.recipes.data.samples import Sample, Samples, Turn
+from mm_sparse.recipes.datasets.stamps import on_white, to_tensor
+
+TAG = "<image>"
+SPEAKERS = {
+    "human": False,
+    "user": False,
+    "system": False,
+    "gpt": True,
+    "assistant": True,
+}
+
+
+class LlavaJson(Samples):
+    """Every row is checked when the file is read; pictures are opened when they are needed."""
+
+    def __init__(self, path: str, image_folder: str = ".", *, image_size: int = 224) -> None:
+        """Pictures are fitted into a white square of `image_size` pixels."""
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
+        self.path, self.folder, self.image_size = Path(path), Path(image_folder), image_size
+        try:
+            rows = json.loads(self.path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: the file must hold a list, got {type(rows).__name__}")
+        self.rows: list[dict[str, Any]] = rows
+        for index, row in enumerate(rows):
+            self.check(index, row)
+
+    def error(self, index: int, problem: str) -> ValueError:
+        row = self.rows[index]
+        name = f" (id {row['id']!r})" if isinstance(row, dict) and "id" in row else ""
+        return ValueError(f"{self.path}: row {index}{name}: {problem}")
+
+    def check(self, index: int, row: Any) -> None:
+        """Refuses a row that cannot become a sample."""
+        if not isinstance(row, dict):
+            raise self.error(index, f"must be an object, got {type(row).__name__}")
+        turns = row.get("conversations")
+        if not isinstance(turns, list) or not turns:
+            raise self.error(index, f"'conversations' must be a list with turns, got {turns!r}")
+        tags = 0
+        for number, turn in enumerate(turns):
+            if not isinstance(turn, dict):
+                raise self.error(index, f"turn {number} must be an object, got {turn!r}")
+            for key in ("from", "value"):
+                if not isinstance(turn.get(key), str):
+                    got = repr(turn[key]) if key in turn else "nothing"
+                    raise self.error(index, f"turn {number}: {key!r} must be a string, got {got}")
+            if turn["from"] not in SPEAKERS:
+                wanted = ", ".join(SPEAKERS)
+                raise self.error(
+                    index, f"turn {number}: 'from' must be one of {wanted}, got {turn['from']!r}"
+                )
+            count = turn["value"].count(TAG)
+            if count and SPEAKERS[turn["from"]]:
+                raise self.error(index, f"turn {number}: {TAG} must not stand in an answer")
+            tags += count
+        if not any(SPEAKERS[turn["from"]] for turn in turns):
+            raise self.error(index, "needs a turn from gpt, got none")
+        images = self.images(index)
+        if tags != len(images):
+            raise self.error(index, f"has {tags} {TAG} tags and {len(images)} images")
+        for image in images:
+            if not image.is_file():
+                raise self.error(index, f"image {str(image)!r} is not a file")
+
+    def images(self, index: int) -> list[Path]:
+        """Paths of a row's pictures."""
+        image = self.rows[index].get("image")
+        names = [] if image is None else [image] if isinstance(image, str) else image
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self.error(index, f"'image' must be a name or a list of names, got {image!r}")
+        return [self.folder / name for name in names]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        images = iter(self.images(index))
+        turns = []
+        for turn in self.rows[index]["conversations"]:
+            pieces = []
+            for number, text in enumerate(turn["value"].split(TAG)):
+                if number:
+                    path = next(images)
+                    try:
+                        pixels = on_white(path, self.image_size, self.image_size)
+                    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+                        raise self.error(index, f"image {str(path)!r}: {error}") from error
+                    pieces.append(to_tensor(pixels))
+                if text:
+                    pieces.append(text)
+            turns.append(Turn(tuple(pieces), SPEAKERS[turn["from"]]))
+        return Sample(tuple(turns), f"{self.path}: row {index}")

@@ -1,0 +1,201 @@
+"""Speech with its text, as people keep it: JSONL manifests and LibriSpeech trees.
+
+    Manifest("train.jsonl")           {"audio_filepath": "a.flac", "duration": 2.1, "text": "hello"}
+    LibriSpeechTree("dev-clean")      reader/chapter/reader-chapter.trans.txt beside flac files
+
+Rows are checked when a file is read: a bad one is an error that names file and row. Sound is read
+when it is needed: a file that holds none is skipped, counted in `skipped` and named in the log, and
+the next readable one takes its place. A text belongs to one split, with all clips that speak it.
+"""
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mm_sparse.recipes.data.audio_files import SUFFIXES, BadSound, read_sound
+from mm_sparse.recipes.data.samples import Sample, Samples, Turn
+from mm_sparse.recipes.data.splits import Split, check_split, split_of
+
+logger = logging.getLogger(__name__)
+QUESTION = "Transcribe the speech."
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sound file and what is said in it."""
+
+    path: Path
+    text: str
+    name: str
+    """File and row, for errors and logs."""
+    duration: float | None = None
+    """Seconds."""
+    key: str | None = None
+    """Text that decides on the split, `text` if None."""
+
+
+class SoundSamples(Samples):
+    """Rows that are read when they are asked for; one whose sound is bad is replaced."""
+
+    def __init__(self) -> None:
+        self.bad: dict[str, str] = {}
+
+    @property
+    def skipped(self) -> int:
+        """Rows whose sound could not be read, of those that were asked for in this process."""
+        return len(self.bad)
+
+    @abstractmethod
+    def read(self, index: int) -> Sample:
+        """The sample at a place; BadSound if there is no sound in it."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            try:
+                return self.read(place)
+            except BadSound as error:
+                key = str(place)
+                if key not in self.bad:
+                    self.bad[key] = str(error)
+                    logger.warning("skipped sound %d so far: %s", self.skipped, error)
+        raise BadSound(f"none of {len(self)} sounds can be read, the first: {self.bad['0']}")
+
+
+class Clips(SoundSamples):
+    """A question about each clip, and its text as the answer."""
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        source: str,
+        *,
+        split: Split | None = None,
+        question: str = QUESTION,
+        max_seconds: float | None = None,
+    ) -> None:
+        super().__init__()
+        if split is not None:
+            check_split(split)
+            clips = [clip for clip in clips if split_of(clip.key or clip.text) == split]
+        if max_seconds is not None:
+            clips = [clip for clip in clips if (clip.duration or 0.0) <= max_seconds]
+        if not clips:
+            raise ValueError(
+                f"{source}: it must hold a clip with a text, got none for split={split!r} and "
+                f"max_seconds={max_seconds}"
+            )
+        self.clips, self.question = list(clips), question
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def size(self, index: int) -> float | None:
+        return self.clips[index].duration
+
+    def sound(self, clip: Clip) -> Tensor:
+        return read_sound(clip.path, f"{clip.name}: {clip.path}")
+
+    def read(self, index: int) -> Sample:
+        clip = self.clips[index]
+        turns = (Turn((self.sound(clip), self.question)), Turn((clip.text,), answer=True))
+        return Sample(turns, clip.name)
+
+
+class Manifest(Clips):
+    """JSON lines with `audio_filepath`, `duration`, `text`; paths may be relative to the file."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: Split | None = None,
+        question: str = QUESTION,
+        answer: str = "text",
+        split_by: str | None = None,
+        max_seconds: float | None = None,
+    ) -> None:
+        """
+        Args:
+            split: the part of the texts that is read, all of them if None.
+            question: what the model is asked to do.
+            answer: key of what it is to say, "translation" for one.
+            split_by: key of the text that decides on the split, `answer` if None: one key for all
+                tasks keeps clips that one of them holds out from the others.
+            max_seconds: longer clips are left out.
+        """
+        clips = []
+        for name, row in json_lines(path):
+            file = need(name, row, "audio_filepath", str)
+            text = need(name, row, answer, str)
+            seconds = need(name, row, "duration", (int, float))
+            if not text.strip():
+                raise ValueError(f"{name}: {answer!r} must hold words, got {text!r}")
+            if seconds <= 0:
+                raise ValueError(f"{name}: 'duration' must be positive, got {seconds}")
+            found = Path(path).parent / file
+            if not found.is_file():
+                raise ValueError(f"{name}: audio_filepath {str(found)!r} is not a file")
+            key = need(name, row, split_by, str) if split_by is not None else None
+            clips.append(Clip(found, text, name, float(seconds), key))
+        super().__init__(clips, path, split=split, question=question, max_seconds=max_seconds)
+
+
+class LibriSpeechTree(Clips):
+    """A folder with `*.trans.txt` files, "ID TEXT" in each line, and ID.flac (or wav) beside."""
+
+    def __init__(self, root: str, *, split: Split | None = None, question: str = QUESTION) -> None:
+        import soundfile
+
+        clips = []
+        for script in sorted(Path(root).rglob("*.trans.txt")):
+            for number, line in enumerate(script.read_text(encoding="utf-8").splitlines()):
+                name = f"{script}: line {number}"
+                key, _, text = line.strip().partition(" ")
+                if not text:
+                    raise ValueError(f"{name}: must be an id and a text, got {line!r}")
+                files = [script.parent / f"{key}{suffix}" for suffix in SUFFIXES]
+                file = next((file for file in files if file.is_file()), None)
+                if file is None:
+                    raise ValueError(f"{name}: {key} has no file among {', '.join(SUFFIXES)}")
+                try:
+                    seconds = soundfile.info(file).duration
+                except soundfile.SoundFileError:
+                    seconds = 0.0  # Skipped and named when it is read.
+                clips.append(Clip(file, text.lower(), name, seconds))
+        super().__init__(clips, root, split=split, question=question)
+
+
+def json_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file, each with a name for errors; empty lines are passed over."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
+        name = f"{path}: row {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}: must be an object, got {type(row).__name__}")
+        rows.append((name, row))
+    return rows
+
+
+def need(name: str, row: dict[str, Any], key: str, kind: Any) -> Any:
+    """A field of a row that must be there and of its kind."""
+    value = row.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = getattr(kind, "__name__", "number")
+        got = repr(value) if key in row else "nothing"
+        raise ValueError(f"{name}: {key!r} must be a {wanted}, got {got}")
+    return value

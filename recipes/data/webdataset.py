@@ -1,0 +1,86 @@
+"""Speech in tar files, as WebDataset keeps it.
+
+TarShards(["part-000.tar"])       key.wav, key.txt or key.json with "text"
+"""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mm_sparse.recipes.data.audio_files import SUFFIXES, read_sound
+from mm_sparse.recipes.data.speech_manifests import QUESTION, Clip, Clips, need
+from mm_sparse.recipes.data.splits import Split
+
+
+class TarShards(Clips):
+    """Tar files whose members KEY.wav (flac, ogg, mp3) and KEY.txt, or KEY.json, belong together.
+
+    Read in place: a first pass notes where members lie.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        *,
+        split: Split | None = None,
+        question: str = QUESTION,
+        answer: str = "text",
+    ) -> None:
+        """`answer` is the key of a JSON member that the model is to say."""
+        clips: list[Clip] = []
+        self.places: dict[str, tuple[int, int]] = {}
+        for path in paths:
+            for name, members in shard_members(path).items():
+                sound = next((s for s in SUFFIXES if s[1:] in members), None)
+                if sound is None:
+                    raise ValueError(f"{name}: must have a sound among {', '.join(SUFFIXES)}")
+                with Path(path).open("rb") as file:
+                    text = _text_of(file, name, members, answer)
+                self.places[name] = members[sound[1:]]
+                clips.append(Clip(Path(path), text, name))
+        super().__init__(clips, ", ".join(paths), split=split, question=question)
+
+    def size(self, index: int) -> float | None:
+        """Bytes: of one format and rate they grow with time."""
+        return float(self.places[self.clips[index].name][1])
+
+    def sound(self, clip: Clip) -> Tensor:
+        return read_sound(_slice(clip.path, self.places[clip.name]), clip.name)
+
+
+def shard_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
+    """By sample, the place (offset, bytes) of each member by its suffix."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    key, _, suffix = Path(member.name).name.partition(".")
+                    folder = Path(member.name).parent
+                    place = member.offset_data, member.size
+                    found.setdefault(f"{path}: {folder / key}", {})[suffix.lower()] = place
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: must be a tar file without compression: {error}") from error
+    return found
+
+
+def _slice(path: Path, place: tuple[int, int]) -> bytes:
+    with path.open("rb") as file:
+        file.seek(place[0])
+        return file.read(place[1])
+
+
+def _text_of(file: Any, name: str, members: dict[str, tuple[int, int]], answer: str) -> str:
+    kind = "json" if "json" in members else "txt"
+    if kind not in members:
+        raise ValueError(f"{name}: must have a txt or a json member beside the sound")
+    file.seek(members[kind][0])
+    text: Any = file.read(members[kind][1]).decode("utf-8")
+    if kind == "json":
+        text = need(name, json.loads(text), answer, str)
+    if not text.strip():
+        raise ValueError(f"{name}: {answer!r} must hold words, got {text!r}")
+    return text.strip()

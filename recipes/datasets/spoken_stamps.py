@@ -1,0 +1,82 @@
+"""Real pictures with real spoken captions: Tux Paint's stamps, several in one sequence.
+
+They come from the Debian package tuxpaint-stamps-default (GPL-2). Which pictures and captions stand
+together is composed.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mm_sparse.recipes.data.audio_files import read_sound
+from mm_sparse.recipes.data.samples import RATE, Sample, Samples, Turn
+from mm_sparse.recipes.data.splits import SPLITS, Split, check_split, split_of
+from mm_sparse.recipes.data.tokenizers import WordTokenizer
+from mm_sparse.recipes.datasets.stamps import STAMPS, Stamp, on_white, stamps, to_tensor
+
+
+class YesNoTokenizer(WordTokenizer):
+    """The words of the question and its answers."""
+
+    def __init__(self) -> None:
+        super().__init__(["is", "this", "it", "?", "yes", "no"])
+
+
+class SpokenStamps(Samples):
+    """Picture, spoken caption, "is this it?", yes or no; several of these in one sample.
+
+    Half of the captions belong to another stamp of the split. Captions of the splits differ.
+    """
+
+    def __init__(
+        self,
+        split: Split = "train",
+        length: int = 10_000,
+        *,
+        pairs: int = 3,
+        image_size: int = 64,
+        seconds: float = 2.0,
+        root: str = STAMPS,
+        seed: int = 0,
+    ) -> None:
+        """`pairs` of picture and sound stand in a sample; a sound ends after `seconds`."""
+        check_split(split)
+        for name, value in (("length", length), ("pairs", pairs), ("image_size", image_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if seconds <= 0:
+            raise ValueError(f"seconds must be positive, got {seconds}")
+        self.stamps = [
+            stamp
+            for stamp in stamps(root)
+            if sound_of(stamp).is_file() and split_of(stamp.caption) == split
+        ]
+        if len({stamp.caption for stamp in self.stamps}) < 2:
+            raise ValueError(f"root must hold two spoken captions of split {split!r}, got {root}")
+        self.split, self.length, self.seed = split, length, seed
+        self.pairs, self.image_size, self.most = pairs, image_size, int(seconds * RATE)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index must be in [0, {self.length}), got {index}")
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        turns: list[Turn] = []
+        for _ in range(self.pairs):
+            shown = self.stamps[rng.integers(len(self.stamps))]
+            others = [stamp for stamp in self.stamps if stamp.caption != shown.caption]
+            right = bool(rng.integers(2))
+            heard = shown if right else others[rng.integers(len(others))]
+            picture = to_tensor(on_white(shown.path, self.image_size, self.image_size))
+            sound = read_sound(sound_of(heard))[: self.most]
+            turns.append(Turn((picture, torch.clone(sound), "is this it?")))
+            turns.append(Turn(("yes" if right else "no",), answer=True))
+        return Sample(tuple(turns), f"spoken stamps/{self.split}/{index}")
+
+
+def sound_of(stamp: Stamp) -> Path:
+    """Where the spoken English caption of a stamp would be."""
+    return stamp.path.with_name(f"{stamp.path.stem}_desc.ogg")

@@ -1,0 +1,294 @@
+"""Does it pay to know the modality? Scorers of one frozen model, with and without, at one density.
+
+    python -m mm_sparse.recipes.evaluation.modality_ablation \\
+        --config recipes/configs/vlm/digits.yaml \\
+        --checkpoint runs/digits/checkpoints/dense/last.ckpt --out results.json
+
+All variants learn from the same samples in the same order and are tried on the same held-out ones
+with the layers sparse. More arguments go to the recipe, `--data.validation.init_args.length=128`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from mm_sparse import Modality, PooledScorer, Scorer
+from mm_sparse.integrations.patching import config_of, keeping, layers, watch
+from mm_sparse.recipes.data.samples import Batch
+from mm_sparse.recipes.distillation.distiller import Goal
+from mm_sparse.recipes.distillation.joint import OwnScorers, fresh, learn
+from mm_sparse.recipes.evaluation.attention_by_modality import Attending, kl_by_row, mass_shares
+from mm_sparse.recipes.evaluation.language_quality import Nearest, Perfect, ranked_by
+from mm_sparse.recipes.evaluation.modality_ablation_report import (
+    beside_blind,
+    pair_table,
+    scoring_cost,
+    summary,
+    table,
+)
+from mm_sparse.recipes.models.multimodal_training import Multimodal, Said
+from mm_sparse.recipes.models.vision import OptimizerPart
+from mm_sparse.recipes.run.callbacks import densities
+from mm_sparse.recipes.run.sparse_vs_dense import machine, placed, prepare, validation_of
+
+LEARNED: dict[str, dict[str, Any]] = {
+    "blind": {"modalities": None, "pairs": False},
+    "maps": {"pairs": False},
+    "bias": {"modalities": None},
+    "maps and bias": {},
+}
+"""Options of the `FineScorer`s that are trained; `modalities` are those that occur if not given."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What ranks units in a row of the table, and what the config says of modalities."""
+
+    scorer: Callable[[], Scorer] | None = None
+    """What learns nothing; an untrained `FineScorer` if neither this nor `learned` is given."""
+    learned: str = ""
+    """A key of `LEARNED`."""
+    shares: Literal["", "floor", "budget"] = ""
+    """"floor": a least share of the budget for each modality. "budget": all of it is dealt out, by
+    the share of attention that each modality gets in training samples."""
+
+
+VARIANTS: dict[str, Variant] = {
+    "sliding window": Variant(Nearest),
+    "pooled, untrained": Variant(PooledScorer),
+    "parts, untrained": Variant(),
+    "blind": Variant(learned="blind"),
+    "blind, floors": Variant(learned="blind", shares="floor"),
+    "maps": Variant(learned="maps"),
+    "bias": Variant(learned="bias"),
+    "maps and bias": Variant(learned="maps and bias"),
+    "maps and bias, floors": Variant(learned="maps and bias", shares="floor"),
+    "maps and bias, budgets": Variant(learned="maps and bias", shares="budget"),
+    "perfect": Variant(Perfect),
+}
+
+
+@torch.no_grad()
+def dense_run(
+    model: Multimodal, batches: Sequence[Batch], *, look: bool = True
+) -> tuple[list[Said], Attending]:
+    """What the model says where it keeps everything; with `look`, also what attends to what."""
+    attending = Attending()
+    ranked = ranked_by(model.language, fresh(model.language))
+    with keeping(model.language, backend="dense"), ranked, ExitStack() as stack:
+        if look:
+            stack.enter_context(watch(model.language, attending.add))
+        return [model.answers(batch) for batch in batches], attending
+
+
+@torch.no_grad()
+def density_on(model: Multimodal, batches: Sequence[Batch]) -> float:
+    """Density of the layers that run sparse, mean over batches."""
+    found = []
+    for batch in batches:
+        model.run(batch, logits_to_keep=1)
+        found.append(densities(model)["all"])
+    return statistics.fmean(found)
+
+
+@torch.no_grad()
+def matched_ratio(
+    model: Multimodal, batches: Sequence[Batch], target: float, ratio: float
+) -> float:
+    """The ratio at which the layers' density on batches is nearest to `target`, from `ratio` on."""
+    low, high, tried = 0.0, 1.0, []
+    for _ in range(8):
+        with keeping(model.language, ratio=ratio):
+            found = density_on(model, batches)
+        tried.append((abs(found / target - 1), ratio))
+        if tried[-1][0] < 2e-3:
+            break
+        low, high = (ratio, high) if found < target else (low, ratio)
+        ratio *= target / found
+        if not low < ratio < high:
+            ratio = (low + high) / 2
+    return min(tried)[1]
+
+
+@torch.no_grad()
+def measure(
+    model: Multimodal, batches: Sequence[Batch], dense: Sequence[Said], looked_at: int
+) -> dict[str, Any]:
+    """Figures of the model as it is, sparse: KL to the dense answers, loss, exact match, attention.
+
+    What attends to what is counted in the first `looked_at` batches.
+    """
+    attending, kls, losses, exact, as_dense = Attending(), [], [], [], []
+    for number, (batch, before) in enumerate(zip(batches, dense, strict=True)):
+        with ExitStack() as stack:
+            if number < looked_at:
+                stack.enter_context(watch(model.language, attending.add))
+            said = model.answers(batch)
+        kls += kl_by_row(before.logits, said.logits, said.row)
+        losses.append(cross_entropy(said.logits, said.labels, reduction="none"))
+        exact.append(said.exact().float())
+        as_dense.append((said.logits.argmax(-1) == before.logits.argmax(-1)).float())
+    return {
+        **attending.figures(),
+        "kl": statistics.fmean(kls),
+        "loss": torch.cat(losses).mean().item(),
+        "exact_match": torch.cat(exact).mean().item(),
+        "as_dense": torch.cat(as_dense).mean().item(),
+        "kl_by_sample": kls,
+    }
+
+
+def run(
+    model: Multimodal,
+    train: Callable[[int], Sequence[Batch]],
+    held_out: Sequence[Batch],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    goal: Goal | None = None,
+    optimizer: OptimizerPart | None = None,
+    floor: float = 0.2,
+    looked_at: int = 4,
+    variants: Mapping[str, Variant] = VARIANTS,
+) -> dict[str, Any]:
+    """Train and measure all variants at the density that untrained scorers have.
+
+    Args:
+        model: its language model alone runs sparse. It is frozen; floors of its config hold in
+            no variant.
+        train: batches of a seed, one a step.
+        floor: least share of the budget of each modality in variants with floors.
+        looked_at: held-out batches whose attention is counted; KL and exact match are of all.
+    """
+    if list(model.sparse_configs) != ["language"]:
+        raise ValueError(f"model must run sparse in language alone, got {[*model.sparse_configs]}")
+    if not held_out or not seeds:
+        raise ValueError(
+            f"held_out and seeds must not be empty, got {len(held_out)} batches and {seeds}"
+        )
+    model.eval().requires_grad_(False)
+    kinds = [Modality(m) for m in model.modality(held_out[0]).unique().tolist()]
+    wanted = dict.fromkeys(v.learned for v in variants.values() if v.learned)
+    options = {name: {"modalities": kinds, **LEARNED[name]} for name in wanted}
+    learned: dict[str, list[OwnScorers]] = {name: [] for name in options}
+    losses: list[dict[str, list[float]]] = []
+    shares: dict[Modality, float] = {}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        batches = train(seed)
+        if not shares:
+            shares = mass_shares(dense_run(model, batches[:4])[1])
+        made, own = learn(model, batches, options, goal or Goal(), optimizer or OptimizerPart())
+        losses.append({k: [round(x, 5) for x in v] for k, v in own.items()})
+        for name in made:
+            learned[name].append(made[name])
+    dense, attending = dense_run(model, held_out)
+    config = config_of(model.language)
+    floors: dict[str, Any] = {"": 0.0, "floor": floor, "budget": shares}
+    rows: dict[str, dict[str, Any]] = {}
+    untrained = ranked_by(model.language, fresh(model.language))
+    with keeping(model.language, modality_floor=0.0), untrained:
+        target = density_on(model, held_out[:looked_at])
+    for name, variant in variants.items():
+        found, ratios = [], []
+        for ranked in _rankings(model, variant, learned):
+            with (
+                keeping(model.language, modality_floor=floors[variant.shares]),
+                ranked_by(model.language, ranked),
+            ):
+                ratio = matched_ratio(model, held_out[:looked_at], target, config.ratio)
+                with keeping(model.language, ratio=ratio):
+                    found.append(measure(model, held_out, dense, looked_at))
+                ratios.append(round(ratio, 5))
+                cost = _cost(model, held_out[0])
+        own = learned[variant.learned][0].values() if variant.learned else ()
+        size = sum(p.numel() for scorer in own for p in scorer.parameters())
+        rows[name] = {"parameters": size, "cost": cost, "ratios": ratios} | summary(found)
+    for row in rows.values() if "blind" in rows else ():
+        row |= beside_blind(row, rows["blind"])
+    exact = torch.cat([said.exact().float() for said in dense]).mean().item()
+    spread = [row["density"] for row in rows.values()]
+    return {
+        "dense": {"exact_match": round(exact, 5), **attending.figures()},
+        "answers": sum(len(said.exact()) for said in dense),
+        "density_spread": round(max(spread) / min(spread) - 1, 5),
+        "budgets": {kind.name: share for kind, share in shares.items()},
+        "rows": rows,
+        "losses": losses,
+    }
+
+
+def _rankings(
+    model: Multimodal, variant: Variant, learned: Mapping[str, list[OwnScorers]]
+) -> list[Mapping[str, Scorer]]:
+    """The scorers of a variant by layer, one for each seed if they learned."""
+    if variant.learned:
+        return list(learned[variant.learned])
+    own = fresh(model.language, modalities=None, pairs=False)
+    return [own if variant.scorer is None else {name: variant.scorer() for name in own}]
+
+
+def _cost(model: Multimodal, batch: Batch) -> float:
+    """Cost of scoring in % of dense attention, mean over layers."""
+    costs, served = [], layers(model.language)
+
+    def count(call: Any) -> None:
+        if call.selection is not None:
+            shape = call.selection.plan, call.q.shape[1], call.q.shape[3]
+            costs.append(scoring_cost(served[call.name].scorer, *shape))
+
+    with watch(model.language, count), torch.no_grad():
+        model.run(batch, logits_to_keep=1)
+    return round(statistics.fmean(costs), 2)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", required=True, help="of the recipe")
+    parser.add_argument("--checkpoint", required=True, help="of the recipe, trained dense")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--steps", type=int, default=150, help="of the scorers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--tiles", type=int, default=24, help="of a sample that a step looks at")
+    parser.add_argument("--floor", type=float, default=0.2, help="least share of each modality")
+    parser.add_argument("--looked-at", type=int, default=4, help="batches for attention's figures")
+    args, more = parser.parse_known_args(argv)
+    # LightningCLI warns of a command line beside the arguments that it is given.
+    sys.argv = sys.argv[:1]
+    cli = prepare("ablation", args.config, [f"--model.weights={args.checkpoint}", *more])
+    data, validation = cli.datamodule, validation_of(cli, args.config)
+    start = time.perf_counter()
+    with placed(cli) as here:
+
+        def train(seed: int) -> list[Batch]:
+            return list(here(islice(data.loader(data.train, shuffle=True), args.steps)))
+
+        found = run(
+            cli.model, train, list(here(data.loader(validation))), seeds=args.seeds,
+            floor=args.floor, looked_at=args.looked_at,
+            goal=Goal(tiles=args.tiles), optimizer=OptimizerPart(lr=args.lr, warmup=10, final=0.0),
+        )  # fmt: skip
+    given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
+    record = {"machine": machine(), "threads": torch.get_num_threads(), **given, "options": more,
+              "seconds": round(time.perf_counter() - start), **found}  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    rows = found["rows"]
+    shown = [table(rows), *(pair_table(rows, name) for name in ("density", "kept"))]
+    print("\n\n".join(shown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""LightningModules of multimodal language models and their parts."""

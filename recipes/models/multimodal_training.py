@@ -1,0 +1,175 @@
+"""Training of the recipes' models: teacher forcing, lessons of the scorers, what is logged.
+
+A answers
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import mm_sparse as mms
+from mm_sparse.distillation.losses import lessons
+from mm_sparse.recipes.data.samples import IGNORED, Batch
+from mm_sparse.recipes.models.multimodal import Reader
+from mm_sparse.recipes.training.fsdp import average
+from mm_sparse.recipes.training.optimizer import optimize
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the model said where it was asked."""
+
+    loss: Tensor
+    exact: Tensor
+    """(A,) bool: every token of the answer was the likeliest one, given those before it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """Predictions of the answer tokens of a batch, P of them."""
+
+    logits: Tensor
+    """(P, vocabulary) float32."""
+    labels: Tensor
+    """(P,) true ids."""
+    answer: Tensor
+    """(P,) number of the answer that each is of."""
+    row: Tensor
+    """(P,) row of the batch."""
+
+    def exact(self) -> Tensor:
+        """(A,) bool, as `Verdict` has it."""
+        found = torch.ones(int(self.answer.max()) + 1, dtype=torch.int8, device=self.labels.device)
+        right = (self.logits.argmax(-1) == self.labels).to(torch.int8)
+        return found.scatter_reduce(0, self.answer, right, "amin").bool()
+
+
+class Multimodal(Reader):
+    """A `Reader` that learns to give the answers of its batches."""
+
+    def forward(self, batch: Batch) -> Verdict:
+        """Teacher forcing: every token of an answer is predicted from the true ones before it."""
+        labels = batch["labels"][:, 1:]
+        if not labels.numel() or not bool((labels != IGNORED).any()):
+            nothing = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
+            return Verdict(torch.as_tensor(nothing), labels.new_zeros(0, dtype=torch.bool))
+        said = self.answers(batch)
+        return Verdict(cross_entropy(said.logits, said.labels), said.exact())
+
+    def answers(self, batch: Batch) -> Said:
+        """What a batch with answers makes the model say where it is asked."""
+        labels, answer = batch["labels"][:, 1:], batch["answer_index"][:, 1:]
+        # Logits of all positions of a long picture would not fit for a large vocabulary.
+        columns = (labels != IGNORED).any(0).nonzero().flatten()
+        logits = self.run(batch, logits_to_keep=columns).logits
+        labels, answer = labels[:, columns], answer[:, columns]
+        asked = labels != IGNORED
+        rows = asked.nonzero()[:, 0]
+        return Said(logits[asked].float(), labels[asked], answer[asked], rows)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        goals, loss = self.objectives, torch.zeros((), device=self.device)
+        changed = {
+            name: replace(config, **goals.changes(config, self.global_step))
+            for name, config in self.sparse_configs.items()
+            if goals.changes(config, self.global_step)
+        }
+        dense = any(config.backend == "dense" for config in changed.values())
+        due = goals.scorers > 0 and self.global_step % goals.scorers_every == 0
+        from_dense = due and (dense or goals.teacher == "dense")
+        if goals.language or (due and not from_dense):
+            with ExitStack() as stack:
+                stack.enter_context(self.running(changed))
+                learned = None
+                if due and not from_dense:
+                    learned = stack.enter_context(self.lessons())
+                verdict = self(batch)
+            loss = loss + goals.language * verdict.loss
+            self.log_all("train", verdict, batch)
+            if learned is not None:
+                loss = loss + self.taught(mean_lesson(learned))
+        if from_dense:
+            loss = loss + self.taught(self.dense_lesson(batch))
+        return loss
+
+    def keeping(self, **changes: Any) -> AbstractContextManager[None]:
+        """Every sparse part with another config of its attention, for a while."""
+        if not self.sparse_configs:
+            raise ValueError("sparse must be given for the model to run sparse, got None")
+        return self.running({n: replace(c, **changes) for n, c in self.sparse_configs.items()})
+
+    @contextmanager
+    def running(self, configs: dict[str, mms.SparseConfig]) -> Iterator[None]:
+        """The named parts with these configs."""
+        with ExitStack() as stack:
+            for name, config in configs.items():
+                stack.enter_context(mms.sparse(getattr(self, name), config))
+            yield
+
+    @contextmanager
+    def lessons(self) -> Iterator[list[Any]]:
+        """What the scorers of every sparse part learn inside."""
+        with ExitStack() as stack:
+            parts = [getattr(self, name) for name in self.sparse_configs]
+            yield [stack.enter_context(lessons(part)) for part in parts]
+
+    def dense_lesson(self, batch: Batch) -> Tensor:
+        """The scorers' divergence from the attention of a run that keeps everything."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.keeping(ratio=1.0, tokens=None, mass=None, layer_ratio={}))
+            learned = stack.enter_context(self.lessons())
+            self.run(batch, logits_to_keep=1)
+        return mean_lesson(learned)
+
+    def taught(self, divergence: Tensor) -> Tensor:
+        """Weighted and logged."""
+        self.log("train/scorer_kl", divergence.detach(), prog_bar=True)
+        return self.objectives.scorers * divergence
+
+    def log_all(self, stage: str, verdict: Verdict, batch: Batch) -> None:
+        answers = len(verdict.exact)
+        if not answers:
+            return
+        whole = stage != "train"
+        values = {"loss": verdict.loss.detach(), "exact_match": verdict.exact.float().mean()}
+        for name, value in values.items():
+            self.log(
+                f"{stage}/{name}",
+                value,
+                prog_bar=True,
+                on_step=not whole,
+                on_epoch=whole,
+                batch_size=answers,
+                sync_dist=whole,
+            )
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self.log_all("validation", self(batch), batch)
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        self.log_all("test", self(batch), batch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A sharded run resumes only if every parameter has a state: a step by zero makes one."""
+        if self.device_mesh is None:
+            return
+        average(self.scorers.parameters())
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.grad is None and parameter not in optimizer.state:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def configure_optimizers(self) -> Any:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return optimize(self.optimizer_part, self, self.parts, steps)
+
+
+def mean_lesson(found: list[Any]) -> Tensor:
+    """Mean over the layers of all parts; zero where no layer with a scorer ran sparse."""
+    losses = [loss for part in found for loss in part.losses.values()]
+    return torch.stack(losses).mean() if losses else torch.zeros(())

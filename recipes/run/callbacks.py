@@ -1,0 +1,144 @@
+"""What is logged beside loss and exact match: speed, density, dropped samples; the progress bar."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import mm_sparse as mms
+from mm_sparse.analysis.overlays import save
+from mm_sparse.modality import Modality
+from mm_sparse.recipes.data.samples import Batch
+
+Pair = tuple[Modality, Modality]
+
+
+def progress_bar() -> Callback:
+    """Rich in a terminal; a plain one that prints now and then elsewhere."""
+    if sys.stdout.isatty():
+        return RichProgressBar()
+    return TQDMProgressBar(refresh_rate=50)
+
+
+class Speed(Callback):
+    """`train/tokens_per_second` of the steps between two log lines, and `train/dropped` so far.
+
+    Tokens are those of text, pictures and sounds; time is the whole step, data included.
+    """
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._tokens, self._since = 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dropped": self.dropped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.dropped = state_dict["dropped"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.dropped += batch["dropped"]
+        self._tokens += int(batch["attention_mask"].sum())
+        if (batch_idx + 1) % getattr(trainer, "log_every_n_steps", 1):
+            return
+        now = time.perf_counter()
+        pl_module.log("train/tokens_per_second", self._tokens / max(now - self._since, 1e-9))
+        pl_module.log("train/dropped", float(self.dropped))
+        self._tokens, self._since = 0, now
+
+
+class Density(Callback):
+    """`density/all` and `density/TEXT>IMAGE` and so on, query first: see `densities`.
+
+    Read from the last forward pass before every `every`-th step and at the end of a validation.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % self.every == 0:
+            pl_module.log_dict({f"density/{n}": d for n, d in densities(pl_module).items()})
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        found = densities(pl_module).items()
+        pl_module.log_dict({f"validation/density/{n}": d for n, d in found}, sync_dist=True)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        found = densities(pl_module).items()
+        pl_module.log_dict({f"test/density/{n}": d for n, d in found}, sync_dist=True)
+
+
+def densities(model: Any) -> dict[str, float]:
+    """Kept over visible query-key pairs in the last forward pass of a recipe's model, 1 if dense.
+
+    Mean over the layers that ran sparse, in all and by modalities of query and key; those of a
+    tower that runs sparse stand beside, as "audio/all".
+    """
+    found = {"all": 1.0}
+    for part in model.sparse_configs:
+        own = _part_densities(getattr(model, part))
+        found |= own if part == "language" else {f"{part}/all": own["all"]}
+    return found
+
+
+def _part_densities(part: Any) -> dict[str, float]:
+    rows = [row for row in mms.report(part).rows if row.mode == "sparse"]
+    rows = [row for row in rows if row.density is not None]
+    if not rows:
+        return {"all": 1.0}
+    pairs: dict[Pair, list[float]] = {}
+    for row in rows:
+        for pair, density in (row.pair_density or {}).items():
+            pairs.setdefault(pair, []).append(density)
+    found = {"all": sum(row.density or 0.0 for row in rows) / len(rows)}
+    for (query, key), values in sorted(pairs.items()):
+        found[f"{query.name}>{key.name}"] = sum(values) / len(values)
+    return found
+
+
+class Pictures(Callback):
+    """After each validation: what a sample's layers kept, as PNG files and to TensorBoard.
+
+    Kept patches over each picture, kept frames over each sound, density by modality and by head.
+    Files go to `folder` below the trainer's root, one folder per step.
+    """
+
+    def __init__(self, sample: int = 0, folder: str = "pictures") -> None:
+        """`sample` is a number in the validation data."""
+        if sample < 0:
+            raise ValueError(f"sample must be at least 0, got {sample}")
+        self.sample, self.folder = sample, folder
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or not pl_module.sparse_configs:
+            return
+        # Not at the top: the command line imports this module, and draws nothing.
+        from mm_sparse.recipes.run.inspection import figures
+
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None or data.validation is None:
+            raise ValueError("Pictures needs a SampleData with validation, got none")
+        drawn = figures(pl_module, data.collator, data.validation[self.sample])
+        place = Path(trainer.default_root_dir) / self.folder / f"step-{trainer.global_step}"
+        for name, figure in drawn.items():
+            save(figure, place / f"{name}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(name, figure, trainer.global_step)

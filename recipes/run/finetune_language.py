@@ -1,0 +1,121 @@
+"""Second stage: a language model learns on with sparse attention, and its scorers with it.
+
+    python -m mm_sparse.recipes.run.finetune_language fit \\
+        --config recipes/configs/finetune/smollm2.yaml
+
+The dense model in the same training: `--model.sparse null --model.scorers_from null`.
+B rows, N tokens
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import mm_sparse as mms
+from mm_sparse import FineScorer, Modality
+from mm_sparse.distillation.losses import dropped_mass, lessons
+from mm_sparse.integrations.patching import scorers
+from mm_sparse.recipes.data.text_corpus import CorpusData
+from mm_sparse.recipes.models.vision import LanguagePart, LoraPart, OptimizerPart
+from mm_sparse.recipes.training.optimizer import optimize
+from mm_sparse.scorers.pooled import Scores
+
+
+class Tuning(L.LightningModule):
+    """A causal language model on plain text, sparse or dense, whole or by adapters."""
+
+    parts = ("language", "scorers")
+
+    def __init__(
+        self,
+        language: LanguagePart,
+        sparse: mms.SparseConfig | None = None,
+        scorers_from: str | None = None,
+        lora: LoraPart | None = None,
+        optimizer: OptimizerPart | None = None,
+        lesson: float = 1.0,
+        lessons_every: int = 4,
+        temperature: float = 0.2,
+        out: str | None = None,
+    ) -> None:
+        """
+        Args:
+            sparse: what layers keep; None takes the config beside `scorers_from`, or runs dense.
+            scorers_from: folder of `save_scorers` to start from; untrained ones if None.
+            lora: adapters, the model's own weights frozen; None trains all of it.
+            lesson: weight of the attention that the scorers' soft choice drops, 0 for no lessons.
+            lessons_every: steps between two lessons.
+            temperature: of that choice.
+            out: folder that the scorers are written to at the end.
+        """
+        super().__init__()
+        for name, value, low in (("lesson", lesson, 0), ("lessons_every", lessons_every, 1)):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        self.language: Any = language.build(0)
+        self.optimizer_part = optimizer or OptimizerPart()
+        self.lesson, self.lessons_every, self.out = lesson, lessons_every, out
+        self.scorers = nn.ModuleDict()
+        if sparse is not None or scorers_from is not None:
+            if sparse is not None:
+                make = partial(FineScorer, modalities=(Modality.TEXT,))
+                mms.sparsify(self.language, sparse, scorer=make)
+            if scorers_from is not None:
+                mms.load_scorers(self.language, scorers_from)
+            self.scorers = scorers(self.language).requires_grad_(lesson > 0)
+        if lora is not None:
+            self.language.requires_grad_(False)
+            lora.apply(self.language)
+        self.taught = partial(_dropped, temperature=temperature)
+
+    def losses(self, ids: Tensor) -> Tensor:
+        """(B, N - 1) of every token after the first."""
+        logits = self.language(ids, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        return loss.view(len(ids), -1)
+
+    def training_step(self, ids: Tensor, index: int) -> Tensor:
+        due = self.lesson > 0 and len(self.scorers) and self.global_step % self.lessons_every == 0
+        teach: Any = lessons(self.language, self.taught) if due else nullcontext()
+        with teach as learned:
+            loss = self.losses(ids).mean()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        if learned is None:
+            return loss
+        dropped = learned.mean()
+        self.log("train/dropped", dropped.detach(), prog_bar=True)
+        return loss + self.lesson * dropped
+
+    def validation_step(self, ids: Tensor, index: int) -> None:
+        """Loss of all tokens, and of those in the second half, which see far."""
+        loss = self.losses(ids)
+        self.log("validation/loss", loss.mean(), sync_dist=True)
+        self.log("validation/second_half", loss[:, loss.shape[1] // 2 :].mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return optimize(self.optimizer_part, self, self.parts, steps)
+
+    def on_fit_end(self) -> None:
+        if self.out is not None and len(self.scorers) and self.trainer.is_global_zero:
+            mms.save_scorers(self.language, self.out)
+
+
+def _dropped(scores: Scores, mass: Tensor, temperature: float) -> Tensor:
+    return dropped_mass(scores.values, mass, scores.plan, temperature)
+
+
+def main(args: Any = None) -> LightningCLI:
+    """Fit or validate as the config of the command line says."""
+    torch.set_float32_matmul_precision("high")
+    return LightningCLI(Tuning, CorpusData, args=args, save_config_kwargs={"overwrite": True})
+
+
+if __name__ == "__main__":
+    main()

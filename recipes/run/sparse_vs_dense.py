@@ -1,0 +1,189 @@
+"""Run a recipe sparse and dense, the same steps of both, and write what came out.
+
+    python -m mm_sparse.recipes.run.sparse_vs_dense --config recipes/configs/vlm/smollm2.yaml \\
+        --out results.json
+
+More arguments go to both runs, `--trainer.max_steps=50` for one; `{run}` in them becomes the name
+of the run, as in `--model.weights=runs/prompts/checkpoints/{run}/last.ckpt`. Two GPUs run them side
+by side:
+
+    CUDA_VISIBLE_DEVICES=0 python -m mm_sparse.recipes.run.sparse_vs_dense ... --only sparse \\
+        --out sparse.json &
+    CUDA_VISIBLE_DEVICES=1 python -m mm_sparse.recipes.run.sparse_vs_dense ... --only dense \\
+        --out dense.json
+    python -m mm_sparse.recipes.run.sparse_vs_dense --join sparse.json dense.json --out results.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+DENSE = ["--model.sparse=null", "--model.objectives.scorers=0"]
+RUNS: dict[str, list[str]] = {"sparse": [], "dense": DENSE}
+
+
+class StepTimes(Callback):
+    """Seconds from the end of one training step to the end of the next, data included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._since: float | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._since is not None:
+            self.seconds.append(now - self._since)
+        self._since = now
+
+
+def options_of(name: str, config: str) -> list[str]:
+    """What a recipe adds to a run of `RUNS`: dense is its tower as well."""
+    if name != "dense":
+        return []
+    return {
+        "speech": ["--model.sparse_audio=null", "--model.scorers_from=null"],
+        "omni": ["--model.sparse_audio=null"],
+    }.get(recipe_of(config), [])
+
+
+def recipe_of(config: str) -> str:
+    """Name of the recipe that a file is for: its folder."""
+    return Path(config).parent.name
+
+
+def prepare(name: str, config: str, options: list[str]) -> Any:
+    """Trainer, model and data of a config file, as `RecipeCLI` holds them; nothing has run yet.
+
+    Checkpoints go to a folder called `name` in the folder that the config gives them.
+    """
+    from mm_sparse.recipes.run.lightning_cli import main as recipe
+
+    options = [option.replace("{run}", name) for option in options]
+    given = [f"--config={config}", *options, *options_of(name, config)]
+    cli = recipe(recipe_of(config), given, run=False)
+    for checkpoint in cli.trainer.checkpoint_callbacks:
+        own: Any = checkpoint
+        own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)
+    return cli
+
+
+def validation_of(cli: Any, config: str) -> Any:
+    """The validation data of what `prepare` made of `config`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if cli.datamodule.validation is None:
+        raise ValueError(f"data.validation of {config} must be given, got None")
+    return cli.datamodule.validation
+
+
+@contextmanager
+def placed(cli: Any) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
+    """For those who use a recipe's model without its trainer: on its device, in its precision.
+
+    Gives what brings batches there, one after the other.
+    """
+    model, device = cli.model, cli.trainer.strategy.root_device
+    model.to(device)
+    with cli.trainer.precision_plugin.forward_context():
+        yield lambda batches: (model.transfer_batch_to_device(b, device, 0) for b in batches)
+
+
+def run(name: str, config: str, options: list[str]) -> dict[str, Any]:
+    """Train as a config file says; figures of the run and of a validation after its last step."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    cli = prepare(name, config, options)
+    times = StepTimes()
+    cli.trainer.callbacks.append(times)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    seconds = time.perf_counter() - start
+    trained = _peak()
+    start = time.perf_counter()
+    (scores,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    validation = time.perf_counter() - start
+    return {
+        "steps": cli.trainer.global_step,
+        "seconds": round(seconds, 1),
+        "median_step_s": round(statistics.median(times.seconds), 4) if times.seconds else None,
+        "peak_gib": trained,
+        "validation_s": round(validation, 1),
+        **{name: round(value, 4) for name, value in scores.items()},
+    }
+
+
+def _peak() -> float | None:
+    """GiB that training has had at most, on a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def join(paths: list[Path]) -> dict[str, Any]:
+    """The records of single runs as one: they must be of one config, machine and options."""
+    records = [json.loads(path.read_text()) for path in paths]
+    first = {key: records[0][key] for key in ("machine", "config", "options")}
+    for path, record in zip(paths, records, strict=True):
+        for key, value in first.items():
+            if record[key] != value:
+                raise ValueError(
+                    f"{path}: {key} must be {value} as in the first, got {record[key]}"
+                )
+    found = {name: record[name] for name in RUNS for record in records if name in record}
+    return {**first, **found}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
+    return {"device": name, "torch": torch.__version__, "lightning": L.__version__}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="recipe to run")
+    source.add_argument("--join", type=Path, nargs="+", help="files of single runs: one record")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--only", choices=RUNS, default=None, help="one run instead of both")
+    args, more = parser.parse_known_args()
+    if args.join:
+        args.out.write_text(json.dumps(join(args.join), indent=1) + "\n")
+        return
+    # LightningCLI warns of a command line beside the arguments that it is given.
+    sys.argv = sys.argv[:1]
+    record: dict[str, Any] = {"machine": machine(), "config": args.config, "options": more}
+    for name in [args.only] if args.only else RUNS:
+        record[name] = run(name, args.config, [*RUNS[name], *more])
+        print(name, json.dumps(record[name]), flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

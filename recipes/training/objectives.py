@@ -1,0 +1,48 @@
+"""What the vision-language model is trained for, and how sparse it is on the way."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mm_sparse import SparseConfig
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What the model is trained for; terms with a weight of 0 are not computed."""
+
+    language: float = 1.0
+    """Weight of the loss on answers."""
+    scorers: float = 0.0
+    """Weight of the scorers' divergence from the true attention."""
+    scorers_every: int = 1
+    """Steps between two lessons of the scorers."""
+    teacher: Literal["sparse", "dense"] = "sparse"
+    """Whose attention scorers learn from: the sparse run's own, or that of a run that keeps all."""
+    dense_steps: int = 0
+    """Steps at the start in which a sparse model attends densely while its scorers learn."""
+    narrowing_steps: int = 0
+    """Steps after those in which the ratio falls evenly from 1 to the sparse config's."""
+
+    def __post_init__(self) -> None:
+        if min(self.language, self.scorers) < 0 or not (self.language or self.scorers):
+            raise ValueError(
+                "language and scorers must be weights of at least 0, one of them above, "
+                f"got {self.language} and {self.scorers}"
+            )
+        for name, low in (("scorers_every", 1), ("dense_steps", 0), ("narrowing_steps", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
+    @property
+    def changing_steps(self) -> int:
+        """Steps before a sparse model keeps what its config says."""
+        return self.dense_steps + self.narrowing_steps
+
+    def changes(self, config: SparseConfig | None, step: int) -> dict[str, Any]:
+        """How the sparse config of a training step differs from the model's."""
+        if config is None or step >= self.changing_steps:
+            return {}
+        if step < self.dense_steps:
+            return {"backend": "dense"}
+        left = (self.changing_steps - step) / (self.narrowing_steps + 1)
+        return {"ratio": config.ratio + (1 - config.ratio) * left}

@@ -1,0 +1,43 @@
+"""AdamW with a rate per part, a warm-up and a cosine."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_sparse.recipes.models.vision import OptimizerPart
+
+
+def optimize(
+    part: OptimizerPart, model: nn.Module, names: Sequence[str], steps: int
+) -> dict[str, Any]:
+    """Optimizer and schedule over so many steps for a model's named parts, in Lightning's form."""
+    rates = {
+        "scorers": part.scorer_lr,
+        "projector": part.projector_lr,
+        "audio_projector": part.projector_lr,
+    }
+    groups: list[dict[str, Any]] = []
+    for name in names:
+        own = [p for p in getattr(model, name).parameters() if p.requires_grad]
+        speed = rates.get(name) or part.lr
+        # Matrices decay; norms, biases and whatever ranks keys do not.
+        decays = [p for p in own if p.ndim > 1 and name != "scorers"]
+        rest = [p for p in own if p.ndim < 2 or name == "scorers"]
+        groups.append({"params": decays, "weight_decay": part.weight_decay, "lr": speed})
+        groups.append({"params": rest, "weight_decay": 0.0, "lr": speed})
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(f"freeze must leave something to train, got all of {tuple(names)}")
+    optimizer = torch.optim.AdamW(groups, lr=part.lr, betas=part.betas)
+
+    def rate(step: int) -> float:
+        if step < part.warmup:
+            return (step + 1) / part.warmup
+        done = min((step - part.warmup) / max(steps - part.warmup, 1), 1.0)
+        return part.final + (1 - part.final) * (1 + math.cos(math.pi * done)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
