@@ -3,8 +3,8 @@
     python -m mm_sparse.recipes.datasets.prepare_audio sounds.npz --root / --synthetic 60
 
 Human prompts of one speaker (`datasets.asterisk_prompts`), parted into splits by their words,
-packed into windows of 28 s. The prompts that train are too few, so some of them, drawn at random, are
-spoken once more by espeak-ng: kind "synthetic", which only trains.
+packed into windows of 28 s. The prompts that train are too few, so some of them, drawn at random,
+are spoken once more by espeak-ng: kind "synthetic", which only trains.
 """
 
 import argparse
