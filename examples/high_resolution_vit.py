@@ -22,8 +22,8 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse.analysis.overlays import kept_patches
-from mm_sparse.integrations.patching import watch
-from mm_sparse.recipes.datasets.stamps import to_tensor
+from mm_sparse.integrations.context import watch
+from mm_sparse.recipes.data.images import to_tensor
 from mm_sparse.recipes.models.vision import VisionPart
 
 NAME = "vit_small_patch14_dinov2"

@@ -23,7 +23,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse.analysis.overlays import kept_share
 from mm_sparse.encoders.audio import AudioEncoder, create_audio_encoder
-from mm_sparse.integrations.patching import watch
+from mm_sparse.integrations.context import watch
 from mm_sparse.recipes.pretrained.whisper import sinusoids, whisper_tiny
 
 RATE = 16000

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import mm_sparse as mms
-from mm_sparse.recipes.datasets.stamps import on_white, stamps, to_tensor
+from mm_sparse.recipes.data.images import on_white, to_tensor
+from mm_sparse.recipes.datasets.stamps import stamps
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 # 32 x 32 patches: enough tokens for attention to have something to choose from.

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from mm_sparse.kernels.ops import interpreted
+from mm_sparse.kernels.device import interpreted
 
 # How a compiled kernel is called changes from release to release: this is how 3.6 does.
 KNOWN_RELEASE = triton.__version__.startswith("3.6.")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mm_sparse.kernels.sizes import new_output
+
 # Gathered keys of a chunk stay within a core's share of the last-level cache (float32 elements).
 CHUNK_ELEMENTS = 1 << 20
 
@@ -102,12 +104,6 @@ def _scores(q: Tensor, k: Tensor, chunk: _Chunk, group: int) -> Tensor:
     c, r, s = scores.shape
     scores.view(c, r // group, group, s)[..., chunk.cut :].masked_fill_(chunk.hidden, -math.inf)
     return scores
-
-
-def new_output(q: Tensor) -> Tensor:
-    """An output (B, H, N, D) for queries, in memory as projections behind attention read it."""
-    batch, heads, num_queries, dim = q.shape
-    return q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
 
 
 def attend_forward(

@@ -6,9 +6,10 @@ B batch, H query heads, K KV heads, N query tokens, D head dim, T tiles, L list 
 import triton
 from torch import Tensor
 
+from mm_sparse.kernels.device import generation, multiprocessors
 from mm_sparse.kernels.sizes import next_power_of_2
 from mm_sparse.kernels.triton import attention_backward, attention_decode, attention_forward
-from mm_sparse.kernels.triton.primitives import describable, generation, multiprocessors
+from mm_sparse.kernels.triton.primitives import describable
 
 # Keys of a unit from which on a head of 128 that shares its keys with no other is faster with its
 # scores computed twice than with sums of gradients in memory.

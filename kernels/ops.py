@@ -4,7 +4,6 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T 
 U units, L list length
 """
 
-import os
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mm_sparse.kernels import cpu
-from mm_sparse.kernels.cpu import new_output
+from mm_sparse.kernels.device import interpreted
+from mm_sparse.kernels.sizes import new_output
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNITS = (16, 32, 64, 128)
@@ -50,11 +50,6 @@ def supports(q: Tensor, k: Tensor, unit: int, backend: str = "auto") -> str | No
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _attend(

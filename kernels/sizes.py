@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 # Programs that keep the largest GPUs busy to the end.
 PROGRAMS = 1024
@@ -49,3 +50,9 @@ def _steps_of_run(blocks: int, steps: int, places: int) -> int:
         return max(blocks * cdiv(steps, run) / places, 1) * (run + 1.5), -run
 
     return min(range(1, steps + 1), key=cost)
+
+
+def new_output(q: Tensor) -> Tensor:
+    """An output (B, H, N, D) for queries, in memory as projections behind attention read it."""
+    batch, heads, num_queries, dim = q.shape
+    return q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)

@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm_sparse.analysis.layer_report import report
-    from mm_sparse.attention.functional import attend, attention_reference, sparse_attention
+    from mm_sparse.attention.functional import attention_reference, sparse_attention
+    from mm_sparse.attention.selected import attend
     from mm_sparse.checkpoints.api import load_scorers, save_scorers
     from mm_sparse.config import SparseConfig
     from mm_sparse.integrations.patching import densify, sparse, sparsify
     from mm_sparse.layout.token_layout import Modality, TokenLayout
     from mm_sparse.scorers import patterns
     from mm_sparse.scorers.attention_mass import unit_mass
+    from mm_sparse.scorers.base import Scorer
     from mm_sparse.scorers.descriptor_cache import DescriptorCache
     from mm_sparse.scorers.fine import FineScorer
-    from mm_sparse.scorers.pooled import PooledScorer, RelevanceScorer, Scorer, Scores
+    from mm_sparse.scorers.pooled import PooledScorer
+    from mm_sparse.scorers.relevance import RelevanceScorer
+    from mm_sparse.selection.scores import Scores
     from mm_sparse.selection.selection import Selection, select
 
 __version__ = "0.1.0"

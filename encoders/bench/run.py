@@ -43,7 +43,7 @@ from mm_sparse.encoders.bench.report import (
     timed,
 )
 from mm_sparse.encoders.cuda_graph import Captured
-from mm_sparse.integrations.patching import layers
+from mm_sparse.integrations.state import layers
 
 MIB = 2**20
 BACKENDS = {

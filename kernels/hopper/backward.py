@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mm_sparse.kernels.cached_launch import launch
+from mm_sparse.kernels.device import multiprocessors
 from mm_sparse.kernels.hopper.pipeline import (
     BOXED,
     FLAT,
@@ -46,7 +47,7 @@ from mm_sparse.kernels.hopper.pipeline import (
     sorted_lists,
     take,
 )
-from mm_sparse.kernels.triton.primitives import COUNTS, multiprocessors
+from mm_sparse.kernels.triton.primitives import COUNTS
 
 SUMS = gl.constexpr(gl.NVMMASharedLayout(128, 32, rank=2))
 BOXED_SUMS = gl.constexpr(gl.NVMMASharedLayout(128, 32, rank=3))

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mm_sparse.kernels.cached_launch import launch
-from mm_sparse.kernels.cpu import new_output
+from mm_sparse.kernels.device import multiprocessors
 from mm_sparse.kernels.hopper.pipeline import (
     BOXED,
     FLAT,
@@ -40,8 +40,8 @@ from mm_sparse.kernels.hopper.pipeline import (
     sorted_lists,
     take,
 )
-from mm_sparse.kernels.sizes import cdiv
-from mm_sparse.kernels.triton.primitives import COUNTS, multiprocessors
+from mm_sparse.kernels.sizes import cdiv, new_output
+from mm_sparse.kernels.triton.primitives import COUNTS
 
 # By head dim: keys of a block, blocks in flight, tiles that a program serves at a time.
 BLOCKS = {64: (64, 3, 2), 128: (128, 2, 1)}

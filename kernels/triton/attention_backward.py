@@ -8,16 +8,16 @@ T tiles, U units, L list length
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mm_sparse.kernels.device import generation
 from mm_sparse.kernels.sizes import all_whole, next_power_of_2
 from mm_sparse.kernels.triton.primitives import (
     COUNTS,
     LOG2E,
     describe,
-    generation,
     listed_units,
     load_block,
     load_keys,

@@ -10,13 +10,12 @@ T tiles, U units, L list length, S parts of a list
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mm_sparse.kernels.cached_launch import launch
-from mm_sparse.kernels.cpu import new_output
-from mm_sparse.kernels.sizes import all_whole, cdiv, next_power_of_2
+from mm_sparse.kernels.sizes import all_whole, cdiv, new_output, next_power_of_2
 from mm_sparse.kernels.triton.primitives import (
     COUNTS,
     LOG2E,

@@ -8,10 +8,10 @@ T tiles, U units
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mm_sparse.kernels.sizes import next_power_of_2
 from mm_sparse.kernels.triton.primitives import (
     COUNTS,

@@ -11,20 +11,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mm_sparse.kernels.cached_launch import launch
+from mm_sparse.kernels.device import generation, multiprocessors
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2, unit_chunks
-from mm_sparse.kernels.triton.primitives import (
-    COUNTS,
-    LOG2E,
-    even_units,
-    fast_log2,
-    generation,
-    multiprocessors,
-)
+from mm_sparse.kernels.triton.primitives import COUNTS, LOG2E, even_units, fast_log2
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Threads of a warp that share a row of a product, two adjacent columns of eight each.

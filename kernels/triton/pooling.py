@@ -6,10 +6,10 @@ B batch, H heads, N tokens, D head dim, P pieces
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2
 from mm_sparse.kernels.triton.primitives import COUNTS

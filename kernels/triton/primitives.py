@@ -6,15 +6,13 @@ D head dim (padded to a power of two)
 
 # Names of a kernel's constants, which pyright cannot follow.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
-from functools import cache
-
-import torch
-from torch import Tensor
 
 import triton
 import triton.language as tl
-from mm_sparse.kernels.ops import interpreted
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mm_sparse.kernels.device import generation, interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(interpreted())
@@ -205,24 +203,6 @@ def unmasked_columns(
     end = count_below(Index, Units, count, all_to, True, 512) * UNIT
     begin = (begin + COLS - 1) // COLS * COLS
     return begin, tl.maximum(begin, end // COLS * COLS)
-
-
-def generation(x: Tensor) -> int:
-    """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell, 12 its desktop kind."""
-    # What the interpreter runs is what Hopper would.
-    return _known(x.device)[0] if x.is_cuda else 9
-
-
-def multiprocessors(x: Tensor) -> int:
-    """Of the GPU that holds x; the interpreter counts as an H100."""
-    return _known(x.device)[1] if x.is_cuda else 132
-
-
-@cache
-def _known(device: torch.device) -> tuple[int, int]:
-    """Major compute capability and multiprocessors; torch takes 10 us to say each."""
-    found = torch.cuda.get_device_properties(device)
-    return found.major, found.multi_processor_count
 
 
 def describable(x: Tensor) -> bool:

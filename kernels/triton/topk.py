@@ -9,10 +9,10 @@ B batch, K KV heads, T tiles, U units, L list length, C units that compete for a
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.sizes import index_dtype, next_power_of_2
 from mm_sparse.kernels.triton.primitives import ROW_COUNTS, even_units

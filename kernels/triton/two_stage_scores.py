@@ -8,10 +8,10 @@ C = R x units of a run, F width of a descriptor
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.sizes import next_power_of_2
 from mm_sparse.kernels.triton.block_scores import LN2, _distance_bias, _log_sizes, by_heads

@@ -17,7 +17,7 @@ from mm_sparse.analysis.heatmaps import draw_heads, draw_modalities
 from mm_sparse.analysis.layer_report import Report, report
 from mm_sparse.analysis.overlays import draw_frames, draw_patches, kept_frames, kept_patches
 from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.patching import watch
+from mm_sparse.integrations.context import watch
 from mm_sparse.selection.selection import Selection
 
 LAYERS = 4

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.integrations.call import Call
+from mm_sparse.integrations.context import watch
 from mm_sparse.integrations.layer import Layer
-from mm_sparse.integrations.patching import layers, watch
+from mm_sparse.integrations.state import layers
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.attention_mass import unit_mass
 from mm_sparse.selection.selection import Selection

@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mm_sparse.attention.functional import attend
+from mm_sparse.attention.selected import attend
 from mm_sparse.bench import baselines as peers
 from mm_sparse.bench import results as report
 from mm_sparse.bench.baselines import Contestant, Shape, flex_runner, inputs, random_selection
 from mm_sparse.bench.results import Record, Session, median_ms
-from mm_sparse.cli.main import bench_parser, bench_shapes
 from mm_sparse.config import SparseConfig
 from mm_sparse.cuda_graph import replayed
 from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.pooled import PooledScorer, Scorer, Scores
+from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers.pooled import PooledScorer
+from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import Selection, select
 
 __all__ = ["Bench", "Record", "Shape", "flex_runner", "inputs", "median_ms", "random_selection"]
@@ -219,80 +219,3 @@ def _any_order(selection: Selection) -> Selection:
     """The same, with gradients that need not repeat bit for bit."""
     config = replace(selection.plan.config, deterministic=False)
     return replace(selection, plan=replace(selection.plan, config=config))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    from mm_sparse.bench.scenarios import DecodeBench, LongBench, MemoryBench, growth
-
-    parser = bench_parser()
-    args = parser.parse_args(argv)
-    cuda = torch.cuda.is_available()
-    if args.memory and not cuda:
-        parser.error("argument --memory: needs a CUDA GPU, torch.cuda.is_available() is False")
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    limit = 60.0 if args.quick and args.seconds is None else args.seconds
-    session = Session(only=args.only or (), seconds=limit, repeat=0.1 if args.quick else 0.3)
-    options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
-    content: dict[str, Any] = {"machine": report.machine(device, dtype), "options": options}
-    units = args.units or ((128, 64, 16) if cuda and not args.quick else (64, 16))
-    ratio = args.ratio or 0.2
-
-    def shapes(tokens: Sequence[int], head_dims: Sequence[int] = ()) -> list[Shape]:
-        return [Shape(*s) for s in bench_shapes(args, cuda, tokens, head_dims)]
-
-    def each(which: Sequence[Shape], job: Callable[[Any], None], kind: Any = Bench) -> None:
-        for shape in which:
-            try:
-                job(kind(shape, device, dtype, session))
-            # Inputs that do not fit must not end the run either.
-            except Exception as error:
-                session.skip(f"{shape}", report.reason(error))
-            if args.out:
-                report.write(args.out, content, session)
-
-    def every(bench: Bench) -> None:
-        bench.dense(eager=cuda and not args.quick)
-        for unit in units:
-            bench.sparse(unit, ratio)
-        for block in (128, 64) if cuda else ():
-            bench.sparse_peers(block, ratio)
-
-    def part(bench: Bench, names: Sequence[str], ratio: float) -> None:
-        bench.dense()
-        for unit in args.units or (64, 16):
-            bench.sparse(unit, ratio, names)
-
-    try:
-        if not (args.decode or args.lengths or args.long or args.memory):
-            tokens, head_dims = (16384, 65536) if cuda else (8192,), (128, 64)
-            each(shapes(tokens, () if args.quick else head_dims), every)
-        if args.lengths:
-            lengths = [1024 << i for i in range(6 if cuda else 4)]
-            forward_only = partial(Bench, longest=0)
-            each(shapes(lengths), partial(part, names=["whole"], ratio=ratio), forward_only)
-            content["break_even"] = report.break_even(session.records)
-        if args.decode:
-            many = (32, 8, 128, False, 8) if cuda else (8, 2, 64, False, 1)
-            contexts = args.tokens or ((32768, 131072) if cuda else (4096,))
-            steps = [Shape(n, *many, queries=1) for n in contexts]
-            job = partial(part, names=["attend", "select", "whole"], ratio=args.ratio or 0.125)
-            each(steps, job, DecodeBench)
-        if args.long:
-            lengths = [131072 << i if cuda else 1024 << i for i in range(4 if cuda else 2)]
-            for unit in args.units or (64, 16):
-                each(shapes(lengths), partial(LongBench.whole, unit=unit), LongBench)
-            content["growth"] = growth(session.records)
-        if args.memory:
-            trained = partial(MemoryBench, longest=1 << 40)
-            each(shapes((65536,)), partial(part, names=["whole"], ratio=ratio), trained)
-    finally:
-        if args.out:
-            report.write(args.out, content, session)
-        print(report.summary(content, session))
-        if args.plot and session.records:
-            report.plot(args.plot, session.records)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ B batch, H query heads, K KV heads, N tokens, D head dim
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -20,9 +21,11 @@ from mm_sparse.bench.results import Record
 from mm_sparse.bench.runner import Bench
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
-from mm_sparse.scorers.pooled import PooledScorer, Scorer, Scores
+from mm_sparse.scorers.pooled import PooledScorer
 from mm_sparse.selection.block_lists import units_of_lists
+from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import select
 
 LONG_KEYS = 8192
@@ -186,3 +189,16 @@ class MemoryBench(Bench):
 
 def _gradients(made: Contestant, out: Tensor) -> None:
     torch.autograd.grad(out, made.leaves, made.dout)
+
+
+def bench_shapes(
+    args: argparse.Namespace, cuda: bool, tokens: Sequence[int], head_dims: Sequence[int] = ()
+) -> list[tuple[int, int, int, int, bool]]:
+    """Tokens, query heads, KV heads, head dim and causal of what is asked for; else defaults."""
+    masks = {"no": (False,), "yes": (True,)}.get(args.causal, (False, True))
+    heads = args.heads or ([(16, 16), (32, 8)] if cuda else [(8, 8)])
+    kinds = [(*h, causal) for h in heads for causal in masks]
+    if cuda and not args.heads and not args.causal:
+        kinds = [(16, 16, False), (32, 8, True)]
+    dims = args.head_dims or ((head_dims or (128,)) if cuda else (64,))
+    return [(n, q, kv, d, c) for n in args.tokens or tokens for d in dims for q, kv, c in kinds]

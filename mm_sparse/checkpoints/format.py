@@ -15,10 +15,12 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.discovery import scorer_shape
 from mm_sparse.integrations.layer import Layer
-from mm_sparse.integrations.scorers import NAMED
 from mm_sparse.modality import Modality
+from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.fine import FineScorer
-from mm_sparse.scorers.pooled import PooledScorer, RelevanceScorer, Scorer
+from mm_sparse.scorers.pooled import PooledScorer
+from mm_sparse.scorers.registry import NAMED
+from mm_sparse.scorers.relevance import RelevanceScorer
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
 _SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")

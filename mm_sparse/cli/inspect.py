@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_sparse.analysis.html_page import Scene, write_page
-from mm_sparse.config import SparseConfig
+from mm_sparse.cli.arguments import share
+
+if TYPE_CHECKING:
+    from mm_sparse.analysis.html_page import Scene
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line, behind `mm-sparse inspect`."""
-    from mm_sparse.cli.main import inspect_parser
-
+    """Write one HTML page: what the layers of a model kept on a sample."""
     parser = inspect_parser()
     args, more = parser.parse_known_args(argv)
+    from mm_sparse.analysis.html_page import write_page
+
     if ":" in args.target:
         scene = scene_of(args.target, more)
     else:
@@ -34,6 +37,8 @@ def scene_of(target: str, options: Sequence[str]) -> Scene:
     Raises:
         ValueError: there is no such function, or it returns something else.
     """
+    from mm_sparse.analysis.html_page import Scene
+
     home, _, name = target.partition(":")
     try:
         make: Any = getattr(importlib.import_module(home), name)
@@ -50,13 +55,16 @@ def text_scene(folder: str, text: str, ratio: float) -> Scene:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import mm_sparse as mms
+    from mm_sparse.analysis.html_page import Scene
 
     if Path(text).is_file():
         text = Path(text).read_text(encoding="utf-8")
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
     # A short text would run dense; here its selection is what one wants to see.
-    mms.sparsify(model, SparseConfig(ratio=ratio, bidirectional=(), dense_below=0), strict=False)
+    mms.sparsify(
+        model, mms.SparseConfig(ratio=ratio, bidirectional=(), dense_below=0), strict=False
+    )
     return Scene(
         title=f"{Path(folder).name}, {ids.shape[1]} tokens, ratio {ratio:g}",
         parts={"language": model},
@@ -64,3 +72,20 @@ def text_scene(folder: str, text: str, ratio: float) -> Scene:
         queries=[ids.shape[1] - 1],
         texts={"Text": text if len(text) < 2000 else text[:2000] + " ..."},
     )
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """Options of `mm-sparse inspect`."""
+    parser = argparse.ArgumentParser(
+        prog="mm-sparse inspect",
+        description="Write one HTML page for a model and a sample: what its layers kept, over "
+        "pictures and sounds, by modality and by head.",
+        epilog="mm-sparse inspect mm_sparse.recipes.run.inspection:recipe --config FILE.yaml shows "
+        "a sample of a recipe's validation data; other options go to the function.",
+    )
+    add = parser.add_argument
+    add("target", help="folder of a transformers model, or MODULE:FUNCTION that returns a Scene")
+    add("--out", type=Path, default=Path("inspect.html"), metavar="FILE.html")
+    add("--text", metavar="TEXT", help="a text or a file, for a model in a folder")
+    add("--ratio", type=share, default=0.2, metavar="R", help="share of keys kept there (0.2)")
+    return parser

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mm_sparse import unit_mass
 from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.patching import layers, watch
+from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.state import layers
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.pooled import Scorer, Scores
+from mm_sparse.scorers.attention_mass import unit_mass
+from mm_sparse.scorers.base import Scorer
+from mm_sparse.selection.scores import Scores
 
 TINY = 1e-6
 
@@ -51,54 +53,6 @@ def divergence(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = Fal
     if weighted:
         return (loss * total[..., 0]).mean()
     return loss.sum() / chosen.sum().clamp(min=1)
-
-
-def dropped_mass(
-    values: Tensor, mass: Tensor, plan: Plan, temperature: float, budget: Tensor | None = None
-) -> Tensor:
-    """Share of attention that a soft choice of the best units drops, mean over heads and tiles.
-
-    Args:
-        values, mass: (..., B, K, T, U), as for `divergence`.
-        temperature: of `soft_choice`.
-        budget: (..., B, K or 1, T) tokens, if not the plan's for the best.
-    """
-    open_units = (plan.visible & ~plan.always)[:, None]
-    mass = mass.detach().float() * open_units
-    choice = open_units[:, 0].sum(-1) > 1
-    kept = soft_choice(values, plan, temperature, budget)
-    return ((mass * (1 - kept)).sum(-1) * choice[:, None]).mean()
-
-
-def soft_choice(
-    values: Tensor, plan: Plan, temperature: float, budget: Tensor | None = None
-) -> Tensor:
-    """How much of each open unit is kept, (..., B, K, T, U) in [0, 1].
-
-    A unit is kept by the sigmoid of its distance to the score of the last unit that the budget of
-    the best holds, over `temperature`. That threshold moves with the scores such that the number of
-    kept units stays: what counts is who is above it (as in differentiable top-k operators).
-
-    Args:
-        temperature: in units of the scores, which are logarithms of shares.
-        budget: as for `dropped_mass`.
-    """
-    open_units = (plan.visible & ~plan.always)[:, None]
-    values = values.float().masked_fill(~open_units, -1e9)
-    always = (plan.always * plan.units[:, None, :, 1]).sum(-1)
-    budget = plan.best.head_budget if budget is None else budget
-    left = (budget - always[:, None]).clamp(min=0) // plan.unit  # units
-    most = open_units[:, 0].sum(-1) - 1
-    left = left.minimum(most[:, None]).clamp(min=1)[..., None].expand(*values.shape[:-1], 1)
-    with torch.no_grad():
-        ranked = values.sort(-1, descending=True).values
-        behind = left.clamp(max=values.shape[-1] - 1)
-        threshold = (ranked.gather(-1, left - 1) + ranked.gather(-1, behind)) / 2
-        kept = torch.sigmoid((values - threshold) / temperature)
-        slope = kept * (1 - kept)
-        slope = slope / slope.sum(-1, keepdim=True).clamp(min=TINY)
-    drift = (slope * values).sum(-1, keepdim=True)
-    return torch.sigmoid((values - threshold - (drift - drift.detach())) / temperature)
 
 
 @dataclass

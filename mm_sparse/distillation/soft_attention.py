@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mm_sparse import select
-from mm_sparse.distillation.losses import soft_choice
+from mm_sparse.distillation.soft_topk import soft_choice
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.pooled import Scores
-from mm_sparse.scorers.pooling import gather_pieces
+from mm_sparse.scorers.descriptors import gather_pieces
 from mm_sparse.selection.block_lists import units_of_lists
+from mm_sparse.selection.scores import Scores
+from mm_sparse.selection.selection import select
 
 # Logits of a block of tiles; a block is computed again in the backward pass.
 BLOCK_ELEMENTS = 1 << 26

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.plan import Plan
 from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.pooled import Scores
+from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import Selection
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.patching import layers
+from mm_sparse.integrations.state import layers, state_of
+from mm_sparse.scorers.base import Scorer
 
 
 @contextmanager
@@ -24,3 +27,81 @@ def attending(model: nn.Module, instead: Callable[[Call], Tensor]) -> Iterator[N
         yield
     finally:
         shared.instead = before
+
+
+@contextmanager
+def keeping(model: nn.Module, **changes: Any) -> Iterator[None]:
+    """The same layers and scorers with other fields of their config, around a block."""
+    shared = state_of(model).shared
+    before, shared.config = shared.config, replace(shared.config, **changes)
+    try:
+        yield
+    finally:
+        shared.config = before
+
+
+@contextmanager
+def given_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
+    """Say what each position is where no ids do (`inputs_embeds`), or instead of them.
+
+    Args:
+        modality: (B, M) of `Modality` values, from the first token of the sequence on; tokens
+            behind are what their ids say, or text.
+    """
+    if not isinstance(modality, Tensor) or modality.dim() != 2 or modality.is_floating_point():
+        raise ValueError(f"modality must be a (batch, tokens) tensor of integers, got {modality!r}")
+    trackers = state_of(model).trackers
+    if not trackers:
+        raise ValueError(f"model must hold a transformers model, got {type(model).__name__}")
+    for tracker in trackers:
+        tracker.given = modality
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker.given = None
+
+
+@contextmanager
+def watch(
+    model: nn.Module, watcher: Callable[[Call], None], *, timed: bool = False
+) -> Iterator[None]:
+    """Call `watcher` after every attention call, with q, k, v, scores and selection.
+
+    All of a call is in one order, that of `call.layout`: a picture with a known grid is in patch
+    order (`Call` says how to get the model's order back). Scores carry their graph then. A layer
+    under gradient checkpointing is called once more in the backward pass: gather there and losses
+    count double.
+    """
+    shared = state_of(model).shared
+    shared.watchers.append(watcher)
+    before, shared.timed = shared.timed, timed or shared.timed
+    try:
+        yield
+    finally:
+        shared.watchers.remove(watcher)
+        shared.timed = before
+
+
+@contextmanager
+def ranked_by(
+    model: nn.Module, make: Callable[[], Scorer] | Mapping[str, Scorer] | None
+) -> Iterator[None]:
+    """The layers of a sparsified model with other scorers, around a block.
+
+    Args:
+        make: called once a layer, or scorers by name of the layer; None changes nothing.
+    """
+    served = layers(model)
+    before = {name: layer.scorer for name, layer in served.items()}
+    try:
+        if isinstance(make, Mapping):
+            for name, scorer in make.items():
+                served[name].scorer = scorer
+        elif make is not None:
+            for layer in served.values():
+                layer.scorer = make()
+        yield
+    finally:
+        for name, layer in served.items():
+            layer.scorer = before[name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,17 +16,21 @@ from torch.nn.functional import pad
 
 from mm_sparse._checks import autocast_inputs
 from mm_sparse.attention.dense import dense_length
-from mm_sparse.attention.functional import attend, rank_and_attend
+from mm_sparse.attention.pipeline import rank_and_attend
+from mm_sparse.attention.selected import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import Call
 from mm_sparse.integrations.discovery import Found
 from mm_sparse.integrations.last_call import Kept, Record, joined, thinned
-from mm_sparse.integrations.layout_cache import MaskMemo, Placed
+from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.kernels.ops import supports
+from mm_sparse.layout.call_layout import Placed
 from mm_sparse.layout.patch_order import in_patch_order, restore
 from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
-from mm_sparse.scorers.pooled import PooledScorer, Scorer, Scores
+from mm_sparse.scorers.pooled import PooledScorer
+from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import Selection, select
 
 R = TypeVar("R")
@@ -36,33 +39,6 @@ LAYER = "_mm_sparse_layer"
 # Entries of a selection that a layer keeps for `report`; of longer ones, every n-th tile.
 KEPT_ENTRIES = 1 << 16
 _POOLED = PooledScorer()
-
-
-@dataclass
-class Shared:
-    """What the layers of a sparsified model have in common."""
-
-    config: SparseConfig
-    strict: bool
-    watchers: list[Callable[[Call], None]] = field(default_factory=list)
-    instead: Callable[[Call], Tensor] | None = None
-    """Computes the attention of a sparse layer in place of score, select, attend."""
-    timed: bool = False
-    plain: dict[Any, Placed] = field(default_factory=dict)
-    """Layouts of calls without a mask."""
-    own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
-    """By name of a layer and prefix: `config` as it was, and the layer's own."""
-    masked: MaskMemo = field(default_factory=MaskMemo)
-
-    def config_of(self, index: int | None, name: str, prefix: int) -> SparseConfig:
-        """The config of a layer whose first `prefix` tokens are always kept; checked once."""
-        config, made = self.own.get((name, prefix), (None, None))
-        if made is None or config is not self.config:
-            made = self.config.of_layer(index, name)
-            if prefix > made.sinks:
-                made = replace(made, sinks=prefix)
-            self.own[name, prefix] = self.config, made
-        return made
 
 
 class Source(Protocol):

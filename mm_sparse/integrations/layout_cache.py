@@ -6,29 +6,17 @@ B batch, N query tokens, M key tokens
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm_sparse.integrations.mask_spans import spans_from_dense
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout.call_layout import Placed
 
 # Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
 PLAIN_LAYOUTS = 8
 # Entries of a mask up to which it is compared with the one before.
 COMPARED = 1 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """A layout of M keys, and the place of the first query among them."""
-
-    layout: TokenLayout
-    first: int
-    prefix: int = 0
-    """Tokens in front that are kept whatever the config says (class and register tokens)."""
 
 
 class MaskMemo:
@@ -81,31 +69,3 @@ def make_room(plain: dict[Any, Placed]) -> None:
     """Forget the oldest of more layouts than are kept."""
     while len(plain) > PLAIN_LAYOUTS:
         plain.pop(next(iter(plain)))
-
-
-def spans_of_tensor(mask: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, int]:
-    """Ranges (B, N, 2), valid keys (B, M) and the first query's place, as a mask says."""
-    span, valid = spans_from_dense(mask)
-    if span.shape[1] not in (1, queries) or valid.shape[1] < keys:
-        raise ValueError(
-            f"attention_mask must be for {queries} x {keys} tokens, got {tuple(mask.shape)}"
-        )
-    span, valid = span.expand(-1, queries, -1).clamp(max=keys), valid[:, :keys]
-    # A cache may have slots behind the last query, which nobody sees.
-    first = max(int(span[..., 1].max()) - queries, 0) if queries < keys else 0
-    return span, valid, first
-
-
-def spans_without_mask(
-    queries: int, keys: int, causal: bool, window: int | None
-) -> tuple[Tensor, Tensor, int]:
-    """As SDPA reads it: one query sees all; causal queries start with the first key."""
-    own = torch.arange(queries)
-    low, high = torch.zeros_like(own), torch.full_like(own, keys)
-    first = keys - queries
-    if causal and queries > 1:
-        first, high = 0, own + 1
-    if causal and window:
-        low = (own + first - window + 1).clamp(min=0)
-    valid = torch.arange(keys) < (int(high.max()) if queries else 0)
-    return torch.stack([low, high], -1).to(torch.int32)[None], valid[None], first

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations.call import Call
 from mm_sparse.integrations.discovery import Found
 from mm_sparse.integrations.hf.attention import NAME, HFLayer, register
 from mm_sparse.integrations.hf.discovery import HFFound, dispatches, find_layers
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layer import LAYER, Layer, Shared
-from mm_sparse.integrations.scorers import NAMED, make_scorer
-from mm_sparse.integrations.towers.adapter import TowerFound, TowerLayer, find_towers
-from mm_sparse.integrations.towers.call_layout import Tower
-from mm_sparse.integrations.towers.patch_order import OrderedBlocks, find_ordered_blocks
-from mm_sparse.scorers.pooled import Scorer
+from mm_sparse.integrations.layer import LAYER, Layer
+from mm_sparse.integrations.scorers import make_scorer
+from mm_sparse.integrations.shared_state import Shared
+from mm_sparse.integrations.state import STATE, State, state_of
+from mm_sparse.integrations.tower_tokens import Tower
+from mm_sparse.integrations.towers.adapter import TowerLayer
+from mm_sparse.integrations.towers.discovery import TowerFound, find_towers
+from mm_sparse.integrations.towers.patch_order import find_ordered_blocks
+from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers.registry import NAMED
 
 M = TypeVar("M", bound=nn.Module)
-STATE = "_mm_sparse"
-
-
-@dataclass(eq=False)
-class State:
-    """What `sparsify` did to a model."""
-
-    shared: Shared
-    layers: dict[str, Layer]
-    trackers: list[ModalityTracker]
-    towers: list[Tower]
-    blocks: list[OrderedBlocks]
-    handles: list[Any] = field(default_factory=list)
-    before: list[tuple[Any, str]] = field(default_factory=list)
-    """Configs and the attention implementation that each named."""
 
 
 def sparsify(
@@ -120,88 +107,6 @@ def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iter
         densify(model)
         if previous is not None:
             _attach(model, previous)
-
-
-def config_of(model: nn.Module) -> SparseConfig:
-    """The config of a sparsified model."""
-    return state_of(model).shared.config
-
-
-@contextmanager
-def keeping(model: nn.Module, **changes: Any) -> Iterator[None]:
-    """The same layers and scorers with other fields of their config, around a block."""
-    shared = state_of(model).shared
-    before, shared.config = shared.config, replace(shared.config, **changes)
-    try:
-        yield
-    finally:
-        shared.config = before
-
-
-def layers(model: nn.Module) -> dict[str, Layer]:
-    """The attention layers of a sparsified model by name."""
-    return dict(state_of(model).layers)
-
-
-def scorers(model: nn.Module) -> nn.ModuleDict:
-    """The scorers of a sparsified model; "/" stands for "." in the names of layers."""
-    found = {n: la.scorer for n, la in state_of(model).layers.items() if la.scorer is not None}
-    return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in found.items()})
-
-
-def scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What an optimizer trains when only scorers are trained."""
-    return scorers(model).parameters()
-
-
-@contextmanager
-def given_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
-    """Say what each position is where no ids do (`inputs_embeds`), or instead of them.
-
-    Args:
-        modality: (B, M) of `Modality` values, from the first token of the sequence on; tokens
-            behind are what their ids say, or text.
-    """
-    if not isinstance(modality, Tensor) or modality.dim() != 2 or modality.is_floating_point():
-        raise ValueError(f"modality must be a (batch, tokens) tensor of integers, got {modality!r}")
-    trackers = state_of(model).trackers
-    if not trackers:
-        raise ValueError(f"model must hold a transformers model, got {type(model).__name__}")
-    for tracker in trackers:
-        tracker.given = modality
-    try:
-        yield
-    finally:
-        for tracker in trackers:
-            tracker.given = None
-
-
-@contextmanager
-def watch(
-    model: nn.Module, watcher: Callable[[Call], None], *, timed: bool = False
-) -> Iterator[None]:
-    """Call `watcher` after every attention call, with q, k, v, scores and selection.
-
-    All of a call is in one order, that of `call.layout`: a picture with a known grid is in patch
-    order (`Call` says how to get the model's order back). Scores carry their graph then. A layer
-    under gradient checkpointing is called once more in the backward pass: gather there and losses
-    count double.
-    """
-    shared = state_of(model).shared
-    shared.watchers.append(watcher)
-    before, shared.timed = shared.timed, timed or shared.timed
-    try:
-        yield
-    finally:
-        shared.watchers.remove(watcher)
-        shared.timed = before
-
-
-def state_of(model: nn.Module) -> State:
-    state = vars(model).get(STATE)
-    if state is None:
-        raise ValueError(f"model must be sparsified, got a {type(model).__name__} that is not")
-    return state
 
 
 def find_all(model: nn.Module) -> list[Found]:

@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 from mm_sparse.integrations.discovery import scorer_shape
 from mm_sparse.integrations.layer import Layer
-from mm_sparse.scorers.fine import FineScorer
-from mm_sparse.scorers.pooled import RelevanceScorer, Scorer
-
-NAMED: dict[str, type[Scorer]] = {"relevance": RelevanceScorer, "fine": FineScorer}
+from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers.registry import NAMED
 
 
 def make_scorer(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations.layout_cache import Placed
+from mm_sparse.layout.call_layout import Placed
 from mm_sparse.layout.token_layout import TokenLayout
 
 # Sizes that runs are cut to: tiles, units, and the parts of both that scorers look at.

@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from mm_sparse._backend import fused, last_contiguous
 from mm_sparse._checks import check_heads
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.descriptors import fused, last_contiguous
-from mm_sparse.scorers.pooling import gather_pieces
+from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers.descriptors import gather_pieces
 
 # Elements of one block of scores; more are computed block by block.
 BLOCK_ELEMENTS = 1 << 24
@@ -79,3 +80,10 @@ def _unit_mass_fused(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
     args = (plan.tiles, plan.units, plan.span, scale, plan.tile_tokens, plan.unit, largest)
     mass = kernel(q, k, *args)
     return mass if largest else mass / (plan.members * plan.group).clamp(min=1)[:, None, :, None]
+
+
+class Perfect(Scorer):
+    """The true mass, which costs as much as dense attention: what no scorer can beat by it."""
+
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        return unit_mass(q, k, plan, scale).clamp(min=1e-20).log()

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mm_sparse._backend import fused
 from mm_sparse.layout.partition import part_sizes
 from mm_sparse.layout.plan import Plan
 from mm_sparse.modality import Modality
-from mm_sparse.scorers.descriptors import fused
 
 # Elements of one block of sub-pool logits; more are computed block by block.
 BLOCK_ELEMENTS = 1 << 26

@@ -15,11 +15,11 @@ from mm_sparse._checks import check_shape, check_sizes
 from mm_sparse.layout.partition import part_sizes
 from mm_sparse.layout.plan import Plan
 from mm_sparse.modality import Modality
+from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, share_of_units
 from mm_sparse.scorers.descriptor_cache import described
 from mm_sparse.scorers.descriptors import piece_features
 from mm_sparse.scorers.modality_maps import Kept, describe
-from mm_sparse.scorers.pooled import Scorer
 
 
 class FineScorer(Scorer):

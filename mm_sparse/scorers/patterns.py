@@ -5,17 +5,14 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T 
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
 
-from mm_sparse._checks import check_qkv
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.plan import Plan
 from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.pooled import Scorer, Scores
+from mm_sparse.scorers.base import Scorer
+from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import Selection, select
 
 
@@ -85,32 +82,20 @@ class BigBird(Pattern):
         return torch.where(distance <= near, 2 - distance / (plan.layout.length + 1), draw)
 
 
-class Linformer(nn.Module):
-    """Attention on keys and values projected to a fixed length (Wang et al., 2020); for comparison.
+class Nearest(Scorer):
+    """A sliding window: the nearest units."""
 
-    Not causal, and bound to one sequence length: that is the method's own limit.
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        near = -plan.distance.abs().float()[:, None]
+        return near.expand(-1, k.shape[1], -1, -1).contiguous()
 
-    Args:
-        length: M, number of tokens.
-        rank: projected length.
-    """
 
-    def __init__(self, length: int, rank: int = 256) -> None:
-        super().__init__()
-        for name, value in (("length", length), ("rank", rank)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        self.length = length
-        self.project_keys = nn.Parameter(torch.randn(rank, length) / math.sqrt(length))
-        self.project_values = nn.Parameter(torch.randn(rank, length) / math.sqrt(length))
+class NearestAndRandom(Scorer):
+    """As BigBird (Zaheer et al., 2020): window and sinks, half of the budget at random."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """(B, H, N, D), (B, K, M, D) twice -> (B, H, N, D)."""
-        check_qkv(q, k, v)
-        if k.shape[2] != self.length:
-            raise ValueError(f"k and v must have {self.length} tokens, got {k.shape[2]}")
-        keys = self.project_keys.to(k.dtype) @ k
-        values = self.project_values.to(v.dtype) @ v
-        return scaled_dot_product_attention(
-            q, keys, values, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
+        shape = (len(q), k.shape[1], *plan.distance.shape[1:])
+        generator = torch.Generator(q.device).manual_seed(plan.num_queries)
+        chance = torch.rand(shape, generator=generator, device=q.device)
+        near = plan.distance.abs()[:, None] < plan.budget[:, None, :, None] // 2
+        return chance + near

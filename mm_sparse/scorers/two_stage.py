@@ -11,46 +11,18 @@ descriptor, R chosen runs of a tile, C = R x units of a run
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mm_sparse._backend import fused
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.plan import Plan
 from mm_sparse.scorers.block_scores import Descriptors, share_of_units
-from mm_sparse.scorers.descriptors import fused
+from mm_sparse.selection.scores import Runs
 from mm_sparse.selection.topk import choose
-
-
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """Candidates of a tile by runs: run r is the units [r * size, (r + 1) * size)."""
-
-    index: Tensor
-    """(B, K, T, R) int16 or int32, ascending; -1 from `count` on."""
-    count: Tensor
-    """(B, K, T) int32."""
-    size: int
-
-    def units(self, num_units: int) -> Tensor:
-        """(B, K, T, C) int64 unit ids, ascending; `num_units` where there is none."""
-        within = torch.arange(self.size, device=self.index.device)
-        ids = (self.index.long()[..., None] * self.size + within).flatten(-2)
-        listed = torch.arange(ids.shape[-1], device=ids.device) < self.count[..., None] * self.size
-        return torch.where(listed & (ids < num_units), ids, num_units)
-
-    def among(self, num_units: int) -> Tensor:
-        """(B, K, T, U) bool: which units are candidates."""
-        ids = self.units(num_units)
-        found = torch.zeros(*ids.shape[:3], num_units + 1, dtype=torch.bool, device=ids.device)
-        return found.scatter_(-1, ids, True)[..., :num_units]
-
-    def spread(self, values: Tensor, num_units: int) -> Tensor:
-        """Values (B, K, T, C) at the places of their units: (B, K, T, U)."""
-        whole = values.new_zeros(*values.shape[:3], num_units + 1)
-        return whole.scatter_(-1, self.units(num_units), values)[..., :num_units]
 
 
 class Ranked(NamedTuple):

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.kernels.reference import dense_mask
+from mm_sparse.kernels.reference import dense_mask, transpose_lists
 from mm_sparse.kernels.sizes import index_dtype
-from mm_sparse.kernels.transpose import transpose_lists
 from mm_sparse.layout.plan import Plan
 from mm_sparse.layout.token_layout import TokenLayout
 from mm_sparse.modality import Modality
-from mm_sparse.scorers.pooled import Scores
 from mm_sparse.selection.block_lists import lists_of_units
 from mm_sparse.selection.density import count_pairs
 from mm_sparse.selection.sampling import Sample, draw
+from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.topk import choose, choose_fused, in_registers
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mm_sparse._backend import fused
 from mm_sparse.kernels.sizes import index_dtype
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.descriptors import fused
 from mm_sparse.selection.sampling import list_lengths
 
 if TYPE_CHECKING:
     from mm_sparse.kernels.triton.topk import Drawn
-    from mm_sparse.scorers.two_stage import Runs
+    from mm_sparse.selection.scores import Runs
 
 # Units of a row that the kernel's registers hold and one behind them, which floors need.
 MOST_UNITS = 16385

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from mm_sparse.recipes.data.images import on_white, to_tensor
 from mm_sparse.recipes.data.samples import Sample, Samples, Turn
-from mm_sparse.recipes.datasets.stamps import on_white, to_tensor
 
 TAG = "<image>"
 SPEAKERS = {

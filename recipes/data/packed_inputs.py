@@ -68,7 +68,7 @@ class Packed(Dataset[Tensor]):
             return torch.from_numpy(item).float() * MEL_STEP + MEL_LOW
         from PIL import Image
 
-        from mm_sparse.recipes.datasets.stamps import to_tensor
+        from mm_sparse.recipes.data.images import to_tensor
 
         with Image.open(io.BytesIO(item)) as file:
             return to_tensor(np.array(file.convert("RGB")))

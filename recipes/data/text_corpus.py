@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.kind:
         parser.error("argument --kind: must be given, such as --kind text 'docs/**/*.html'")
     if args.tokenizer == "smollm2":
-        from mm_sparse.recipes.pretrained.wheels import SmolLM2Tokenizer
+        from mm_sparse.recipes.data.tokenizers import SmolLM2Tokenizer
 
         tokenizer: Any = SmolLM2Tokenizer()
     else:

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mm_sparse.recipes.pretrained.wheels import smollm2
+
 
 class Tokenizer(ABC):
     """Text to ids and back. `image_id` stands for one patch of a picture and never for text."""
@@ -95,3 +97,16 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+class SmolLM2Tokenizer(HFTokenizer):
+    """SmolLM2's own tokenizer, read from its GGUF file, with an image token."""
+
+    def __init__(self) -> None:
+        folder, file = smollm2()
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        # As transformers reads the file, the start of a turn would be the end of the text.
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+        super().__init__(tokenizer)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from mm_sparse.recipes.data.audio_files import read_sound
+from mm_sparse.recipes.data.images import on_white, to_tensor
 from mm_sparse.recipes.data.samples import RATE, Sample, Samples, Turn
 from mm_sparse.recipes.data.splits import SPLITS, Split, check_split, split_of
 from mm_sparse.recipes.data.tokenizers import WordTokenizer
-from mm_sparse.recipes.datasets.stamps import STAMPS, Stamp, on_white, stamps, to_tensor
+from mm_sparse.recipes.datasets.stamps import STAMPS, Stamp, stamps
 
 
 class YesNoTokenizer(WordTokenizer):

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 import mm_sparse as mms
+from mm_sparse.integrations.context import keeping
 from mm_sparse.integrations.discovery import scorer_shape
-from mm_sparse.integrations.patching import config_of, keeping, layers
-from mm_sparse.recipes.evaluation.language_quality import change_of, predictions, prepared
+from mm_sparse.integrations.state import config_of, layers
+from mm_sparse.recipes.metrics.logits import change_of, predictions
+from mm_sparse.recipes.run.language_options import prepared
 
 LEVELS = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 Place = tuple[int | str, int | None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import mm_sparse as mms
-from mm_sparse.integrations.patching import keeping
+from mm_sparse.integrations.context import keeping
 from mm_sparse.recipes.data.packed_inputs import PackedData
 from mm_sparse.recipes.distillation.budget_search import LEVELS, Place, costs_of, save_spread
 from mm_sparse.recipes.distillation.towers import VIT_SMALL, TowerPart, features_of

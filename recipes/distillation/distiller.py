@@ -15,12 +15,13 @@ from torch.func import functional_call
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality, unit_mass
-from mm_sparse.distillation.losses import divergence, dropped_mass
+from mm_sparse.distillation.losses import divergence
+from mm_sparse.distillation.soft_topk import dropped_mass
 from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.patching import keeping, layers, scorers, watch
+from mm_sparse.integrations.context import keeping, watch
+from mm_sparse.integrations.state import layers, scorers
 from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.models.vision import OptimizerPart
-from mm_sparse.recipes.training.optimizer import optimize
+from mm_sparse.recipes.training.optimizer import OptimizerPart, optimize
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse import FineScorer
-from mm_sparse.distillation.losses import divergence, dropped_mass
-from mm_sparse.integrations.patching import layers
+from mm_sparse.distillation.losses import divergence
+from mm_sparse.distillation.soft_topk import dropped_mass
+from mm_sparse.integrations.context import ranked_by
 from mm_sparse.integrations.scorers import make_scorer
+from mm_sparse.integrations.state import layers
 from mm_sparse.recipes.data.samples import Batch
 from mm_sparse.recipes.distillation.distiller import Goal, Sample, look
-from mm_sparse.recipes.evaluation.language_quality import ranked_by
 from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.models.vision import OptimizerPart
-from mm_sparse.recipes.training.optimizer import optimize
+from mm_sparse.recipes.training.optimizer import OptimizerPart, optimize
 
 OwnScorers = dict[str, FineScorer]
 """By name of the layer."""

@@ -16,8 +16,10 @@ import mm_sparse as mms
 from mm_sparse import Modality
 from mm_sparse.recipes.data.text_corpus import CorpusData
 from mm_sparse.recipes.distillation.distiller import Distiller, Goal
-from mm_sparse.recipes.evaluation.language_quality import layer_figures, logit_change
-from mm_sparse.recipes.models.vision import LanguagePart, OptimizerPart
+from mm_sparse.recipes.metrics.layers import layer_figures
+from mm_sparse.recipes.metrics.logits import logit_change
+from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 
 class Distill(Distiller):

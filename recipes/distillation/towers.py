@@ -20,13 +20,14 @@ from mm_sparse import FineScorer, Modality
 from mm_sparse.distillation.soft_attention import unit_error, unit_weights, weighted_attention
 from mm_sparse.encoders.backbones.vision import TimmVision
 from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import attending
-from mm_sparse.integrations.patching import keeping, layers
+from mm_sparse.integrations.context import attending, keeping
+from mm_sparse.integrations.state import layers
 from mm_sparse.layout.plan import Plan
 from mm_sparse.recipes.data.packed_inputs import PackedData
 from mm_sparse.recipes.distillation.distiller import Distiller, Goal
-from mm_sparse.recipes.evaluation.language_quality import layer_figures
-from mm_sparse.recipes.models.vision import OptimizerPart, VisionPart
+from mm_sparse.recipes.metrics.layers import layer_figures
+from mm_sparse.recipes.models.vision import VisionPart
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 
 @dataclass(frozen=True)

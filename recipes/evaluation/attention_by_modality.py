@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from mm_sparse import Modality, unit_mass
 from mm_sparse.integrations.call import Call
 from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.evaluation.language_quality import kept_units
+from mm_sparse.recipes.metrics.layers import kept_units
 from mm_sparse.selection.block_lists import units_of_lists
 from mm_sparse.selection.density import count_pairs
 

@@ -41,9 +41,10 @@ from mm_sparse.checkpoints.pretrained import scorers_folder
 from mm_sparse.integrations.context import attending
 from mm_sparse.recipes.data.packed_inputs import PackedData
 from mm_sparse.recipes.evaluation.encoder_tasks import Pictures, Speech
-from mm_sparse.recipes.evaluation.language_quality import Perfect, scaled_budgets
 from mm_sparse.recipes.evaluation.linformer import Linformers, train_linformers
+from mm_sparse.recipes.metrics.budgets import scaled_budgets
 from mm_sparse.recipes.pretrained.whisper import FILES
+from mm_sparse.scorers.attention_mass import Perfect
 from mm_sparse.scorers.patterns import BigBird, SlidingWindow
 
 # What ranks the units: pooled scores of the content, distance, chance, half of each, the true mass,

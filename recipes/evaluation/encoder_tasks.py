@@ -25,7 +25,8 @@ NEIGHBOURS = 5
 
 def pictures(size: int, categories: int, each: int, most: int | None) -> tuple[Tensor, list[str]]:
     """`each` stamps of each of the largest categories: (B, 3, size, size) and what they are."""
-    from mm_sparse.recipes.datasets.stamps import on_white, stamps, to_tensor
+    from mm_sparse.recipes.data.images import on_white, to_tensor
+    from mm_sparse.recipes.datasets.stamps import stamps
 
     by_category: dict[str, list[Path]] = {}
     for stamp in stamps():
@@ -44,7 +45,7 @@ def middle_square(path: Path, size: int) -> Tensor:
     """(3, size, size) in [0, 1] of a picture file."""
     from PIL import Image, ImageOps
 
-    from mm_sparse.recipes.datasets.stamps import to_tensor
+    from mm_sparse.recipes.data.images import to_tensor
 
     with Image.open(path) as file:
         picture = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)

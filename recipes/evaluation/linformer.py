@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
+from mm_sparse._checks import check_qkv
 from mm_sparse.integrations.call import Call
 from mm_sparse.integrations.context import attending
-from mm_sparse.scorers.patterns import Linformer
 
 
 class Linformers(nn.Module):
@@ -93,3 +93,34 @@ def train_linformers(
         torch.stack(losses).mean().backward()
         optimizer.step()
     return made.requires_grad_(False)
+
+
+class Linformer(nn.Module):
+    """Attention on keys and values projected to a fixed length (Wang et al., 2020); for comparison.
+
+    Not causal, and bound to one sequence length: that is the method's own limit.
+
+    Args:
+        length: M, number of tokens.
+        rank: projected length.
+    """
+
+    def __init__(self, length: int, rank: int = 256) -> None:
+        super().__init__()
+        for name, value in (("length", length), ("rank", rank)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        self.length = length
+        self.project_keys = nn.Parameter(torch.randn(rank, length) / math.sqrt(length))
+        self.project_values = nn.Parameter(torch.randn(rank, length) / math.sqrt(length))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """(B, H, N, D), (B, K, M, D) twice -> (B, H, N, D)."""
+        check_qkv(q, k, v)
+        if k.shape[2] != self.length:
+            raise ValueError(f"k and v must have {self.length} tokens, got {k.shape[2]}")
+        keys = self.project_keys.to(k.dtype) @ k
+        values = self.project_values.to(v.dtype) @ v
+        return scaled_dot_product_attention(
+            q, keys, values, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )

@@ -24,12 +24,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Modality, PooledScorer, Scorer
-from mm_sparse.integrations.patching import config_of, keeping, layers, watch
+from mm_sparse.integrations.context import keeping, ranked_by, watch
+from mm_sparse.integrations.state import config_of, layers
 from mm_sparse.recipes.data.samples import Batch
 from mm_sparse.recipes.distillation.distiller import Goal
 from mm_sparse.recipes.distillation.joint import OwnScorers, fresh, learn
 from mm_sparse.recipes.evaluation.attention_by_modality import Attending, kl_by_row, mass_shares
-from mm_sparse.recipes.evaluation.language_quality import Nearest, Perfect, ranked_by
 from mm_sparse.recipes.evaluation.modality_ablation_report import (
     beside_blind,
     pair_table,
@@ -37,10 +37,13 @@ from mm_sparse.recipes.evaluation.modality_ablation_report import (
     summary,
     table,
 )
+from mm_sparse.recipes.metrics.density import densities
+from mm_sparse.recipes.metrics.machine import machine
 from mm_sparse.recipes.models.multimodal_training import Multimodal, Said
-from mm_sparse.recipes.models.vision import OptimizerPart
-from mm_sparse.recipes.run.callbacks import densities
-from mm_sparse.recipes.run.sparse_vs_dense import machine, placed, prepare, validation_of
+from mm_sparse.recipes.run.sparse_vs_dense import placed, prepare, validation_of
+from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.scorers.attention_mass import Perfect
+from mm_sparse.scorers.patterns import Nearest
 
 LEARNED: dict[str, dict[str, Any]] = {
     "blind": {"modalities": None, "pairs": False},

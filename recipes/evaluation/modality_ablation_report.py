@@ -6,7 +6,8 @@ from typing import Any
 
 from mm_sparse import FineScorer
 from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.evaluation.language_quality import Nearest, Perfect
+from mm_sparse.scorers.attention_mass import Perfect
+from mm_sparse.scorers.patterns import Nearest
 
 
 def scoring_cost(scorer: Any, plan: Plan, heads: int, dim: int) -> float:

@@ -26,14 +26,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, select
-from mm_sparse.attention.functional import attend
+from mm_sparse.attention.selected import attend
 from mm_sparse.bench.results import median_ms
 from mm_sparse.encoders.bench.profiling import spent
 from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.patching import config_of, keeping, layers, watch
+from mm_sparse.integrations.context import keeping, watch
+from mm_sparse.integrations.state import config_of, layers
 from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.run.sparse_vs_dense import machine
-from mm_sparse.scorers.pooled import PooledScorer, Scorer
+from mm_sparse.recipes.metrics.machine import machine
+from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers.pooled import PooledScorer
 
 SECONDS = 0.03
 """That one part of one layer is repeated for."""
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def language(words: Sequence[str]) -> Any:
     """Names, model, a run on the first test sequence, and the file to write."""
     from mm_sparse.recipes.data.text_corpus import CorpusData
-    from mm_sparse.recipes.evaluation.language_quality import add_options, changes_of, prepared
+    from mm_sparse.recipes.run.language_options import add_options, changes_of, prepared
 
     parser = argparse.ArgumentParser(prog="cost language")
     add_options(parser)

@@ -21,12 +21,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Scorer
-from mm_sparse.integrations.patching import config_of, keeping
+from mm_sparse.integrations.context import keeping, ranked_by
+from mm_sparse.integrations.state import config_of
 from mm_sparse.recipes.data.samples import Batch
 from mm_sparse.recipes.distillation.distiller import Goal
 from mm_sparse.recipes.distillation.joint import learn
-from mm_sparse.recipes.evaluation import language_quality
-from mm_sparse.recipes.evaluation.language_quality import ranked_by
 from mm_sparse.recipes.evaluation.modality_ablation import (
     LEARNED,
     dense_run,
@@ -34,14 +33,16 @@ from mm_sparse.recipes.evaluation.modality_ablation import (
     measure,
 )
 from mm_sparse.recipes.evaluation.modality_ablation_report import summary
+from mm_sparse.recipes.metrics import ranking_methods
+from mm_sparse.recipes.metrics.machine import machine
 from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.models.vision import OptimizerPart
-from mm_sparse.recipes.run.sparse_vs_dense import machine, placed, prepare, validation_of
+from mm_sparse.recipes.run.sparse_vs_dense import placed, prepare, validation_of
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 Ranker = Callable[[], Scorer] | Mapping[str, Scorer] | None
 """As `ranked_by` takes it: None are the model's own scorers."""
 
-METHODS = {name: make for name, make in language_quality.METHODS.items() if name != "one ratio"}
+METHODS = {name: make for name, make in ranking_methods.METHODS.items() if name != "one ratio"}
 PATTERNS = ("window", "bigbird")
 """Methods that keep sinks, as their papers have them."""
 FIGURES = ("exact_match", "loss", "kl", "kl_se_samples", "as_dense", "kept", "overlap",

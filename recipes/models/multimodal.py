@@ -19,13 +19,16 @@ from torch import Tensor, nn
 import mm_sparse as mms
 from mm_sparse.checkpoints.format import read_scorers
 from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations.patching import find_all, given_modality, scorers
+from mm_sparse.integrations.context import given_modality
+from mm_sparse.integrations.patching import find_all
+from mm_sparse.integrations.state import scorers
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.data.samples import IGNORED, Batch
 from mm_sparse.recipes.data.tokenizers import Tokenizer
-from mm_sparse.recipes.models.vision import LoraPart, OptimizerPart
+from mm_sparse.recipes.models.language import LoraPart
 from mm_sparse.recipes.training.fsdp import shard
 from mm_sparse.recipes.training.objectives import Objectives
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 ScorerName = Literal["pooled", "relevance", "fine"]
 

@@ -11,16 +11,12 @@ from typing import Literal
 import mm_sparse as mms
 from mm_sparse.recipes.data.tokenizers import Tokenizer
 from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
+from mm_sparse.recipes.models.language import LanguagePart, LoraPart
 from mm_sparse.recipes.models.multimodal import ScorerName
 from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.models.vision import (
-    LanguagePart,
-    LoraPart,
-    OptimizerPart,
-    ProjectorPart,
-    VisionPart,
-)
+from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
 from mm_sparse.recipes.training.objectives import Objectives
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 Part = Literal["vision", "projector", "audio", "audio_projector", "language", "scorers"]
 

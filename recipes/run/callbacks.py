@@ -9,12 +9,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import mm_sparse as mms
 from mm_sparse.analysis.overlays import save
-from mm_sparse.modality import Modality
 from mm_sparse.recipes.data.samples import Batch
-
-Pair = tuple[Modality, Modality]
+from mm_sparse.recipes.metrics.density import densities
 
 
 def progress_bar() -> Callback:
@@ -83,34 +80,6 @@ class Density(Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         found = densities(pl_module).items()
         pl_module.log_dict({f"test/density/{n}": d for n, d in found}, sync_dist=True)
-
-
-def densities(model: Any) -> dict[str, float]:
-    """Kept over visible query-key pairs in the last forward pass of a recipe's model, 1 if dense.
-
-    Mean over the layers that ran sparse, in all and by modalities of query and key; those of a
-    tower that runs sparse stand beside, as "audio/all".
-    """
-    found = {"all": 1.0}
-    for part in model.sparse_configs:
-        own = _part_densities(getattr(model, part))
-        found |= own if part == "language" else {f"{part}/all": own["all"]}
-    return found
-
-
-def _part_densities(part: Any) -> dict[str, float]:
-    rows = [row for row in mms.report(part).rows if row.mode == "sparse"]
-    rows = [row for row in rows if row.density is not None]
-    if not rows:
-        return {"all": 1.0}
-    pairs: dict[Pair, list[float]] = {}
-    for row in rows:
-        for pair, density in (row.pair_density or {}).items():
-            pairs.setdefault(pair, []).append(density)
-    found = {"all": sum(row.density or 0.0 for row in rows) / len(rows)}
-    for (query, key), values in sorted(pairs.items()):
-        found[f"{query.name}>{key.name}"] = sum(values) / len(values)
-    return found
 
 
 class Pictures(Callback):

@@ -19,12 +19,13 @@ from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality
-from mm_sparse.distillation.losses import dropped_mass, lessons
-from mm_sparse.integrations.patching import scorers
+from mm_sparse.distillation.losses import lessons
+from mm_sparse.distillation.soft_topk import dropped_mass
+from mm_sparse.integrations.state import scorers
 from mm_sparse.recipes.data.text_corpus import CorpusData
-from mm_sparse.recipes.models.vision import LanguagePart, LoraPart, OptimizerPart
-from mm_sparse.recipes.training.optimizer import optimize
-from mm_sparse.scorers.pooled import Scores
+from mm_sparse.recipes.models.language import LanguagePart, LoraPart
+from mm_sparse.recipes.training.optimizer import OptimizerPart, optimize
+from mm_sparse.selection.scores import Scores
 
 
 class Tuning(L.LightningModule):

@@ -5,7 +5,6 @@
         --ckpt runs/spoken/checkpoints/last.ckpt --sample 3 --out page.html
 """
 
-import argparse
 from typing import Any
 
 import torch
@@ -13,20 +12,6 @@ import torch
 from mm_sparse.analysis.html_page import Scene, Sight, Sounding, draw_scene
 from mm_sparse.recipes.data.samples import IGNORED, RATE, Batch, Sample
 from mm_sparse.recipes.models.audio import LogMel
-from mm_sparse.recipes.run.sparse_vs_dense import prepare, validation_of
-
-
-def recipe(arguments: list[str]) -> Scene:
-    """The sample of a recipe's config file; further options are those of the recipe."""
-    parser = argparse.ArgumentParser(prog="scenes:recipe")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--ckpt", help="checkpoint with the weights; those of the config if absent")
-    parser.add_argument("--sample", type=int, default=0, help="number in the validation data")
-    options, more = parser.parse_known_args(arguments)
-    weights = [] if options.ckpt is None else [f"--model.weights={options.ckpt}"]
-    cli = prepare("inspect", options.config, [*weights, *more])
-    samples = validation_of(cli, options.config)
-    return scene(cli.model.eval(), cli.datamodule.collator, samples[options.sample])
 
 
 def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -> Scene:

@@ -16,7 +16,6 @@ by side:
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+
+from mm_sparse.recipes.metrics.machine import machine
 
 DENSE = ["--model.sparse=null", "--model.objectives.scorers=0"]
 RUNS: dict[str, list[str]] = {"sparse": [], "dense": DENSE}
@@ -154,13 +155,6 @@ def join(paths: list[Path]) -> dict[str, Any]:
                 )
     found = {name: record[name] for name in RUNS for record in records if name in record}
     return {**first, **found}
-
-
-def machine() -> dict[str, str]:
-    """What the figures were measured on."""
-    gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
-    return {"device": name, "torch": torch.__version__, "lightning": L.__version__}
 
 
 def main() -> None:

@@ -2,12 +2,35 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from mm_sparse.recipes.models.vision import OptimizerPart
+
+@dataclass(frozen=True)
+class OptimizerPart:
+    """AdamW, warm-up, then a cosine down to `final` of the learning rate."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: int = 50
+    """Steps until the learning rate is full."""
+    final: float = 0.01
+    scorer_lr: float | None = None
+    """Learning rate of the scorers, `lr` if None."""
+    projector_lr: float | None = None
+    """Learning rate of the projector, which starts from scratch; `lr` if None."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "scorer_lr", "projector_lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
 
 
 def optimize(

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import mm_sparse as mms
 from mm_sparse.encoders.audio import create_audio_encoder
 from mm_sparse.encoders.vision import create_vision_encoder
-from mm_sparse.integrations import patching
+from mm_sparse.integrations import context, patching
 from tests.support.encoder_cases import AUDIOS, NAMES, VISION, VISIONS, build
 
 for needed in ("timm", "open_clip", "torchaudio", "transformers"):
@@ -61,7 +61,7 @@ def test_pieces_of_pictures_and_their_layers(name: str) -> None:
     assert tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
     assert encoder.prefix == prefix
     calls: list[patching.Call] = []
-    with patching.watch(encoder, calls.append):
+    with context.watch(encoder, calls.append):
         encoder(*batch)
     call = calls[0]
     assert call.selection is not None
@@ -129,7 +129,7 @@ def test_compiled_and_autocast(name: str) -> None:
     torch.testing.assert_close(seen(found, same), seen(tokens, piece), atol=1e-5, rtol=1e-5)
     assert (same.grid, same.prefix, same.rate) == (piece.grid, piece.prefix, piece.rate)
     calls: list[patching.Call] = []
-    with torch.autocast("cpu", torch.bfloat16), patching.watch(encoder, calls.append):
+    with torch.autocast("cpu", torch.bfloat16), context.watch(encoder, calls.append):
         found, same = encoder(*batch)
     assert all(call.q.dtype == torch.bfloat16 for call in calls if not call.reason)
     found, wanted = seen(found.float(), same), seen(tokens, piece)

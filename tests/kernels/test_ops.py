@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import mm_sparse as mms
 from mm_sparse.kernels import dispatch
 from mm_sparse.kernels.ops import attend_op
-from mm_sparse.kernels.transpose import transpose_lists
+from mm_sparse.kernels.reference import transpose_lists
 from tests.support.kernel_cases import CASES, MIXED, Case
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -21,8 +21,9 @@ from mm_sparse.recipes.data.datamodule import SampleData
 from mm_sparse.recipes.datasets.digit_dictation import DictationTokenizer, SpokenWords
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
 from mm_sparse.recipes.models.audio import AudioPart
+from mm_sparse.recipes.models.language import LanguagePart
 from mm_sparse.recipes.models.speech import Speech
-from mm_sparse.recipes.models.vision import LanguagePart, VisionPart
+from mm_sparse.recipes.models.vision import VisionPart
 from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.training.objectives import Objectives
 

@@ -7,7 +7,8 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.recipes.distillation.language import Distill
-from mm_sparse.recipes.models.vision import LanguagePart, OptimizerPart
+from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 SPARSE = mms.SparseConfig(
     ratio=0.3, tile=64, unit=16, sinks=16, window=16, subpools=2, bidirectional=(), dense_below=0

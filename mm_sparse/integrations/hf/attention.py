@@ -19,7 +19,8 @@ from mm_sparse.integrations.hf.call_layout import HFSource, is_causal
 from mm_sparse.integrations.hf.discovery import DISPATCH, UNSERVED, HFFound, dispatches
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layer import LAYER, Layer, Shared
+from mm_sparse.integrations.layer import LAYER, Layer
+from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
 
 NAME = "mm_sparse"

@@ -13,14 +13,10 @@ from torch import Tensor, nn
 
 from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layout_cache import (
-    Placed,
-    make_room,
-    spans_of_tensor,
-    spans_without_mask,
-)
-from mm_sparse.integrations.mask_spans import layout_from_spans
-from mm_sparse.integrations.towers.call_layout import Tower, part_of_picture
+from mm_sparse.integrations.layout_cache import make_room
+from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
+from mm_sparse.integrations.tower_tokens import Tower, part_of_picture
+from mm_sparse.layout.call_layout import Placed
 from mm_sparse.modality import Modality
 
 

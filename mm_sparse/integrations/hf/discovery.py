@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import Found, forward_source, prefixes
-from mm_sparse.integrations.towers.call_layout import Tower
+from mm_sparse.integrations.tower_tokens import Tower
 from mm_sparse.modality import Modality
 
 DISPATCH = "ALL_ATTENTION_FUNCTIONS"

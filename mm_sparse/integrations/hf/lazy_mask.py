@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mm_sparse.integrations.mask_spans import MaskRecipe
+from mm_sparse.integrations.hf.mask_spans import MaskRecipe
 
 
 class LazyMask(Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mm_sparse.integrations.towers.call_layout import HidingMasks
-from mm_sparse.integrations.towers.sdpa_redirect import Forward
+from mm_sparse.integrations.towers.forward import Forward
 
 
 class MultiheadForward(Forward):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import is_one_of, prefixes
 from mm_sparse.integrations.layer import LAYER, Layer
-from mm_sparse.integrations.layout_cache import Placed
 from mm_sparse.integrations.towers.adapter import EQUIVARIANT, TowerLayer
+from mm_sparse.layout.call_layout import Placed
 from mm_sparse.layout.patch_order import arrange, restore
 
 # What a block may be made of: each token comes out the same wherever it stands.

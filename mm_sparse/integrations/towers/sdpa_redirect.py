@@ -10,30 +10,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from mm_sparse.integrations.towers.forward import Forward
 from mm_sparse.layout.patch_order import arrange, restore
 
 if TYPE_CHECKING:
     from mm_sparse.integrations.last_call import Record
     from mm_sparse.integrations.layer import Layer
     from mm_sparse.integrations.towers.adapter import TowerLayer
-
-
-class Forward:
-    """Stands before a module's forward.
-
-    Args:
-        layer: serves the module.
-        before: a forward that the module itself had, None for its class's.
-    """
-
-    def __init__(self, layer: Layer, before: Callable[..., Any] | None) -> None:
-        self.layer, self.before = layer, before
-
-    def stock(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module does without us."""
-        module = self.layer.module
-        forward = self.before or type(module).forward.__get__(module)
-        return forward(*args, **kwargs)
 
 
 class RedirectedForward(Forward):

@@ -14,7 +14,8 @@ from mm_sparse import FineScorer, Scores, TokenLayout
 from mm_sparse.kernels.triton import topk as select_kernels
 from mm_sparse.kernels.triton.topk import keep_best
 from mm_sparse.kernels.triton.two_stage_scores import share_of_runs
-from mm_sparse.scorers.two_stage import Runs, describe_runs, plan_of_runs
+from mm_sparse.scorers.two_stage import describe_runs, plan_of_runs
+from mm_sparse.selection.scores import Runs
 from mm_sparse.selection.selection import select
 from tests.kernels.triton.test_scores_and_topk import LONG, scorers_of
 from tests.support.layouts import FEW, batches, configs, layout_of, random_qk, small_config

@@ -9,7 +9,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.analysis.layer_report import kept_mass
-from mm_sparse.integrations import patching
+from mm_sparse.integrations import state
 from tests.support.hf_models import (
     ATTENTION,
     SPARSE,
@@ -82,7 +82,7 @@ def test_a_long_selection_is_thinned_before_it_is_kept(monkeypatch: pytest.Monke
     whole = mms.report(case.model).density
     monkeypatch.setattr(layer, "KEPT_ENTRIES", 100)
     case.model(long_ids())
-    held = patching.layers(case.model)[ATTENTION].record
+    held = state.layers(case.model)[ATTENTION].record
     assert held is not None
     assert held.selection is not None
     assert held.selection.index.numel() <= 200
@@ -103,4 +103,4 @@ def test_cross_attention_stays_dense_and_is_listed() -> None:
     assert rows["decoder.layers.0.encoder_attn"].reason == "cross-attention"
     assert rows["decoder.layers.0.self_attn"].mode == "sparse"
     assert rows["encoder.layers.0.self_attn"].mode == "sparse"
-    assert patching.layers(model)["model.encoder.layers.0.self_attn"].modality == 2
+    assert state.layers(model)["model.encoder.layers.0.self_attn"].modality == 2

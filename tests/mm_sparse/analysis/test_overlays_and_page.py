@@ -10,7 +10,7 @@ from mm_sparse.analysis.html_page import Scene, Sounding, write_page
 from mm_sparse.analysis.overlays import kept_frames, kept_share, save
 from mm_sparse.cli.inspect import scene_of
 from mm_sparse.cli.main import main
-from mm_sparse.integrations.patching import given_modality
+from mm_sparse.integrations.context import given_modality
 from mm_sparse.modality import Modality
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -7,9 +7,9 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.attention import query_chunks
-from mm_sparse.attention.functional import rank_and_attend
-from mm_sparse.integrations.layout_cache import Placed
-from mm_sparse.integrations.patching import watch
+from mm_sparse.attention.pipeline import rank_and_attend
+from mm_sparse.integrations.context import watch
+from mm_sparse.layout.call_layout import Placed
 from mm_sparse.layout.partition import lead_of
 from mm_sparse.layout.plan import Plan
 from tests.support.hf_models import SPARSE, build, long_ids

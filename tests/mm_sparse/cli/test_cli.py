@@ -9,6 +9,7 @@ import torch
 import mm_sparse as mms
 from mm_sparse.bench import runner, scenarios
 from mm_sparse.bench.baselines import Shape, inputs
+from mm_sparse.cli import bench as bench_command
 from mm_sparse.cli import main
 
 SMALL = ["--tokens", "256", "--heads", "2/2", "--head-dims", "16", "--units", "64"]
@@ -81,9 +82,9 @@ def test_help_needs_no_torch():
     ids=["default", "causal", "heads", "small"],
 )
 def test_shapes_follow_the_options(options, cuda, shapes):
-    args = main.bench_parser().parse_args(options)
+    args = bench_command.bench_parser().parse_args(options)
     assert isinstance(args, argparse.Namespace)
-    assert main.bench_shapes(args, cuda, (16384,)) == shapes
+    assert scenarios.bench_shapes(args, cuda, (16384,)) == shapes
 
 
 def test_a_run_on_a_cpu_writes_json_and_csv(tmp_path):
@@ -208,7 +209,7 @@ def test_a_wrong_option_is_named(options, message, capsys, monkeypatch):
 
 
 def test_plot_is_refused_without_matplotlib(capsys, monkeypatch):
-    monkeypatch.setattr("mm_sparse.cli.main.find_spec", lambda name: None)
+    monkeypatch.setattr("mm_sparse.cli.arguments.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main.main(["bench", "--plot", "x.png"])
     assert "argument --plot: needs matplotlib" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mm_sparse as mms
-from mm_sparse.integrations import patching
+from mm_sparse.integrations import context, state
 from mm_sparse.integrations.layout_cache import COMPARED, MaskMemo, one_for_all
 from mm_sparse.integrations.towers import call_layout, sdpa_redirect
 from mm_sparse.layout import patch_order
@@ -69,10 +69,10 @@ def test_watchers_and_other_configs_are_not_missed(listened) -> None:
     model, seen = tower(), []
     with torch.no_grad():
         model(SMALL)
-        with patching.watch(model, seen.append):
+        with context.watch(model, seen.append):
             model(SMALL)
         assert [call.reason for call in seen] == ["17 tokens < dense_below (100)"] * 2
-        with patching.keeping(model, dense_below=0):
+        with context.keeping(model, dense_below=0):
             model(SMALL)
             assert modes(model) == ["sparse"] * 2
         model(SMALL)
@@ -98,12 +98,12 @@ def test_a_call_with_anything_but_tensors_and_numbers_is_listened_to() -> None:
 
 def test_the_config_of_a_layer_is_made_once() -> None:
     model = tower()
-    (first, *_) = patching.layers(model).values()
+    (first, *_) = state.layers(model).values()
     made = first.shared.config_of(None, "", 1)
     assert made.sinks == 1
     assert first.shared.config_of(None, "", 1) is made
     assert first.shared.config_of(None, "", 0) is SPARSE
-    with patching.keeping(model, ratio=0.5):
+    with context.keeping(model, ratio=0.5):
         assert first.shared.config_of(None, "", 1).ratio == 0.5
     assert first.shared.config_of(None, "", 1) == made
 

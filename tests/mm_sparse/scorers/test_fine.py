@@ -221,7 +221,7 @@ def test_it_survives_a_file(tmp_path, options: dict) -> None:
         mms.load_scorers(model, tmp_path)
         assert torch.equal(model(ids).logits, want)
     mms.sparsify(model, sparse, scorer="fine")
-    from mm_sparse.integrations.patching import layers
+    from mm_sparse.integrations.state import layers
 
     kept = next(iter(layers(model).values())).scorer
     assert isinstance(kept, FineScorer)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Selection, SparseConfig, TokenLayout
-from mm_sparse.scorers.patterns import BigBird, Linformer, SlidingWindow
+from mm_sparse.recipes.evaluation.linformer import Linformer
+from mm_sparse.scorers.patterns import BigBird, SlidingWindow
 from tests.support.layouts import FEW, MIXED, TEXT, Row, batches, configs, random_qk
 
 LONG: Row = [("text", 2048)]

@@ -9,7 +9,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.pooling import tile_subpools
+from mm_sparse.scorers.descriptors import tile_subpools
 from tests.support.layouts import (
     GROUPS,
     IDS,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Modality, Selection, SparseConfig, TokenLayout
-from mm_sparse.kernels.ops import interpreted
+from mm_sparse.kernels.device import interpreted
 from tests.support.layouts import BATCHES, FEW, GROUPS, IDS, batches, configs, random_qk
 from tests.support.selections import Batch, random_scores
 

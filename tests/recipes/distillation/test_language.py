@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import divergence, dropped_mass
-from mm_sparse.integrations.patching import keeping, layers
+from mm_sparse.distillation.losses import divergence
+from mm_sparse.distillation.soft_topk import dropped_mass
+from mm_sparse.integrations.context import keeping
+from mm_sparse.integrations.state import layers
 from mm_sparse.recipes.data.text_corpus import CorpusData
 from mm_sparse.recipes.distillation.distiller import Goal, SaveScorers, some_tiles
 from mm_sparse.recipes.distillation.language import Distill
-from mm_sparse.recipes.evaluation import language_quality
+from mm_sparse.recipes.metrics import layers as layer_metrics
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, make, mean, sharpen, tiny, write_corpus
 
 
@@ -33,7 +35,7 @@ def test_the_soft_choice_drops_what_the_hard_one_drops_when_it_is_cold() -> None
     values = torch.randn(1, 2, *plan.visible.shape[1:])
     mass = torch.rand(values.shape) * plan.visible
     open_units = (plan.visible & ~plan.always)[:, None]
-    kept = language_quality.kept_units(values, plan)
+    kept = layer_metrics.kept_units(values, plan)
     tight = (plan.budget - (plan.always * 16).sum(-1) >= 16)[0]
     soft = dropped_mass(values, mass, plan, 1e-4)
     hard = (mass * (open_units & ~kept)).sum(-1)
@@ -131,9 +133,9 @@ def test_the_recipe_learns_and_leaves_the_base_alone(npz: str, tmp_path: Path) -
     module = make(out=str(tmp_path / "scorers"), goal=Goal(divergence_share=0.5, tiles=4))
     before = {n: p.clone() for n, p in module.language.state_dict().items()}
     ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
-    untrained = mean(language_quality.layer_figures(module.language, ids))
+    untrained = mean(layer_metrics.layer_figures(module.language, ids))
     trainer = fit(module, npz, 30)
-    trained = mean(language_quality.layer_figures(module.language, ids))
+    trained = mean(layer_metrics.layer_figures(module.language, ids))
     assert trained["divergence"] < untrained["divergence"]
     assert all(torch.equal(p, before[n]) for n, p in module.language.state_dict().items())
     assert not any(n.startswith("language") for n in module.state_dict())

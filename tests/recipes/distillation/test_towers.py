@@ -19,14 +19,15 @@ from PIL import Image
 import mm_sparse as mms
 from mm_sparse import SparseConfig, TokenLayout
 from mm_sparse.distillation import soft_attention
-from mm_sparse.distillation.losses import dropped_mass
+from mm_sparse.distillation.soft_topk import dropped_mass
 from mm_sparse.integrations.context import attending
-from mm_sparse.integrations.patching import layers
+from mm_sparse.integrations.state import layers
 from mm_sparse.recipes.data.packed_inputs import Packed, PackedData, write_packed
 from mm_sparse.recipes.distillation.budget_search import spread
 from mm_sparse.recipes.distillation.budget_search_towers import tower_costs
 from mm_sparse.recipes.distillation.towers import DistillTower, TowerGoal, TowerPart, main
-from mm_sparse.recipes.models.vision import OptimizerPart, VisionPart
+from mm_sparse.recipes.models.vision import VisionPart
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 SPARSE = SparseConfig(
     0.25, tile=64, unit=16, causal=False, sinks=0, window=0, subpools=2, dense_below=0

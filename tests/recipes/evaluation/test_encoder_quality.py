@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from mm_sparse.integrations import context, state
+
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
 import mm_sparse as mms
 from mm_sparse.encoders.vision import create_vision_encoder
-from mm_sparse.integrations import patching
 from mm_sparse.recipes.datasets import asterisk_prompts
 from mm_sparse.recipes.evaluation import encoder_quality, encoder_tasks
 from mm_sparse.recipes.pretrained import whisper
@@ -130,7 +131,7 @@ def test_trained_scorers_are_one_more_method(tmp_path) -> None:
     subject.by_kind = True
     config = encoder_quality.config(0.25)
     with mms.sparse(subject.model, config, scorer="fine"):
-        for parameter in patching.scorer_parameters(subject.model):
+        for parameter in state.scorer_parameters(subject.model):
             torch.nn.init.normal_(parameter, std=1.0)
         mms.save_scorers(subject.model, tmp_path)
     axes = ["scores", "trained"], [0.25], ["grid"], [0.0, 0.5]
@@ -154,9 +155,9 @@ def test_budgets_of_layers_are_scaled_for_trained_scorers_alone(tmp_path) -> Non
     subject.by_kind = True
     config = encoder_quality.config(0.25)
     with mms.sparse(subject.model, config, scorer="fine"):
-        first, second = patching.layers(subject.model)
+        first, second = state.layers(subject.model)
         own = {first: 0.1, second: (0.4, 0.4)}
-        with patching.keeping(subject.model, layer_ratio=own):
+        with context.keeping(subject.model, layer_ratio=own):
             mms.save_scorers(subject.model, tmp_path)
     kept: dict[int, list[float]] = {}
     run = subject.run

@@ -8,9 +8,10 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.checkpoints import pretrained
-from mm_sparse.integrations.patching import layers
-from mm_sparse.recipes.evaluation import eval_command, language_quality, plot
-from mm_sparse.recipes.models import vision
+from mm_sparse.integrations.state import layers
+from mm_sparse.recipes.evaluation import eval_command, plot
+from mm_sparse.recipes.metrics import ranking_methods
+from mm_sparse.recipes.models import language
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, sharpen, tiny, write_corpus
 
 SMOLLM2 = {
@@ -31,7 +32,7 @@ def test_every_shipped_card_names_tables_with_figures() -> None:
 
 
 def test_scorers_load_by_name_into_the_model_they_are_for() -> None:
-    model = vision.LanguagePart(options=SMOLLM2).build(0).eval()
+    model = language.LanguagePart(options=SMOLLM2).build(0).eval()
     mms.load_scorers(model, "smollm2-135m")
     found = layers(model)
     assert len(found) == 30
@@ -67,14 +68,14 @@ def test_a_card_is_measured_again_beside_its_figures(
     (tmp_path / "tiny" / "card.json").write_text(json.dumps(card))
     monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path)
 
-    def build(self: vision.LanguagePart, vocabulary: int) -> torch.nn.Module:
+    def build(self: language.LanguagePart, vocabulary: int) -> torch.nn.Module:
         torch.manual_seed(0)
-        built = original(vision.LanguagePart(options=TINY), vocabulary)
+        built = original(language.LanguagePart(options=TINY), vocabulary)
         sharpen(built)
         return built
 
-    original = vision.LanguagePart.build
-    monkeypatch.setattr(vision.LanguagePart, "build", build)
+    original = language.LanguagePart.build
+    monkeypatch.setattr(language.LanguagePart, "build", build)
     out = tmp_path / "out.json"
     options = ["--corpus", write_corpus(tmp_path), "--tokens", str(TOKENS), "--ratios", "0.3"]
     eval_command.main(["tiny", "--only", "text", "--out", str(out), *options])
@@ -87,7 +88,7 @@ def test_a_card_is_measured_again_beside_its_figures(
     with pytest.raises(SystemExit):
         eval_command.main(["tiny", "--only", "speed", "--out", str(out)])
     assert "must name tables of" in capsys.readouterr().err
-    assert language_quality.METHODS["scorers"] is None
+    assert ranking_methods.METHODS["scorers"] is None
 
 
 def test_results_become_a_picture(tmp_path: Path) -> None:

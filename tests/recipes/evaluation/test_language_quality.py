@@ -7,10 +7,14 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations.patching import layers
+from mm_sparse.integrations import context
+from mm_sparse.integrations.state import layers
 from mm_sparse.recipes.data.text_corpus import CorpusData
 from mm_sparse.recipes.distillation import budget_search
 from mm_sparse.recipes.evaluation import language_quality
+from mm_sparse.recipes.metrics import layers as layer_metrics
+from mm_sparse.recipes.metrics import logits
+from mm_sparse.scorers import attention_mass
 from tests.support.tiny_recipes import SPARSE, TOKENS, make, mean, sharpen, tiny, write_corpus
 
 
@@ -24,10 +28,10 @@ def test_a_perfect_ranking_is_as_good_as_the_perfect_scorer() -> None:
     sharpen(model)
     mms.sparsify(model, SPARSE)
     ids = torch.randint(0, 40, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with language_quality.ranked_by(model, language_quality.Perfect):
-        figures = mean(language_quality.layer_figures(model, ids))
+    with context.ranked_by(model, attention_mass.Perfect):
+        figures = mean(layer_metrics.layer_figures(model, ids))
     assert figures["overlap"] == 1.0
-    pooled = mean(language_quality.layer_figures(model, ids))
+    pooled = mean(layer_metrics.layer_figures(model, ids))
     assert pooled["kept"] < figures["kept"] <= 1.0
     assert all(layer.scorer is None for layer in layers(model).values())
 
@@ -71,12 +75,10 @@ def test_costs_of_a_layer_are_those_of_the_model_in_which_it_alone_is_sparse(npz
         assert own[0] >= own[1] > 0
         assert own[2] == 0
     config = replace(SPARSE, ratio=0.2, dense_layers=(0, 2))
-    dense = language_quality.predictions(module.language, ids, backend="dense")
+    dense = logits.predictions(module.language, ids, backend="dense")
     mms.sparsify(module.language, config)
-    sparse = language_quality.predictions(module.language, ids)
-    assert language_quality.change_of(dense, sparse, ids)["kl"] == pytest.approx(
-        costs[1, None][0], rel=1e-2
-    )
+    sparse = logits.predictions(module.language, ids)
+    assert logits.change_of(dense, sparse, ids)["kl"] == pytest.approx(costs[1, None][0], rel=1e-2)
 
 
 def test_a_head_alone_costs_what_a_config_with_its_ratio_says(npz: str) -> None:
@@ -87,13 +89,9 @@ def test_a_head_alone_costs_what_a_config_with_its_ratio_says(npz: str) -> None:
     assert heads > 1
     assert sorted(costs) == [(layer, head) for layer in range(3) for head in range(heads)]
     one = {1: (0.2, *[1.0] * (heads - 1))}
-    dense = language_quality.predictions(module.language, ids, backend="dense")
-    sparse = language_quality.predictions(
-        module.language, ids, layer_ratio=one, dense_layers=(0, 2)
-    )
-    assert language_quality.change_of(dense, sparse, ids)["kl"] == pytest.approx(
-        costs[1, 0][0], rel=1e-2
-    )
+    dense = logits.predictions(module.language, ids, backend="dense")
+    sparse = logits.predictions(module.language, ids, layer_ratio=one, dense_layers=(0, 2))
+    assert logits.change_of(dense, sparse, ids)["kl"] == pytest.approx(costs[1, 0][0], rel=1e-2)
     spread = budget_search.spread(costs, 0.5, (0.2, 1.0))
     found = budget_search.layer_ratios(spread)
     assert {layer: len(own) for layer, own in found.items()} == dict.fromkeys(range(3), heads)

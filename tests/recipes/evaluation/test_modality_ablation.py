@@ -9,7 +9,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse import Modality, TokenLayout
-from mm_sparse.integrations.patching import watch
+from mm_sparse.integrations.context import watch
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import RATE, Sample, Turn
 from mm_sparse.recipes.datasets.spoken_stamps import YesNoTokenizer
@@ -19,8 +19,10 @@ from mm_sparse.recipes.evaluation import modality_ablation
 from mm_sparse.recipes.evaluation.attention_by_modality import Attending, kl_by_row
 from mm_sparse.recipes.evaluation.modality_ablation_report import pair_table, summary, table
 from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
+from mm_sparse.recipes.models.language import LanguagePart
 from mm_sparse.recipes.models.omni import Omni
-from mm_sparse.recipes.models.vision import LanguagePart, OptimizerPart, ProjectorPart, VisionPart
+from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 from tests.support.tiny_recipes import sharpen
 
 TOKENIZER = YesNoTokenizer()

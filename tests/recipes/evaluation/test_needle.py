@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.patching import config_of, keeping
+from mm_sparse.integrations.context import keeping
+from mm_sparse.integrations.state import config_of
 from mm_sparse.recipes.evaluation import needle
-from mm_sparse.recipes.models.vision import LanguagePart
+from mm_sparse.recipes.models.language import LanguagePart
 from tests.support.tiny_recipes import SPARSE, TINY
 
 

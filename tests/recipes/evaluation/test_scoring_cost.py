@@ -10,7 +10,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.recipes.evaluation import scoring_cost
-from mm_sparse.recipes.models.vision import LanguagePart
+from mm_sparse.recipes.models.language import LanguagePart
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, tiny, write_corpus
 
 

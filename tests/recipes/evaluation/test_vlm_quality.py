@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations.patching import config_of, layers
+from mm_sparse.integrations.state import config_of, layers
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
 from mm_sparse.recipes.evaluation import vlm_quality
-from mm_sparse.recipes.models.vision import LanguagePart, ProjectorPart, VisionPart
+from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
 from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.run.sparse_vs_dense import prepare
 from tests.recipes.models.test_vlm import SPARSE, TINY_LM, TINY_TOWER

@@ -6,16 +6,17 @@ import torch
 from PIL import Image
 
 import mm_sparse as mms
-from mm_sparse.integrations.patching import watch
+from mm_sparse.integrations.context import watch
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import RATE, Sample, Turn
 from mm_sparse.recipes.data.splits import split_of
 from mm_sparse.recipes.datasets.spoken_stamps import SpokenStamps, YesNoTokenizer
+from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
+from mm_sparse.recipes.models.language import LanguagePart
 from mm_sparse.recipes.models.omni import Omni
-from mm_sparse.recipes.models.vision import LanguagePart, ProjectorPart, VisionPart
-from mm_sparse.recipes.run.callbacks import densities
+from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
 from mm_sparse.recipes.run.inspection import scene
 from mm_sparse.recipes.training.objectives import Objectives
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations.patching import watch
+from mm_sparse.integrations.context import watch
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import Sample, Turn
 from mm_sparse.recipes.datasets.digit_dictation import DictationTokenizer, SpokenWords
+from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.metrics.word_error_rate import ErrorCounts, plain
 from mm_sparse.recipes.models.audio import (
     HOP,
@@ -17,9 +18,8 @@ from mm_sparse.recipes.models.audio import (
     FrameProjectorPart,
     LogMel,
 )
+from mm_sparse.recipes.models.language import LanguagePart
 from mm_sparse.recipes.models.speech import Speech
-from mm_sparse.recipes.models.vision import LanguagePart
-from mm_sparse.recipes.run.callbacks import densities
 from mm_sparse.recipes.training.objectives import Objectives
 
 TOKENIZER = DictationTokenizer()

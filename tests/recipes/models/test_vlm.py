@@ -8,16 +8,11 @@ from mm_sparse.distillation.losses import lessons, scorer_loss
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import Sample, Turn
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
-from mm_sparse.recipes.models.vision import (
-    LanguagePart,
-    LoraPart,
-    OptimizerPart,
-    Projector,
-    ProjectorPart,
-    VisionPart,
-)
+from mm_sparse.recipes.models.language import LanguagePart, LoraPart
+from mm_sparse.recipes.models.vision import Projector, ProjectorPart, VisionPart
 from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.training.objectives import Objectives
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 
 TINY_TOWER = {
     "patch_size": 4,

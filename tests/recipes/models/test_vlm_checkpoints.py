@@ -6,10 +6,8 @@ import torch
 
 from mm_sparse.recipes.data.datamodule import SampleData
 from mm_sparse.recipes.datasets.digits import DigitTokenizer
-from mm_sparse.recipes.models.vision import (
-    OptimizerPart,
-)
 from mm_sparse.recipes.training.objectives import Objectives
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 from tests.recipes.models.test_vlm import SPARSE, canvases, model
 
 

@@ -10,8 +10,9 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.recipes.data.text_corpus import CorpusData
-from mm_sparse.recipes.models.vision import LoraPart, OptimizerPart
+from mm_sparse.recipes.models.language import LoraPart
 from mm_sparse.recipes.run.finetune_language import Tuning, main
+from mm_sparse.recipes.training.optimizer import OptimizerPart
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, tiny
 
 PARTS = {"optimizer": OptimizerPart(lr=3e-3, warmup=2)}

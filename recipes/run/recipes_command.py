@@ -1,0 +1,98 @@
+"""`mm-sparse recipes`: list, copy and run the recipes that ship, also from an installed wheel."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+PROGRAMS = {
+    "distill/smollm2": "mm_sparse.recipes.distillation.language",
+    "distill/vit": "mm_sparse.recipes.distillation.towers",
+    "distill/whisper": "mm_sparse.recipes.distillation.towers",
+    "finetune/smollm2": "mm_sparse.recipes.run.finetune_language",
+}
+"""Programs of recipes that are not multimodal models."""
+
+
+def names() -> list[str]:
+    """Recipes that ship, "vlm/digits" for one."""
+    found = CONFIGS.glob("*/*.yaml")
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in found)
+
+
+def path_of(name: str) -> Path:
+    """File of a recipe by its name, or of a YAML file by its path.
+
+    Raises:
+        ValueError: there is no such recipe and no such file.
+    """
+    shipped = CONFIGS / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        raise ValueError(f"name must be a file or one of {', '.join(names())}, got {name!r}")
+    return path
+
+
+def about(name: str) -> str:
+    """What the head of a recipe says of its hardware and metric, in one line."""
+    lines = path_of(name).read_text(encoding="utf-8").splitlines()
+    head = [line.lstrip("# ") for line in lines[1:12] if line.startswith("#")]
+    return next((line for line in head if line.startswith("Hardware:")), head[0] if head else "")
+
+
+def program_of(path: Path) -> str:
+    """Module that runs a recipe: the first line of a shipped one names it."""
+    first = path.read_text(encoding="utf-8").splitlines()[0].split()
+    named = first[first.index("-m") + 1] if "-m" in first[:-1] else ""
+    return named if named in PROGRAMS.values() else "mm_sparse.recipes.run.lightning_cli"
+
+
+def run(name: str, options: Sequence[str]) -> None:
+    """Run a recipe: `fit` unless the options begin with another subcommand of LightningCLI."""
+    import sys
+    from importlib import import_module
+
+    path = path_of(name)
+    given = list(options)
+    subcommand = given.pop(0) if given and given[0] in SUBCOMMANDS else "fit"
+    program = import_module(program_of(path))
+    # LightningCLI warns of a command line beside the arguments that it is given.
+    sys.argv = sys.argv[:1]
+    program.main([subcommand, f"--config={path}", *given])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """List, copy and run recipes."""
+    parser = argparse.ArgumentParser(prog="mm-sparse recipes", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls | cp | run")
+    verbs.add_parser("ls", help="list the recipes that ship")
+    copy = verbs.add_parser("cp", help="copy a recipe, to change it")
+    copy.add_argument("name", help="as `ls` lists it")
+    copy.add_argument("file", nargs="?", type=Path, help="where to; ./NAME.yaml if not given")
+    start = verbs.add_parser("run", help="run a recipe or a YAML file of your own")
+    start.add_argument("name", help="as `ls` lists it, or a file")
+    start.add_argument(
+        "options", nargs=argparse.REMAINDER, help="[fit] and options of LightningCLI"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.verb == "ls":
+            width = max(map(len, names()))
+            print("\n".join(f"{name:{width}}  {about(name)}" for name in names()))
+        elif args.verb == "cp":
+            source = path_of(args.name)
+            target = args.file or Path(source.name)
+            if target.exists():
+                parser.error(f"argument file: {target} exists, name another")
+            shutil.copyfile(source, target)
+            print(target)
+        else:
+            run(args.name, args.options)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
