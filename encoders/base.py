@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.encoders.interleave import Piece
+from mm_sparse.encoders.interleave import TokenSpec
 from mm_sparse.integrations.patching import sparsify
 
 E = TypeVar("E", bound="Encoder")
 
 
 class Encoder(nn.Module):
-    """A backbone of another library that gives tokens and the `Piece` that describes them.
+    """A backbone of another library that gives tokens and the `TokenSpec` that describes them.
 
     `backbone` keeps its own keys in the state dict, behind "backbone."; `sparsify`, `densify` and
     `report` take the encoder as they take any model.
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
         """Channels of a token."""
         raise NotImplementedError
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, Piece]:
+    def forward(self, *inputs: Any) -> tuple[Tensor, TokenSpec]:
         """Tokens (B, N, C) and what they are."""
         raise NotImplementedError
 

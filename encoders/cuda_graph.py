@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm_sparse.cuda_graph import replayed
+from mm_sparse.cuda_graph import capture
 from mm_sparse.encoders.base import Encoder
-from mm_sparse.encoders.interleave import Piece
+from mm_sparse.encoders.interleave import TokenSpec
 
 
-class Captured:
+class CUDAGraphEncoder:
     """Replays one forward of an encoder, dense or sparse, in inference mode.
 
     Launching a sparse layer takes the host longer than a dense one. Where that is longer than the
@@ -32,9 +32,9 @@ class Captured:
         self.encoder = encoder
         self._inputs = [x.clone() for x in inputs]
         with torch.inference_mode():
-            self._replay = replayed(lambda: encoder(*self._inputs))
+            self._replay = capture(lambda: encoder(*self._inputs))
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Piece]:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, TokenSpec]:
         """Tokens and their piece, as the encoder gives them; the next call overwrites the tokens.
 
         Raises:

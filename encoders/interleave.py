@@ -18,7 +18,7 @@ from mm_sparse.modality import Modality
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class TokenSpec:
     """The piece of a `TokenLayout` that (B, N, E) tokens of one modality make up."""
 
     modality: Modality
@@ -85,12 +85,12 @@ class Piece:
         return [*spans, (kind, size, self.document)] if behind else spans
 
 
-def text_piece(lengths: Tensor | None = None, document: int = 0) -> Piece:
+def text_piece(lengths: Tensor | None = None, document: int = 0) -> TokenSpec:
     """The piece of embedded text; `lengths` (B,) where rows are padded behind."""
-    return Piece(Modality.TEXT, lengths=lengths, document=document)
+    return TokenSpec(Modality.TEXT, lengths=lengths, document=document)
 
 
-Part = tuple[Tensor, Piece]
+Part = tuple[Tensor, TokenSpec]
 
 
 def interleave(parts: Sequence[Part], *, padding_side: str = "right") -> tuple[Tensor, TokenLayout]:
@@ -147,13 +147,13 @@ def interleave_rows(
 
 
 def _checked(part: Part) -> Part:
-    if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[1], Piece):
+    if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[1], TokenSpec):
         raise TypeError(f"a part must be (embeddings, Piece), got {type(part).__name__}")
     part[1].check(part[0])
     return part
 
 
-def _row(tokens: Tensor, piece: Piece, row: int) -> Part:
+def _row(tokens: Tensor, piece: TokenSpec, row: int) -> Part:
     """One row of a part, (1, N, E), without its padding."""
     if piece.lengths is None:
         return tokens[row : row + 1], piece

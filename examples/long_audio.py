@@ -23,7 +23,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse.analysis.overlays import kept_share
 from mm_sparse.encoders.audio import AudioEncoder, create_audio_encoder
-from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.context import capture_attention
 from mm_sparse.recipes.pretrained.whisper import sinusoids, whisper_tiny
 
 RATE = 16000
@@ -144,7 +144,7 @@ def main() -> None:
     with mms.sparse(encoder, config):
         sparse, sparse_seconds = features(encoder, batch)
         print(mms.report(encoder))
-        with watch(encoder, keep):
+        with capture_attention(encoder, keep):
             features(encoder, batch)
     likeness = torch.nn.functional.cosine_similarity(dense, sparse, dim=-1)
     result = {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mm_sparse.analysis.overlays import kept_patches
-from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.context import capture_attention
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.datasets.digits import DigitCanvases
 from mm_sparse.recipes.metrics.density import densities
@@ -74,7 +74,7 @@ def draw(cli: Any, path: Path) -> str:
         if call.selection is not None:
             selections[call.name.removeprefix("model.").removesuffix(".self_attn")] = call.selection
 
-    with torch.no_grad(), watch(model.language, keep):
+    with torch.no_grad(), capture_attention(model.language, keep):
         model(batch)
     text = (batch["input_ids"][0] != model.image_id) & (batch["labels"][0] < 0)
     question = str(canvas.turns[0].pieces[-1])

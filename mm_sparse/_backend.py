@@ -8,7 +8,7 @@ from mm_sparse.kernels.device import interpreted
 from mm_sparse.kernels.ops import DTYPES
 from mm_sparse.layout.plan import Plan
 
-# Rows of a tile (sub-pools times query heads of a group) that the kernel takes.
+# Rows of a tile (query pools times query heads of a group) that the kernel takes.
 MOST_ROWS = 128
 
 
@@ -18,7 +18,7 @@ def fused(x: Tensor, plan: Plan) -> bool:
         return False
     if x.device.type != "cuda" and not (plan.config.backend == "triton" and interpreted()):
         return False
-    return plan.group * min(plan.config.subpools, plan.tile_tokens) <= MOST_ROWS
+    return plan.group * min(plan.config.query_pools, plan.tile_tokens) <= MOST_ROWS
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ BACKENDS = ("auto", "triton", "torch", "dense")
 class SparseConfig:
     """How a layer chooses the keys that its queries attend to.
 
-    One budget applies: `mass` if given, else `tokens` if given, else `ratio`. What `sinks`,
+    One budget applies: `top_p` if given, else `tokens` if given, else `ratio`. What `sinks`,
     `window` and `modality_floor` always keep counts towards it; it grows where they exceed it.
     """
 
@@ -30,8 +30,8 @@ class SparseConfig:
     """Share of the visible keys that a tile keeps, in (0, 1]."""
     tokens: int | None = None
     """Number of keys that a tile keeps, instead of a share."""
-    mass: float | None = None
-    """Share of the predicted attention mass that a tile keeps, in (0, 1], instead of `ratio`."""
+    top_p: float | None = None
+    """Share of the predicted attention top_p that a tile keeps, in (0, 1], instead of `ratio`."""
     tile: int = 128
     """Rows (query tokens times query heads of a KV group) that share a list of keys: 64 or 128."""
     unit: int = 16
@@ -40,7 +40,7 @@ class SparseConfig:
     """Whether a token sees only what comes before it (an explicit span of a layout overrules)."""
     bidirectional: tuple[Modality, ...] = (Modality.IMAGE,)
     """Modalities whose segments see themselves in both directions inside causal sequences."""
-    grid_order: bool = True
+    patch_order: bool = True
     """Whether tiles and units of a picture are compact patches of its grid (8 x 8 and 4 x 4 tokens
     for 64 and 16) instead of runs along its rows. Only where the grid is known and every query sees
     all of the picture or none of it."""
@@ -50,16 +50,16 @@ class SparseConfig:
     """Tokens next to a query, always kept: before it, or half on either side if it sees both."""
     modality_floor: float | Mapping[Modality, float] = 0.0
     """Least share of the budget for every modality in view, one number or one per modality."""
-    sampled: float = 0.0
+    sample_ratio: float = 0.0
     """Share of the budget, in [0, 1), that goes to an even sample of the units that are not among
     the best. It stands for all of them: their keys count as often as there are others for each."""
-    coarse: int = 1
+    coarse_factor: int = 1
     """Units that are ranked together first, as one, a power of two of at most 64; then the units of
     the best such runs compete alone. Ranking every unit (1) takes time that grows with the square
     of the length: from some 200,000 tokens on it is worth leaving out most of them."""
     coarse_budget: float = 4.0
     """Keys of the runs whose units compete, in budgets; 1 or more."""
-    subpools: int = 4
+    query_pools: int = 4
     """Query descriptors of a tile."""
     reduce: str = "mean"
     """How queries of a tile decide together: by their "mean" share of attention to a unit, or by
@@ -82,8 +82,8 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         _between("ratio", self.ratio)
-        if self.mass is not None:
-            _between("mass", self.mass)
+        if self.top_p is not None:
+            _between("top_p", self.top_p)
         if self.tokens is not None:
             _count("tokens", self.tokens, least=1)
         _one_of("tile", self.tile, TILES)
@@ -92,20 +92,20 @@ class SparseConfig:
         _one_of("backend", self.backend, BACKENDS)
         _count("sinks", self.sinks)
         _count("window", self.window)
-        _count("subpools", self.subpools, least=1)
-        _between("sampled", self.sampled, zero=True)
-        if self.sampled == 1 or (self.sampled and self.mass is not None):
+        _count("query_pools", self.query_pools, least=1)
+        _between("sample_ratio", self.sample_ratio, zero=True)
+        if self.sample_ratio == 1 or (self.sample_ratio and self.top_p is not None):
             raise ValueError(
-                "sampled must leave a share of the budget to the best, and be 0 with mass, "
-                f"got {self.sampled} with mass={self.mass}"
+                "sample_ratio must leave a share of the budget to the best, and be 0 with top_p, "
+                f"got {self.sample_ratio} with top_p={self.top_p}"
             )
-        _one_of("coarse", self.coarse, COARSE)
+        _one_of("coarse_factor", self.coarse_factor, COARSE)
         _number("coarse_budget", self.coarse_budget)
         if not 1 <= self.coarse_budget < float("inf"):
             raise ValueError(f"coarse_budget must be at least 1, got {self.coarse_budget!r}")
         if self.dense_below is not None:
             _count("dense_below", self.dense_below)
-        for name in ("causal", "grid_order", "deterministic"):
+        for name in ("causal", "patch_order", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         layers = _sequence("dense_layers", self.dense_layers, "ints or names")
@@ -124,10 +124,14 @@ class SparseConfig:
             raise ValueError(
                 f"modality_floor must add up to at most 1 over modalities, got {floors}"
             )
-        for name in ("mass", "sampled", "modality_floor"):
+        for name in ("top_p", "sample_ratio", "modality_floor"):
             # They ask of all units, of which few are ranked.
-            if self.coarse > 1 and getattr(self, name) and (name != "modality_floor" or floors):
-                raise ValueError(f"coarse must be 1 with {name}, got {self.coarse}")
+            if (
+                self.coarse_factor > 1
+                and getattr(self, name)
+                and (name != "modality_floor" or floors)
+            ):
+                raise ValueError(f"coarse_factor must be 1 with {name}, got {self.coarse_factor}")
         if isinstance(self.modality_floor, Mapping):
             object.__setattr__(self, "modality_floor", floors)
 

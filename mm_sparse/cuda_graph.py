@@ -12,7 +12,7 @@ R = TypeVar("R")
 WARM_CALLS = 3
 
 
-def replayed(run: Callable[[], R]) -> Callable[[], R]:
+def capture(run: Callable[[], R]) -> Callable[[], R]:
     """The call as a CUDA graph, captured under the gradient mode of the caller.
 
     What it returns lies where it lay when it was captured: the next replay overwrites it.

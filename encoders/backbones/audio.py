@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from mm_sparse.encoders.base import Encoder
-from mm_sparse.encoders.interleave import Piece
+from mm_sparse.encoders.interleave import TokenSpec
 from mm_sparse.modality import Modality
 
 SAMPLES, FEATURES = 16000.0, 100.0
@@ -56,7 +56,7 @@ class AudioEncoder(Encoder):
         """Tokens (B, N, C) and how many of each row are no padding."""
         raise NotImplementedError
 
-    def forward(self, audio: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Piece]:
+    def forward(self, audio: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, TokenSpec]:
         """Tokens (B, N, C) of a batch and their piece: rate, and lengths if some were given.
 
         Args:
@@ -83,7 +83,7 @@ class AudioEncoder(Encoder):
         tokens, kept = self.encode(audio, lengths)
         if kept is not None:
             kept = kept.clamp(max=tokens.shape[1])
-        return tokens, Piece(Modality.AUDIO, rate=self.rate, lengths=kept)
+        return tokens, TokenSpec(Modality.AUDIO, rate=self.rate, lengths=kept)
 
 
 class TorchaudioAudio(AudioEncoder):

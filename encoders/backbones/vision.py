@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.encoders.base import Encoder
-from mm_sparse.encoders.interleave import Piece
+from mm_sparse.encoders.interleave import TokenSpec
 from mm_sparse.integrations.hf.discovery import prefix_tokens
 from mm_sparse.modality import Modality
 
@@ -105,11 +105,11 @@ class VisionEncoder(Encoder):
             )
         return tokens, (h, w)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Piece]:
+    def forward(self, pictures: Tensor) -> tuple[Tensor, TokenSpec]:
         """(B, 3, H, W) in [0, 1] -> tokens (B, N, C) and their piece: grid and prefix."""
         tokens, grid = self.encode(pictures)
         kept = self.prefix if self.keep_prefix else 0
-        return tokens[:, self.prefix - kept :], Piece(Modality.IMAGE, grid, kept)
+        return tokens[:, self.prefix - kept :], TokenSpec(Modality.IMAGE, grid, kept)
 
 
 class TimmVision(VisionEncoder):

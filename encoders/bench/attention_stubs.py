@@ -41,7 +41,7 @@ def core(replacement: Callable[..., Tensor]) -> Iterator[None]:
         raise ValueError(f"the tower must call torch.nn.functional.{CORE}, it never did")
 
 
-class NoCore:
+class FreeAttention:
     """Attention that costs nothing: the values of the first call of a shape, whatever came."""
 
     def __init__(self) -> None:

@@ -41,7 +41,7 @@ class Case:
     def config(self, unit: int, ratio: float, sampled: float = 0.0) -> SparseConfig:
         """As a user of encoders sets it: all that is kept is kept for its content."""
         return SparseConfig(
-            ratio, unit=unit, causal=False, sinks=0, window=0, sampled=sampled,
+            ratio, unit=unit, causal=False, sinks=0, window=0, sample_ratio=sampled,
             dense_below=self.dense_below,
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mm_sparse.bench.results import Session, machine, reason
 from mm_sparse.config import SparseConfig
 from mm_sparse.encoders.base import Encoder
-from mm_sparse.encoders.bench.attention_stubs import NoCore, core, eager
+from mm_sparse.encoders.bench.attention_stubs import FreeAttention, core, eager
 from mm_sparse.encoders.bench.cases import CASES, TINY, Case
 from mm_sparse.encoders.bench.profiling import profiled
 from mm_sparse.encoders.bench.report import (
@@ -42,8 +42,8 @@ from mm_sparse.encoders.bench.report import (
     table,
     timed,
 )
-from mm_sparse.encoders.cuda_graph import Captured
-from mm_sparse.integrations.state import layers
+from mm_sparse.encoders.cuda_graph import CUDAGraphEncoder
+from mm_sparse.integrations.state import attention_layers
 
 MIB = 2**20
 BACKENDS = {
@@ -61,7 +61,7 @@ class Run:
     what: str
     encoder: Encoder
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    replay: Captured | None = None
+    replay: CUDAGraphEncoder | None = None
     samples: list[list[float]] = field(default_factory=list)
     """Milliseconds of the forwards of each round."""
     known: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +95,9 @@ class Race:
     def captured(self, make: Callable[[], Run]) -> Run:
         """The same run as a CUDA graph."""
         run = make()
-        return Run(f"{run.what}{GRAPH}", run.encoder, replay=Captured(run.encoder, self.batch))
+        return Run(
+            f"{run.what}{GRAPH}", run.encoder, replay=CUDAGraphEncoder(run.encoder, self.batch)
+        )
 
     def enter(self, units: Sequence[int], sampled: float = 0.0, only: str = "") -> None:
         """Build runs, warm them up and measure their memory, one after the other.
@@ -107,7 +109,7 @@ class Race:
             sampled: if not 0, one more of the first units, that share of its budget a sample.
             only: how the names of the runs begin that are wanted.
         """
-        none = NoCore()
+        none = FreeAttention()
         makers: list[tuple[str, Callable[[], Run]]] = [
             (REST, lambda: Run(REST, self.encoder, lambda: core(none))),
             (DEFAULT, lambda: Run(DEFAULT, self.encoder)),
@@ -214,7 +216,9 @@ class Race:
 
 def modes(encoder: Encoder) -> dict[str, Any]:
     """How many layers ran sparse in the last call, their density, and why others did not."""
-    records = [layer.record for layer in layers(encoder).values() if layer.record is not None]
+    records = [
+        layer.record for layer in attention_layers(encoder).values() if layer.record is not None
+    ]
     kept = [r.selection.density() for r in records if r.selection is not None]
     return {
         "sparse_layers": sum(r.mode == "sparse" for r in records),

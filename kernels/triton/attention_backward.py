@@ -288,7 +288,7 @@ def _backward_keys(
         _store_keys(Dk, Dv, dk * scale, dv, group * num_keys + key, in_unit, D, BLOCK_D)
 
 
-def query_blocks(rows: int, head_dim: int, itemsize: int, major: int) -> tuple[int, int, int, int]:
+def query_chunks(rows: int, head_dim: int, itemsize: int, major: int) -> tuple[int, int, int, int]:
     """(rows, keys) of a block, warps and stages of the kernel for dQ, as measured."""
     width = max(next_power_of_2(head_dim), 16)
     if itemsize == 4:
@@ -334,7 +334,7 @@ def attend_backward(
     delta = torch.empty_like(lse)
     block_d, major = max(next_power_of_2(head_dim), 16), generation(q)
     all_rows = max(next_power_of_2(min(tile_tokens, num_queries) * group), 16)
-    rows, cols, warps, stages = query_blocks(all_rows, head_dim, q.element_size(), major)
+    rows, cols, warps, stages = query_chunks(all_rows, head_dim, q.element_size(), major)
     regular = all_whole(lead, unit, num_keys)
     regular_tiles = all_whole(tile_lead, tile_tokens, num_queries)
     whole = regular and cols <= unit

@@ -1,6 +1,6 @@
-"""The share that the sub-pools of a tile give to every unit, by descriptors of both.
+"""The share that the query pools of a tile give to every unit, by descriptors of both.
 
-B batch, H query heads, K KV heads, G = H / K, S sub-pools, T tiles, U units,
+B batch, H query heads, K KV heads, G = H / K, S query pools, T tiles, U units,
 F width of a descriptor
 """
 
@@ -39,7 +39,7 @@ TOGETHER = tl.constexpr(8)
 @triton.jit
 def _rows_of(
     Rows, Exists, Hull, block, num_tiles, num_kv_heads, batch, head,
-    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr, F: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr, F: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Rows of the tiles of a block in the order of `row_order`: values, range, existence."""
@@ -51,10 +51,10 @@ def _rows_of(
     within, above = index % (T0 * LANES), index // (T0 * LANES)
     member = (above // (T1 * PAIR) * PAIR + above % PAIR) * LANES + within % LANES
     tile = (block * T1 + above // PAIR % T1) * T0 + within // LANES
-    g, s = member // SUBPOOLS, member % SUBPOOLS
-    exists = (tile < num_tiles) & (member < GROUP * SUBPOOLS)
+    g, s = member // QUERY_POOLS, member % QUERY_POOLS
+    exists = (tile < num_tiles) & (member < GROUP * QUERY_POOLS)
     exists &= tl.load(
-        Exists + (batch * num_tiles + tile) * SUBPOOLS + s, mask=exists, other=0
+        Exists + (batch * num_tiles + tile) * QUERY_POOLS + s, mask=exists, other=0
     ).to(tl.int1)  # fmt: skip
     dim = tl.arange(0, BLOCK_F)
     place = ((batch * num_kv_heads + head) * GROUP + g) * num_tiles + tile
@@ -62,7 +62,7 @@ def _rows_of(
     if F < BLOCK_F:
         mask = mask & (dim < F)[None, :]
     row = tl.load(
-        Rows + (place * SUBPOOLS + s)[:, None] * F + dim[None, :], mask=mask, other=0.0
+        Rows + (place * QUERY_POOLS + s)[:, None] * F + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
     hull = Hull + (batch * num_tiles + tile) * 2
     low = tl.load(hull, mask=exists, other=0)
@@ -156,7 +156,7 @@ def _kept_logits(Logits, at, stop, exists, row_length, ROWS: tl.constexpr, COLS:
 @triton.jit(do_not_specialize=COUNTS)
 def _log_sums(
     Rows, Keys, Exists, Hull, Units, Sums, Logits, num_tiles, num_units, kv_heads, splits, chunk,
-    num_keys, lead, stride_k, row_length, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr,
+    num_keys, lead, stride_k, row_length, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
     ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def _log_sums(
     Keys += (batch * kv_heads + head) * stride_k
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
-        GROUP, SUBPOOLS, ORDER, F, BLOCK_F,
+        GROUP, QUERY_POOLS, ORDER, F, BLOCK_F,
     )  # fmt: skip
     first = split * chunk
     begin, end, all_low, all_high = _seen_units(
@@ -263,7 +263,7 @@ def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
 def _share(
     Rows, Keys, Exists, Hull, Units, Sums, Logits, Parts, Out, Bias, TileKind, UnitKind, Tiles,
     num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length, stride_p,
-    query_offset, GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ORDER: tl.constexpr,
+    query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr,
     COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
     EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
     BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -279,7 +279,7 @@ def _share(
     Out += (batch * kv_heads + head) * num_tiles * row_length
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
-        GROUP, SUBPOOLS, ORDER, F, BLOCK_F,
+        GROUP, QUERY_POOLS, ORDER, F, BLOCK_F,
     )  # fmt: skip
     ROWS: tl.constexpr = ORDER[0] * ORDER[1] * ORDER[2] * ORDER[3] * ORDER[4]
     TILES: tl.constexpr = ORDER[1] * ORDER[3]
@@ -425,16 +425,16 @@ def of_shares(parts: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
     return {**constants, "PARTS": count, "COLS": fewer, "ALIGN": fewer}
 
 
-def share_of_units(
+def block_scores(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
     tile_kind: Tensor | None = None, unit_kind: Tensor | None = None, query_offset: int = 0,
     lead: int = -1, num_keys: int = 0, parts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Log of the mean (or largest) share that sub-pools give to a unit, biases added.
+    """Log of the mean (or largest) share that query pools give to a unit, biases added.
 
     Args:
-        rows: (B, H, T, S, F) descriptors of sub-pools, scale included.
+        rows: (B, H, T, S, F) descriptors of query pools, scale included.
         keys: (B, K, U, F), of units, in the same dtype.
         exists: (B, T, S) bool.
         hull: (B, T, 2) int32, range of keys that a tile sees.
@@ -447,13 +447,13 @@ def share_of_units(
     Returns:
         (B, K, T, U) float32; what a tile does not see holds -1e30 or so.
     """
-    batch, heads, num_tiles, subpools, width = rows.shape
+    batch, heads, num_tiles, query_pools, width = rows.shape
     kv_heads, num_units = keys.shape[1:3]
     group = heads // kv_heads
     # The interpreter has no registers to run out of, and is slow on small blocks.
     itemsize = rows.element_size() if rows.is_cuda else 2
     order, cols, stages = share_blocks(
-        next_power_of_2(group * subpools), width, itemsize, generation(rows), num_tiles
+        next_power_of_2(group * query_pools), width, itemsize, generation(rows), num_tiles
     )
     row_length = cdiv(num_units, ALIGNED) * ALIGNED
     out = rows.new_empty(batch, kv_heads, num_tiles, row_length, dtype=torch.float32)
@@ -475,7 +475,7 @@ def share_of_units(
         num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length
     )  # fmt: skip
     constants = {
-        "GROUP": group, "SUBPOOLS": subpools, "ORDER": order, "COLS": cols, "F": width,
+        "GROUP": group, "QUERY_POOLS": query_pools, "ORDER": order, "COLS": cols, "F": width,
         "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "EVEN": lead >= 0,
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
         "num_warps": 4, "num_stages": stages,

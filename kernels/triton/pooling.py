@@ -97,17 +97,17 @@ def _pool(
 @triton.jit(do_not_specialize=(*COUNTS, "q_blocks", "k_blocks", "queries_end"))
 def _pool_both(
     Q, Tiles, OutQ, K, Units, OutK, scale, queries_end, q_blocks, k_blocks, num_tiles, num_units,
-    q_heads, k_heads, subpools, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    q_heads, k_heads, query_pools, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     TILE: tl.constexpr, WIDTH: tl.constexpr, Q_TOGETHER: tl.constexpr, Q_BLOCK: tl.constexpr,
     Q_STEPS: tl.constexpr, REGULAR_TILES: tl.constexpr, UNIT: tl.constexpr,
     K_TOGETHER: tl.constexpr, K_BLOCK: tl.constexpr, K_STEPS: tl.constexpr, REGULAR: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Means of sub-pools of tiles, and of units: the programs of two launches in one."""
+    """Means of query pools of tiles, and of units: the programs of two launches in one."""
     program = tl.program_id(0)
     if program < queries_end:
         _pool_parts(
-            Q, Tiles, OutQ, scale, program % q_blocks, program // q_blocks, num_tiles, subpools,
+            Q, Tiles, OutQ, scale, program % q_blocks, program // q_blocks, num_tiles, query_pools,
             q_heads, stride_qb, stride_qh, stride_qn, TILE, WIDTH, Q_TOGETHER, D, Q_BLOCK, Q_STEPS,
             BLOCK_D, False, REGULAR_TILES,
         )  # fmt: skip
@@ -162,10 +162,10 @@ def pool(
 
 
 def pool_both(
-    q: Tensor, k: Tensor, tiles: Tensor, units: Tensor, tile: int, unit: int, subpools: int,
+    q: Tensor, k: Tensor, tiles: Tensor, units: Tensor, tile: int, unit: int, query_pools: int,
     scale: float, *, regular_tiles: bool = False, regular: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`pool` of sub-pools of tiles, times `scale`, and of units, in one launch.
+    """`pool` of query pools of tiles, times `scale`, and of units, in one launch.
 
     Args:
         q, k: (B, H, N, D) and (B, K, M, D) of one dtype, the last dimension contiguous.
@@ -175,17 +175,17 @@ def pool_both(
     """
     batch, q_heads, _, dim = q.shape
     k_heads, num_tiles, num_units = k.shape[1], tiles.shape[1], units.shape[1]
-    width = -(-tile // subpools)
-    of_tiles = q.new_empty(batch, q_heads, num_tiles, subpools, dim)
+    width = -(-tile // query_pools)
+    of_tiles = q.new_empty(batch, q_heads, num_tiles, query_pools, dim)
     of_units = k.new_empty(batch, k_heads, num_units, dim)
     q_together, q_block, q_steps, warps = pool_blocks(width, dim, q.element_size())
     k_together, k_block, k_steps, k_warps = pool_blocks(unit, dim, k.element_size())
-    q_blocks, k_blocks = cdiv(num_tiles * subpools, q_together), cdiv(num_units, k_together)
+    q_blocks, k_blocks = cdiv(num_tiles * query_pools, q_together), cdiv(num_units, k_together)
     queries_end = q_blocks * batch * q_heads
     launch(
         _pool_both, (queries_end + k_blocks * batch * k_heads,),
         q, tiles, of_tiles, k, units, of_units, scale, queries_end, q_blocks, k_blocks, num_tiles,
-        num_units, q_heads, k_heads, subpools, *q.stride()[:3], *k.stride()[:3],
+        num_units, q_heads, k_heads, query_pools, *q.stride()[:3], *k.stride()[:3],
         TILE=tile, WIDTH=width, Q_TOGETHER=q_together, Q_BLOCK=q_block, Q_STEPS=q_steps,
         REGULAR_TILES=regular_tiles, UNIT=unit, K_TOGETHER=k_together, K_BLOCK=k_block,
         K_STEPS=k_steps, REGULAR=regular, D=dim, BLOCK_D=next_power_of_2(dim),

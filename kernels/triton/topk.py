@@ -385,7 +385,7 @@ def _keep_long(
 
 @dataclass(frozen=True)
 class Drawing:
-    """What `keep_best` shall draw of the units that it does not keep."""
+    """What `topk_blocks` shall draw of the units that it does not keep."""
 
     budget: Tensor
     """(B, K or 1, T) int64, tokens that the best and the sample may be together."""
@@ -407,7 +407,7 @@ class Drawn:
     """(B, K, T) float32."""
 
 
-def keep_best(
+def topk_blocks(
     values: Tensor, near: Tensor, sinks: Tensor, hull: Tensor, units: Tensor, budget: Tensor,
     width: int, *, unit_kind: Tensor | None = None, floors: Tensor | None = None,
     unit: int, lead: int = -1, num_keys: int = 0, drawing: Drawing | None = None,

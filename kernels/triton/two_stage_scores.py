@@ -1,6 +1,6 @@
-"""The share that the sub-pools of a tile give to the units of listed runs, and to no others.
+"""The share that the query pools of a tile give to the units of listed runs, and to no others.
 
-B batch, H query heads, K KV heads, G = H / K, S sub-pools, T tiles, U units, R listed runs,
+B batch, H query heads, K KV heads, G = H / K, S query pools, T tiles, U units, R listed runs,
 C = R x units of a run, F width of a descriptor
 """
 
@@ -63,7 +63,7 @@ def _products(
 def _share_of_runs(
     Rows, Keys, Exists, Hull, Units, Parts, Out, Bias, TileKind, UnitKind, Tiles, Runs, Count,
     num_tiles, num_units, kv_heads, run_length, num_keys, lead, stride_k, stride_p, query_offset,
-    GROUP: tl.constexpr, SUBPOOLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr, BIASED: tl.constexpr,
     PARTS: tl.constexpr, COARSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,16 +82,16 @@ def _share_of_runs(
     low, high = tl.load(Hull + own * 2), tl.load(Hull + own * 2 + 1)
     count = tl.load(Count + list_) * COARSE
     member = tl.arange(0, ROWS)
-    g, s = member // SUBPOOLS, member % SUBPOOLS
-    exists = member < GROUP * SUBPOOLS
-    exists &= tl.load(Exists + own * SUBPOOLS + s, mask=exists, other=0).to(tl.int1)
+    g, s = member // QUERY_POOLS, member % QUERY_POOLS
+    exists = member < GROUP * QUERY_POOLS
+    exists &= tl.load(Exists + own * QUERY_POOLS + s, mask=exists, other=0).to(tl.int1)
     dim = tl.arange(0, BLOCK_F)
     mask = exists[:, None]
     if F < BLOCK_F:
         mask = mask & (dim < F)[None, :]
     place = ((batch * kv_heads + head) * GROUP + g) * num_tiles + tile
     row = tl.load(
-        Rows + (place * SUBPOOLS + s)[:, None] * F + dim[None, :], mask=mask, other=0.0
+        Rows + (place * QUERY_POOLS + s)[:, None] * F + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
     # Each column keeps sums of its own, which are added up behind the loop.
     top = tl.full([ROWS], -float("inf"), tl.float32)
@@ -166,7 +166,7 @@ def share_of_runs(
     Returns:
         (B, K, T, C) float32; what is behind the listed runs is not written.
     """
-    batch, heads, num_tiles, subpools, width = rows.shape
+    batch, heads, num_tiles, query_pools, width = rows.shape
     kv_heads, num_units = keys.shape[1:3]
     index, count, coarse = runs
     size = (batch, kv_heads, num_tiles, index.shape[-1] * coarse)
@@ -175,7 +175,7 @@ def share_of_runs(
         return out
     group = heads // kv_heads
     itemsize = rows.element_size()
-    padded = max(next_power_of_2(group * subpools), 16)
+    padded = max(next_power_of_2(group * query_pools), 16)
     keys, stride_k = by_heads(keys)
     parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
     launch(
@@ -184,7 +184,7 @@ def share_of_runs(
         out if bias is None else bias.contiguous(), units if tile_kind is None else tile_kind,
         units if unit_kind is None else unit_kind, tiles, index, count, num_tiles, num_units,
         kv_heads, index.shape[-1], num_keys, lead, stride_k, stride_p, query_offset,
-        GROUP=group, SUBPOOLS=subpools, ROWS=padded, COLS=COLS,
+        GROUP=group, QUERY_POOLS=query_pools, ROWS=padded, COLS=COLS,
         F=width, BLOCK_F=max(next_power_of_2(width), 16), UNIT=unit, EVEN=lead >= 0,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
         LARGEST=largest, BIASED=bias is not None,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mm_sparse.analysis.heatmaps import draw_heads, draw_modalities
 from mm_sparse.analysis.layer_report import Report, report
 from mm_sparse.analysis.overlays import draw_frames, draw_patches, kept_frames, kept_patches
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import capture_attention
 from mm_sparse.selection.selection import Selection
 
 LAYERS = 4
@@ -41,7 +41,7 @@ NOTES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class ImageView:
     """A picture of the sample: where its tokens begin, and their grid."""
 
     pixels: Tensor
@@ -51,7 +51,7 @@ class Sight:
 
 
 @dataclass(frozen=True, eq=False)
-class Sounding:
+class AudioView:
     """A sound of the sample: where its tokens begin, and how many there are."""
 
     spectrogram: Tensor
@@ -62,7 +62,7 @@ class Sounding:
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class InspectionSample:
     """A sparsified model and a sample of one row."""
 
     title: str
@@ -74,22 +74,22 @@ class Scene:
     """Positions whose keys are drawn: those of a question, for one."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Headings and texts that stand on top."""
-    sights: Sequence[Sight] = ()
-    sounds: Sequence[Sounding] = ()
+    sights: Sequence[ImageView] = ()
+    sounds: Sequence[AudioView] = ()
 
 
-def draw_scene(scene: Scene) -> dict[str, Any]:
+def draw_scene(scene: InspectionSample) -> dict[str, Any]:
     """Run the scene once, without gradients; matplotlib figures by name."""
     if not scene.parts:
         raise ValueError("parts must hold a sparsified model, got none")
     reader = "language" if "language" in scene.parts else next(iter(scene.parts))
     kept: dict[str, Selection] = {}
 
-    def keep(call: Call) -> None:
+    def keep(call: AttentionCall) -> None:
         if call.selection is not None:
             kept[call.name] = call.selection
 
-    with torch.no_grad(), watch(scene.parts[reader], keep):
+    with torch.no_grad(), capture_attention(scene.parts[reader], keep):
         scene.run()
     chosen = {name: kept[name] for name in _spread(list(kept), LAYERS)}
     found: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def draw_scene(scene: Scene) -> dict[str, Any]:
     return found
 
 
-def write_page(scene: Scene, path: str | Path) -> Path:
+def write_page(scene: InspectionSample, path: str | Path) -> Path:
     """Draw the scene into one HTML file; its pictures lie inside it."""
     body = [f"<h1>{html.escape(scene.title)}</h1>", _texts(scene.texts)]
     for name, figure in draw_scene(scene).items():

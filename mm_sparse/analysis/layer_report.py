@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import watch
-from mm_sparse.integrations.layer import Layer
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import capture_attention
+from mm_sparse.integrations.layer import SparseLayer
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.attention_mass import unit_mass
 from mm_sparse.selection.selection import Selection
@@ -110,16 +110,16 @@ def report(
     seconds: dict[str, float] = {}
     kept: dict[str, float] = {}
 
-    def watcher(call: Call) -> None:
+    def watcher(call: AttentionCall) -> None:
         # A tower may call a layer once per picture: its time adds up, its mass is the last one's.
         seconds[call.name] = seconds.get(call.name, 0.0) + (call.seconds or 0.0)
         if mass and call.selection is not None:
             kept[call.name] = kept_mass(call.q, call.k, call.selection, call.scale)
 
     if inputs is not None:
-        with watch(model, watcher, timed=True), torch.no_grad():
+        with capture_attention(model, watcher, timed=True), torch.no_grad():
             model(**inputs)
-    rows = [_row(layer) for layer in layers(model).values()]
+    rows = [_row(layer) for layer in attention_layers(model).values()]
     return Report(
         tuple(
             Row(**{**vars(row), "mass": kept.get(row.name), "seconds": seconds.get(row.name)})
@@ -142,7 +142,7 @@ def kept_mass(q: Tensor, k: Tensor, selection: Selection, scale: float | None = 
     return float((picked.sum(-1) * live).sum() / live.sum().clamp(min=1))
 
 
-def _row(layer: Layer) -> Row:
+def _row(layer: SparseLayer) -> Row:
     name, cls = layer.name, type(layer.module).__name__
     record = layer.record
     if record is None:

@@ -13,7 +13,7 @@ from mm_sparse.attention.pipeline import rank_and_attend
 from mm_sparse.attention.selected import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.reference import attention_reference
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.layout.patch_order import in_patch_order, restore
 from mm_sparse.layout.token_layout import TokenLayout
 from mm_sparse.scorers.base import Scorer
@@ -37,7 +37,7 @@ def sparse_attention(
 ) -> Tensor:
     """Score, select, attend; dense below `config.dense_below` tokens or with backend "dense".
 
-    Pictures with a grid are ranked in patch order (`SparseConfig.grid_order`): the scorer is given
+    Pictures with a grid are ranked in patch order (`SparseConfig.patch_order`): the scorer is given
     tokens and layout in that order. What comes in and goes out is in the order of `layout`.
 
     Args:
@@ -58,7 +58,7 @@ def sparse_attention(
         )
     scorer = PooledScorer() if scorer is None else scorer
     first = layout.first_query(q.shape[2], query_offset)
-    placed, q, k, v = in_patch_order(Placed(layout, first), config, q, k, v)
+    placed, q, k, v = in_patch_order(CallLayout(layout, first), config, q, k, v)
     inner = placed.layout
     out = rank_and_attend(q, k, v, placed, config, scorer, scale, descriptors)
     return out if inner is layout else restore(out, inner, first)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mm_sparse.attention.query_chunks import query_blocks
+from mm_sparse.attention.query_chunks import query_chunks
 from mm_sparse.attention.selected import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.sizes import new_output
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
 from mm_sparse.selection.selection import Selection, select
@@ -24,7 +24,7 @@ def rank_and_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    placed: Placed,
+    placed: CallLayout,
     config: SparseConfig,
     scorer: Scorer,
     scale: float | None,
@@ -41,7 +41,7 @@ def rank_and_attend(
         (B, H, N, D).
     """
     layout, first = placed.layout, placed.first
-    blocks = query_blocks(
+    blocks = query_chunks(
         layout, config, num_query_heads=q.shape[1], num_kv_heads=k.shape[1],
         num_queries=q.shape[2], query_offset=first,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def rank_and_attend(
             found.append(out)
         del out
         if several:
-            selection.plan.known.clear()
+            selection.plan.memo.clear()
     if whole is not None:
         return whole
     return found[0] if len(found) == 1 else torch.cat(found, 2)

@@ -16,7 +16,7 @@ from mm_sparse.scorers.two_stage import candidates
 MOST_SCORES = 1 << 26
 
 
-def query_blocks(
+def query_chunks(
     layout: TokenLayout,
     config: SparseConfig,
     *,
@@ -55,7 +55,7 @@ def query_blocks(
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], num_queries], strict=True)):
         block = slice(start, end)
         if sliced:
-            part = whole.of_tiles(slice(number * step, (number + 1) * step), block)
+            part = whole.select_tiles(slice(number * step, (number + 1) * step), block)
             layout.made[(config, part.group, part.num_queries, part.query_offset)] = part
         try:
             yield block
@@ -67,8 +67,8 @@ def query_blocks(
 def _ranked(length: int, config: SparseConfig) -> int:
     """What is ranked for a tile: all units, or runs of them and then the units of the best."""
     units = -(-length // config.unit)
-    if config.coarse == 1:
+    if config.coarse_factor == 1:
         return units
     most = candidates(config)
     keys = most.ratio * length if most.tokens is None else most.tokens
-    return -(-units // config.coarse) + min(-(-int(keys) // config.unit), units)
+    return -(-units // config.coarse_factor) + min(-(-int(keys) // config.unit), units)

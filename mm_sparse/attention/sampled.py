@@ -91,7 +91,7 @@ def _geometry(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rest(plan: Plan, scale: float) -> tuple[Any, ...]:
-    even = plan.lead, plan.tile_lead
+    even = plan.unit_offset, plan.tile_offset
     config = plan.config
     return scale, plan.tile_tokens, plan.unit, *even, config.backend, config.deterministic
 

@@ -22,7 +22,7 @@ def attend(
 ) -> Tensor:
     """Softmax attention under `selection.to_dense_mask()`, without ever building it.
 
-    Where the selection has a sample (`SparseConfig.sampled`), its keys count several times.
+    Where the selection has a sample (`SparseConfig.sample_ratio`), its keys count several times.
     Differentiable in q, k and v. Sums run in a fixed order, so results repeat bit for bit;
     gradients of k and v need not with `SparseConfig(deterministic=False)`.
     Under autocast the inputs are cast to its dtype.
@@ -75,8 +75,8 @@ def attend(
         scale,
         plan.tile_tokens,
         plan.unit,
-        plan.lead,
-        plan.tile_lead,
+        plan.unit_offset,
+        plan.tile_offset,
         plan.config.backend,
         plan.config.deterministic,
     )

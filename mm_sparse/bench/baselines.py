@@ -44,7 +44,7 @@ class Shape:
 
 
 @dataclass
-class Contestant:
+class Implementation:
     """Something that attends."""
 
     run: Callable[[], Tensor]
@@ -181,12 +181,12 @@ def flex_runner(selection: Selection, q: Tensor, k: Tensor, v: Tensor) -> Callab
     return lambda: compiled(q, k, v, **given)
 
 
-def flex_blocks(problem: Problem, selection: Selection) -> Contestant:
+def flex_blocks(problem: Problem, selection: Selection) -> Implementation:
     """FlexAttention; its BlockMask with transposed lists is made outside."""
-    return Contestant(flex_runner(selection, *problem.leaves), problem.leaves, problem.dout)
+    return Implementation(flex_runner(selection, *problem.leaves), problem.leaves, problem.dout)
 
 
-def sdpa(problem: Problem, backend: SDPBackend | None) -> Contestant:
+def sdpa(problem: Problem, backend: SDPBackend | None) -> Implementation:
     """torch's SDPA by one backend, or as torch chooses."""
     shape = problem.shape
     options: Any = {"is_causal": shape.causal, "enable_gqa": shape.query_heads != shape.kv_heads}
@@ -197,10 +197,10 @@ def sdpa(problem: Problem, backend: SDPBackend | None) -> Contestant:
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(*problem.leaves, **options)
 
-    return Contestant(run, problem.leaves, problem.dout)
+    return Implementation(run, problem.leaves, problem.dout)
 
 
-def eager(problem: Problem) -> Contestant:
+def eager(problem: Problem) -> Implementation:
     """softmax(QK)V with all scores in memory, forward."""
     shape, (q, k, v) = problem.shape, problem.leaves
     group = shape.query_heads // shape.kv_heads
@@ -213,10 +213,10 @@ def eager(problem: Problem) -> Contestant:
         scores = scores.masked_fill_(future, float("-inf")) if size else scores
         return scores.softmax(-1) @ values
 
-    return Contestant(run, problem.leaves, problem.dout)
+    return Implementation(run, problem.leaves, problem.dout)
 
 
-def _fa4(problem: Problem, **options: Any) -> Contestant:
+def _fa4(problem: Problem, **options: Any) -> Implementation:
     from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     moved = [x.detach().transpose(1, 2).contiguous() for x in (*problem.leaves, problem.dout)]
@@ -226,15 +226,15 @@ def _fa4(problem: Problem, **options: Any) -> Contestant:
         out = flash_attn_func(*leaves, **options)
         return out[0] if isinstance(out, tuple) else out
 
-    return Contestant(run, leaves, moved[3], tokens_first=True)
+    return Implementation(run, leaves, moved[3], tokens_first=True)
 
 
-def fa4_dense(problem: Problem) -> Contestant:
+def fa4_dense(problem: Problem) -> Implementation:
     """flash-attn-4 (CuTe), dense."""
     return _fa4(problem, causal=problem.shape.causal)
 
 
-def fa4_blocks(problem: Problem, selection: Selection) -> Contestant:
+def fa4_blocks(problem: Problem, selection: Selection) -> Implementation:
     """flash-attn-4 (CuTe) on blocks; transposed lists are made outside."""
     from flash_attn.cute import block_sparsity  # pyright: ignore[reportMissingImports]
 
@@ -274,7 +274,7 @@ def cudnn_index(selection: Selection, heads: int) -> Tensor:
     return index.repeat_interleave(plan.tile_tokens // plan.unit, 2).contiguous()
 
 
-def cudnn_blocks(problem: Problem, selection: Selection) -> Contestant:
+def cudnn_blocks(problem: Problem, selection: Selection) -> Implementation:
     """NVIDIA's cuDNN block-sparse attention, which has no causal mask."""
     from cudnn.block_sparse_attention import api  # pyright: ignore[reportMissingImports]
 
@@ -287,12 +287,12 @@ def cudnn_blocks(problem: Problem, selection: Selection) -> Contestant:
     gradients = partial(api.block_sparse_attention_backward, sparse_block_size=block)
     saved = forward()
     given = (problem.dout, *leaves, saved["o_tensor"], saved["lse_tensor"], *lists)
-    return Contestant(
+    return Implementation(
         lambda: forward()["o_tensor"], leaves, problem.dout, backward=partial(gradients, *given)
     )
 
 
-SPARSE_PEERS: tuple[tuple[str, str, Callable[..., Contestant], tuple[int, ...]], ...] = (
+SPARSE_PEERS: tuple[tuple[str, str, Callable[..., Implementation], tuple[int, ...]], ...] = (
     ("flash-attn-4", "fa4", fa4_blocks, (128,)),
     ("cudnn", "cudnn", cudnn_blocks, (128, 64)),
     ("flex", "flex", flex_blocks, (128, 64)),

@@ -20,7 +20,7 @@ FAMILIES = ("sdpa", "eager", "fa4", "cudnn", "flex", "attend", "select", "whole"
 
 
 @dataclass
-class Record:
+class Timing:
     """One timing."""
 
     what: str
@@ -53,7 +53,7 @@ class Session:
     """Nothing starts after so many seconds."""
     repeat: float = 0.3
     """Seconds of repetitions of a timing."""
-    records: list[Record] = field(default_factory=list)
+    records: list[Timing] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
     absent: set[str] = field(default_factory=set)
@@ -92,25 +92,25 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def dense_record(record: Record) -> bool:
+def dense_record(record: Timing) -> bool:
     """Whether it attends to everything."""
     return record.what.startswith("dense")
 
 
-def peer_record(record: Record) -> bool:
+def peer_record(record: Timing) -> bool:
     """Whether it is somebody else's sparse attention."""
     return not record.what.startswith(("dense", "attend", "score"))
 
 
 def fastest(
-    records: Iterable[Record], group: Any, which: Callable[[Record], bool]
-) -> Record | None:
+    records: Iterable[Timing], group: Any, which: Callable[[Timing], bool]
+) -> Timing | None:
     """The fastest of a group among `which`."""
     found = [r for r in records if r.group == group and which(r)]
     return min(found, key=lambda r: r.milliseconds) if found else None
 
 
-def ratios(records: Sequence[Record]) -> list[dict[str, Any]]:
+def ratios(records: Sequence[Timing]) -> list[dict[str, Any]]:
     """How many times as fast as the fastest dense and the fastest sparse peer each record is.
 
     Scoring and selection alone are no attention and have None.
@@ -130,7 +130,7 @@ def ratios(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def break_even(records: Sequence[Record]) -> list[dict[str, Any]]:
+def break_even(records: Sequence[Timing]) -> list[dict[str, Any]]:
     """Per shape and unit, the first length from which the whole is never slower than dense."""
     found: dict[tuple[Any, ...], dict[int, bool]] = {}
     for record in records:
@@ -163,7 +163,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def table(records: Sequence[Record]) -> str:
+def table(records: Sequence[Timing]) -> str:
     """Records grouped by shape and direction; "x dense" is times as fast as the fastest dense."""
     compared = list(zip(records, ratios(records), strict=True))
     lines: list[str] = []
@@ -262,12 +262,12 @@ def write(out: Path, content: dict[str, Any], session: Session) -> None:
     }
     out.write_text(json.dumps(full, indent=1) + "\n")
     with out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Record)])
+        writer = csv.DictWriter(file, [f.name for f in fields(Timing)])
         writer.writeheader()
         writer.writerows(asdict(r) for r in session.records)
 
 
-def plot(path: Path, records: Sequence[Record]) -> None:
+def plot(path: Path, records: Sequence[Timing]) -> None:
     """Forward time over length, a panel per kind of shape, with the break-even marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -18,23 +18,23 @@ from torch.nn.attention import SDPBackend
 from mm_sparse.attention.selected import attend
 from mm_sparse.bench import baselines as peers
 from mm_sparse.bench import results as report
-from mm_sparse.bench.baselines import Contestant, Shape, flex_runner, inputs, random_selection
-from mm_sparse.bench.results import Record, Session, median_ms
+from mm_sparse.bench.baselines import Implementation, Shape, flex_runner, inputs, random_selection
+from mm_sparse.bench.results import Session, Timing, median_ms
 from mm_sparse.config import SparseConfig
-from mm_sparse.cuda_graph import replayed
+from mm_sparse.cuda_graph import capture
 from mm_sparse.layout.token_layout import TokenLayout
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.pooled import PooledScorer
 from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import Selection, select
 
-__all__ = ["Bench", "Record", "Shape", "flex_runner", "inputs", "median_ms", "random_selection"]
+__all__ = ["Runner", "Shape", "Timing", "flex_runner", "inputs", "median_ms", "random_selection"]
 
 LONGEST = 16384
 """Tokens up to which gradients and eager attention are timed."""
 
 
-class Bench:
+class Runner:
     """Times contestants on one shape; what fails is skipped with its reason."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Bench:
         return {"tokens": s.tokens, "heads": s.heads, "head_dim": s.head_dim, "causal": s.causal}
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> list[Timing]:
         """Timings of the session."""
         return self.session.records
 
@@ -72,14 +72,14 @@ class Bench:
         self, what: str, run: Callable[[], Tensor], density: float, backward: bool = True
     ) -> None:
         """Time forward and, if asked, backward."""
-        made = Contestant(run, self.problem.leaves, self.dout, density=density)
+        made = Implementation(run, self.problem.leaves, self.dout, density=density)
         self.enter(what, "attend", lambda: made, backward=backward)
 
     def enter(
         self,
         what: str,
         family: str,
-        build: Callable[[], Contestant],
+        build: Callable[[], Implementation],
         *,
         forward: bool = True,
         backward: bool = True,
@@ -108,7 +108,7 @@ class Bench:
             if not (backward and self.backward):
                 return
 
-    def measure(self, made: Contestant, way: str) -> float:
+    def measure(self, made: Implementation, way: str) -> float:
         """Milliseconds."""
         run = made.run if way != "backward" else made.backward
         if run is None:
@@ -116,14 +116,14 @@ class Bench:
             run = partial(torch.autograd.grad, out, made.leaves, made.dout, retain_graph=True)
         return median_ms(run, self.device, self.session.repeat)
 
-    def keep(self, what: str, way: str, value: float, made: Contestant) -> None:
+    def keep(self, what: str, way: str, value: float, made: Implementation) -> None:
         """Make a record of a timing."""
         s, rate = self.shape, None
         if not what.startswith(report.SELECTING):
             work = 2.5 if way == "backward" else 1.0
             rate = round(self.flops * made.density * work / value / 1e9, 1)
         row = (what, s.tokens, s.heads, s.head_dim, s.causal, way)
-        record = Record(*row, round(made.density, 4), round(value, 4), rate)
+        record = Timing(*row, round(made.density, 4), round(value, 4), rate)
         if way == "decode":
             size = (self.k.numel() + self.v.numel()) * self.k.element_size()
             record.gb_per_s = round(size * made.density / value / 1e6, 1)
@@ -160,8 +160,8 @@ class Bench:
             with torch.no_grad():
                 return select(self.scores(scorer, layout, config), layout, config)
 
-        def build(run: Callable[[], Tensor]) -> Contestant:
-            made = Contestant(run, self.problem.leaves, self.dout, density=chosen()[1])
+        def build(run: Callable[[], Tensor]) -> Implementation:
+            made = Implementation(run, self.problem.leaves, self.dout, density=chosen()[1])
             made.index_bytes = chosen()[0].index.nbytes + chosen()[0].count.nbytes
             return made
 
@@ -182,7 +182,7 @@ class Bench:
                 name = f"{what} unit {unit}, any order"
                 self.enter(name, family, partial(build, free), forward=False)
             if family in self.graphs:
-                captured = partial(lambda run: build(replayed(torch.no_grad()(run))), run)
+                captured = partial(lambda run: build(capture(torch.no_grad()(run))), run)
                 self.enter(f"{what} unit {unit}, CUDA graph", family, captured, backward=False)
 
     def scores(self, scorer: Scorer, layout: TokenLayout, config: SparseConfig) -> Scores:
@@ -198,7 +198,7 @@ class Bench:
             run = partial(peers.attend_reference, self.problem, chosen()[0])
             return self.session.guard(f"reference of blocks {block}", "attend", run)
 
-        def build(make: Callable[..., Contestant]) -> Contestant:
+        def build(make: Callable[..., Implementation]) -> Implementation:
             return replace(make(self.problem, chosen()[0]), density=chosen()[1])
 
         for name, family, make, blocks in peers.SPARSE_PEERS:

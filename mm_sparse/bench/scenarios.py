@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from mm_sparse.attention.functional import sparse_attention
-from mm_sparse.bench.baselines import Contestant
-from mm_sparse.bench.results import Record
-from mm_sparse.bench.runner import Bench
+from mm_sparse.bench.baselines import Implementation
+from mm_sparse.bench.results import Timing
+from mm_sparse.bench.runner import Runner
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.token_layout import TokenLayout
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
 from mm_sparse.scorers.pooled import PooledScorer
-from mm_sparse.selection.block_lists import units_of_lists
+from mm_sparse.selection.block_lists import lists_to_mask
 from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import select
 
@@ -38,7 +38,7 @@ TOPIC_TOKENS = 2048
 TOPIC_STRENGTH = 0.4
 
 
-class DecodeBench(Bench):
+class DecodeBench(Runner):
     """One query behind a long context, whose descriptors a step before has left.
 
     A layout and its plan, which the layers of a step share, are made before.
@@ -61,7 +61,7 @@ class DecodeBench(Bench):
         return scorer(q, k, layout=layout, config=config, descriptors=kept)
 
 
-class LongBench(Bench):
+class LongBench(Runner):
     """Score + select + attend with as many keys for a tile whatever the length, and its memory."""
 
     def whole(self, unit: int) -> None:
@@ -80,7 +80,7 @@ class LongBench(Bench):
             q, k = (_with_topics(x, seed) for seed, x in enumerate((q, k)))
         keys = LONG_KEYS if self.device == "cuda" else LONG_KEYS // 16
         config = SparseConfig(
-            tokens=keys, unit=unit, causal=shape.causal, dense_below=0, coarse=coarse
+            tokens=keys, unit=unit, causal=shape.causal, dense_below=0, coarse_factor=coarse
         )
         layout = TokenLayout.text(shape.batch, shape.tokens, device=self.device)
 
@@ -88,7 +88,7 @@ class LongBench(Bench):
             return sparse_attention(q, k, v, layout=layout, config=config)
 
         density = min(keys / shape.tokens * (2 if shape.causal else 1), 1.0)
-        made = Contestant(run, (self.q, self.k, self.v), self.dout, density=density)
+        made = Implementation(run, (self.q, self.k, self.v), self.dout, density=density)
         runs = f", runs of {coarse} units first" if coarse > 1 else ""
         what = f"score + select + attend unit {unit}, {keys} keys{kind}{runs}"
         self.enter(what, "whole", lambda: made, backward=False)
@@ -115,14 +115,14 @@ def _shared(q: Tensor, k: Tensor, layout: TokenLayout, config: SparseConfig) -> 
     """Share of its units that a tile has in common with the next, over the last topic."""
     scores = PooledScorer()(q[:, :, -TOPIC_TOKENS:], k, layout=layout, config=config)
     chosen = select(scores, layout, config)
-    kept = units_of_lists(chosen.index, chosen.count, chosen.plan.units.shape[1])
+    kept = lists_to_mask(chosen.index, chosen.count, chosen.plan.units.shape[1])
     both = kept[:, :, 1:] & kept[:, :, :-1]
     return (both.sum() / kept[:, :, 1:].sum().clamp(min=1)).item()
 
 
-def growth(records: Sequence[Record]) -> list[dict[str, Any]]:
+def growth(records: Sequence[Timing]) -> list[dict[str, Any]]:
     """By what was timed on several lengths: how time grows, as the exponent of the length."""
-    found: dict[tuple[Any, ...], list[Record]] = {}
+    found: dict[tuple[Any, ...], list[Timing]] = {}
     for record in records:
         if " keys" in record.what:
             key = (record.what, record.heads, record.head_dim, record.causal)
@@ -157,7 +157,7 @@ def peak_mib(run: Callable[[], Tensor], after: Callable[[Tensor], Any] | None = 
     return peak / 2**20
 
 
-def in_memory(mib: float, made: Contestant) -> dict[str, Any]:
+def in_memory(mib: float, made: Implementation) -> dict[str, Any]:
     """Columns of the memory table."""
     whole = sum(x.nbytes for x in made.leaves) / 2**20
     return {
@@ -167,27 +167,27 @@ def in_memory(mib: float, made: Contestant) -> dict[str, Any]:
     }
 
 
-class MemoryBench(Bench):
+class MemoryBench(Runner):
     """Peak memory in place of time; a layout's plan, which layers share, is made before."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.graphs = ()
 
-    def measure(self, made: Contestant, way: str) -> float:
+    def measure(self, made: Implementation, way: str) -> float:
         """MiB beyond inputs and output; gradients count."""
         training = way == "backward"
         with torch.set_grad_enabled(training):
             return peak_mib(made.run, partial(_gradients, made) if training else None)
 
-    def keep(self, what: str, way: str, value: float, made: Contestant) -> None:
+    def keep(self, what: str, way: str, value: float, made: Implementation) -> None:
         """Make a row of the memory table."""
         way = "training" if way == "backward" else way
         row = {"what": what, **self.where, "direction": way}
         self.session.memory.append(row | in_memory(value, made))
 
 
-def _gradients(made: Contestant, out: Tensor) -> None:
+def _gradients(made: Implementation, out: Tensor) -> None:
     torch.autograd.grad(out, made.leaves, made.dout)
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.discovery import scorer_shape
-from mm_sparse.integrations.layer import Layer
+from mm_sparse.integrations.layer import SparseLayer
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.fine import FineScorer
 from mm_sparse.scorers.pooled import PooledScorer
-from mm_sparse.scorers.registry import NAMED
+from mm_sparse.scorers.registry import SCORERS
 from mm_sparse.scorers.relevance import RelevanceScorer
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
@@ -27,7 +27,10 @@ _SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")
 
 
 def write_scorers(
-    layers: dict[str, Layer], config: SparseConfig, folder: Path, dtype: torch.dtype | None = None
+    layers: dict[str, SparseLayer],
+    config: SparseConfig,
+    folder: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the scorers of the layers that may run sparse, their numbers in `dtype` if given."""
     from safetensors.torch import save_file
@@ -56,14 +59,14 @@ def write_scorers(
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredScorers:
     """What `write_scorers` wrote."""
 
     config: SparseConfig
     entries: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor]
 
-    def named_as(self, names: Sequence[str]) -> Stored:
+    def named_as(self, names: Sequence[str]) -> StoredScorers:
         """The same for a model of these layers, where they differ in what all names begin with.
 
         So scorers of a tower serve it bare and wrapped.
@@ -84,9 +87,11 @@ class Stored:
         )
         entries = {renamed(name): entry for name, entry in self.entries.items()}
         parts = ((key.partition(":"), value) for key, value in self.tensors.items())
-        return Stored(config, entries, {f"{renamed(n)}:{key}": v for (n, _, key), v in parts})
+        return StoredScorers(
+            config, entries, {f"{renamed(n)}:{key}": v for (n, _, key), v in parts}
+        )
 
-    def install(self, layers: dict[str, Layer]) -> None:
+    def install(self, layers: dict[str, SparseLayer]) -> None:
         """Give the layers their scorers: all of them or, with an error, none."""
         unknown = sorted(set(self.entries) - set(layers))
         if unknown:
@@ -95,13 +100,13 @@ class Stored:
         for name, scorer in made.items():
             layers[name].scorer = scorer
 
-    def _make(self, name: str, layer: Layer) -> Scorer | None:
+    def _make(self, name: str, layer: SparseLayer) -> Scorer | None:
         entry = dict(self.entries[name])
         kind = entry.pop("scorer")
         if kind == "PooledScorer":
             return None
         scorer = layer.scorer
-        made = {cls.__name__: cls for cls in NAMED.values()}
+        made = {cls.__name__: cls for cls in SCORERS.values()}
         if kind in made:
             want, got = scorer_shape(layer.module), tuple(entry[field] for field in _SHAPE)
             if want != got:
@@ -130,7 +135,7 @@ def _stem(names: Sequence[str]) -> str:
     return "".join(f"{parts[0]}." for parts in shared)
 
 
-def read_scorers(folder: Path) -> Stored:
+def read_scorers(folder: Path) -> StoredScorers:
     """Read the files of `folder`."""
     from safetensors.torch import load_file
 
@@ -141,4 +146,4 @@ def read_scorers(folder: Path) -> Stored:
     if record.get("format") != 1:
         raise ValueError(f"folder must hold scorers of format 1, got {record.get('format')!r}")
     config = SparseConfig.from_json(json.dumps(record["config"]))
-    return Stored(config, record["layers"], load_file(folder / WEIGHTS))
+    return StoredScorers(config, record["layers"], load_file(folder / WEIGHTS))

@@ -10,7 +10,7 @@ CHECKPOINTS = Path(__file__).parent / "weights"
 CARD = "card.json"
 
 
-def shipped_scorers() -> list[str]:
+def list_pretrained() -> list[str]:
     """Names that `load_scorers` takes."""
     return sorted(path.parent.name for path in CHECKPOINTS.glob(f"*/{CARD}"))
 
@@ -24,15 +24,15 @@ def scorers_folder(name: str | Path) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if str(name) in shipped_scorers():
+    if str(name) in list_pretrained():
         return CHECKPOINTS / str(name)
     raise ValueError(
-        f"folder must be one of save_scorers or among the shipped {shipped_scorers()}, got {name!r}"
+        f"folder must be one of save_scorers or among the shipped {list_pretrained()}, got {name!r}"
     )
 
 
 def read_card(name: str) -> dict[str, Any]:
     """What shipped scorers are for, what they learned from, and their figures."""
-    if name not in shipped_scorers():
-        raise ValueError(f"name must be among {shipped_scorers()}, got {name!r}")
+    if name not in list_pretrained():
+        raise ValueError(f"name must be among {list_pretrained()}, got {name!r}")
     return json.loads((CHECKPOINTS / name / CARD).read_text())

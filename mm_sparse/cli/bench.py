@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mm_sparse.bench import results as report
     from mm_sparse.bench.baselines import Shape
     from mm_sparse.bench.results import Session
-    from mm_sparse.bench.runner import Bench
+    from mm_sparse.bench.runner import Runner
     from mm_sparse.bench.scenarios import DecodeBench, LongBench, MemoryBench, bench_shapes, growth
 
     cuda = torch.cuda.is_available()
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def shapes(tokens: Sequence[int], head_dims: Sequence[int] = ()) -> list[Shape]:
         return [Shape(*s) for s in bench_shapes(args, cuda, tokens, head_dims)]
 
-    def each(which: Sequence[Shape], job: Callable[[Any], None], kind: Any = Bench) -> None:
+    def each(which: Sequence[Shape], job: Callable[[Any], None], kind: Any = Runner) -> None:
         for shape in which:
             try:
                 job(kind(shape, device, dtype, session))
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.out:
                 report.write(args.out, content, session)
 
-    def every(bench: Bench) -> None:
+    def every(bench: Runner) -> None:
         bench.dense(eager=cuda and not args.quick)
         for unit in units:
             bench.sparse(unit, ratio)
         for block in (128, 64) if cuda else ():
             bench.sparse_peers(block, ratio)
 
-    def part(bench: Bench, names: Sequence[str], ratio: float) -> None:
+    def part(bench: Runner, names: Sequence[str], ratio: float) -> None:
         bench.dense()
         for unit in args.units or (64, 16):
             bench.sparse(unit, ratio, names)
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             each(shapes(tokens, () if args.quick else head_dims), every)
         if args.lengths:
             lengths = [1024 << i for i in range(6 if cuda else 4)]
-            forward_only = partial(Bench, longest=0)
+            forward_only = partial(Runner, longest=0)
             each(shapes(lengths), partial(part, names=["whole"], ratio=ratio), forward_only)
             content["break_even"] = report.break_even(session.records)
         if args.decode:

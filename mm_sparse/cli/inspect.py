@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mm_sparse.cli.arguments import share
 
 if TYPE_CHECKING:
-    from mm_sparse.analysis.html_page import Scene
+    from mm_sparse.analysis.html_page import InspectionSample
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,13 +31,13 @@ def main(argv: Sequence[str]) -> None:
     print(write_page(scene, args.out))
 
 
-def scene_of(target: str, options: Sequence[str]) -> Scene:
+def scene_of(target: str, options: Sequence[str]) -> InspectionSample:
     """What the function "module:name" makes of the options.
 
     Raises:
         ValueError: there is no such function, or it returns something else.
     """
-    from mm_sparse.analysis.html_page import Scene
+    from mm_sparse.analysis.html_page import InspectionSample
 
     home, _, name = target.partition(":")
     try:
@@ -45,17 +45,17 @@ def scene_of(target: str, options: Sequence[str]) -> Scene:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"target must be MODULE:FUNCTION, got {target!r}: {error}") from error
     scene = make(list(options))
-    if not isinstance(scene, Scene):
+    if not isinstance(scene, InspectionSample):
         raise ValueError(f"{target} must return a Scene, got {type(scene).__name__}")
     return scene
 
 
-def text_scene(folder: str, text: str, ratio: float) -> Scene:
+def text_scene(folder: str, text: str, ratio: float) -> InspectionSample:
     """A causal language model of transformers that reads a text, or a file with one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import mm_sparse as mms
-    from mm_sparse.analysis.html_page import Scene
+    from mm_sparse.analysis.html_page import InspectionSample
 
     if Path(text).is_file():
         text = Path(text).read_text(encoding="utf-8")
@@ -65,7 +65,7 @@ def text_scene(folder: str, text: str, ratio: float) -> Scene:
     mms.sparsify(
         model, mms.SparseConfig(ratio=ratio, bidirectional=(), dense_below=0), strict=False
     )
-    return Scene(
+    return InspectionSample(
         title=f"{Path(folder).name}, {ids.shape[1]} tokens, ratio {ratio:g}",
         parts={"language": model},
         run=lambda: model(ids, use_cache=False),

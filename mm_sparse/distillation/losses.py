@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import watch
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import capture_attention
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.layout.plan import Plan
 from mm_sparse.scorers.attention_mass import unit_mass
 from mm_sparse.scorers.base import Scorer
@@ -22,11 +22,11 @@ TINY = 1e-6
 
 
 def scorer_loss(scores: Scores, mass: Tensor) -> Tensor:
-    """`divergence` of what a scorer predicted, every tile counting alike."""
-    return divergence(scores.values, mass, scores.plan)
+    """`attention_kl` of what a scorer predicted, every tile counting alike."""
+    return attention_kl(scores.values, mass, scores.plan)
 
 
-def divergence(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = False) -> Tensor:
+def attention_kl(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = False) -> Tensor:
     """KL(true || predicted) over the units that are a matter of choice, mean over heads and tiles.
 
     A tile chooses among units that it sees and that are not kept anyway (`plan.always`): mass on
@@ -56,7 +56,7 @@ def divergence(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = Fal
 
 
 @dataclass
-class Lessons:
+class DistillationLosses:
     """Losses of the layers of a forward pass, by name of the layer."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -69,27 +69,27 @@ class Lessons:
 
 
 @contextmanager
-def lessons(
+def distillation_losses(
     model: nn.Module, loss: Callable[[Scores, Tensor], Tensor] = scorer_loss
-) -> Iterator[Lessons]:
+) -> Iterator[DistillationLosses]:
     """Gather the `loss` of every layer that runs inside; gradients reach the scorers only.
 
     The truth is the full attention of each layer's own queries and keys, computed tile by tile.
     """
-    found, served = Lessons(), layers(model)
+    found, served = DistillationLosses(), attention_layers(model)
 
-    def learn(call: Call) -> None:
+    def learn(call: AttentionCall) -> None:
         scorer = served[call.name].scorer
         if scorer is None or call.scores is None or next(scorer.parameters(), None) is None:
             return
-        found.losses[call.name] = _lesson(call, call.scores.plan, scorer, loss)
+        found.losses[call.name] = _layer_loss(call, call.scores.plan, scorer, loss)
 
-    with watch(model, learn):
+    with capture_attention(model, learn):
         yield found
 
 
-def _lesson(
-    call: Call, plan: Plan, scorer: Scorer, loss: Callable[[Scores, Tensor], Tensor]
+def _layer_loss(
+    call: AttentionCall, plan: Plan, scorer: Scorer, loss: Callable[[Scores, Tensor], Tensor]
 ) -> Tensor:
     q, k = call.q.detach(), call.k.detach()
     with torch.no_grad():

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mm_sparse.distillation.soft_topk import soft_choice
+from mm_sparse.distillation.soft_topk import soft_topk
 from mm_sparse.layout.plan import Plan
 from mm_sparse.scorers.descriptors import gather_pieces
-from mm_sparse.selection.block_lists import units_of_lists
+from mm_sparse.selection.block_lists import lists_to_mask
 from mm_sparse.selection.scores import Scores
 from mm_sparse.selection.selection import select
 
@@ -26,7 +26,7 @@ def unit_weights(
 ) -> Tensor:
     """(B, K, T, U): how often the keys of a unit count when units are chosen softly.
 
-    Open units count by `soft_choice`, and by the weight of the sample as far as they are not kept.
+    Open units count by `soft_topk`, and by the weight of the sample as far as they are not kept.
     The colder, the closer to what `attend` gives for `select`.
 
     Args:
@@ -39,9 +39,9 @@ def unit_weights(
         sample = chosen.sample
         best = sample.best_index, sample.best_count
         weight = sample.weight.exp()[..., None]
-        stands = units_of_lists(sample.index, sample.count, num_units) * weight
-    hard = units_of_lists(*best, num_units).float()
-    soft = soft_choice(values, plan, temperature)
+        stands = lists_to_mask(sample.index, sample.count, num_units) * weight
+    hard = lists_to_mask(*best, num_units).float()
+    soft = soft_topk(values, plan, temperature)
     kept = torch.where(plan.always[:, None], 1.0, soft)
     # A tile that has nothing to choose keeps what it keeps.
     choice = (plan.visible & ~plan.always).sum(-1) > 1

@@ -15,18 +15,18 @@ def dropped_mass(
     """Share of attention that a soft choice of the best units drops, mean over heads and tiles.
 
     Args:
-        values, mass: (..., B, K, T, U), as for `divergence`.
-        temperature: of `soft_choice`.
+        values, mass: (..., B, K, T, U), as for `attention_kl`.
+        temperature: of `soft_topk`.
         budget: (..., B, K or 1, T) tokens, if not the plan's for the best.
     """
     open_units = (plan.visible & ~plan.always)[:, None]
     mass = mass.detach().float() * open_units
     choice = open_units[:, 0].sum(-1) > 1
-    kept = soft_choice(values, plan, temperature, budget)
+    kept = soft_topk(values, plan, temperature, budget)
     return ((mass * (1 - kept)).sum(-1) * choice[:, None]).mean()
 
 
-def soft_choice(
+def soft_topk(
     values: Tensor, plan: Plan, temperature: float, budget: Tensor | None = None
 ) -> Tensor:
     """How much of each open unit is kept, (..., B, K, T, U) in [0, 1].
@@ -42,7 +42,7 @@ def soft_choice(
     open_units = (plan.visible & ~plan.always)[:, None]
     values = values.float().masked_fill(~open_units, -1e9)
     always = (plan.always * plan.units[:, None, :, 1]).sum(-1)
-    budget = plan.best.head_budget if budget is None else budget
+    budget = plan.without_sample.head_budget if budget is None else budget
     left = (budget - always[:, None]).clamp(min=0) // plan.unit  # units
     most = open_units[:, 0].sum(-1) - 1
     left = left.minimum(most[:, None]).clamp(min=1)[..., None].expand(*values.shape[:-1], 1)

@@ -14,7 +14,7 @@ from mm_sparse.selection.selection import Selection
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class AttentionCall:
     """What a layer was given and what it made of it, as `retrofit.watch` hands it out.
 
     Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if

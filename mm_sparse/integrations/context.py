@@ -9,28 +9,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.state import layers, state_of
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.state import attention_layers, state_of
 from mm_sparse.scorers.base import Scorer
 
 
 @contextmanager
-def attending(model: nn.Module, instead: Callable[[Call], Tensor]) -> Iterator[None]:
-    """Have the layers that would run sparse attend by `instead`, around a block.
+def override_attention(
+    model: nn.Module, attention_override: Callable[[AttentionCall], Tensor]
+) -> Iterator[None]:
+    """Have the layers that would run sparse attend by `attention_override`, around a block.
 
     It gets a call without scores and selection, and gives (B, H, N, D) in the order of
     `call.layout`. Gradients pass.
     """
-    shared = next(iter(layers(model).values())).shared
-    before, shared.instead = shared.instead, instead
+    shared = next(iter(attention_layers(model).values())).shared
+    before, shared.attention_override = shared.attention_override, attention_override
     try:
         yield
     finally:
-        shared.instead = before
+        shared.attention_override = before
 
 
 @contextmanager
-def keeping(model: nn.Module, **changes: Any) -> Iterator[None]:
+def override_config(model: nn.Module, **changes: Any) -> Iterator[None]:
     """The same layers and scorers with other fields of their config, around a block."""
     shared = state_of(model).shared
     before, shared.config = shared.config, replace(shared.config, **changes)
@@ -41,7 +43,7 @@ def keeping(model: nn.Module, **changes: Any) -> Iterator[None]:
 
 
 @contextmanager
-def given_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
+def set_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
     """Say what each position is where no ids do (`inputs_embeds`), or instead of them.
 
     Args:
@@ -63,14 +65,14 @@ def given_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def watch(
-    model: nn.Module, watcher: Callable[[Call], None], *, timed: bool = False
+def capture_attention(
+    model: nn.Module, watcher: Callable[[AttentionCall], None], *, timed: bool = False
 ) -> Iterator[None]:
     """Call `watcher` after every attention call, with q, k, v, scores and selection.
 
     All of a call is in one order, that of `call.layout`: a picture with a known grid is in patch
-    order (`Call` says how to get the model's order back). Scores carry their graph then. A layer
-    under gradient checkpointing is called once more in the backward pass: gather there and losses
+    order (`AttentionCall` says how to get the model's order back). Scores carry their graph then.
+    A layer     under gradient checkpointing is called once more in the backward pass: gather there and losses
     count double.
     """
     shared = state_of(model).shared
@@ -84,7 +86,7 @@ def watch(
 
 
 @contextmanager
-def ranked_by(
+def override_scorers(
     model: nn.Module, make: Callable[[], Scorer] | Mapping[str, Scorer] | None
 ) -> Iterator[None]:
     """The layers of a sparsified model with other scorers, around a block.
@@ -92,7 +94,7 @@ def ranked_by(
     Args:
         make: called once a layer, or scorers by name of the layer; None changes nothing.
     """
-    served = layers(model)
+    served = attention_layers(model)
     before = {name: layer.scorer for name, layer in served.items()}
     try:
         if isinstance(make, Mapping):

@@ -13,7 +13,7 @@ from mm_sparse.modality import Modality
 
 
 @dataclass(frozen=True)
-class Found:
+class AttentionModule:
     """An attention module of a model."""
 
     name: str

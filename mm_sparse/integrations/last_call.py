@@ -15,7 +15,7 @@ from mm_sparse.selection.selection import Selection
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class SelectionSnapshot:
     """The lists of every n-th tile of a selection; a Selection again once somebody asks."""
 
     index: Tensor
@@ -29,17 +29,19 @@ class Kept:
         count = (self.index >= 0).sum(-1, dtype=torch.int32)
         if self.step == 1:
             return Selection(self.index, count, self.plan)
-        return Selection(self.index, count, self.plan.of_tiles(slice(None, None, self.step)))
+        return Selection(self.index, count, self.plan.select_tiles(slice(None, None, self.step)))
 
 
-def thinned(selection: Selection, entries: int) -> Kept:
+def thinned(selection: Selection, entries: int) -> SelectionSnapshot:
     """The lists of every n-th tile, so that `index` has about `entries`; all if it has no more."""
     step = max(-(-selection.index.numel() // entries), 1)
     index = selection.index
-    return Kept(index[:, :, ::step].clone() if step > 1 else index, selection.plan, step)
+    return SelectionSnapshot(
+        index[:, :, ::step].clone() if step > 1 else index, selection.plan, step
+    )
 
 
-def joined(parts: Sequence[Kept]) -> Kept:
+def joined(parts: Sequence[SelectionSnapshot]) -> SelectionSnapshot:
     """What blocks of queries kept, one after the other, as one call would have."""
     selections = [part.selection for part in parts]
     first, width = selections[0].plan, max(s.index.shape[-1] for s in selections)
@@ -50,13 +52,13 @@ def joined(parts: Sequence[Kept]) -> Kept:
         num_queries=sum(plan.num_queries for plan in plans),
         tiles=torch.cat([_from(p.tiles, at) for p, at in zip(plans, starts, strict=True)], 1),
         span=torch.cat([p.span for p in plans], 1),
-        hull=torch.cat([p.hull for p in plans], 1),
+        tile_span=torch.cat([p.tile_span for p in plans], 1),
         tile_modality=torch.cat([p.tile_modality for p in plans], 1),
-        tile_lead=-1,
+        tile_offset=-1,
         descriptors=None,
     )
     index = [pad(s.index, (0, width - s.index.shape[-1]), value=-1) for s in selections]
-    return Kept(torch.cat(index, 2), plan, 1)
+    return SelectionSnapshot(torch.cat(index, 2), plan, 1)
 
 
 def _from(tiles: Tensor, start: int) -> Tensor:
@@ -65,14 +67,14 @@ def _from(tiles: Tensor, start: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class LastCall:
     """The last call of a layer."""
 
     mode: str
     reason: str
     queries: int
     keys: int
-    kept: Kept | None = None
+    kept: SelectionSnapshot | None = None
 
     @property
     def selection(self) -> Selection | None:

@@ -19,12 +19,12 @@ from mm_sparse.attention.dense import dense_length
 from mm_sparse.attention.pipeline import rank_and_attend
 from mm_sparse.attention.selected import attend
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.discovery import Found
-from mm_sparse.integrations.last_call import Kept, Record, joined, thinned
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.discovery import AttentionModule
+from mm_sparse.integrations.last_call import LastCall, SelectionSnapshot, joined, thinned
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.kernels.ops import supports
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.layout.patch_order import in_patch_order, restore
 from mm_sparse.layout.token_layout import TokenLayout
 from mm_sparse.scorers.base import Scorer
@@ -46,21 +46,21 @@ class Source(Protocol):
 
     def place(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
-    ) -> Placed:
+    ) -> CallLayout:
         """Layout of a call; a ValueError says why there is none."""
         ...
 
 
-class Layer(ABC):
+class SparseLayer(ABC):
     """Serves one attention module; kept outside the module tree."""
 
-    def __init__(self, found: Found, shared: Shared, source: Source) -> None:
+    def __init__(self, found: AttentionModule, shared: Shared, source: Source) -> None:
         self.name, self.module, self.modality = found.name, found.module, found.modality
         self.refusal, self.cross = found.refusal, found.cross
         self.shared, self.source = shared, source
         self.scorer: Scorer | None = None
-        self.record: Record | None = None
-        self.ordered: Placed | None = None
+        self.record: LastCall | None = None
+        self.ordered: CallLayout | None = None
         """Of a call whose tokens came in patch order, and go back in it."""
 
     @abstractmethod
@@ -112,13 +112,14 @@ class Layer(ABC):
 
     def note(self, mode: tuple[str, str], queries: int, keys: int) -> None:
         """Record a call that ran as without us."""
-        self.record = Record(*mode, queries, keys)
+        self.record = LastCall(*mode, queries, keys)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
-        stock: Callable[[], R], finish: Callable[[Tensor], R],
+        original: Callable[[], R], format_output: Callable[[Tensor], R],
     ) -> R:  # fmt: skip
-        """`finish` of what sparse attention gives, (B, N, H, D), or what `stock` gives."""
+        """`format_output` of what sparse attention gives, (B, N, H, D), or what `original`
+        gives."""
         start = self._clock(q)
         given = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if given is None else float(given)
@@ -137,24 +138,24 @@ class Layer(ABC):
                 mode, reason = self.refuse(error)
         if placed is not None:
             descriptors = None
-            if not self.shared.watchers and self.shared.instead is None:
+            if not self.shared.watchers and self.shared.attention_override is None:
                 descriptors = self._descriptors(k)
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
             placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
             out, scores, selection, kept = self._sparse(q, k, v, placed, scale, descriptors)
-            result = finish(out)
+            result = format_output(out)
         else:
-            result = stock()
+            result = original()
             if self.shared.watchers and self.shared.config.backend == "dense" and not self.cross:
                 placed = self._place_dense(q, k, v, mask, options)
                 if placed is not None:
                     placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
-        self.record = Record(mode, reason, q.shape[-2], k.shape[-2], kept)
+        self.record = LastCall(mode, reason, q.shape[-2], k.shape[-2], kept)
         if self.shared.watchers:
             seconds = None if start is None else self._clock(q) - start
             where = (None, None, 0) if placed is None else self._where(placed)
-            call = Call(
+            call = AttentionCall(
                 self.name, self.module, q, k, v, scale, scores, selection, reason, seconds, *where
             )
             for watcher in self.shared.watchers:
@@ -171,15 +172,17 @@ class Layer(ABC):
         return None
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, placed: Placed, scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, placed: CallLayout, scale: float,
         descriptors: DescriptorCache | None,
-    ) -> tuple[Tensor, Scores | None, Selection | None, Kept | None]:  # fmt: skip
+    ) -> tuple[Tensor, Scores | None, Selection | None, SelectionSnapshot | None]:  # fmt: skip
         """What sparse attention gives; scores and selection, for watchers; what to remember."""
         config, layout, first = self._where(placed)
-        if self.shared.instead is not None:
+        if self.shared.attention_override is not None:
             none = (None, None, "", None)
-            call = Call(self.name, self.module, q, k, v, scale, *none, config, layout, first)
-            out = self.shared.instead(call).transpose(1, 2)
+            call = AttentionCall(
+                self.name, self.module, q, k, v, scale, *none, config, layout, first
+            )
+            out = self.shared.attention_override(call).transpose(1, 2)
             return self._back(out, layout, first), None, None, None
         scorer = self.ranks
         weight = next(scorer.parameters(), None)
@@ -195,7 +198,7 @@ class Layer(ABC):
             selection = select(scores, layout, config)
             out, parts = attend(q, k, v, selection, scale=scale), [thinned(selection, KEPT_ENTRIES)]
         else:
-            parts: list[Kept] = []
+            parts: list[SelectionSnapshot] = []
             out = rank_and_attend(
                 q, k, v, placed, config, scorer, scale, descriptors,
                 note=lambda part: parts.append(thinned(part, KEPT_ENTRIES)),
@@ -210,14 +213,14 @@ class Layer(ABC):
             out = restore(out, layout, first, dim=1)
         return out.contiguous()
 
-    def _where(self, placed: Placed) -> tuple[SparseConfig, TokenLayout, int]:
+    def _where(self, placed: CallLayout) -> tuple[SparseConfig, TokenLayout, int]:
         """The layer's config, the layout and the place of the first query."""
-        config = self.shared.config_of(self.index, self.name, placed.prefix)
+        config = self.shared.layer_config(self.index, self.name, placed.prefix)
         return config, placed.layout, placed.first
 
     def _place_dense(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
-    ) -> Placed | None:
+    ) -> CallLayout | None:
         """Where the tokens of a call that runs dense would be, if they can be placed."""
         if self.refusal is not None or self._problem(q, k, v, mask, options) is not None:
             return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.layout.call_layout import CallLayout
 
 # Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
 PLAIN_LAYOUTS = 8
@@ -19,18 +19,18 @@ PLAIN_LAYOUTS = 8
 COMPARED = 1 << 20
 
 
-class MaskMemo:
+class LayoutCache:
     """Layouts that were made of the masks that came last, so that a forward makes each once."""
 
     def __init__(self) -> None:
         self._of: list[tuple[weakref.ref[Tensor], int]] = []
         self._rows: list[Tensor] = []
-        self._made: dict[Any, Placed] = {}
+        self._made: dict[Any, CallLayout] = {}
 
     def __reduce__(self) -> Any:
-        return MaskMemo, ()
+        return LayoutCache, ()
 
-    def of(self, masks: tuple[Tensor, ...]) -> dict[Any, Placed]:
+    def of(self, masks: tuple[Tensor, ...]) -> dict[Any, CallLayout]:
         """What was made of these very masks, unless they were written to since."""
         if any(mask.is_inference() for mask in masks):
             return self._of_equal(masks)
@@ -43,7 +43,7 @@ class MaskMemo:
             self._made = {}
         return self._made
 
-    def _of_equal(self, masks: tuple[Tensor, ...]) -> dict[Any, Placed]:
+    def _of_equal(self, masks: tuple[Tensor, ...]) -> dict[Any, CallLayout]:
         """The same of masks that do not count what is written to them: those of equal entries."""
         rows = [one_for_all(mask) for mask in masks]
         if any(row.numel() > COMPARED for row in rows):
@@ -65,7 +65,7 @@ def one_for_all(mask: Tensor) -> Tensor:
     return mask[..., :1, :] if expanded else mask
 
 
-def make_room(plain: dict[Any, Placed]) -> None:
+def make_room(plain: dict[Any, CallLayout]) -> None:
     """Forget the oldest of more layouts than are kept."""
     while len(plain) > PLAIN_LAYOUTS:
         plain.pop(next(iter(plain)))

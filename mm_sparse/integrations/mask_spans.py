@@ -11,7 +11,7 @@ from torch import Tensor
 from mm_sparse.layout.token_layout import PAD, TokenLayout
 
 
-def shown(mask: Tensor, hidden: float | None = None) -> Tensor:
+def visible_from_mask(mask: Tensor, hidden: float | None = None) -> Tensor:
     """Where a mask lets a key be seen: a bool mask itself, and the zeros of an additive one.
 
     Args:
@@ -30,7 +30,7 @@ def spans_from_dense(mask: Tensor) -> tuple[Tensor, Tensor]:
     """As `MaskRecipe.spans`, from a (B, heads, N, M) mask that exists: bool, or 0 and -inf."""
     if mask.dim() != 4:
         raise ValueError(f"attention_mask must be (batch, 1, N, M), got {tuple(mask.shape)}")
-    seen = shown(mask)
+    seen = visible_from_mask(mask)
     if seen.shape[1] > 1 and bool((seen != seen[:, :1]).any()):
         raise ValueError("attention_mask must be the same for all heads, it differs")
     seen = seen[:, 0]

@@ -9,20 +9,24 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations.discovery import Found
+from mm_sparse.integrations.discovery import AttentionModule
 from mm_sparse.integrations.hf.attention import NAME, HFLayer, register
-from mm_sparse.integrations.hf.discovery import HFFound, dispatches, find_layers
+from mm_sparse.integrations.hf.discovery import (
+    HFAttentionModule,
+    find_layers,
+    uses_attention_interface,
+)
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layer import LAYER, Layer
+from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.scorers import make_scorer
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.integrations.state import STATE, State, state_of
-from mm_sparse.integrations.tower_tokens import Tower
+from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.adapter import TowerLayer
-from mm_sparse.integrations.towers.discovery import TowerFound, find_towers
+from mm_sparse.integrations.towers.discovery import TowerAttentionModule, find_towers
 from mm_sparse.integrations.towers.patch_order import find_ordered_blocks
 from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.registry import NAMED
+from mm_sparse.scorers.registry import SCORERS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,8 +61,8 @@ def sparsify(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, SparseConfig):
         raise TypeError(f"config must be a SparseConfig, got {type(config).__name__}")
-    if not (scorer is None or scorer in NAMED or callable(scorer)):
-        raise ValueError(f"scorer must be None, one of {(*NAMED,)} or a callable, got {scorer!r}")
+    if not (scorer is None or scorer in SCORERS or callable(scorer)):
+        raise ValueError(f"scorer must be None, one of {(*SCORERS,)} or a callable, got {scorer!r}")
     kept = {}
     if STATE in vars(model):
         kept = {name: layer.scorer for name, layer in state_of(model).layers.items()}
@@ -109,9 +113,9 @@ def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iter
             _attach(model, previous)
 
 
-def find_all(model: nn.Module) -> list[Found]:
+def find_all(model: nn.Module) -> list[AttentionModule]:
     """Attention layers of all libraries, in the order of the model's modules."""
-    found: dict[str, Found] = {f.name: f for f in find_layers(model)}
+    found: dict[str, AttentionModule] = {f.name: f for f in find_layers(model)}
     # To transformers, a tower that one of its models wraps has attention that does not dispatch.
     found.update((f.name, f) for f in find_towers(model))
     return [found[name] for name, _ in model.named_modules() if name in found]
@@ -144,14 +148,14 @@ def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
         raise ValueError(f"model must not be sparsified already as a part of another: {taken[0]}")
     shared = Shared(config, strict)
     trackers: dict[int, ModalityTracker] = {}
-    towers: dict[int, Tower] = {}
-    served: dict[str, Layer] = {}
+    towers: dict[int, TowerTokens] = {}
+    served: dict[str, SparseLayer] = {}
     before: list[tuple[Any, str]] = []
     for item in found:
-        if isinstance(item, TowerFound):
+        if isinstance(item, TowerAttentionModule):
             towers[id(item.tower)] = item.tower
             served[item.name] = TowerLayer(item, shared)
-        elif isinstance(item, HFFound):
+        elif isinstance(item, HFAttentionModule):
             if item.tower is not None:
                 towers[id(item.tower)] = item.tower
             tracker = trackers.setdefault(id(item.root), ModalityTracker(item.root))
@@ -164,10 +168,10 @@ def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
     return State(shared, served, *parts, before=before)
 
 
-def _configs(item: HFFound, known: list[Any]) -> list[tuple[Any, str]]:
+def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str]]:
     """Configs that name the attention of a layer and make its masks, and what they name."""
     configs: list[tuple[Any, str]] = []
-    for owner in (item.module, *item.owners) if dispatches(type(item.module)) else ():
+    for owner in (item.module, *item.owners) if uses_attention_interface(type(item.module)) else ():
         part = getattr(owner, "config", None)
         if part is not None and all(part is not other for other in known):
             known.append(part)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mm_sparse.integrations.discovery import scorer_shape
-from mm_sparse.integrations.layer import Layer
+from mm_sparse.integrations.layer import SparseLayer
 from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.registry import NAMED
+from mm_sparse.scorers.registry import SCORERS
 
 
 def make_scorer(
-    layer: Layer, scorer: str | Callable[..., Scorer] | None, kept: Scorer | None, strict: bool
+    layer: SparseLayer,
+    scorer: str | Callable[..., Scorer] | None,
+    kept: Scorer | None,
+    strict: bool,
 ) -> Scorer | None:
     """The scorer that `sparsify` was asked for; `kept` if it asks for that kind or for nothing."""
     if scorer is None:
         return kept
-    make = NAMED[scorer] if isinstance(scorer, str) else scorer
-    if isinstance(scorer, str) and isinstance(kept, NAMED[scorer]):
+    make = SCORERS[scorer] if isinstance(scorer, str) else scorer
+    if isinstance(scorer, str) and isinstance(kept, SCORERS[scorer]):
         return kept
     try:
         heads, kv_heads, dim = scorer_shape(layer.module)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.layout_cache import MaskMemo
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.layout_cache import LayoutCache
+from mm_sparse.layout.call_layout import CallLayout
 
 
 @dataclass
@@ -20,17 +20,17 @@ class Shared:
 
     config: SparseConfig
     strict: bool
-    watchers: list[Callable[[Call], None]] = field(default_factory=list)
-    instead: Callable[[Call], Tensor] | None = None
+    watchers: list[Callable[[AttentionCall], None]] = field(default_factory=list)
+    attention_override: Callable[[AttentionCall], Tensor] | None = None
     """Computes the attention of a sparse layer in place of score, select, attend."""
     timed: bool = False
-    plain: dict[Any, Placed] = field(default_factory=dict)
+    plain: dict[Any, CallLayout] = field(default_factory=dict)
     """Layouts of calls without a mask."""
     own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
     """By name of a layer and prefix: `config` as it was, and the layer's own."""
-    masked: MaskMemo = field(default_factory=MaskMemo)
+    masked: LayoutCache = field(default_factory=LayoutCache)
 
-    def config_of(self, index: int | None, name: str, prefix: int) -> SparseConfig:
+    def layer_config(self, index: int | None, name: str, prefix: int) -> SparseConfig:
         """The config of a layer whose first `prefix` tokens are always kept; checked once."""
         config, made = self.own.get((name, prefix), (None, None))
         if made is None or config is not self.config:

@@ -10,9 +10,9 @@ from torch import nn
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layer import Layer
+from mm_sparse.integrations.layer import SparseLayer
 from mm_sparse.integrations.shared_state import Shared
-from mm_sparse.integrations.tower_tokens import Tower
+from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.patch_order import OrderedBlocks
 
 STATE = "_mm_sparse"
@@ -23,26 +23,26 @@ class State:
     """What `sparsify` did to a model."""
 
     shared: Shared
-    layers: dict[str, Layer]
+    layers: dict[str, SparseLayer]
     trackers: list[ModalityTracker]
-    towers: list[Tower]
+    towers: list[TowerTokens]
     blocks: list[OrderedBlocks]
     handles: list[Any] = field(default_factory=list)
     before: list[tuple[Any, str]] = field(default_factory=list)
     """Configs and the attention implementation that each named."""
 
 
-def config_of(model: nn.Module) -> SparseConfig:
+def sparse_config(model: nn.Module) -> SparseConfig:
     """The config of a sparsified model."""
     return state_of(model).shared.config
 
 
-def layers(model: nn.Module) -> dict[str, Layer]:
+def attention_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The attention layers of a sparsified model by name."""
     return dict(state_of(model).layers)
 
 
-def scorers(model: nn.Module) -> nn.ModuleDict:
+def scorers_of(model: nn.Module) -> nn.ModuleDict:
     """The scorers of a sparsified model; "/" stands for "." in the names of layers."""
     found = {n: la.scorer for n, la in state_of(model).layers.items() if la.scorer is not None}
     return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in found.items()})
@@ -50,7 +50,7 @@ def scorers(model: nn.Module) -> nn.ModuleDict:
 
 def scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """What an optimizer trains when only scorers are trained."""
-    return scorers(model).parameters()
+    return scorers_of(model).parameters()
 
 
 def state_of(model: nn.Module) -> State:

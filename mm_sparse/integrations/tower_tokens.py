@@ -13,7 +13,7 @@ from mm_sparse.modality import Modality
 
 
 @dataclass(eq=False)
-class Tower:
+class TowerTokens:
     """What is known of the tokens of a tower."""
 
     modality: Modality

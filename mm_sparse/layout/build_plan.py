@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.partition import cut, drop_padding, lead_of, majority, per_piece
+from mm_sparse.layout.partition import drop_padding, majority, partition, per_piece, regular_offset
 from mm_sparse.layout.plan import Plan
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ def build_plan(
     queries = slice(offset, offset + num_queries)
     tile_tokens = max(config.tile // group, 1)
     span = layout.visible_span(config.causal, config.bidirectional)[:, queries].contiguous()
-    tiles, tile_of = cut(layout.segment[:, queries], layout.valid[:, queries], tile_tokens)
-    units, unit_of = cut(layout.segment, layout.valid, config.unit)
+    tiles, tile_of = partition(layout.segment[:, queries], layout.valid[:, queries], tile_tokens)
+    units, unit_of = partition(layout.segment, layout.valid, config.unit)
     units, unit_of = drop_padding(units, unit_of, layout.valid)
     low = torch.where(span[..., 0] < span[..., 1], span[..., 0], layout.length)
     num_tiles, num_units = tiles.shape[1], units.shape[1]
-    hull = torch.stack(
+    tile_span = torch.stack(
         [
             per_piece(low, tile_of, num_tiles, "amin", layout.length),
             per_piece(span[..., 1], tile_of, num_tiles, "amax", 0),
@@ -52,9 +52,9 @@ def build_plan(
         tiles=tiles,
         units=units,
         span=span,
-        hull=hull,
+        tile_span=tile_span,
         tile_modality=majority(modality[:, queries], tile_of, num_tiles),
         unit_modality=majority(modality, unit_of, num_units),
-        lead=lead_of(units, config.unit, layout.length),
-        tile_lead=lead_of(tiles, tile_tokens, num_queries),
+        unit_offset=regular_offset(units, config.unit, layout.length),
+        tile_offset=regular_offset(tiles, tile_tokens, num_queries),
     )

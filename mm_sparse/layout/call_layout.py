@@ -8,7 +8,7 @@ from mm_sparse.layout.token_layout import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
-class Placed:
+class CallLayout:
     """A layout of M keys, and the place of the first query among them."""
 
     layout: TokenLayout

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class OfPieces(Generic[R]):
+class memo_by_blocks(Generic[R]):
     """A property that tiles and units alone decide: found once for all configs that cut alike."""
 
     def __init__(self, find: Callable[[Plan], R]) -> None:
@@ -22,10 +22,10 @@ class OfPieces(Generic[R]):
         return self.find.__name__
 
     def __get__(self, plan: Plan, owner: type | None = None) -> R:
-        return self if plan is None else plan.once(self.name(plan), lambda: self.find(plan))
+        return self if plan is None else plan.memoize(self.name(plan), lambda: self.find(plan))
 
 
-class OfConfig(OfPieces[R]):
+class memo_by_config(memo_by_blocks[R]):
     """The same for one that the config has a say in: calls with descriptors share it, too."""
 
     def name(self, plan: Plan) -> Hashable:

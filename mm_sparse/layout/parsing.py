@@ -50,7 +50,7 @@ def parse_row(
     return modality, segment, document, grids
 
 
-def image_heads(
+def image_starts(
     modality: Tensor, document: Tensor, image_grids: Sequence[tuple[int, int]] | Tensor
 ) -> list[tuple[int, int, tuple[int, int]]]:
     """Row, first token and grid of every picture."""

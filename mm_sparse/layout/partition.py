@@ -40,7 +40,7 @@ def fill_documents(document: Tensor) -> Tensor:
     return torch.where(last >= 0, document.gather(1, last.clamp(min=0)), -1)
 
 
-def cut(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def partition(segment: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cut rows into pieces of at most `size` tokens: (B, P, 2) table, (B, M) piece of a token."""
     batch, length = segment.shape
     device = segment.device
@@ -105,7 +105,7 @@ def majority(modality: Tensor, piece: Tensor, count: int) -> Tensor:
     return torch.where(votes.sum(-1) > 0, best, -1).to(torch.int8)
 
 
-def lead_of(table: Tensor, size: int, length: int) -> int:
+def regular_offset(table: Tensor, size: int, length: int) -> int:
     """What the first piece lacks of `size` tokens if all but it and the last are whole, else -1.
 
     Piece p is then what exists of the tokens [p * size - lead, (p + 1) * size - lead).
@@ -129,7 +129,7 @@ def part_sizes(units: Tensor, unit: int, count: int) -> Tensor:
     return (units[..., 1:] - first).clamp(0, width)
 
 
-def share_of(keys: Tensor, ratio: float | Tensor) -> Tensor:
+def token_budget(keys: Tensor, ratio: float | Tensor) -> Tensor:
     """Budget of keys, int64: to the nearest, one at least where there are any."""
     return (keys * ratio).round().long().clamp(min=1).minimum(keys)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.layout.token_layout import TokenLayout
 
 # Sizes that runs are cut to: tiles, units, and the parts of both that scorers look at.
@@ -73,8 +73,8 @@ def ordered_layout(
 ) -> TokenLayout:
     """The layout of the same tokens in patch order, or `layout` itself where nothing moves.
 
-    A picture moves if `config.grid_order` says so, its grid is known, every query sees all of it or
-    none (in causal text, a picture that does not see itself in both directions stays), and the
+    A picture moves if `config.patch_order` says so, its grid is known, every query sees all of it
+    or none (in causal text, a picture that does not see itself in both directions stays), and the
     N queries are all of its tokens or none of them, and are not few, as in decoding. Its tokens
     keep the places of its segment.
     `num_queries` and `query_offset` are those of `TokenLayout.plan`.
@@ -82,7 +82,7 @@ def ordered_layout(
     Returns:
         A layout whose `order` is set; tokens for it come from `arrange`. Made once per layout.
     """
-    if not config.grid_order or layout.order is not None or not any(layout.grids):
+    if not config.patch_order or layout.order is not None or not any(layout.grids):
         return layout
     count = layout.length if num_queries is None else num_queries
     if count * FEWEST < layout.length:
@@ -206,8 +206,8 @@ def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> 
 
 
 def in_patch_order(
-    placed: Placed, config: SparseConfig, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Placed, Tensor, Tensor, Tensor]:
+    placed: CallLayout, config: SparseConfig, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[CallLayout, Tensor, Tensor, Tensor]:
     """The call of a layer, q (B, H, N, D), k and v (B, K, M, D), with its pictures in order."""
     layout = ordered_layout(
         placed.layout, config, num_queries=q.shape[2], query_offset=placed.first

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.sizes import all_whole
-from mm_sparse.layout.memo import OfConfig, OfPieces
-from mm_sparse.layout.partition import fill_documents, piece_edges, share_of, sum_between
+from mm_sparse.layout.memo import memo_by_blocks, memo_by_config
+from mm_sparse.layout.partition import fill_documents, piece_edges, sum_between, token_budget
 from mm_sparse.modality import Modality
 
 if TYPE_CHECKING:
@@ -44,45 +44,45 @@ class Plan:
     """(B, U, 2) int32: first key token and length; padding belongs to no unit."""
     span: Tensor
     """(B, N, 2) int32: half-open range of keys that each query sees."""
-    hull: Tensor
+    tile_span: Tensor
     """(B, T, 2) int32: range of keys that some query of the tile sees."""
     tile_modality: Tensor
     """(B, T) int8, the most frequent in the tile; -1 without a valid token."""
     unit_modality: Tensor
     """(B, U) int8."""
-    lead: int
+    unit_offset: int
     """If not -1, unit u is what exists of the `unit` keys from u * unit - lead on."""
-    tile_lead: int
+    tile_offset: int
     """The same of tiles and queries."""
-    run: int = 1
+    units_per_run: int = 1
     """Units of the layout that a unit of this plan is (`mm_sparse.scorers.two_stage`)."""
     descriptors: DescriptorCache | None = None
     """Of units that were described in earlier calls."""
-    known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     """What was found of the pieces; `replace`, which may change them, starts anew."""
 
     @property
     def unit(self) -> int:
         """Most key tokens in a unit."""
-        return self.config.unit * self.run
+        return self.config.unit * self.units_per_run
 
     @property
     def regular(self) -> bool:
         """Whether unit u is exactly the keys [u * unit, (u + 1) * unit)."""
-        return all_whole(self.lead, self.unit, self.layout.length)
+        return all_whole(self.unit_offset, self.unit, self.layout.length)
 
     @property
     def regular_tiles(self) -> bool:
         """Whether tile t is exactly the queries [t * tile_tokens, (t + 1) * tile_tokens)."""
-        return all_whole(self.tile_lead, self.tile_tokens, self.num_queries)
+        return all_whole(self.tile_offset, self.tile_tokens, self.num_queries)
 
     def sharing(self, **changes: Any) -> Plan:
         """The same pieces with another budget or with descriptors; what is known is shared."""
         made = replace(self, **changes)
-        object.__setattr__(made, "known", self.known)
+        object.__setattr__(made, "known", self.memo)
         return made
 
-    def of_tiles(self, tiles: slice | Tensor, queries: slice | None = None) -> Plan:
+    def select_tiles(self, tiles: slice | Tensor, queries: slice | None = None) -> Plan:
         """The plan of some of its tiles; what is known of units alone goes along.
 
         If these are the tiles of a run of `queries`, it has no others.
@@ -94,7 +94,7 @@ class Plan:
             table[..., 0] -= queries.start
             # What begins behind the first tile begins with a whole one.
             changes = {
-                "tile_lead": min(self.tile_lead, 0) if queries.start else self.tile_lead,
+                "tile_lead": min(self.tile_offset, 0) if queries.start else self.tile_offset,
                 "num_queries": queries.stop - queries.start,
                 "query_offset": self.query_offset + queries.start,
                 "span": self.span[:, queries].contiguous(),
@@ -102,49 +102,49 @@ class Plan:
         part = replace(
             self,
             tiles=table,
-            hull=self.hull[:, tiles].contiguous(),
+            tile_span=self.tile_span[:, tiles].contiguous(),
             tile_modality=self.tile_modality[:, tiles].contiguous(),
             **changes,
         )
-        part.known["modalities"] = self.modalities
+        part.memo["modalities"] = self.modalities
         if self.config.sinks:
-            part.known["sinks", self.config.sinks] = self.sink_units
+            part.memo["sinks", self.config.sinks] = self.sink_units
         return part
 
-    def once(self, name: Hashable, find: Callable[[], R]) -> R:
+    def memoize(self, name: Hashable, find: Callable[[], R]) -> R:
         """What `find` gave the first time that a plan of these pieces asked for `name`."""
-        if name not in self.known:
-            self.known[name] = find()
-        return self.known[name]
+        if name not in self.memo:
+            self.memo[name] = find()
+        return self.memo[name]
 
-    @OfPieces
+    @memo_by_blocks
     def visible(self) -> Tensor:
         """(B, T, U) bool: some query of the tile sees some key of the unit."""
-        return self._overlap(self.hull)
+        return self._overlap(self.tile_span)
 
     @property
     def always(self) -> Tensor:
         """(B, T, U) bool: kept whatever the scores say (sinks of the document, local window)."""
         config = self.config
-        return self.once(("always", config.sinks, config.window), self._always)
+        return self.memoize(("always", config.sinks, config.window), self._always)
 
     def _always(self) -> Tensor:
-        kept = self._overlap(self.near)
+        kept = self._overlap(self.window_span)
         # A tile of short documents has sinks in each of them, so units are asked, not tiles.
         return (kept | self.sink_units[:, None]) & self.visible if self.config.sinks else kept
 
     @property
-    def near(self) -> Tensor:
+    def window_span(self) -> Tensor:
         """(B, T, 2) int32: range of keys whose units are kept for being near to the tile."""
-        return self.once(("near", self.config.window), self._near)
+        return self.memoize(("near", self.config.window), self._window_span)
 
-    def _near(self) -> Tensor:
+    def _window_span(self) -> Tensor:
         window = self.config.window
         if not window:
-            return torch.zeros_like(self.hull)
+            return torch.zeros_like(self.tile_span)
         first = self.tiles[..., 0] + self.query_offset
         last = first + self.tiles[..., 1]
-        low, high = self.hull.unbind(-1)
+        low, high = self.tile_span.unbind(-1)
         sees_ahead = high > last
         behind = torch.where(sees_ahead, window // 2, window)
         low = (first - behind + ~sees_ahead).maximum(low)
@@ -154,7 +154,7 @@ class Plan:
     @property
     def sink_units(self) -> Tensor:
         """(B, U) bool: units with one of the first `sinks` tokens of a document."""
-        return self.once(("sinks", self.config.sinks), self._sink_units)
+        return self.memoize(("sinks", self.config.sinks), self._sink_units)
 
     def _sink_units(self) -> Tensor:
         if not self.config.sinks:
@@ -166,29 +166,29 @@ class Plan:
         edges = self.units.long().cumsum(-1).unbind(-1)
         return before.gather(1, edges[1]) > before.gather(1, edges[0])
 
-    @OfConfig
+    @memo_by_config
     def budget(self) -> Tensor:
         """(B, T) int64: key tokens that a tile may keep, what is always kept included."""
-        config, seen = self.config, self.seen
-        if config.mass is not None:
-            return seen
+        config, visible_tokens = self.config, self.visible_tokens
+        if config.top_p is not None:
+            return visible_tokens
         if config.tokens is not None:
-            return seen.clamp(max=config.tokens)
-        return share_of(seen, config.ratio)
+            return visible_tokens.clamp(max=config.tokens)
+        return token_budget(visible_tokens, config.ratio)
 
-    @OfConfig
+    @memo_by_config
     def head_budget(self) -> Tensor:
         """(B, K, T) int64: the same by KV head, or (B, 1, T) where heads have no ratios."""
         config = self.config
-        if not config.head_ratio or config.mass is not None or config.tokens is not None:
+        if not config.head_ratio or config.top_p is not None or config.tokens is not None:
             return self.budget[:, None]
         ratios = torch.tensor(config.head_ratio, device=self.units.device)
-        return share_of(self.seen[:, None], ratios[:, None])
+        return token_budget(self.visible_tokens[:, None], ratios[:, None])
 
-    @OfPieces
-    def seen(self) -> Tensor:
+    @memo_by_blocks
+    def visible_tokens(self) -> Tensor:
         """(B, T) int64: keys of visible units."""
-        return sum_between(self.units[..., 1], *self.units_of(self.hull))
+        return sum_between(self.units[..., 1], *self.units_of(self.tile_span))
 
     def units_of(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """First unit and end of those that hold a key of the ranges (B, T, 2): two (B, T)."""
@@ -197,7 +197,7 @@ class Plan:
         first = torch.searchsorted(ends, low, right=True)
         return first, torch.searchsorted(starts, high).maximum(first)
 
-    @OfPieces
+    @memo_by_blocks
     def _edges(self) -> tuple[Tensor, Tensor]:
         """Starts and ends of units, ascending: two (B, U) int32; fillers are behind all keys."""
         start, size = self.units.unbind(-1)
@@ -205,30 +205,34 @@ class Plan:
         return start.maximum(filler), (start + size).maximum(filler)
 
     @cached_property
-    def best(self) -> Plan:
+    def without_sample(self) -> Plan:
         """The same pieces with what is left of the budget for the best units (`sampled`)."""
         config = self.config
-        if not config.sampled:
+        if not config.sample_ratio:
             return self
-        share = 1 - config.sampled
+        share = 1 - config.sample_ratio
         tokens = None if config.tokens is None else max(round(config.tokens * share), 1)
         heads = tuple(ratio * share for ratio in config.head_ratio)
         config = replace(
-            config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sampled=0.0
+            config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sample_ratio=0.0
         )
         return self.sharing(config=config)
 
-    @OfConfig
+    @memo_by_config
     def max_kept(self) -> int:
         """No tile keeps more units than this."""
         config, num_units = self.config, self.units.shape[1]
-        if config.mass is not None or not self.tiles.shape[1] or not num_units:
+        if config.top_p is not None or not self.tiles.shape[1] or not num_units:
             return num_units
-        seen, short, always = self.once(("most", config.sinks, config.window), self._most)
-        budget = seen if config.tokens is None else min(seen, config.tokens)
+        visible_tokens, short, always = self.memoize(
+            ("most", config.sinks, config.window), self._most
+        )
+        budget = visible_tokens if config.tokens is None else min(visible_tokens, config.tokens)
         if config.tokens is None:
             # Rounding in float32 may go the other way than here: one more than it can be.
-            budget = min(int(seen * max((config.ratio, *config.head_ratio))) + 1, seen)
+            budget = min(
+                int(visible_tokens * max((config.ratio, *config.head_ratio))) + 1, visible_tokens
+            )
         if floors := config.floors():
             # Each rounds up to a unit, and all may lie outside of what is always kept.
             always += int(budget * sum(floors.values()) / self.unit) + short + len(floors)
@@ -238,17 +242,19 @@ class Plan:
         """Over tiles: most keys seen, short units seen, units always kept."""
         if not self.tiles.numel():
             return 0, 0, 0
-        seen, near = self.units_of(self.hull), self.units_of(self.near)
-        short = sum_between(self.units[..., 1] < self.unit, *seen)
-        always = near[1] - near[0]
+        visible_tokens, window_span = self.units_of(self.tile_span), self.units_of(self.window_span)
+        short = sum_between(self.units[..., 1] < self.unit, *visible_tokens)
+        always = window_span[1] - window_span[0]
         if self.config.sinks:
             always = (
-                always + sum_between(self.sink_units, *seen) - sum_between(self.sink_units, *near)
+                always
+                + sum_between(self.sink_units, *visible_tokens)
+                - sum_between(self.sink_units, *window_span)
             )
-        found = (self.seen, short, always)
+        found = (self.visible_tokens, short, always)
         return tuple(torch.stack([x.amax() for x in found]).tolist())
 
-    @OfPieces
+    @memo_by_blocks
     def tile_of(self) -> Tensor:
         """(B, N) int64: the tile that a query is in."""
         position = torch.arange(self.num_queries, device=self.tiles.device)
@@ -257,7 +263,7 @@ class Plan:
         position = position.expand(len(start), -1).contiguous()
         return torch.searchsorted(start.long().contiguous(), position, right=True) - 1
 
-    @OfPieces
+    @memo_by_blocks
     def members(self) -> Tensor:
         """(B, T) int64: queries of a tile that see a key."""
         keys = torch.nn.functional.pad(self.layout.valid.cumsum(1), (1, 0))
@@ -267,28 +273,28 @@ class Plan:
         edges = self.tiles.long().cumsum(-1).unbind(-1)
         return before.gather(1, edges[1]) - before.gather(1, edges[0])
 
-    @OfPieces
+    @memo_by_blocks
     def modalities(self) -> frozenset[int]:
         """Of tiles and units; pieces without a valid token have none."""
         kinds = torch.cat([self.tile_modality.flatten(), self.unit_modality.flatten()])
         return frozenset(kinds.unique().tolist()) - {-1}
 
-    @OfConfig
-    def live_subpools(self) -> Tensor:
-        """(B, T, S) bool: which sub-pools of a tile hold a token; a short one lacks the last."""
-        parts = min(self.config.subpools, self.tile_tokens)
+    @memo_by_config
+    def live_query_pools(self) -> Tensor:
+        """(B, T, S) bool: which query pools of a tile hold a token; a short one lacks the last."""
+        parts = min(self.config.query_pools, self.tile_tokens)
         width = -(-self.tile_tokens // parts)
         first = torch.arange(0, parts * width, width, device=self.tiles.device)
         return first < self.tiles[..., 1:]
 
-    @OfConfig
+    @memo_by_config
     def floors(self) -> Tensor | None:
         """(modalities,) float32: least share of the budget; None where nobody has one."""
         shares = self.config.floors()
         found = [shares.get(kind, 0.0) for kind in Modality]
         return torch.tensor(found, device=self.units.device) if shares else None
 
-    @OfPieces
+    @memo_by_blocks
     def distance(self) -> Tensor:
         """(B, T, U) int32: key tokens from the middle of a tile to the middle of a unit, signed."""
         tile = self.tiles[..., 0] + self.query_offset + self.tiles[..., 1] // 2

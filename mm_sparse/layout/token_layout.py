@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.build_plan import build_plan
-from mm_sparse.layout.parsing import PAD, Span, image_heads, parse_row, shape_of
+from mm_sparse.layout.parsing import PAD, Span, image_starts, parse_row, shape_of
 from mm_sparse.layout.partition import fill_documents, piece_edges
 from mm_sparse.layout.plan import Plan
 from mm_sparse.modality import Modality
@@ -206,7 +206,7 @@ class TokenLayout:
             document[:, 1:] != document[:, :-1]
         )
         grids: tuple[dict[int, tuple[int, int]], ...] = tuple({} for _ in range(len(modality)))
-        heads = image_heads(modality, document, image_grids) if image_grids is not None else []
+        heads = image_starts(modality, document, image_grids) if image_grids is not None else []
         for row, column, _ in heads:
             change[row, column] = True
         segment = change.cumsum(1).to(torch.int32) - 1

@@ -82,7 +82,7 @@ def _unit_mass_fused(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
     return mass if largest else mass / (plan.members * plan.group).clamp(min=1)[:, None, :, None]
 
 
-class Perfect(Scorer):
+class OracleScorer(Scorer):
     """The true mass, which costs as much as dense attention: what no scorer can beat by it."""
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:

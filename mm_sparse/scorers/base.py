@@ -14,9 +14,9 @@ from mm_sparse._checks import check_heads
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.plan import Plan
 from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.block_scores import Descriptors, share_of_units
+from mm_sparse.scorers.block_scores import Descriptors, block_scores
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
-from mm_sparse.scorers.two_stage import rank_in_two_steps
+from mm_sparse.scorers.two_stage import two_stage_scores
 from mm_sparse.selection.scores import Scores
 
 
@@ -54,10 +54,10 @@ class Scorer(nn.Module):
         if descriptors is not None:
             plan = plan.sharing(descriptors=descriptors)
         own = type(self).score is not Scorer.score
-        if config.coarse > 1 and not own and not torch.is_grad_enabled():
+        if config.coarse_factor > 1 and not own and not torch.is_grad_enabled():
             described = self.describe(q, k, plan, scale)
             if described is not None:
-                found = rank_in_two_steps(described, plan)
+                found = two_stage_scores(described, plan)
                 return Scores(found.values, plan, found.runs)
         return Scores(self.score(q, k, plan, scale), plan)
 
@@ -66,11 +66,12 @@ class Scorer(nn.Module):
         described = self.describe(q, k, plan, scale)
         if described is None:
             raise NotImplementedError
-        return share_of_units(described, plan)
+        return block_scores(described, plan)
 
     def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors | None:
         """What a score is made of, for those who do not write `score`.
 
-        From it `SparseConfig.coarse` ranks runs of units first; without it all units are ranked.
+        From it `SparseConfig.coarse_factor` ranks runs of units first; without it all units are
+        ranked.
         """
         return None

@@ -1,6 +1,6 @@
-"""The share of attention that sub-pools of a tile give to every unit, from descriptors of both.
+"""The share of attention that query pools of a tile give to every unit, from descriptors of both.
 
-B batch, H query heads, K KV heads, G = H / K, T tiles, U units, S sub-pools of a tile,
+B batch, H query heads, K KV heads, G = H / K, T tiles, U units, S query pools of a tile,
 F width of a descriptor
 """
 
@@ -17,13 +17,13 @@ from mm_sparse.layout.partition import part_sizes
 from mm_sparse.layout.plan import Plan
 from mm_sparse.modality import Modality
 
-# Elements of one block of sub-pool logits; more are computed block by block.
+# Elements of one block of query pool logits; more are computed block by block.
 BLOCK_ELEMENTS = 1 << 26
 DISTANCE_BUCKETS = 24
 
 
 class Descriptors(NamedTuple):
-    """Of tiles and units, whose products are scores; see `share_of_units`."""
+    """Of tiles and units, whose products are scores; see `block_scores`."""
 
     tile: Tensor
     unit: Tensor
@@ -48,8 +48,8 @@ def pair_biases(table: Tensor, plan: Plan) -> Tensor:
     return flat.gather(2, place.expand(-1, heads, -1)).unflatten(2, distance.shape[1:])
 
 
-def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None = None) -> Tensor:
-    """Log of the share that the sub-pools of a tile give to every unit, as `config.reduce` says.
+def block_scores(described: Descriptors, plan: Plan, competes: Tensor | None = None) -> Tensor:
+    """Log of the share that the query pools of a tile give to every unit, as `config.reduce` says.
 
     Args:
         described: tile (B, H, T, S, F), scale included, unit (B, K, U, F) and exists (B, T, S).
@@ -62,14 +62,14 @@ def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None =
     """
     tile, unit, exists, bias, parts = described
     if competes is None and not torch.is_grad_enabled() and fused(tile, plan):
-        from mm_sparse.kernels.triton.block_scores import share_of_units as kernel
+        from mm_sparse.kernels.triton.block_scores import block_scores as kernel
 
         return kernel(
             tile,
             unit.to(tile.dtype),
             exists,
             plan.tiles,
-            plan.hull,
+            plan.tile_span,
             plan.units,
             plan.unit,
             largest=plan.config.reduce == "max",
@@ -77,19 +77,19 @@ def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None =
             tile_kind=plan.tile_modality,
             unit_kind=plan.unit_modality,
             query_offset=plan.query_offset,
-            lead=plan.lead,
+            lead=plan.unit_offset,
             num_keys=plan.layout.length,
             parts=None if parts is None else parts.to(tile.dtype),
         )
-    batch, heads, num_tiles, subpools, width = tile.shape
+    batch, heads, num_tiles, query_pools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]
     size = plan.units[..., 1].clamp(min=1)
     size_bias = (size.float() / plan.unit).log()[:, None, None, None, None]  # (B, 1, 1, 1, 1, U)
-    tile = tile.view(batch, kv_heads, plan.group, num_tiles, subpools, width)
+    tile = tile.view(batch, kv_heads, plan.group, num_tiles, query_pools, width)
     unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
     members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
     count = 1 if parts is None else parts.shape[3]
-    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * subpools * num_units * count))
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * query_pools * num_units * count))
     blocks = []
     for at in range(0, num_tiles, step):
         part = slice(at, at + step)
@@ -97,11 +97,11 @@ def share_of_units(described: Descriptors, plan: Plan, competes: Tensor | None =
         hidden = ~plan.visible[:, None, None, part, None]
         if competes is not None:
             hidden = hidden | ~competes[:, :, None, part, None]
-        logits = (rows @ unit).float().unflatten(2, (plan.group, -1, subpools))
+        logits = (rows @ unit).float().unflatten(2, (plan.group, -1, query_pools))
         logits = (logits + size_bias).masked_fill(hidden, -math.inf)
         total = logits.logsumexp(-1, keepdim=True).clamp(min=-1e30)
         if parts is not None:
-            logits = _sum_of_parts(rows, parts, plan).unflatten(2, (plan.group, -1, subpools))
+            logits = _sum_of_parts(rows, parts, plan).unflatten(2, (plan.group, -1, query_pools))
             logits = logits.masked_fill(hidden, -math.inf)
         logits = logits - total
         logits = logits.masked_fill(~exists[:, None, None, part, :, None], -math.inf)

@@ -31,7 +31,7 @@ class DescriptorCache:
     new is written behind what was there; `copy.deepcopy` makes a cache with a memory of its own.
 
     Only calls without gradients use it. A scorer of your own has to ask for it
-    (`mm_sparse.scorers.descriptor_cache.described`); one that does not ranks as it does without.
+    (`mm_sparse.scorers.cached_descriptors`); one that does not ranks as it does without.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class DescriptorCache:
             elif same < plan.units.shape[1]:
                 # Layers that share a plan share what of it is new.
                 part = partial(without_units, plan, same)
-                new = describe(plan.once(("without", same, plan.config), part))
+                new = describe(plan.memoize(("without", same, plan.config), part))
                 room = _with_room(room, same, plan.units.shape[1], new)
                 room[:, :, same : plan.units.shape[1]] = new
         self._room = room
@@ -116,7 +116,7 @@ def units_alike(plan: Plan, units: Tensor, modality: Tensor, order: Tensor | Non
 
     # Layers that share plans share the answer, and the wait for it. Their tables are held with it,
     # so that no other tables can have their ids.
-    return plan.once(("alike", id(units), id(order)), count)[2]
+    return plan.memoize(("alike", id(units), id(order)), count)[2]
 
 
 def _unmoved(plan: Plan, order: Tensor | None) -> Tensor:
@@ -137,11 +137,11 @@ def without_units(plan: Plan, first: int) -> Plan:
         descriptors=None,
     )
     # Who describes asks which modalities there are: to look would wait for the device.
-    rest.known["modalities"] = plan.modalities
+    rest.memo["modalities"] = plan.modalities
     return rest
 
 
-def described(k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:
+def cached_descriptors(k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:
     """(B, K, U, ...): what `describe` makes of the plan's units, out of its cache if it has one."""
     if plan.descriptors is None or torch.is_grad_enabled():
         return describe(plan)

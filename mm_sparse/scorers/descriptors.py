@@ -1,7 +1,7 @@
 """Descriptors of the tiles and units of a plan, by a kernel where nobody needs their gradients.
 
 B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T tiles, U units,
-S sub-pools of a tile
+S query pools of a tile
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from mm_sparse.layout.plan import Plan
 
 
 def tile_descriptors(q: Tensor, plan: Plan, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Means of sub-pools of tiles (B, H, T, S, D), times `scale`, and which exist (B, T, S)."""
+    """Means of query pools of tiles (B, H, T, S, D), times `scale`, and which exist (B, T, S)."""
     if torch.is_grad_enabled() or not fused(q, plan):
-        tile, exists = tile_subpools(
-            q, plan.tiles, plan.tile_tokens, plan.config.subpools, plan.regular_tiles
+        tile, exists = tile_query_pools(
+            q, plan.tiles, plan.tile_tokens, plan.config.query_pools, plan.regular_tiles
         )
         return (tile if scale == 1 else tile * scale), exists
     from mm_sparse.kernels.triton.pooling import pool
 
-    live = plan.live_subpools
+    live = plan.live_query_pools
     q = last_contiguous(q)
     tile = pool(
         q, plan.tiles, plan.tile_tokens, live.shape[2], regular=plan.regular_tiles, scale=scale
@@ -78,7 +78,7 @@ def means(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tenso
         return None
     from mm_sparse.kernels.triton.pooling import pool_both
 
-    live = plan.live_subpools
+    live = plan.live_query_pools
     tile, unit = pool_both(
         last_contiguous(q),
         last_contiguous(k),
@@ -135,21 +135,21 @@ def masked_extremes(x: Tensor, exists: Tensor, dim: int) -> tuple[Tensor, Tensor
     return top.masked_fill(~any_exists, 0), low.masked_fill(~any_exists, 0)
 
 
-def tile_subpools(
-    q: Tensor, tiles: Tensor, tile_tokens: int, subpools: int, regular: bool
+def tile_query_pools(
+    q: Tensor, tiles: Tensor, tile_tokens: int, query_pools: int, regular: bool
 ) -> tuple[Tensor, Tensor]:
-    """Means of `subpools` runs of tokens of every tile.
+    """Means of `query_pools` runs of tokens of every tile.
 
     Returns:
         (B, H, T, S, D), and (B, T, S) bool, False where a short tile has no token left.
     """
     rows, exists = gather_pieces(q, tiles, tile_tokens, regular)
-    subpools = min(subpools, tile_tokens)
-    width = -(-tile_tokens // subpools)
-    missing = subpools * width - tile_tokens
+    query_pools = min(query_pools, tile_tokens)
+    width = -(-tile_tokens // query_pools)
+    missing = query_pools * width - tile_tokens
     if missing:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
         exists = torch.nn.functional.pad(exists, (0, missing))
-    rows = rows.unflatten(3, (subpools, width))  # (B, H, T, S, width, D)
-    exists = exists.unflatten(2, (subpools, width))
+    rows = rows.unflatten(3, (query_pools, width))  # (B, H, T, S, width, D)
+    exists = exists.unflatten(2, (query_pools, width))
     return masked_mean(rows, exists[:, None, ..., None], 4), exists.any(-1)

@@ -1,6 +1,6 @@
 """A scorer that sees parts of units, and what queries and keys of a part have in common.
 
-B batch, H query heads, K KV heads, D head dim, T tiles, U units, S sub-pools of a tile, C parts
+B batch, H query heads, K KV heads, D head dim, T tiles, U units, S query pools of a tile, C parts
 of a unit
 """
 
@@ -16,14 +16,14 @@ from mm_sparse.layout.partition import part_sizes
 from mm_sparse.layout.plan import Plan
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, share_of_units
-from mm_sparse.scorers.descriptor_cache import described
+from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, block_scores
+from mm_sparse.scorers.descriptor_cache import cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features
-from mm_sparse.scorers.modality_maps import Kept, describe
+from mm_sparse.scorers.modality_maps import WeightCache, describe
 
 
 class FineScorer(Scorer):
-    """Sub-pools of a tile against parts of units, both moved in the space of queries and keys.
+    """Query pools of a tile against parts of units, both moved in the space of queries and keys.
 
     A unit's share is the sum of its parts' shares; the sum that shares are of is taken over whole
     units. The descriptor of a part is its mean key plus a linear map of mean, largest and smallest
@@ -72,7 +72,7 @@ class FineScorer(Scorer):
         place = torch.full((all_kinds,), -1 if own else 0)
         place[[int(m) for m in own or ()]] = torch.arange(len(own or ()))
         self.register_buffer("map_of", place, persistent=False)
-        self._kept = Kept()
+        self._kept = WeightCache()
 
     query_size: Tensor
     """(H, 3 D): root mean squares that features are divided by before they are mapped."""
@@ -84,8 +84,8 @@ class FineScorer(Scorer):
     def features(self, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """What the maps are given: of tiles (B, H, T, S, 3 D), and of units (B, K, U, C, 3 D)."""
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
-        subpools = plan.live_subpools.shape[2]
-        tiles = (plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles)
+        query_pools = plan.live_query_pools.shape[2]
+        tiles = (plan.tiles, plan.tile_tokens, query_pools, plan.regular_tiles)
         units = (plan.units, plan.unit, self.parts, plan.regular)
         return piece_features(q, *tiles, plan), piece_features(k, *units, plan)
 
@@ -100,7 +100,7 @@ class FineScorer(Scorer):
     ) -> Tensor:
         """(B, K, T, U) scores of `features`; products are taken in `dtype`."""
         parts = self._describe_units(units, plan, scale, dtype)
-        return share_of_units(self._described(tiles, parts, plan, scale, dtype), plan)
+        return block_scores(self._described(tiles, parts, plan, scale, dtype), plan)
 
     def _describe_units(
         self, units: Tensor, plan: Plan, scale: float, dtype: torch.dtype
@@ -114,8 +114,8 @@ class FineScorer(Scorer):
         self, tiles: Tensor, parts: Tensor, plan: Plan, scale: float, dtype: torch.dtype
     ) -> Descriptors:
         """Of features of tiles and of the descriptors of parts of units."""
-        subpools = tiles.shape[3]
-        kind = plan.tile_modality.repeat_interleave(subpools, 1)
+        query_pools = tiles.shape[3]
+        kind = plan.tile_modality.repeat_interleave(query_pools, 1)
         tiles = self._describe(tiles.flatten(2, 3), self._maps(scale, dtype)[0], kind, plan)
         if plan.regular:
             whole = parts.mean(3)
@@ -124,9 +124,9 @@ class FineScorer(Scorer):
             weight = size.to(parts.dtype)[:, None, ..., None]
             whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
         return Descriptors(
-            tiles.unflatten(2, (-1, subpools)).to(dtype),
+            tiles.unflatten(2, (-1, query_pools)).to(dtype),
             whole.to(dtype),
-            plan.live_subpools,
+            plan.live_query_pools,
             self.pair_bias.expand(-1, len(Modality), len(Modality), -1),
             parts.to(dtype) if self.parts > 1 else None,
         )
@@ -138,9 +138,13 @@ class FineScorer(Scorer):
             features = piece_features(k, part.units, part.unit, self.parts, part.regular, part)
             return self._describe_units(features, part, scale, q.dtype)
 
-        subpools = plan.live_subpools.shape[2]
-        tiles = piece_features(q, plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles, plan)
-        return self._described(tiles, described(k, plan, describe_units), plan, scale, q.dtype)
+        query_pools = plan.live_query_pools.shape[2]
+        tiles = piece_features(
+            q, plan.tiles, plan.tile_tokens, query_pools, plan.regular_tiles, plan
+        )
+        return self._described(
+            tiles, cached_descriptors(k, plan, describe_units), plan, scale, q.dtype
+        )
 
     def _maps(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """From features to descriptors, (modalities + 1, heads, 3 D, D), the last for no modality.

@@ -13,7 +13,7 @@ from torch import Tensor
 from mm_sparse.layout.plan import Plan
 
 
-class Kept:
+class WeightCache:
     """What was made of tensors, until one of them changes or something else is asked for."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Kept:
         self._made: Any = None
 
     def __reduce__(self) -> Any:
-        return Kept, ()
+        return WeightCache, ()
 
     def get(self, tensors: Sequence[Tensor], asked: Any, make: Callable[[], Any]) -> Any:
         """What `make` gave when these very tensors had these values and `asked` was the same."""

@@ -73,7 +73,7 @@ class BigBird(Pattern):
     def rank(self, plan: Plan) -> Tensor:
         near = (plan.budget * self.window / 2)[..., None]
         # Half of the share lies on either side; a causal tile has one side only.
-        ahead = plan.hull[..., 1] > plan.tiles[..., 0] + plan.query_offset + plan.tiles[..., 1]
+        ahead = plan.tile_span[..., 1] > plan.tiles[..., 0] + plan.query_offset + plan.tiles[..., 1]
         near = torch.where(ahead[..., None], near, 2 * near) + plan.tile_tokens / 2
         draw = torch.rand(
             plan.distance.shape[1:], generator=torch.Generator().manual_seed(self.seed)

@@ -6,4 +6,4 @@ from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.fine import FineScorer
 from mm_sparse.scorers.relevance import RelevanceScorer
 
-NAMED: dict[str, type[Scorer]] = {"relevance": RelevanceScorer, "fine": FineScorer}
+SCORERS: dict[str, type[Scorer]] = {"relevance": RelevanceScorer, "fine": FineScorer}

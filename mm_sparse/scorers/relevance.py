@@ -16,15 +16,15 @@ from mm_sparse.layout.plan import Plan
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors
-from mm_sparse.scorers.descriptor_cache import described
+from mm_sparse.scorers.descriptor_cache import cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features, tile_descriptors, unit_descriptors
-from mm_sparse.scorers.modality_maps import Kept, describe
+from mm_sparse.scorers.modality_maps import WeightCache, describe
 
 
 class RelevanceScorer(Scorer):
     """The pooled score plus a learned one: a tower per modality into one score space, and biases.
 
-    The tile tower maps each sub-pool mean (per query head), the unit tower mean, maximum and
+    The tile tower maps each query pool mean (per query head), the unit tower mean, maximum and
     minimum of the keys (per KV head), each with the weights of its modality; their product of
     rank R is added to the pooled one. The unit towers and the biases, per pair of modalities and
     distance, start at zero: untrained, it equals `PooledScorer`.
@@ -47,7 +47,7 @@ class RelevanceScorer(Scorer):
         self.pair_bias = nn.Parameter(torch.zeros(num_kv_heads, kinds, kinds, DISTANCE_BUCKETS))
         nn.init.normal_(self.query_tower, std=1 / math.sqrt(head_dim))
         self.register_buffer("map_of", torch.arange(kinds), persistent=False)
-        self._kept = Kept()
+        self._kept = WeightCache()
 
     map_of: Tensor
     """(modalities,): each has a tower of its own."""
@@ -92,7 +92,7 @@ class RelevanceScorer(Scorer):
 
         own = plan.tile_modality.repeat_interleave(tile.shape[3], 1)
         tile = describe(tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan)
-        unit = described(k, plan, describe_units)
+        unit = cached_descriptors(k, plan, describe_units)
         tile = tile.unflatten(2, exists.shape[1:])
         return Descriptors(tile, unit, exists, self.pair_bias)
 

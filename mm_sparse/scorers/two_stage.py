@@ -4,7 +4,7 @@ Runs of adjacent units are ranked first, each as one unit; then the units of the
 one. Work for each tile is a fraction of the units and a constant, not all units: from coarse to
 fine as in Quest's pages (Tang et al., 2024) and in the two levels of NSA (Yuan et al., 2025).
 
-B batch, H query heads, K KV heads, T tiles, U units, S sub-pools of a tile, F width of a
+B batch, H query heads, K KV heads, T tiles, U units, S query pools of a tile, F width of a
 descriptor, R chosen runs of a tile, C = R x units of a run
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from mm_sparse._backend import fused
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.block_scores import Descriptors, share_of_units
+from mm_sparse.scorers.block_scores import Descriptors, block_scores
 from mm_sparse.selection.scores import Runs
-from mm_sparse.selection.topk import choose
+from mm_sparse.selection.topk import topk
 
 
 class Ranked(NamedTuple):
@@ -33,15 +33,15 @@ class Ranked(NamedTuple):
     runs: Runs
 
 
-def rank_in_two_steps(described: Descriptors, plan: Plan) -> Ranked:
+def two_stage_scores(described: Descriptors, plan: Plan) -> Ranked:
     """`shares.share_of_units`, of the units of the best runs alone.
 
-    Shares are of what a sub-pool gives to those units.
+    Shares are of what a query pool gives to those units.
     """
     tile, unit, exists, bias, parts = described
     over = plan_of_runs(plan)
-    whole = share_of_units(Descriptors(tile, describe_runs(unit, plan), exists, bias), over)
-    runs = Runs(*choose(whole, over), plan.config.coarse)
+    whole = block_scores(Descriptors(tile, describe_runs(unit, plan), exists, bias), over)
+    runs = Runs(*topk(whole, over), plan.config.coarse_factor)
     del whole
     if fused(tile, plan):
         from mm_sparse.kernels.triton.two_stage_scores import share_of_runs
@@ -51,7 +51,7 @@ def rank_in_two_steps(described: Descriptors, plan: Plan) -> Ranked:
             unit.to(tile.dtype),
             exists,
             plan.tiles,
-            plan.hull,
+            plan.tile_span,
             plan.units,
             plan.unit,
             (runs.index, runs.count, runs.size),
@@ -60,20 +60,20 @@ def rank_in_two_steps(described: Descriptors, plan: Plan) -> Ranked:
             tile_kind=plan.tile_modality,
             unit_kind=plan.unit_modality,
             query_offset=plan.query_offset,
-            lead=plan.lead,
+            lead=plan.unit_offset,
             num_keys=plan.layout.length,
             parts=None if parts is None else parts.to(tile.dtype),
         )
         return Ranked(values, runs)
     num_units = plan.units.shape[1]
-    values = share_of_units(described, plan, runs.among(num_units))
+    values = block_scores(described, plan, runs.among(num_units))
     ids = runs.units(num_units).clamp(max=max(num_units - 1, 0))
     return Ranked(values.gather(-1, ids), runs)
 
 
 def describe_runs(unit: Tensor, plan: Plan) -> Tensor:
     """Means over the keys of runs of units: (B, K, U, F) -> (B, K, ceil(U / size), F)."""
-    size = plan.config.coarse
+    size = plan.config.coarse_factor
     missing = -unit.shape[2] % size
     if plan.regular and not missing:
         return unit.unflatten(2, (-1, size)).mean(3)
@@ -88,11 +88,11 @@ def plan_of_runs(plan: Plan) -> Plan:
 
     A run has the modality of its first unit, and reaches from its first key to its last.
     """
-    return plan.once(("runs", plan.config), lambda: _plan_of_runs(plan))
+    return plan.memoize(("runs", plan.config), lambda: _plan_of_runs(plan))
 
 
 def _plan_of_runs(plan: Plan) -> Plan:
-    size = plan.config.coarse
+    size = plan.config.coarse_factor
     missing = -plan.units.shape[1] % size
     units = torch.nn.functional.pad(plan.units, (0, 0, 0, missing)).unflatten(1, (-1, size))
     first, end = units[:, :, 0, 0], units.sum(-1).amax(2)
@@ -105,10 +105,10 @@ def _plan_of_runs(plan: Plan) -> Plan:
         run=size,
         descriptors=None,
     )
-    over.known["modalities"] = plan.modalities
+    over.memo["modalities"] = plan.modalities
     # To look at every token again would be slow.
     sinks = torch.nn.functional.pad(plan.sink_units, (0, missing)).unflatten(1, (-1, size))
-    over.known["sinks", plan.config.sinks] = sinks.any(-1)
+    over.memo["sinks", plan.config.sinks] = sinks.any(-1)
     return over
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mm_sparse.kernels.sizes import index_dtype
 
 
-def units_of_lists(index: Tensor, count: Tensor, num_units: int) -> Tensor:
+def lists_to_mask(index: Tensor, count: Tensor, num_units: int) -> Tensor:
     """(B, K, T, U) bool: what lists (B, K, T, L) hold up to their count (B, K, T)."""
     slot = torch.arange(index.shape[-1], device=index.device)
     ids = torch.where(slot < count[..., None], index, num_units).long()
@@ -19,7 +19,7 @@ def units_of_lists(index: Tensor, count: Tensor, num_units: int) -> Tensor:
     return kept.scatter_(-1, ids, True)[..., :num_units]
 
 
-def lists_of_units(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def mask_to_lists(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Ascending ids of at most `width` units where `kept` (B, K, T, U) is True, and their count."""
     slot = torch.where(kept, kept.cumsum(-1) - 1, width)
     kind = index_dtype(kept.shape[-1])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.layout.plan import Plan
-from mm_sparse.selection.block_lists import lists_of_units, units_of_lists
+from mm_sparse.selection.block_lists import lists_to_mask, mask_to_lists
 
 # Multiples of the golden ratio and of its kin in three dimensions, in 65536ths: where a tile and a
 # head start to count.
@@ -39,13 +39,13 @@ class Sample:
     """(B, K, T) float32: log of how many keys one sampled key stands for."""
 
 
-def draw(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Sample]:
+def sample_rest(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Sample]:
     """Lists of all that is kept, and their parts, from the lists of the best.
 
     Of the other visible units of a tile so many are taken as the budget still holds, evenly spaced.
     Where the spacing starts follows from the numbers of tile and head: nothing is random.
     """
-    best = units_of_lists(index, count, plan.units.shape[1])
+    best = lists_to_mask(index, count, plan.units.shape[1])
     size = plan.units[:, None, None, :, 1]
     others = plan.visible[:, None] & ~best
     left = plan.head_budget - (best * size).sum(-1)
@@ -61,10 +61,10 @@ def draw(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Samp
     steps = (rank + 1) * take[..., None] // per > rank * take[..., None] // per
     chosen = others & steps
     width, both = list_lengths(index.shape[-1], plan)
-    drawn, drawn_count = lists_of_units(chosen, width)
+    drawn, drawn_count = mask_to_lists(chosen, width)
     taken = (chosen * size).sum(-1)
     weight = (keys.float() / taken.clamp(min=1)).clamp(min=1).log()
-    whole = lists_of_units(best | chosen, both)
+    whole = mask_to_lists(best | chosen, both)
     return *whole, Sample(index, count, drawn, drawn_count, weight)
 
 

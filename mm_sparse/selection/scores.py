@@ -51,7 +51,7 @@ class Scores:
     `runs` alone, (B, K, T, C), if there are any."""
     plan: Plan
     runs: Runs | None = None
-    """Runs of units whose units were ranked; None where all were (`SparseConfig.coarse`)."""
+    """Runs of units whose units were ranked; None where all were (`SparseConfig.coarse_factor`)."""
 
     @property
     def shape(self) -> torch.Size:

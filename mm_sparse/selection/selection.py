@@ -17,11 +17,11 @@ from mm_sparse.kernels.sizes import index_dtype
 from mm_sparse.layout.plan import Plan
 from mm_sparse.layout.token_layout import TokenLayout
 from mm_sparse.modality import Modality
-from mm_sparse.selection.block_lists import lists_of_units
+from mm_sparse.selection.block_lists import mask_to_lists
 from mm_sparse.selection.density import count_pairs
-from mm_sparse.selection.sampling import Sample, draw
+from mm_sparse.selection.sampling import Sample, sample_rest
 from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.topk import choose, choose_fused, in_registers
+from mm_sparse.selection.topk import fits_registers, topk, topk_kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Selection:
     """(B, K, T) int32."""
     plan: Plan
     sample: Sample | None = None
-    """What of the lists stands for units that are not kept; None if `config.sampled` is 0."""
+    """What of the lists stands for units that are not kept; None if `config.sample_ratio` is 0."""
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -77,7 +77,7 @@ class Selection:
                 f"got {kept.dtype} {tuple(kept.shape)}"
             )
         most = int(kept.sum(-1).max()) if kept.shape[:3].numel() else 0
-        return cls(*lists_of_units(kept, max(most, 1)), plan)
+        return cls(*mask_to_lists(kept, max(most, 1)), plan)
 
     def check(self) -> Selection:
         """Refuse lists that are not ascending ids of units in range (reads the whole index)."""
@@ -109,7 +109,7 @@ class Selection:
         from mm_sparse.selection.flex_mask import block_mask
 
         if self.sample is not None:
-            raise ValueError("to_block_mask cannot weigh keys, config.sampled must be 0")
+            raise ValueError("to_block_mask cannot weigh keys, config.sample_ratio must be 0")
         return block_mask(self, block_size)
 
     def transpose(self) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def select(
 
     What is always kept (sinks, window) comes first, then the best units of each modality up to
     its floor, then the best of the rest, to the nearest unit. Only visible units compete. Of those
-    that lose, `config.sampled` of the budget keeps an even sample (`mm_sparse.selection.sampling`).
+    that lose, `config.sample_ratio` of the budget keeps an even sample.
 
     Args:
         scores: what a scorer returned, or (B, K, T, U) values with `num_query_heads` (K if None),
@@ -188,12 +188,12 @@ def select(
     if values.device != layout.device:
         raise ValueError(f"scores must be on {layout.device} as layout is, got {values.device}")
     values = values.detach()
-    if plan.best is plan:
-        return Selection(*choose(values, plan, runs), plan)
-    if in_registers(values, plan.best) and plan.best.max_kept:
-        index, count, drawn = choose_fused(values, plan)
+    if plan.without_sample is plan:
+        return Selection(*topk(values, plan, runs), plan)
+    if fits_registers(values, plan.without_sample) and plan.without_sample.max_kept:
+        index, count, drawn = topk_kernel(values, plan)
         if drawn is not None:
             sample = Sample(index, count, drawn.index, drawn.count, drawn.weight)
             return Selection(drawn.all_index, drawn.all_count, plan, sample)
-    index, count, sample = draw(*choose(values, plan.best), plan)
+    index, count, sample = sample_rest(*topk(values, plan.without_sample), plan)
     return Selection(index, count, plan, sample)

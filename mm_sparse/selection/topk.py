@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 MOST_UNITS = 16385
 
 
-def in_registers(values: Tensor, plan: Plan) -> bool:
+def fits_registers(values: Tensor, plan: Plan) -> bool:
     """Whether the kernel that holds a row of units in registers serves."""
-    return plan.config.mass is None and fused(values, plan) and values.shape[-1] <= MOST_UNITS
+    return plan.config.top_p is None and fused(values, plan) and values.shape[-1] <= MOST_UNITS
 
 
-def choose(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor, Tensor]:
+def topk(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor, Tensor]:
     """Index (B, K, T, L) and count (B, K, T) of the best units of every tile.
 
     Args:
@@ -40,9 +40,9 @@ def choose(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor
     if not width or not num_tiles or not batch:
         index = values.new_full((batch, heads, num_tiles, 1), -1, dtype=index_dtype(num_units))
         return index, index.new_zeros(batch, heads, num_tiles, dtype=torch.int32)
-    long = plan.config.mass is None and fused(values, plan) and not plan.config.floors()
-    if long or in_registers(values, plan):
-        return choose_fused(values, plan, runs)[:2]
+    long = plan.config.top_p is None and fused(values, plan) and not plan.config.floors()
+    if long or fits_registers(values, plan):
+        return topk_kernel(values, plan, runs)[:2]
     big = torch.finfo(torch.float32).max
     finite = torch.nan_to_num(values.float(), nan=-big, posinf=big, neginf=-big)
     visible = plan.visible[:, None]
@@ -56,8 +56,8 @@ def choose(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor
     size = plan.units[..., 1].long()[:, None, None].expand(-1, heads, num_tiles, -1).gather(-1, ids)
     before = size.cumsum(-1) - size
     kept = before + (size + 1) // 2 <= plan.head_budget[..., None]
-    if plan.config.mass is not None:
-        kept = _mass_before(finite, ids, plan) < plan.config.mass
+    if plan.config.top_p is not None:
+        kept = _mass_before(finite, ids, plan) < plan.config.top_p
     kept[..., 0] = True
     kept |= top == math.inf
     kept &= top > -math.inf
@@ -66,28 +66,28 @@ def choose(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor
     return index, kept.sum(-1, dtype=torch.int32)
 
 
-def choose_fused(
+def topk_kernel(
     values: Tensor, plan: Plan, runs: Runs | None = None
 ) -> tuple[Tensor, Tensor, Drawn | None]:
     """The same by a kernel, ties to the lowest id, and with it what `sampling.draw` draws."""
-    from mm_sparse.kernels.triton.topk import Drawing, keep_best
+    from mm_sparse.kernels.triton.topk import Drawing, topk_blocks
 
-    best, drawing = plan.best, None
+    best, drawing = plan.without_sample, None
     if best is not plan:
         width, whole = list_lengths(best.max_kept, plan)
         drawing = Drawing(plan.head_budget, width, whole)
-    return keep_best(
+    return topk_blocks(
         values.float(),
-        plan.near,
+        plan.window_span,
         plan.sink_units,
-        plan.hull,
+        plan.tile_span,
         plan.units,
         best.head_budget,
         best.max_kept,
         unit_kind=plan.unit_modality,
         floors=best.floors,
         unit=plan.unit,
-        lead=plan.lead,
+        lead=plan.unit_offset,
         num_keys=plan.layout.length,
         drawing=drawing,
         runs=None if runs is None else (runs.index, runs.count, runs.size),

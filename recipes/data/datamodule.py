@@ -2,8 +2,8 @@
 
     SampleData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test"), patch_size=4)
 
-Any `Samples` can be read: of `digits`, `pictures`, `llava`, `spoken`, `manifests`, `samples.Course`
-(sets one after the other), or your own. In YAML each is a `class_path` with its `init_args`.
+Any `Samples` can be read: of `digits`, `pictures`, `llava`, `spoken`, `manifests`,
+`ConcatSamples` (sets one after the other), or your own. In YAML each is a `class_path` with its `init_args`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from mm_sparse.recipes.data.collate import Collator
-from mm_sparse.recipes.data.samplers import LengthBuckets, ResumableLoader, Share
+from mm_sparse.recipes.data.samplers import LengthBuckets, ResumableLoader, ShardedOrder
 from mm_sparse.recipes.data.samples import Batch, Samples, Template
 from mm_sparse.recipes.data.tokenizers import Tokenizer
 
@@ -51,7 +51,7 @@ class SampleData(L.LightningDataModule):
             max_length: a sample with more tokens is dropped whole, counted and logged.
             batch_size: samples of a step.
             workers: processes that prepare batches.
-            shuffle: whether training draws samples at random; off for a `samples.Course`.
+            shuffle: whether training draws samples at random; off for a `samples.ConcatSamples`.
             buckets: groups of like length from which the batches of training are drawn.
             pack: training puts several samples into a row of up to `max_length` tokens; none of
                 them sees another.
@@ -91,7 +91,7 @@ class SampleData(L.LightningDataModule):
             sampler = LengthBuckets(samples, self.buckets, self.batch_size, generator)
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if training and several and (bucketed or not shuffle):
-            sampler = Share(sampler or SequentialSampler(samples))
+            sampler = ShardedOrder(sampler or SequentialSampler(samples))
         kind: Any = ResumableLoader if training else DataLoader
         loader = kind(
             samples,

@@ -17,7 +17,7 @@ from torch import Tensor
 from mm_sparse.recipes.data.samples import RATE, Sample, Samples, Turn
 
 
-class Joined(Samples):
+class ConcatenatedClips(Samples):
     """Windows of several clips, `windows` of them in a conversation."""
 
     def __init__(

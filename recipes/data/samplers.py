@@ -50,7 +50,7 @@ class ResumableLoader(DataLoader[Any]):
             self.source.set_state(state["generator"])
 
 
-class Share(DistributedSampler[int]):
+class ShardedOrder(DistributedSampler[int]):
     """What one of several processes takes of an order: every n-th sample, the order kept.
 
     Lightning would shuffle a training set for them, in whatever order it was.

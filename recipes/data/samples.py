@@ -83,7 +83,7 @@ class Samples(Dataset[Sample], ABC):
         return None
 
 
-class Course(Samples):
+class ConcatSamples(Samples):
     """Samples of several sets, one set after the other: what is easy first.
 
     With `SampleData(shuffle=False)` it is a course, shuffled a mixture. Sizes of pictures may

@@ -25,7 +25,7 @@ SETS = {
     "dialogue": ("fillets-ng-data", "fillets-ng-data-cs", "fillets-ng-data-nl"),
     "captions": ("tuxpaint-stamps-default",),
 }
-Found = tuple[Path, dict[str, str]]
+AttentionModule = tuple[Path, dict[str, str]]
 LINE = re.compile(r"^([\w/.-]+):\s*(.+)$")
 # [tones], (10 seconds of silence), <beep ascending>: what nobody says
 UNSPOKEN = re.compile(r"\[[^]]*\]|\([^)]*\)|<[^>]*>")
@@ -47,7 +47,7 @@ def fetch(packages: tuple[str, ...], root: Path) -> None:
         subprocess.run(["dpkg-deb", "-x", str(file), str(root)], check=True)
 
 
-def prompts(root: Path) -> Iterator[Found]:
+def prompts(root: Path) -> Iterator[AttentionModule]:
     """The list beside the sounds names each and says its text; remarks stand in brackets."""
     listing = root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
     sounds = root / "usr/share/asterisk/sounds/en_US_f_Allison"
@@ -58,7 +58,7 @@ def prompts(root: Path) -> Iterator[Found]:
             yield sounds / f"{match[1]}.wav", {"text": text, "language": "en"}
 
 
-def dialogue(root: Path) -> Iterator[Found]:
+def dialogue(root: Path) -> Iterator[AttentionModule]:
     """Subtitles in Lua, one file per level and language, and a sound for each."""
     game = root / "usr/share/games/fillets-ng"
     for language in ("cs", "nl"):
@@ -69,7 +69,7 @@ def dialogue(root: Path) -> Iterator[Found]:
                 yield sound, {"text": text, "translation": english, "language": language}
 
 
-def captions(root: Path) -> Iterator[Found]:
+def captions(root: Path) -> Iterator[AttentionModule]:
     """The first line of a stamp's text, and NAME_desc.ogg that speaks it."""
     for text in sorted((root / "usr/share/tuxpaint/stamps").rglob("*.txt")):
         lines = text.read_text(encoding="utf-8", errors="replace").splitlines()

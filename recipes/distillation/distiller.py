@@ -15,17 +15,17 @@ from torch.func import functional_call
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality, unit_mass
-from mm_sparse.distillation.losses import divergence
+from mm_sparse.distillation.losses import attention_kl
 from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import keeping, watch
-from mm_sparse.integrations.state import layers, scorers
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import capture_attention, override_config
+from mm_sparse.integrations.state import attention_layers, scorers_of
 from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.training.optimizer import OptimizerPart, optimize
+from mm_sparse.recipes.training.optimizer import OptimizerConfig, optimize
 
 
 @dataclass(frozen=True)
-class Goal:
+class DistillationConfig:
     """What scorers are trained for, first one, then the other."""
 
     divergence_share: float = 0.1
@@ -45,7 +45,7 @@ class Goal:
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class LayerFeatures:
     """What the scorers of all layers see of one forward pass: features and true mass by layer."""
 
     plan: Plan
@@ -72,7 +72,7 @@ class Ranking(nn.Module):
         return self.scorer.rank(tiles, units, plan, scale, torch.float32)
 
 
-def true_mass(call: Call, plan: Plan) -> Tensor:
+def true_mass(call: AttentionCall, plan: Plan) -> Tensor:
     """(B, K, T, U): the share of attention that the units of a call have."""
     return unit_mass(call.q, call.k, plan, call.scale)
 
@@ -82,10 +82,10 @@ def look(
     model: nn.Module,
     run: Callable[[], Any],
     tiles: int,
-    truth: Callable[[Call, Plan], Tensor] = true_mass,
+    truth: Callable[[AttentionCall, Plan], Tensor] = true_mass,
     *,
     name: str = "model",
-) -> Sample:
+) -> LayerFeatures:
     """What the `FineScorer`s of a sparsified model see of so many tiles, drawn at random.
 
     Args:
@@ -93,9 +93,9 @@ def look(
         truth: what scorers learn to rank the units of a call by.
         name: of the argument that gave the model, for messages.
     """
-    served, found, where = layers(model), [], []
+    served, found, where = attention_layers(model), [], []
 
-    def keep(call: Call) -> None:
+    def keep(call: AttentionCall) -> None:
         scorer = served[call.name].scorer
         if not isinstance(scorer, FineScorer):
             return
@@ -108,11 +108,11 @@ def look(
         own = plan if call.config == plan.config else replace(plan, config=call.config)
         found.append((*features, weight, own.best.head_budget.expand(weight.shape[:-1])))
 
-    with keeping(model, backend="dense"), watch(model, keep):
+    with override_config(model, backend="dense"), capture_attention(model, keep):
         run()
     if not found:
         raise ValueError(f"{name} must run layers with a FineScorer, got none")
-    return Sample(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
+    return LayerFeatures(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
 
 
 class Distiller(L.LightningModule):
@@ -132,8 +132,8 @@ class Distiller(L.LightningModule):
         self,
         model: nn.Module,
         sparse: mms.SparseConfig | None,
-        goal: Goal,
-        optimizer: OptimizerPart | None,
+        goal: DistillationConfig,
+        optimizer: OptimizerConfig | None,
         *,
         name: str,
         parts: int,
@@ -142,7 +142,7 @@ class Distiller(L.LightningModule):
         scorers_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.goal, self.optimizer_part = goal, optimizer or OptimizerPart()
+        self.goal, self.optimizer_part = goal, optimizer or OptimizerConfig()
         self.out = out
         model = model.eval().requires_grad_(False)
         if sparse is None and scorers_from is None:
@@ -155,7 +155,7 @@ class Distiller(L.LightningModule):
         self.taught = scorers_from is not None
         # Outside the module: its weights are in no checkpoint of this one.
         self._frozen, self._name = (model,), name
-        self.scorers = scorers(model).float()
+        self.scorers = scorers_of(model).float()
         shapes = {tuple(p.shape for p in s.parameters()) for s in self.scorers.values()}
         if len(shapes) != 1:
             raise ValueError(f"{name} must have layers of one shape, got {len(shapes)} shapes")
@@ -169,18 +169,18 @@ class Distiller(L.LightningModule):
         """One forward pass of the model."""
         raise NotImplementedError
 
-    def truth(self, call: Call, plan: Plan) -> Tensor:
+    def truth(self, call: AttentionCall, plan: Plan) -> Tensor:
         """(B, K, T, U): what scorers learn to rank the units of a call by."""
         return true_mass(call, plan)
 
     def setup(self, stage: str | None = None) -> None:
         self.model.to(self.trainer.strategy.root_device)
 
-    def look(self, batch: Any, tiles: int) -> Sample:
+    def look(self, batch: Any, tiles: int) -> LayerFeatures:
         """Run the dense model on a batch: what scorers see of so many tiles, drawn at random."""
         return look(self.model, lambda: self.run(batch), tiles, self.truth, name=self._name)
 
-    def rank(self, sample: Sample) -> Tensor:
+    def rank(self, sample: LayerFeatures) -> Tensor:
         """(L, B, K, T, U) scores of all layers."""
         own: Any = list(self.scorers.values())
         names = [f"scorer.{name}" for name, _ in own[0].named_parameters()]
@@ -212,7 +212,7 @@ class Distiller(L.LightningModule):
         sample, goal = self.look(batch, self.goal.tiles), self.goal
         values = self.rank(sample)
         if self.done() < goal.divergence_share:
-            loss = divergence(values, sample.mass, sample.plan, weighted=True)
+            loss = attention_kl(values, sample.mass, sample.plan, weighted=True)
             self.log("train/divergence", loss.detach(), prog_bar=True)
         else:
             loss = dropped_mass(values, sample.mass, sample.plan, goal.temperature, sample.budget)
@@ -267,4 +267,4 @@ def some_tiles(plan: Plan, count: int) -> Plan:
     if not len(choice):
         raise ValueError("tiles must have units to choose from, the sequence is too short for that")
     own = choice[torch.randperm(len(choice), device=choice.device)[:count]].sort().values
-    return plan.of_tiles(own)
+    return plan.select_tiles(own)

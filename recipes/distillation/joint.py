@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse import FineScorer
-from mm_sparse.distillation.losses import divergence
+from mm_sparse.distillation.losses import attention_kl
 from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.context import ranked_by
+from mm_sparse.integrations.context import override_scorers
 from mm_sparse.integrations.scorers import make_scorer
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.data.samples import Batch
-from mm_sparse.recipes.distillation.distiller import Goal, Sample, look
-from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.training.optimizer import OptimizerPart, optimize
+from mm_sparse.recipes.distillation.distiller import DistillationConfig, LayerFeatures, look
+from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
+from mm_sparse.recipes.training.optimizer import OptimizerConfig, optimize
 
 OwnScorers = dict[str, FineScorer]
 """By name of the layer."""
@@ -26,7 +26,7 @@ def fresh(model: nn.Module, **options: Any) -> OwnScorers:
     """A `FineScorer` with these options for each layer of a sparsified model that runs sparse."""
     made: dict[str, Any] = {
         name: make_scorer(layer, partial(FineScorer, **options), None, True)
-        for name, layer in layers(model).items()
+        for name, layer in attention_layers(model).items()
         if layer.known_mode()[0] == "sparse"
     }
     if not made:
@@ -34,12 +34,12 @@ def fresh(model: nn.Module, **options: Any) -> OwnScorers:
     return made
 
 
-def learn(
-    model: Multimodal,
+def train_jointly(
+    model: MultimodalTraining,
     batches: Sequence[Batch],
     options: Mapping[str, Mapping[str, Any]],
-    goal: Goal,
-    optimizer: OptimizerPart,
+    goal: DistillationConfig,
+    optimizer: OptimizerConfig,
 ) -> tuple[dict[str, OwnScorers], dict[str, list[float]]]:
     """Train scorers with each of `options` side by side, a step a batch; also their losses.
 
@@ -53,7 +53,7 @@ def learn(
     adam, schedule = steps["optimizer"], steps["lr_scheduler"]["scheduler"]
     losses: dict[str, list[float]] = {name: [] for name in made}
     for step, batch in enumerate(batches):
-        with ranked_by(model.language, next(iter(made.values()))):
+        with override_scorers(model.language, next(iter(made.values()))):
             sample = look(
                 model.language, lambda b=batch: model.run(b, logits_to_keep=1), goal.tiles
             )
@@ -70,11 +70,11 @@ def learn(
     return made, losses
 
 
-def _loss(own: OwnScorers, sample: Sample, goal: Goal, first: bool) -> Tensor:
+def _loss(own: OwnScorers, sample: LayerFeatures, goal: DistillationConfig, first: bool) -> Tensor:
     plan, scale = sample.plan, sample.scale
     seen = zip(own.values(), sample.tiles, sample.units, strict=True)
     ranked = [s.rank(tiles, units, plan, scale, torch.float32) for s, tiles, units in seen]
     values = torch.stack(ranked)
     if first:
-        return divergence(values, sample.mass, plan, weighted=True)
+        return attention_kl(values, sample.mass, plan, weighted=True)
     return dropped_mass(values, sample.mass, plan, goal.temperature, sample.budget)

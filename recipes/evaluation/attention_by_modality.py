@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mm_sparse import Modality, unit_mass
-from mm_sparse.integrations.call import Call
+from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.layout.plan import Plan
 from mm_sparse.recipes.metrics.layers import kept_units
-from mm_sparse.selection.block_lists import units_of_lists
+from mm_sparse.selection.block_lists import lists_to_mask
 from mm_sparse.selection.density import count_pairs
 
 NAMES = [kind.name for kind in Modality]
 
 
 @dataclass
-class Attending:
+class AttentionByModality:
     """Sums over the calls that `add` was given; `figures` makes shares of them.
 
     Mass is that of the call's own queries over all keys: what dense attention would give them.
@@ -29,7 +29,7 @@ class Attending:
     sums: dict[str, Tensor] = field(default_factory=dict)
     """(M, M) float64 each, query first."""
 
-    def add(self, call: Call) -> None:
+    def add(self, call: AttentionCall) -> None:
         """Count a call of a layer that ran sparse, or dense because its config says so."""
         chosen = call.selection
         if chosen is None and call.layout is None:
@@ -43,7 +43,7 @@ class Attending:
         kept_pairs, seen_pairs = count_pairs(chosen.index, chosen.count, plan)
         self._sum("seen", seen_pairs[: len(Modality)])
         self._sum("kept pairs", kept_pairs[: len(Modality)])
-        kept = units_of_lists(chosen.index, chosen.count, plan.units.shape[1])
+        kept = lists_to_mask(chosen.index, chosen.count, plan.units.shape[1])
         true = unit_mass(call.q, call.k, plan, call.scale) if mean.config != plan.config else mass
         best = kept_units(true.clamp(min=1e-20).log(), plan)
         free = (plan.visible & ~plan.always)[:, None]
@@ -94,7 +94,7 @@ class Attending:
         self.sums[name] = self.sums[name] + x.cpu() if name in self.sums else x.cpu()
 
 
-def mass_shares(attending: Attending) -> dict[Modality, float]:
+def mass_shares(attending: AttentionByModality) -> dict[Modality, float]:
     """Share of all mass by modality of the key; they add up to at most 1."""
     by_key = attending.sums["mass"].sum(0)
     shares = (by_key / by_key.sum().clamp(min=1e-12)).tolist()

@@ -38,13 +38,13 @@ import torch
 import mm_sparse as mms
 from mm_sparse.checkpoints.format import read_scorers
 from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations.context import attending
+from mm_sparse.integrations.context import override_attention
 from mm_sparse.recipes.data.packed_inputs import PackedData
-from mm_sparse.recipes.evaluation.encoder_tasks import Pictures, Speech
+from mm_sparse.recipes.evaluation.encoder_tasks import ImageTask, SpeechTask
 from mm_sparse.recipes.evaluation.linformer import Linformers, train_linformers
 from mm_sparse.recipes.metrics.budgets import scaled_budgets
 from mm_sparse.recipes.pretrained.whisper import FILES
-from mm_sparse.scorers.attention_mass import Perfect
+from mm_sparse.scorers.attention_mass import OracleScorer
 from mm_sparse.scorers.patterns import BigBird, SlidingWindow
 
 # What ranks the units: pooled scores of the content, distance, chance, half of each, the true mass,
@@ -55,7 +55,7 @@ METHODS: dict[str, Callable[..., Any] | None] = {
     "window": lambda **_: SlidingWindow(),
     "random": lambda **_: BigBird(window=0.0),
     "bigbird": lambda **_: BigBird(),
-    "perfect": lambda **_: Perfect(),
+    "perfect": lambda **_: OracleScorer(),
     "trained": None,
     "one ratio": None,
     "linformer": None,
@@ -65,12 +65,12 @@ ORDERS = {"raster": False, "grid": True}
 
 
 def config(
-    ratio: float, order: str = "grid", sampled: float = 0.0, subpools: int = 4
+    ratio: float, order: str = "grid", sampled: float = 0.0, query_pools: int = 4
 ) -> mms.SparseConfig:
     """Nothing is kept for its place alone, so that methods keep equally much."""
     return mms.SparseConfig(
-        ratio, tile=64, unit=16, sinks=0, window=0, dense_below=0, grid_order=ORDERS[order],
-        sampled=sampled, subpools=subpools,
+        ratio, tile=64, unit=16, sinks=0, window=0, dense_below=0, patch_order=ORDERS[order],
+        sample_ratio=sampled, query_pools=query_pools,
     )  # fmt: skip
 
 
@@ -87,16 +87,16 @@ def compare(
     """A row for dense, then one for every method, ratio, order and share that is sampled."""
     yield {"method": "dense", "order": "", "ratio": 1.0, "density": 1.0, **subject.run()[0]}
     stored = None if scorers is None else read_scorers(scorers_folder(scorers)).config
-    subpools = 4 if stored is None else stored.subpools
+    query_pools = 4 if stored is None else stored.query_pools
     for ratio, method, order, share in product(ratios, methods, orders, sampled):
-        own = config(ratio, order, share, subpools)
+        own = config(ratio, order, share, query_pools)
         if method == "trained" and stored is not None:
             own = replace(own, **scaled_budgets(stored, ratio))
         with mms.sparse(subject.model, own, scorer=METHODS[method]), ExitStack() as stack:
             if method in STORED and scorers is not None:
                 mms.load_scorers(subject.model, scorers)
             if method == "linformer" and linformers is not None:
-                stack.enter_context(attending(subject.model, linformers(ratio)))
+                stack.enter_context(override_attention(subject.model, linformers(ratio)))
             figures, kept = subject.run()
             kept = ratio if method == "linformer" else kept
         row = {"method": method, "order": order, "ratio": ratio, "sampled": share}
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         "device": device_name(subject.model),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    for axis in ("ratio", "grid_order", "sampled", "subpools"):
+    for axis in ("ratio", "patch_order", "sampled", "query_pools"):
         del settings["config"][axis]
     rows: list[dict[str, Any]] = []
     if options.out.exists():
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def subject_of(options: argparse.Namespace) -> Any:
     """The encoder and its inputs that `options_parser` asked for."""
-    return {"pictures": Pictures, "speech": Speech}[options.what](options)
+    return {"pictures": ImageTask, "speech": SpeechTask}[options.what](options)
 
 
 def trained_linformers(model: Any, path: str, steps: int, ratio: float) -> Linformers:

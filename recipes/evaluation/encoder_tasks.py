@@ -66,13 +66,13 @@ def neighbour_accuracy(features: Tensor, labels: list[str]) -> float:
     return right / len(labels)
 
 
-class Pictures:
+class ImageTask:
     """ViT-S/14 on stamps."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from mm_sparse.recipes.models.vision import VisionPart
+        from mm_sparse.recipes.models.vision import VisionConfig
 
-        tower: Any = VisionPart("vit_small_patch14_dinov2", options.weights, 518).build()
+        tower: Any = VisionConfig("vit_small_patch14_dinov2", options.weights, 518).build()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = TimmVision(tower.backbone).eval().to(device, getattr(torch, options.dtype))
         if options.packed:
@@ -121,7 +121,7 @@ class Pictures:
         return figures, float(np.mean(kept))
 
 
-class Speech:
+class SpeechTask:
     """Whisper on packed prompts; its decoder stays dense."""
 
     def __init__(self, options: argparse.Namespace) -> None:

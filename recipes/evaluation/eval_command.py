@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mm_sparse.checkpoints.pretrained import read_card, shipped_scorers
+from mm_sparse.checkpoints.pretrained import list_pretrained, read_card
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Measure shipped scorers as their card says; what came stands before the "
         "card's figure. Options that are not listed go to the programs of the card.",
     )
-    parser.add_argument("name", choices=shipped_scorers(), help="of shipped scorers")
+    parser.add_argument("name", choices=list_pretrained(), help="of shipped scorers")
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="tables of the card; all if not")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import ranked_by
-from mm_sparse.integrations.state import config_of
+from mm_sparse.integrations.context import override_scorers
+from mm_sparse.integrations.state import sparse_config
 from mm_sparse.recipes.metrics.budgets import budgets_of
 from mm_sparse.recipes.metrics.logits import change_of, predictions
 from mm_sparse.recipes.metrics.ranking_methods import METHODS
@@ -44,7 +44,7 @@ def tables(
     rows: dict[Row, list[dict[str, float]]] = {}
     densities: dict[Row, float] = {}
     budgets = [*(("ratio", r) for r in ratios), *(("mass", m) for m in masses)]
-    config = config_of(model)
+    config = sparse_config(model)
     for batches in zip_longest(*sequences.values()):
         for kind, row in zip(sequences, batches, strict=True):
             if row is None:
@@ -52,9 +52,9 @@ def tables(
             ids = row[None]
             dense = predictions(model, ids, backend="dense")
             for name, (budget, value) in product(methods, budgets):
-                own = {"mass": value} if budget == "mass" else budgets_of(config, name, value)
+                own = {"top_p": value} if budget == "mass" else budgets_of(config, name, value)
                 own |= changes
-                with ranked_by(model, METHODS[name]):
+                with override_scorers(model, METHODS[name]):
                     sparse = predictions(model, ids, **own)
                 key = kind, name, budget, value
                 if key not in densities:

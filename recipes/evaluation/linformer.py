@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from mm_sparse._checks import check_qkv
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import attending
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import override_attention
 
 
 class Linformers(nn.Module):
@@ -29,7 +29,7 @@ class Linformers(nn.Module):
         self.ratio = ratio
         self.layers = nn.ModuleDict()
 
-    def of(self, call: Call) -> nn.Module:
+    def of(self, call: AttentionCall) -> nn.Module:
         """The one of a call's layer."""
         name = call.name.replace(".", "/")
         if name not in self.layers:
@@ -43,8 +43,8 @@ class Linformers(nn.Module):
             self.layers[name] = made.to(call.k.device)
         return self.layers[name]
 
-    def forward(self, call: Call) -> Tensor:
-        """(B, H, N, D): what `attending` asks for."""
+    def forward(self, call: AttentionCall) -> Tensor:
+        """(B, H, N, D): what `override_attention` asks for."""
         return self.of(call)(call.q, call.k, call.v, scale=call.scale)
 
 
@@ -68,7 +68,7 @@ def train_linformers(
     made = Linformers(ratio)
     losses: list[Tensor] = []
 
-    def learn(call: Call) -> Tensor:
+    def learn(call: AttentionCall) -> Tensor:
         q, k, v = (x.detach() for x in (call.q, call.k, call.v))
         dense = scaled_dot_product_attention(
             q, k, v, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -81,7 +81,7 @@ def train_linformers(
     optimizer: torch.optim.Optimizer | None = None
     for step, batch in zip(range(steps), batches, strict=False):
         losses.clear()
-        with attending(model, learn), torch.no_grad():
+        with override_attention(model, learn), torch.no_grad():
             (run or model)(batch)
         if not losses:
             raise ValueError("model must run sparse layers, got none")

@@ -24,12 +24,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Modality, PooledScorer, Scorer
-from mm_sparse.integrations.context import keeping, ranked_by, watch
-from mm_sparse.integrations.state import config_of, layers
+from mm_sparse.integrations.context import capture_attention, override_config, override_scorers
+from mm_sparse.integrations.state import attention_layers, sparse_config
 from mm_sparse.recipes.data.samples import Batch
-from mm_sparse.recipes.distillation.distiller import Goal
-from mm_sparse.recipes.distillation.joint import OwnScorers, fresh, learn
-from mm_sparse.recipes.evaluation.attention_by_modality import Attending, kl_by_row, mass_shares
+from mm_sparse.recipes.distillation.distiller import DistillationConfig
+from mm_sparse.recipes.distillation.joint import OwnScorers, fresh, train_jointly
+from mm_sparse.recipes.evaluation.attention_by_modality import (
+    AttentionByModality,
+    kl_by_row,
+    mass_shares,
+)
 from mm_sparse.recipes.evaluation.modality_ablation_report import (
     beside_blind,
     pair_table,
@@ -39,10 +43,10 @@ from mm_sparse.recipes.evaluation.modality_ablation_report import (
 )
 from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.metrics.machine import machine
-from mm_sparse.recipes.models.multimodal_training import Multimodal, Said
-from mm_sparse.recipes.run.sparse_vs_dense import placed, prepare, validation_of
-from mm_sparse.recipes.training.optimizer import OptimizerPart
-from mm_sparse.scorers.attention_mass import Perfect
+from mm_sparse.recipes.models.multimodal_training import AnswerLogits, MultimodalTraining
+from mm_sparse.recipes.run.sparse_vs_dense import on_device, prepare, validation_of
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
+from mm_sparse.scorers.attention_mass import OracleScorer
 from mm_sparse.scorers.patterns import Nearest
 
 LEARNED: dict[str, dict[str, Any]] = {
@@ -78,25 +82,25 @@ VARIANTS: dict[str, Variant] = {
     "maps and bias": Variant(learned="maps and bias"),
     "maps and bias, floors": Variant(learned="maps and bias", shares="floor"),
     "maps and bias, budgets": Variant(learned="maps and bias", shares="budget"),
-    "perfect": Variant(Perfect),
+    "perfect": Variant(OracleScorer),
 }
 
 
 @torch.no_grad()
 def dense_run(
-    model: Multimodal, batches: Sequence[Batch], *, look: bool = True
-) -> tuple[list[Said], Attending]:
+    model: MultimodalTraining, batches: Sequence[Batch], *, look: bool = True
+) -> tuple[list[AnswerLogits], AttentionByModality]:
     """What the model says where it keeps everything; with `look`, also what attends to what."""
-    attending = Attending()
-    ranked = ranked_by(model.language, fresh(model.language))
-    with keeping(model.language, backend="dense"), ranked, ExitStack() as stack:
+    attending = AttentionByModality()
+    ranked = override_scorers(model.language, fresh(model.language))
+    with override_config(model.language, backend="dense"), ranked, ExitStack() as stack:
         if look:
-            stack.enter_context(watch(model.language, attending.add))
+            stack.enter_context(capture_attention(model.language, attending.add))
         return [model.answers(batch) for batch in batches], attending
 
 
 @torch.no_grad()
-def density_on(model: Multimodal, batches: Sequence[Batch]) -> float:
+def density_on(model: MultimodalTraining, batches: Sequence[Batch]) -> float:
     """Density of the layers that run sparse, mean over batches."""
     found = []
     for batch in batches:
@@ -107,12 +111,12 @@ def density_on(model: Multimodal, batches: Sequence[Batch]) -> float:
 
 @torch.no_grad()
 def matched_ratio(
-    model: Multimodal, batches: Sequence[Batch], target: float, ratio: float
+    model: MultimodalTraining, batches: Sequence[Batch], target: float, ratio: float
 ) -> float:
     """The ratio at which the layers' density on batches is nearest to `target`, from `ratio` on."""
     low, high, tried = 0.0, 1.0, []
     for _ in range(8):
-        with keeping(model.language, ratio=ratio):
+        with override_config(model.language, ratio=ratio):
             found = density_on(model, batches)
         tried.append((abs(found / target - 1), ratio))
         if tried[-1][0] < 2e-3:
@@ -126,17 +130,20 @@ def matched_ratio(
 
 @torch.no_grad()
 def measure(
-    model: Multimodal, batches: Sequence[Batch], dense: Sequence[Said], looked_at: int
+    model: MultimodalTraining,
+    batches: Sequence[Batch],
+    dense: Sequence[AnswerLogits],
+    looked_at: int,
 ) -> dict[str, Any]:
     """Figures of the model as it is, sparse: KL to the dense answers, loss, exact match, attention.
 
     What attends to what is counted in the first `looked_at` batches.
     """
-    attending, kls, losses, exact, as_dense = Attending(), [], [], [], []
+    attending, kls, losses, exact, as_dense = AttentionByModality(), [], [], [], []
     for number, (batch, before) in enumerate(zip(batches, dense, strict=True)):
         with ExitStack() as stack:
             if number < looked_at:
-                stack.enter_context(watch(model.language, attending.add))
+                stack.enter_context(capture_attention(model.language, attending.add))
             said = model.answers(batch)
         kls += kl_by_row(before.logits, said.logits, said.row)
         losses.append(cross_entropy(said.logits, said.labels, reduction="none"))
@@ -153,13 +160,13 @@ def measure(
 
 
 def run(
-    model: Multimodal,
+    model: MultimodalTraining,
     train: Callable[[int], Sequence[Batch]],
     held_out: Sequence[Batch],
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    goal: Goal | None = None,
-    optimizer: OptimizerPart | None = None,
+    goal: DistillationConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
     floor: float = 0.2,
     looked_at: int = 4,
     variants: Mapping[str, Variant] = VARIANTS,
@@ -191,26 +198,28 @@ def run(
         batches = train(seed)
         if not shares:
             shares = mass_shares(dense_run(model, batches[:4])[1])
-        made, own = learn(model, batches, options, goal or Goal(), optimizer or OptimizerPart())
+        made, own = train_jointly(
+            model, batches, options, goal or DistillationConfig(), optimizer or OptimizerConfig()
+        )
         losses.append({k: [round(x, 5) for x in v] for k, v in own.items()})
         for name in made:
             learned[name].append(made[name])
     dense, attending = dense_run(model, held_out)
-    config = config_of(model.language)
+    config = sparse_config(model.language)
     floors: dict[str, Any] = {"": 0.0, "floor": floor, "budget": shares}
     rows: dict[str, dict[str, Any]] = {}
-    untrained = ranked_by(model.language, fresh(model.language))
-    with keeping(model.language, modality_floor=0.0), untrained:
+    untrained = override_scorers(model.language, fresh(model.language))
+    with override_config(model.language, modality_floor=0.0), untrained:
         target = density_on(model, held_out[:looked_at])
     for name, variant in variants.items():
         found, ratios = [], []
         for ranked in _rankings(model, variant, learned):
             with (
-                keeping(model.language, modality_floor=floors[variant.shares]),
-                ranked_by(model.language, ranked),
+                override_config(model.language, modality_floor=floors[variant.shares]),
+                override_scorers(model.language, ranked),
             ):
                 ratio = matched_ratio(model, held_out[:looked_at], target, config.ratio)
-                with keeping(model.language, ratio=ratio):
+                with override_config(model.language, ratio=ratio):
                     found.append(measure(model, held_out, dense, looked_at))
                 ratios.append(round(ratio, 5))
                 cost = _cost(model, held_out[0])
@@ -232,7 +241,7 @@ def run(
 
 
 def _rankings(
-    model: Multimodal, variant: Variant, learned: Mapping[str, list[OwnScorers]]
+    model: MultimodalTraining, variant: Variant, learned: Mapping[str, list[OwnScorers]]
 ) -> list[Mapping[str, Scorer]]:
     """The scorers of a variant by layer, one for each seed if they learned."""
     if variant.learned:
@@ -241,16 +250,16 @@ def _rankings(
     return [own if variant.scorer is None else {name: variant.scorer() for name in own}]
 
 
-def _cost(model: Multimodal, batch: Batch) -> float:
+def _cost(model: MultimodalTraining, batch: Batch) -> float:
     """Cost of scoring in % of dense attention, mean over layers."""
-    costs, served = [], layers(model.language)
+    costs, served = [], attention_layers(model.language)
 
     def count(call: Any) -> None:
         if call.selection is not None:
             shape = call.selection.plan, call.q.shape[1], call.q.shape[3]
             costs.append(scoring_cost(served[call.name].scorer, *shape))
 
-    with watch(model.language, count), torch.no_grad():
+    with capture_attention(model.language, count), torch.no_grad():
         model.run(batch, logits_to_keep=1)
     return round(statistics.fmean(costs), 2)
 
@@ -273,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli = prepare("ablation", args.config, [f"--model.weights={args.checkpoint}", *more])
     data, validation = cli.datamodule, validation_of(cli, args.config)
     start = time.perf_counter()
-    with placed(cli) as here:
+    with on_device(cli) as here:
 
         def train(seed: int) -> list[Batch]:
             return list(here(islice(data.loader(data.train, shuffle=True), args.steps)))
@@ -281,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = run(
             cli.model, train, list(here(data.loader(validation))), seeds=args.seeds,
             floor=args.floor, looked_at=args.looked_at,
-            goal=Goal(tiles=args.tiles), optimizer=OptimizerPart(lr=args.lr, warmup=10, final=0.0),
+            goal=DistillationConfig(tiles=args.tiles),
+            optimizer=OptimizerConfig(lr=args.lr, warmup=10, final=0.0),
         )  # fmt: skip
     given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
     record = {"machine": machine(), "threads": torch.get_num_threads(), **given, "options": more,

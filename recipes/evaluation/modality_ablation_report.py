@@ -6,7 +6,7 @@ from typing import Any
 
 from mm_sparse import FineScorer
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.attention_mass import Perfect
+from mm_sparse.scorers.attention_mass import OracleScorer
 from mm_sparse.scorers.patterns import Nearest
 
 
@@ -16,10 +16,10 @@ def scoring_cost(scorer: Any, plan: Plan, heads: int, dim: int) -> float:
         return 0.0
     kv_heads = heads // plan.group
     tokens = plan.num_queries, plan.layout.length
-    if isinstance(scorer, Perfect):
+    if isinstance(scorer, OracleScorer):
         return 50.0
     parts = getattr(scorer, "parts", 1)
-    pieces = plan.tiles.shape[1] * plan.live_subpools.shape[2], plan.units.shape[1]
+    pieces = plan.tiles.shape[1] * plan.live_query_pools.shape[2], plan.units.shape[1]
     rows, units = heads * pieces[0], pieces[1]
     products = rows * units * dim * (1 + parts if parts > 1 else 1)
     if isinstance(scorer, FineScorer):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import keeping, ranked_by
+from mm_sparse.integrations.context import override_config, override_scorers
 from mm_sparse.recipes.metrics.budgets import budgets_of
 from mm_sparse.recipes.metrics.ranking_methods import METHODS
 from mm_sparse.recipes.run.language_options import add_options, changes_of, prepared
@@ -107,12 +107,12 @@ def recall(
     while len(known) < count and tried < most:
         trial = next(found)
         tried += 1
-        with keeping(model, backend="dense"):
+        with override_config(model, backend="dense"):
             if not recalls(model, trial, device):
                 continue
         known.append(trial)
         for name, (method, changes) in settings.items():
-            with keeping(model, **changes), ranked_by(model, METHODS[method]):
+            with override_config(model, **changes), override_scorers(model, METHODS[method]):
                 right[name].append(recalls(model, trial, device))
         if len(known) % every == 0:
             yield _rows(known, right, tried)
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for method in args.methods:
         for ratio in args.ratios:
-            own = budgets_of(mms.retrofit.config_of(model), method, ratio)
+            own = budgets_of(mms.retrofit.sparse_config(model), method, ratio)
             settings[f"{method} {ratio}"] = method, {"dense_below": 0} | own | changes_of(args)
     for rows in recall(model, trials(texts, tokenizer), settings, count=args.count):
         record["rows"] = rows

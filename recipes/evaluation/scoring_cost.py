@@ -29,9 +29,9 @@ from mm_sparse import FineScorer, select
 from mm_sparse.attention.selected import attend
 from mm_sparse.bench.results import median_ms
 from mm_sparse.encoders.bench.profiling import spent
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import keeping, watch
-from mm_sparse.integrations.state import config_of, layers
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import capture_attention, override_config
+from mm_sparse.integrations.state import attention_layers, sparse_config
 from mm_sparse.layout.plan import Plan
 from mm_sparse.recipes.metrics.machine import machine
 from mm_sparse.scorers.base import Scorer
@@ -47,10 +47,10 @@ def costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     Args:
         run: runs the model on one input without padding.
     """
-    served, times, work = layers(model), {}, [0.0, 0.0, 0.0]
-    backend = config_of(model).backend
+    served, times, work = attention_layers(model), {}, [0.0, 0.0, 0.0]
+    backend = sparse_config(model).backend
 
-    def measure(call: Call) -> None:
+    def measure(call: AttentionCall) -> None:
         if call.layout is None or call.config is None:
             return
         # The model runs dense meanwhile; what is timed does not.
@@ -62,7 +62,11 @@ def costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
         for at, value in enumerate(flops_of(call.plan(), scorer, call.q.shape)):
             work[at] += value
 
-    with torch.no_grad(), keeping(model, backend="dense"), watch(model, measure):
+    with (
+        torch.no_grad(),
+        override_config(model, backend="dense"),
+        capture_attention(model, measure),
+    ):
         run()
     if not times:
         raise ValueError("model must run layers that may be sparse, got none")
@@ -76,7 +80,7 @@ def costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     return {"layers": count, "flops_of_dense": shares, "rows": rows}
 
 
-def parts_of(call: Call, scorer: Scorer) -> dict[str, Callable[[], Any]]:
+def parts_of(call: AttentionCall, scorer: Scorer) -> dict[str, Callable[[], Any]]:
     """What is timed of a layer: score and select, attend, and dense attention by backend."""
     on_gpu = call.q.device.type == "cuda"
     q, k, v = (x.to(torch.bfloat16 if on_gpu else torch.float32) for x in (call.q, call.k, call.v))
@@ -135,11 +139,11 @@ def flops_of(plan: Plan, scorer: Scorer, shape: Sequence[int]) -> tuple[float, f
     dense = 4 * dim * heads * float((sizes * plan.visible).sum())
     if not isinstance(scorer, FineScorer):
         return dense, float("nan"), float("nan")
-    subpools = plan.live_subpools.shape[2]
-    # Sub-pools meet the parts of a unit for the shares, and the whole unit for their sum.
-    pieces = subpools * (scorer.parts + (scorer.parts > 1))
+    query_pools = plan.live_query_pools.shape[2]
+    # Query pools meet the parts of a unit for the shares, and the whole unit for their sum.
+    pieces = query_pools * (scorer.parts + (scorer.parts > 1))
     products = 2 * dim * heads * pieces * float(plan.visible.sum())
-    queries = heads * plan.tiles.shape[1] * subpools
+    queries = heads * plan.tiles.shape[1] * query_pools
     keys = heads // plan.group * plan.units.shape[1] * scorer.parts
     return dense, products, 2 * 3 * dim * dim * batch * (queries + keys)
 
@@ -175,7 +179,7 @@ def language(words: Sequence[str]) -> Any:
     names = {"model": args.model, "scorers": args.scorers, "tokens": ids.shape[1]}
 
     def run() -> None:
-        with keeping(model, **changes_of(args)):
+        with override_config(model, **changes_of(args)):
             model.base_model(ids, use_cache=False)
 
     return names | changes_of(args), model, run, args.out

@@ -21,11 +21,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Scorer
-from mm_sparse.integrations.context import keeping, ranked_by
-from mm_sparse.integrations.state import config_of
+from mm_sparse.integrations.context import override_config, override_scorers
+from mm_sparse.integrations.state import sparse_config
 from mm_sparse.recipes.data.samples import Batch
-from mm_sparse.recipes.distillation.distiller import Goal
-from mm_sparse.recipes.distillation.joint import learn
+from mm_sparse.recipes.distillation.distiller import DistillationConfig
+from mm_sparse.recipes.distillation.joint import train_jointly
 from mm_sparse.recipes.evaluation.modality_ablation import (
     LEARNED,
     dense_run,
@@ -35,12 +35,12 @@ from mm_sparse.recipes.evaluation.modality_ablation import (
 from mm_sparse.recipes.evaluation.modality_ablation_report import summary
 from mm_sparse.recipes.metrics import ranking_methods
 from mm_sparse.recipes.metrics.machine import machine
-from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.run.sparse_vs_dense import placed, prepare, validation_of
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
+from mm_sparse.recipes.run.sparse_vs_dense import on_device, prepare, validation_of
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 Ranker = Callable[[], Scorer] | Mapping[str, Scorer] | None
-"""As `ranked_by` takes it: None are the model's own scorers."""
+"""As `override_scorers` takes it: None are the model's own scorers."""
 
 METHODS = {name: make for name, make in ranking_methods.METHODS.items() if name != "one ratio"}
 PATTERNS = ("window", "bigbird")
@@ -50,7 +50,7 @@ FIGURES = ("exact_match", "loss", "kl", "kl_se_samples", "as_dense", "kept", "ov
 
 
 def table(
-    model: Multimodal,
+    model: MultimodalTraining,
     held_out: Sequence[Batch],
     densities: Sequence[float],
     rankers: Mapping[str, Ranker] = METHODS,
@@ -82,13 +82,16 @@ def table(
         "exact_match": round(exact.float().mean().item(), 5),
         "loss": round(cross_entropy(logits, labels).item(), 5),
     }  # fmt: skip
-    own, few = config_of(model.language).sinks, held_out[:looked_at]
+    own, few = sparse_config(model.language).sinks, held_out[:looked_at]
     for density in densities:
         for name, make in rankers.items():
             kept = max(own, sinks) if name in PATTERNS else own
-            with keeping(model.language, sinks=kept), ranked_by(model.language, make):
+            with (
+                override_config(model.language, sinks=kept),
+                override_scorers(model.language, make),
+            ):
                 ratio = matched_ratio(model, few, density, density)
-                with keeping(model.language, ratio=ratio):
+                with override_config(model.language, ratio=ratio):
                     found = summary([measure(model, held_out, dense, len(few))])
             if abs(found["density"] / density - 1) > 0.05:
                 raise ValueError(
@@ -117,11 +120,13 @@ def rankers_for(weights: str, methods: Sequence[str] | None) -> dict[str, Ranker
     return {name: METHODS[name] for name in methods}
 
 
-def learned(model: Multimodal, batches: Sequence[Batch]) -> Mapping[str, Scorer]:
+def learned(model: MultimodalTraining, batches: Sequence[Batch]) -> Mapping[str, Scorer]:
     """`FineScorer`s that learn from the frozen model's attention, a step a batch."""
     model.eval().requires_grad_(False)
-    optimizer = OptimizerPart(lr=5e-3, warmup=10, final=0.0)
-    made, _ = learn(model, batches, {"blind": LEARNED["blind"]}, Goal(), optimizer)
+    optimizer = OptimizerConfig(lr=5e-3, warmup=10, final=0.0)
+    made, _ = train_jointly(
+        model, batches, {"blind": LEARNED["blind"]}, DistillationConfig(), optimizer
+    )
     return made["blind"]
 
 
@@ -146,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for weights, rankers in chosen.items():
         cli = prepare("quality", args.config, [f"--model.weights={weights}", *more])
         data, model, validation = cli.datamodule, cli.model, validation_of(cli, args.config)
-        with placed(cli) as here:
+        with on_device(cli) as here:
             if args.learn:
                 batches = here(islice(data.loader(data.train, shuffle=True), args.learn))
                 rankers["learned"] = learned(model, list(batches))

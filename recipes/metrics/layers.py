@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import mm_sparse as mms
 from mm_sparse import PooledScorer, select, unit_mass
-from mm_sparse.distillation.losses import divergence
-from mm_sparse.integrations.call import Call
-from mm_sparse.integrations.context import keeping, watch
-from mm_sparse.integrations.state import layers
+from mm_sparse.distillation.losses import attention_kl
+from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.context import capture_attention, override_config
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.layout.plan import Plan
-from mm_sparse.selection.block_lists import units_of_lists
+from mm_sparse.selection.block_lists import lists_to_mask
 from mm_sparse.selection.scores import Scores
 
 
@@ -28,10 +28,10 @@ def layer_figures(
     `run` is a forward pass on `ids`, that of a language model if None.
     Kept mass and overlap also by pair of modalities, query first, where more than one is there.
     """
-    served = layers(model)
+    served = attention_layers(model)
     found: dict[str, dict[str, float]] = {}
 
-    def measure(call: Call) -> None:
+    def measure(call: AttentionCall) -> None:
         scorer = served[call.name].scorer or PooledScorer()
         if call.layout is None:
             return
@@ -40,7 +40,7 @@ def layer_figures(
         mass = unit_mass(call.q, call.k, plan, call.scale)
         kept, best = (kept_units(x, plan) for x in (values, mass.clamp(min=1e-20).log()))
         open_units = (plan.visible & ~plan.always)[:, None]
-        figures = {"divergence": divergence(values, mass, plan).item()}
+        figures = {"divergence": attention_kl(values, mass, plan).item()}
         kinds = plan.unit_modality.unique().tolist()
         pairs = [(a, b) for a in kinds for b in kinds if a >= 0 and b >= 0]
         for pair in [None, *(pairs if len(pairs) > 1 else [])]:
@@ -55,7 +55,7 @@ def layer_figures(
             figures[f"overlap{name}"] = (both / all_best.clamp(min=1)).item()
         found[call.name] = figures
 
-    with keeping(model, backend="dense"), watch(model, measure):
+    with override_config(model, backend="dense"), capture_attention(model, measure):
         if run is not None:
             run(ids)
         else:
@@ -66,4 +66,4 @@ def layer_figures(
 def kept_units(values: Tensor, plan: Plan) -> Tensor:
     """(B, K, T, U) bool: what `select` keeps."""
     chosen = select(Scores(values, plan), plan.layout, plan.config)
-    return units_of_lists(chosen.index, chosen.count, values.shape[-1])
+    return lists_to_mask(chosen.index, chosen.count, values.shape[-1])

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mm_sparse.integrations.context import keeping
+from mm_sparse.integrations.context import override_config
 
 
 @torch.no_grad()
 def predictions(model: Any, ids: Tensor, **changes: Any) -> Tensor:
     """(N / 2, V) log probabilities of the second half of a sequence (1, N)."""
     half = ids.shape[1] // 2
-    with keeping(model, **{"dense_below": 0} | changes):
+    with override_config(model, **{"dense_below": 0} | changes):
         logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - half).logits
     return logits[0].float().log_softmax(-1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mm_sparse import PooledScorer, Scorer
-from mm_sparse.scorers.attention_mass import Perfect
+from mm_sparse.scorers.attention_mass import OracleScorer
 from mm_sparse.scorers.patterns import Nearest, NearestAndRandom
 
 METHODS: dict[str, Callable[[], Scorer] | None] = {
@@ -14,6 +14,6 @@ METHODS: dict[str, Callable[[], Scorer] | None] = {
     "pooled": PooledScorer,
     "scorers": None,
     "one ratio": None,
-    "perfect": Perfect,
+    "perfect": OracleScorer,
 }
 """None stands for the model's own scorers, with its budgets of layers and heads or without."""

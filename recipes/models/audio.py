@@ -137,7 +137,7 @@ class Wav2Vec2Tower(AudioTower):
         return self.backbone(normal, attention_mask=heard.long()).last_hidden_state
 
 
-class NamingFrames(AudioTower):
+class FrameClassifier(AudioTower):
     """A tower whose classifier names what each frame belongs to: (A, F, classes) probabilities."""
 
     def __init__(self, tower: AudioTower, classes: int) -> None:
@@ -159,7 +159,7 @@ class NamingFrames(AudioTower):
 
 
 @dataclass(frozen=True)
-class AudioPart:
+class AudioConfig:
     """A tower for sound. `options` go to its architecture."""
 
     kind: Kind = "conformer"
@@ -180,7 +180,7 @@ class AudioPart:
             raise ValueError(f"classes must be at least 0, got {self.classes}")
         tower = self._tower()
         if self.classes:
-            tower = NamingFrames(tower, self.classes)
+            tower = FrameClassifier(tower, self.classes)
         if self.weights is not None:
             if not Path(self.weights).is_file():
                 raise ValueError(f"weights must be None or a file, got {self.weights!r}")
@@ -268,7 +268,7 @@ class FrameProjector(nn.Module):
 
 
 @dataclass(frozen=True)
-class FrameProjectorPart:
+class FrameProjectorConfig:
     """Arguments of `FrameProjector`."""
 
     stack: int = 2

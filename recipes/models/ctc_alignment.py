@@ -1,4 +1,5 @@
-"""A lesson for the projector of speech: its tokens alone, read in order, must spell the answer.
+"""A distillation loss for the projector of speech: its tokens alone, read in order, must spell
+the answer.
 
 A sounds, F audio tokens of the longest, N audio tokens of all, E width, C candidates
 """

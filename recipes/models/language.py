@@ -11,7 +11,7 @@ from mm_sparse.recipes.pretrained import wheels
 
 
 @dataclass(frozen=True)
-class LanguagePart:
+class LanguageConfig:
     """A causal language model of transformers, from a path or from scratch."""
 
     path: str | None = None
@@ -41,7 +41,7 @@ class LanguagePart:
 
 
 @dataclass(frozen=True)
-class LoraPart:
+class LoraConfig:
     """Low-rank adapters on the language model's linear layers (peft); its weights are frozen."""
 
     rank: int = 8

@@ -19,21 +19,21 @@ from torch import Tensor, nn
 import mm_sparse as mms
 from mm_sparse.checkpoints.format import read_scorers
 from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations.context import given_modality
+from mm_sparse.integrations.context import set_modality
 from mm_sparse.integrations.patching import find_all
-from mm_sparse.integrations.state import scorers
+from mm_sparse.integrations.state import scorers_of
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.data.samples import IGNORED, Batch
 from mm_sparse.recipes.data.tokenizers import Tokenizer
-from mm_sparse.recipes.models.language import LoraPart
+from mm_sparse.recipes.models.language import LoraConfig
 from mm_sparse.recipes.training.fsdp import shard
 from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 ScorerName = Literal["pooled", "relevance", "fine"]
 
 
-class Reader(L.LightningModule):
+class MultimodalLM(L.LightningModule):
     """Towers, projectors and language model, put together; it embeds, runs and generates.
 
     A subclass builds the parts that it has: `vision` with `projector`, `audio` with
@@ -50,7 +50,7 @@ class Reader(L.LightningModule):
         sparse: Mapping[str, mms.SparseConfig | None],
         scorer: ScorerName,
         objectives: Objectives | None,
-        optimizer: OptimizerPart | None,
+        optimizer: OptimizerConfig | None,
         freeze: tuple[Any, ...],
         checkpointing: bool,
     ) -> None:
@@ -78,11 +78,11 @@ class Reader(L.LightningModule):
         self.image_id, self.audio_id = tokenizer.image_id, tokenizer.audio_id
         self.pad_id, self.eos_id = tokenizer.pad_id, tokenizer.eos_id
         self.scorer, self.freeze_names, self.checkpointing = scorer, freeze, checkpointing
-        self.optimizer_part = optimizer or OptimizerPart()
+        self.optimizer_part = optimizer or OptimizerConfig()
 
     def assemble(
         self,
-        lora: LoraPart | None,
+        lora: LoraConfig | None,
         weights: str | None,
         scorers_from: Mapping[str, str] | None = None,
     ) -> None:
@@ -120,9 +120,9 @@ class Reader(L.LightningModule):
             if name in trained:
                 mms.load_scorers(part, trained[name])
             prefix = "" if name == "language" else f"{name}/"
-            found = scorers(getattr(self, name)).items()
+            found = scorers_of(getattr(self, name)).items()
             self.scorers.update({prefix + layer: scorer for layer, scorer in found})
-        # Only a lesson gives scorers a gradient: selection itself passes none.
+        # Only a distillation loss gives scorers a gradient: selection itself passes none.
         learns = self.objectives.scorers > 0 and "scorers" not in self.freeze_names
         self.scorers.requires_grad_(learns)
         if weights is not None:
@@ -198,7 +198,7 @@ class Reader(L.LightningModule):
         """The language model runs inside: its layers learn there what its tokens are."""
         with ExitStack() as stack:
             if "language" in self.sparse_configs:
-                stack.enter_context(given_modality(self.language, modality))
+                stack.enter_context(set_modality(self.language, modality))
             yield
 
     def run(self, batch: Batch, **options: Any) -> Any:
@@ -257,7 +257,7 @@ class Reader(L.LightningModule):
             )
         return [self.tokenizer.decode(_until(row, self.eos_id)) for row in ids.tolist()]
 
-    def train(self, mode: bool = True) -> "Reader":
+    def train(self, mode: bool = True) -> "MultimodalLM":
         """Frozen parts stay as in evaluation: their statistics must not drift either."""
         super().train(mode)
         for part in self.frozen:
@@ -265,7 +265,7 @@ class Reader(L.LightningModule):
         return self
 
 
-def load_weights(model: Reader, path: str) -> None:
+def load_weights(model: MultimodalLM, path: str) -> None:
     """Weights of a checkpoint of the same model; scorers that it lacks stay as they are."""
     if not Path(path).is_file():
         raise ValueError(f"weights must be a checkpoint, got {path!r}, which is no file")

@@ -1,4 +1,5 @@
-"""Training of the recipes' models: teacher forcing, lessons of the scorers, what is logged.
+"""Training of the recipes' models: teacher forcing, distillation losses of the scorers, what is
+logged.
 
 A answers
 """
@@ -13,15 +14,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import lessons
+from mm_sparse.distillation.losses import distillation_losses
 from mm_sparse.recipes.data.samples import IGNORED, Batch
-from mm_sparse.recipes.models.multimodal import Reader
+from mm_sparse.recipes.models.multimodal import MultimodalLM
 from mm_sparse.recipes.training.fsdp import average
 from mm_sparse.recipes.training.optimizer import optimize
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class AnswerLoss:
     """What the model said where it was asked."""
 
     loss: Tensor
@@ -30,7 +31,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class AnswerLogits:
     """Predictions of the answer tokens of a batch, P of them."""
 
     logits: Tensor
@@ -43,25 +44,25 @@ class Said:
     """(P,) row of the batch."""
 
     def exact(self) -> Tensor:
-        """(A,) bool, as `Verdict` has it."""
+        """(A,) bool, as `AnswerLoss` has it."""
         found = torch.ones(int(self.answer.max()) + 1, dtype=torch.int8, device=self.labels.device)
         right = (self.logits.argmax(-1) == self.labels).to(torch.int8)
         return found.scatter_reduce(0, self.answer, right, "amin").bool()
 
 
-class Multimodal(Reader):
-    """A `Reader` that learns to give the answers of its batches."""
+class MultimodalTraining(MultimodalLM):
+    """A `MultimodalLM` that learns to give the answers of its batches."""
 
-    def forward(self, batch: Batch) -> Verdict:
+    def forward(self, batch: Batch) -> AnswerLoss:
         """Teacher forcing: every token of an answer is predicted from the true ones before it."""
         labels = batch["labels"][:, 1:]
         if not labels.numel() or not bool((labels != IGNORED).any()):
             nothing = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
-            return Verdict(torch.as_tensor(nothing), labels.new_zeros(0, dtype=torch.bool))
+            return AnswerLoss(torch.as_tensor(nothing), labels.new_zeros(0, dtype=torch.bool))
         said = self.answers(batch)
-        return Verdict(cross_entropy(said.logits, said.labels), said.exact())
+        return AnswerLoss(cross_entropy(said.logits, said.labels), said.exact())
 
-    def answers(self, batch: Batch) -> Said:
+    def answers(self, batch: Batch) -> AnswerLogits:
         """What a batch with answers makes the model say where it is asked."""
         labels, answer = batch["labels"][:, 1:], batch["answer_index"][:, 1:]
         # Logits of all positions of a long picture would not fit for a large vocabulary.
@@ -70,7 +71,7 @@ class Multimodal(Reader):
         labels, answer = labels[:, columns], answer[:, columns]
         asked = labels != IGNORED
         rows = asked.nonzero()[:, 0]
-        return Said(logits[asked].float(), labels[asked], answer[asked], rows)
+        return AnswerLogits(logits[asked].float(), labels[asked], answer[asked], rows)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         goals, loss = self.objectives, torch.zeros((), device=self.device)
@@ -87,17 +88,17 @@ class Multimodal(Reader):
                 stack.enter_context(self.running(changed))
                 learned = None
                 if due and not from_dense:
-                    learned = stack.enter_context(self.lessons())
+                    learned = stack.enter_context(self.distillation_losses())
                 verdict = self(batch)
             loss = loss + goals.language * verdict.loss
             self.log_all("train", verdict, batch)
             if learned is not None:
-                loss = loss + self.taught(mean_lesson(learned))
+                loss = loss + self.taught(mean_loss(learned))
         if from_dense:
-            loss = loss + self.taught(self.dense_lesson(batch))
+            loss = loss + self.taught(self.dense_distillation_loss(batch))
         return loss
 
-    def keeping(self, **changes: Any) -> AbstractContextManager[None]:
+    def override_config(self, **changes: Any) -> AbstractContextManager[None]:
         """Every sparse part with another config of its attention, for a while."""
         if not self.sparse_configs:
             raise ValueError("sparse must be given for the model to run sparse, got None")
@@ -112,27 +113,29 @@ class Multimodal(Reader):
             yield
 
     @contextmanager
-    def lessons(self) -> Iterator[list[Any]]:
+    def distillation_losses(self) -> Iterator[list[Any]]:
         """What the scorers of every sparse part learn inside."""
         with ExitStack() as stack:
             parts = [getattr(self, name) for name in self.sparse_configs]
-            yield [stack.enter_context(lessons(part)) for part in parts]
+            yield [stack.enter_context(distillation_losses(part)) for part in parts]
 
-    def dense_lesson(self, batch: Batch) -> Tensor:
+    def dense_distillation_loss(self, batch: Batch) -> Tensor:
         """The scorers' divergence from the attention of a run that keeps everything."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self.keeping(ratio=1.0, tokens=None, mass=None, layer_ratio={}))
-            learned = stack.enter_context(self.lessons())
+            stack.enter_context(
+                self.override_config(ratio=1.0, tokens=None, top_p=None, layer_ratio={})
+            )
+            learned = stack.enter_context(self.distillation_losses())
             self.run(batch, logits_to_keep=1)
-        return mean_lesson(learned)
+        return mean_loss(learned)
 
-    def taught(self, divergence: Tensor) -> Tensor:
+    def taught(self, attention_kl: Tensor) -> Tensor:
         """Weighted and logged."""
-        self.log("train/scorer_kl", divergence.detach(), prog_bar=True)
-        return self.objectives.scorers * divergence
+        self.log("train/scorer_kl", attention_kl.detach(), prog_bar=True)
+        return self.objectives.scorers * attention_kl
 
-    def log_all(self, stage: str, verdict: Verdict, batch: Batch) -> None:
+    def log_all(self, stage: str, verdict: AnswerLoss, batch: Batch) -> None:
         answers = len(verdict.exact)
         if not answers:
             return
@@ -169,7 +172,7 @@ class Multimodal(Reader):
         return optimize(self.optimizer_part, self, self.parts, steps)
 
 
-def mean_lesson(found: list[Any]) -> Tensor:
+def mean_loss(found: list[Any]) -> Tensor:
     """Mean over the layers of all parts; zero where no layer with a scorer ran sparse."""
     losses = [loss for part in found for loss in part.losses.values()]
     return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -10,18 +10,18 @@ from typing import Literal
 
 import mm_sparse as mms
 from mm_sparse.recipes.data.tokenizers import Tokenizer
-from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
-from mm_sparse.recipes.models.language import LanguagePart, LoraPart
+from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
+from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
 from mm_sparse.recipes.models.multimodal import ScorerName
-from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
+from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
+from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
 from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 Part = Literal["vision", "projector", "audio", "audio_projector", "language", "scorers"]
 
 
-class Omni(Multimodal):
+class Omni(MultimodalTraining):
     """Two towers, two projectors, one language model."""
 
     parts = ("vision", "projector", "audio", "audio_projector", "language", "scorers")
@@ -29,19 +29,19 @@ class Omni(Multimodal):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        vision: VisionPart | None = None,
-        audio: AudioPart | None = None,
-        language: LanguagePart | None = None,
-        projector: ProjectorPart | None = None,
-        audio_projector: FrameProjectorPart | None = None,
+        vision: VisionConfig | None = None,
+        audio: AudioConfig | None = None,
+        language: LanguageConfig | None = None,
+        projector: ProjectorConfig | None = None,
+        audio_projector: FrameProjectorConfig | None = None,
         sparse: mms.SparseConfig | None = None,
         sparse_vision: mms.SparseConfig | None = None,
         sparse_audio: mms.SparseConfig | None = None,
         scorer: ScorerName = "relevance",
         objectives: Objectives | None = None,
-        optimizer: OptimizerPart | None = None,
+        optimizer: OptimizerConfig | None = None,
         freeze: tuple[Part, ...] = (),
-        lora: LoraPart | None = None,
+        lora: LoraConfig | None = None,
         checkpointing: bool = False,
         weights: str | None = None,
     ) -> None:
@@ -59,12 +59,12 @@ class Omni(Multimodal):
         """
         configs = {"language": sparse, "vision": sparse_vision, "audio": sparse_audio}
         super().__init__(tokenizer, configs, scorer, objectives, optimizer, freeze, checkpointing)
-        self.vision = (vision or VisionPart()).build()
-        self.audio = (audio or AudioPart()).build()
-        self.language = (language or LanguagePart()).build(tokenizer.size)
+        self.vision = (vision or VisionConfig()).build()
+        self.audio = (audio or AudioConfig()).build()
+        self.language = (language or LanguageConfig()).build(tokenizer.size)
         width = self.language.get_input_embeddings().embedding_dim
-        self.projector = (projector or ProjectorPart()).build(self.vision.width, width)
-        self.audio_projector = (audio_projector or FrameProjectorPart()).build(
+        self.projector = (projector or ProjectorConfig()).build(self.vision.width, width)
+        self.audio_projector = (audio_projector or FrameProjectorConfig()).build(
             self.audio.width, width
         )
         self.assemble(lora, weights)

@@ -15,18 +15,18 @@ import mm_sparse as mms
 from mm_sparse.recipes.data.samples import Batch
 from mm_sparse.recipes.data.tokenizers import Tokenizer
 from mm_sparse.recipes.metrics.word_error_rate import ErrorCounts, plain
-from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
+from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
 from mm_sparse.recipes.models.ctc_alignment import alignment_loss
-from mm_sparse.recipes.models.language import LanguagePart, LoraPart
+from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
 from mm_sparse.recipes.models.multimodal import ScorerName
-from mm_sparse.recipes.models.multimodal_training import Multimodal
+from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
 from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 Part = Literal["audio", "audio_projector", "language", "scorers"]
 
 
-class Speech(Multimodal):
+class Speech(MultimodalTraining):
     """Tower, projector, language model; word and character error rate of what it says."""
 
     parts = ("audio", "audio_projector", "language", "scorers")
@@ -34,16 +34,16 @@ class Speech(Multimodal):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        audio: AudioPart | None = None,
-        language: LanguagePart | None = None,
-        audio_projector: FrameProjectorPart | None = None,
+        audio: AudioConfig | None = None,
+        language: LanguageConfig | None = None,
+        audio_projector: FrameProjectorConfig | None = None,
         sparse: mms.SparseConfig | None = None,
         sparse_audio: mms.SparseConfig | None = None,
         scorer: ScorerName = "relevance",
         objectives: Objectives | None = None,
-        optimizer: OptimizerPart | None = None,
+        optimizer: OptimizerConfig | None = None,
         freeze: tuple[Part, ...] = (),
-        lora: LoraPart | None = None,
+        lora: LoraConfig | None = None,
         checkpointing: bool = False,
         max_new_tokens: int = 64,
         weights: str | None = None,
@@ -64,8 +64,8 @@ class Speech(Multimodal):
                 and, where it has none, scorers start anew.
             scorers_from: trained scorers and their ratios per layer for "language" or "audio": a
                 folder of `mms.save_scorers`, or the name of shipped ones.
-            alignment: weight of the alignment lesson for the projector. For transcripts: it needs
-                an answer for each sound, in the order of what is heard.
+            alignment: weight of the alignment distillation loss for the projector. For
+            transcripts: it needs an answer for each sound, in the order of what is heard.
         """
         configs = {"language": sparse, "audio": sparse_audio}
         super().__init__(tokenizer, configs, scorer, objectives, optimizer, freeze, checkpointing)
@@ -74,9 +74,9 @@ class Speech(Multimodal):
         if alignment < 0:
             raise ValueError(f"alignment must be at least 0, got {alignment}")
         self.max_new_tokens, self.alignment = max_new_tokens, alignment
-        self.audio = (audio or AudioPart()).build()
-        self.language = (language or LanguagePart()).build(tokenizer.size)
-        self.audio_projector = (audio_projector or FrameProjectorPart()).build(
+        self.audio = (audio or AudioConfig()).build()
+        self.language = (language or LanguageConfig()).build(tokenizer.size)
+        self.audio_projector = (audio_projector or FrameProjectorConfig()).build(
             self.audio.width, self.language.get_input_embeddings().embedding_dim
         )
         self.counts = ErrorCounts()
@@ -89,9 +89,9 @@ class Speech(Multimodal):
         hook = self.audio_projector.register_forward_hook(lambda *call: heard.append(call[-1]))
         with hook:
             loss = super().training_step(batch, index)
-        lesson = self.aligned(heard[0], batch)
-        self.log("train/alignment", lesson.detach(), prog_bar=True)
-        return loss + self.alignment * lesson
+        alignment_term = self.aligned(heard[0], batch)
+        self.log("train/alignment", alignment_term.detach(), prog_bar=True)
+        return loss + self.alignment * alignment_term
 
     def aligned(self, tokens: Tensor, batch: Batch) -> Tensor:
         """`alignment_loss` of the (N, E) audio tokens of a batch."""

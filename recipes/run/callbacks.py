@@ -21,7 +21,7 @@ def progress_bar() -> Callback:
     return TQDMProgressBar(refresh_rate=50)
 
 
-class Speed(Callback):
+class Throughput(Callback):
     """`train/tokens_per_second` of the steps between two log lines, and `train/dropped` so far.
 
     Tokens are those of text, pictures and sounds; time is the whole step, data included.

@@ -19,28 +19,28 @@ from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality
-from mm_sparse.distillation.losses import lessons
+from mm_sparse.distillation.losses import distillation_losses
 from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.state import scorers
+from mm_sparse.integrations.state import scorers_of
 from mm_sparse.recipes.data.text_corpus import CorpusData
-from mm_sparse.recipes.models.language import LanguagePart, LoraPart
-from mm_sparse.recipes.training.optimizer import OptimizerPart, optimize
+from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
+from mm_sparse.recipes.training.optimizer import OptimizerConfig, optimize
 from mm_sparse.selection.scores import Scores
 
 
-class Tuning(L.LightningModule):
+class FinetuneLM(L.LightningModule):
     """A causal language model on plain text, sparse or dense, whole or by adapters."""
 
     parts = ("language", "scorers")
 
     def __init__(
         self,
-        language: LanguagePart,
+        language: LanguageConfig,
         sparse: mms.SparseConfig | None = None,
         scorers_from: str | None = None,
-        lora: LoraPart | None = None,
-        optimizer: OptimizerPart | None = None,
-        lesson: float = 1.0,
+        lora: LoraConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        scorer_loss: float = 1.0,
         lessons_every: int = 4,
         temperature: float = 0.2,
         out: str | None = None,
@@ -50,18 +50,18 @@ class Tuning(L.LightningModule):
             sparse: what layers keep; None takes the config beside `scorers_from`, or runs dense.
             scorers_from: folder of `save_scorers` to start from; untrained ones if None.
             lora: adapters, the model's own weights frozen; None trains all of it.
-            lesson: weight of the attention that the scorers' soft choice drops, 0 for no lessons.
-            lessons_every: steps between two lessons.
+            distillation loss: weight of the attention that the scorers' soft top-k drops, 0 for none.
+            lessons_every: steps between two distillation losses.
             temperature: of that choice.
             out: folder that the scorers are written to at the end.
         """
         super().__init__()
-        for name, value, low in (("lesson", lesson, 0), ("lessons_every", lessons_every, 1)):
+        for name, value, low in (("lesson", scorer_loss, 0), ("lessons_every", lessons_every, 1)):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         self.language: Any = language.build(0)
-        self.optimizer_part = optimizer or OptimizerPart()
-        self.lesson, self.lessons_every, self.out = lesson, lessons_every, out
+        self.optimizer_part = optimizer or OptimizerConfig()
+        self.scorer_loss, self.lessons_every, self.out = scorer_loss, lessons_every, out
         self.scorers = nn.ModuleDict()
         if sparse is not None or scorers_from is not None:
             if sparse is not None:
@@ -69,7 +69,7 @@ class Tuning(L.LightningModule):
                 mms.sparsify(self.language, sparse, scorer=make)
             if scorers_from is not None:
                 mms.load_scorers(self.language, scorers_from)
-            self.scorers = scorers(self.language).requires_grad_(lesson > 0)
+            self.scorers = scorers_of(self.language).requires_grad_(scorer_loss > 0)
         if lora is not None:
             self.language.requires_grad_(False)
             lora.apply(self.language)
@@ -82,8 +82,12 @@ class Tuning(L.LightningModule):
         return loss.view(len(ids), -1)
 
     def training_step(self, ids: Tensor, index: int) -> Tensor:
-        due = self.lesson > 0 and len(self.scorers) and self.global_step % self.lessons_every == 0
-        teach: Any = lessons(self.language, self.taught) if due else nullcontext()
+        due = (
+            self.scorer_loss > 0
+            and len(self.scorers)
+            and self.global_step % self.lessons_every == 0
+        )
+        teach: Any = distillation_losses(self.language, self.taught) if due else nullcontext()
         with teach as learned:
             loss = self.losses(ids).mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -91,7 +95,7 @@ class Tuning(L.LightningModule):
             return loss
         dropped = learned.mean()
         self.log("train/dropped", dropped.detach(), prog_bar=True)
-        return loss + self.lesson * dropped
+        return loss + self.scorer_loss * dropped
 
     def validation_step(self, ids: Tensor, index: int) -> None:
         """Loss of all tokens, and of those in the second half, which see far."""
@@ -115,7 +119,7 @@ def _dropped(scores: Scores, mass: Tensor, temperature: float) -> Tensor:
 def main(args: Any = None) -> LightningCLI:
     """Fit or validate as the config of the command line says."""
     torch.set_float32_matmul_precision("high")
-    return LightningCLI(Tuning, CorpusData, args=args, save_config_kwargs={"overwrite": True})
+    return LightningCLI(FinetuneLM, CorpusData, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":

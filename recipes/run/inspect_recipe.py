@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from mm_sparse.analysis.html_page import Scene
+from mm_sparse.analysis.html_page import InspectionSample
 from mm_sparse.recipes.run.inspection import scene
 from mm_sparse.recipes.run.sparse_vs_dense import prepare, validation_of
 
 
-def recipe(arguments: list[str]) -> Scene:
+def recipe(arguments: list[str]) -> InspectionSample:
     """The sample of a recipe's config file; further options are those of the recipe."""
     parser = argparse.ArgumentParser(prog="scenes:recipe")
     parser.add_argument("--config", required=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from mm_sparse.analysis.html_page import Scene, Sight, Sounding, draw_scene
+from mm_sparse.analysis.html_page import AudioView, ImageView, InspectionSample, draw_scene
 from mm_sparse.recipes.data.samples import IGNORED, RATE, Batch, Sample
 from mm_sparse.recipes.models.audio import LogMel
 
 
-def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -> Scene:
+def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -> InspectionSample:
     """What a recipe's model makes of a sample."""
     if not model.sparse_configs:
         raise ValueError("model must run sparse to be inspected, got a dense one")
@@ -31,7 +31,7 @@ def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -
     before = asks & torch.cat([learned[1:], learned.new_zeros(1)])
     queries = (before if bool(before.any()) else asks).nonzero().flatten().tolist()
     parts = {name: getattr(model, name) for name in model.sparse_configs}
-    return Scene(
+    return InspectionSample(
         title=f"{type(model).__name__}: {sample.name}",
         parts=parts,
         run=lambda: model(batch),
@@ -57,19 +57,19 @@ def figures(model: Any, collator: Any, sample: Sample) -> dict[str, Any]:
         model.train(training)
 
 
-def things(model: Any, batch: Batch) -> tuple[list[Sight], list[Sounding]]:
+def things(model: Any, batch: Batch) -> tuple[list[ImageView], list[AudioView]]:
     """Pictures and sounds of a batch of one row, and where their tokens are."""
     kinds = model.modality(batch)[0]
     images = (kinds == 1).nonzero().flatten().tolist()
     heard = (kinds == 2).nonzero().flatten().tolist()
     sights, sounds, at = [], [], 0
     for pixels, grid in zip(batch["pixel_values"], batch["image_grids"], strict=True):
-        sights.append(Sight(pixels, images[at], grid))
+        sights.append(ImageView(pixels, images[at], grid))
         at += grid[0] * grid[1]
     at = 0
     for wave, length in zip(batch["waveforms"], batch["sound_lengths"].tolist(), strict=True):
         count = -(-length // model.audio_projector.samples_per_token)
         mel = LogMel(64)(wave[None, :length].cpu())[0]
-        sounds.append(Sounding(mel, heard[at], count, length / RATE))
+        sounds.append(AudioView(mel, heard[at], count, length / RATE))
         at += count
     return sights, sounds

@@ -32,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of the config that `add_options` change for all methods."""
-    changes = {"coarse": args.coarse, "coarse_budget": args.coarse_budget}
-    return changes if args.sampled is None else changes | {"sampled": args.sampled}
+    changes = {"coarse_factor": args.coarse, "coarse_budget": args.coarse_budget}
+    return changes if args.sampled is None else changes | {"sample_ratio": args.sampled}
 
 
 def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -41,9 +41,9 @@ def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     Without scorers the method that is named after them is left out of `args.methods`.
     """
-    from mm_sparse.recipes.models.language import LanguagePart
+    from mm_sparse.recipes.models.language import LanguageConfig
 
-    model: Any = LanguagePart(args.model, options={"dtype": args.dtype}).build(0)
+    model: Any = LanguageConfig(args.model, options={"dtype": args.dtype}).build(0)
     model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     if args.scorers:
         mms.load_scorers(model, args.scorers)

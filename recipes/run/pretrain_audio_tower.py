@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mm_sparse.recipes.data.samples import IGNORED
 from mm_sparse.recipes.datasets.digit_dictation import SILENCE, SpokenWords
-from mm_sparse.recipes.models.audio import HOP, AudioPart, NamingFrames
-from mm_sparse.recipes.run.token_classification import teach_names
+from mm_sparse.recipes.models.audio import HOP, AudioConfig, FrameClassifier
+from mm_sparse.recipes.run.token_classification import train_token_classifier
 
 
 def labelled(data: SpokenWords, indices: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +41,7 @@ def labelled(data: SpokenWords, indices: range) -> tuple[Tensor, Tensor, Tensor]
 
 
 def teach(
-    tower: NamingFrames, data: SpokenWords, *, steps: int, batch: int = 8, lr: float = 3e-3
+    tower: FrameClassifier, data: SpokenWords, *, steps: int, batch: int = 8, lr: float = 3e-3
 ) -> float:
     """Train the tower in place; returns the share of frames of the last batch named right."""
 
@@ -49,7 +49,7 @@ def teach(
         waves, lengths, labels = labelled(data, indices)
         return tower.name(waves, lengths), labels
 
-    return teach_names(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.01)
+    return train_token_classifier(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.01)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     audio = dict(recipe["model"]["audio"])
     path = Path(audio.pop("weights"))
     torch.manual_seed(recipe.get("seed_everything") or 0)
-    tower = AudioPart(**audio).build()
-    if not isinstance(tower, NamingFrames):
+    tower = AudioConfig(**audio).build()
+    if not isinstance(tower, FrameClassifier):
         raise ValueError(f"classes of model.audio must be above 0 in {options.config}, got 0")
     # Dictations that the finetuning will not meet.
     samples = {**recipe["data"]["train"].get("init_args", {}), "seed": 1, "length": 10**6}

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_sparse.recipes.datasets.digits import DigitCanvases
-from mm_sparse.recipes.models.vision import NamingTower, VisionPart
-from mm_sparse.recipes.run.token_classification import teach_names
+from mm_sparse.recipes.models.vision import PatchClassifier, VisionConfig
+from mm_sparse.recipes.run.token_classification import train_token_classifier
 
 
 def patch_labels(
@@ -38,7 +38,7 @@ def patch_labels(
 
 
 def teach(
-    tower: NamingTower, data: DigitCanvases, *, steps: int, batch: int = 16, lr: float = 3e-3
+    tower: PatchClassifier, data: DigitCanvases, *, steps: int, batch: int = 16, lr: float = 3e-3
 ) -> float:
     """Train the tower in place; returns the share of patches of the last batch named right."""
     side = data.cell * data.scale
@@ -48,7 +48,7 @@ def teach(
         pictures, labels = patch_labels(data, indices, grid)
         return tower.name(pictures)[0], labels
 
-    return teach_names(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.05)
+    return train_token_classifier(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.05)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     vision = dict(recipe["model"]["vision"])
     path = Path(vision.pop("weights"))
     torch.manual_seed(recipe.get("seed_everything") or 0)
-    tower = VisionPart(**vision).build()
-    if not isinstance(tower, NamingTower):
+    tower = VisionConfig(**vision).build()
+    if not isinstance(tower, PatchClassifier):
         raise ValueError(f"classes of model.vision must be above 0 in {options.config}, got 0")
     # Canvases that the finetuning will not meet.
     samples = {**recipe["data"]["train"].get("init_args", {}), "seed": 1, "length": 10**6}

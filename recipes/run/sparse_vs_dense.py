@@ -101,7 +101,7 @@ def validation_of(cli: Any, config: str) -> Any:
 
 
 @contextmanager
-def placed(cli: Any) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
+def on_device(cli: Any) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
     """For those who use a recipe's model without its trainer: on its device, in its precision.
 
     Gives what brings batches there, one after the other.

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from mm_sparse.recipes.data.samples import IGNORED
 
 
-def teach_names(
+def train_token_classifier(
     tower: nn.Module,
     name: Callable[[range], tuple[Tensor, Tensor]],
     *,

@@ -15,7 +15,7 @@ class Objectives:
     scorers: float = 0.0
     """Weight of the scorers' divergence from the true attention."""
     scorers_every: int = 1
-    """Steps between two lessons of the scorers."""
+    """Steps between two distillation losses of the scorers."""
     teacher: Literal["sparse", "dense"] = "sparse"
     """Whose attention scorers learn from: the sparse run's own, or that of a run that keeps all."""
     dense_steps: int = 0

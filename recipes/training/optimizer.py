@@ -10,7 +10,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class OptimizerPart:
+class OptimizerConfig:
     """AdamW, warm-up, then a cosine down to `final` of the learning rate."""
 
     lr: float = 1e-3
@@ -34,7 +34,7 @@ class OptimizerPart:
 
 
 def optimize(
-    part: OptimizerPart, model: nn.Module, names: Sequence[str], steps: int
+    part: OptimizerConfig, model: nn.Module, names: Sequence[str], steps: int
 ) -> dict[str, Any]:
     """Optimizer and schedule over so many steps for a model's named parts, in Lightning's form."""
     rates = {

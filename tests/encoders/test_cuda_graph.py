@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mm_sparse import SparseConfig
-from mm_sparse.encoders.cuda_graph import Captured
+from mm_sparse.encoders.cuda_graph import CUDAGraphEncoder
 from mm_sparse.encoders.vision import create_vision_encoder
 
 pytest.importorskip("timm")
@@ -22,7 +22,7 @@ def test_a_replay_equals_the_encoder(sparse: SparseConfig | None) -> None:
     )
     encoder = encoder.eval().half().cuda()
     first, second = torch.randn(2, 1, 3, 384, 384, device="cuda", dtype=torch.half)
-    replay = Captured(encoder, first)
+    replay = CUDAGraphEncoder(encoder, first)
     for pictures in (first, second, first):
         want, piece = encoder(pictures)
         found, same = replay(pictures)

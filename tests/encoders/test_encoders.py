@@ -60,8 +60,8 @@ def test_pieces_of_pictures_and_their_layers(name: str) -> None:
     assert (piece.modality, piece.grid, piece.prefix) == (mms.Modality.IMAGE, grid, prefix)
     assert tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
     assert encoder.prefix == prefix
-    calls: list[patching.Call] = []
-    with context.watch(encoder, calls.append):
+    calls: list[patching.AttentionCall] = []
+    with context.capture_attention(encoder, calls.append):
         encoder(*batch)
     call = calls[0]
     assert call.selection is not None
@@ -128,8 +128,8 @@ def test_compiled_and_autocast(name: str) -> None:
     found, same = torch.compile(encoder, backend="eager")(*batch)
     torch.testing.assert_close(seen(found, same), seen(tokens, piece), atol=1e-5, rtol=1e-5)
     assert (same.grid, same.prefix, same.rate) == (piece.grid, piece.prefix, piece.rate)
-    calls: list[patching.Call] = []
-    with torch.autocast("cpu", torch.bfloat16), context.watch(encoder, calls.append):
+    calls: list[patching.AttentionCall] = []
+    with torch.autocast("cpu", torch.bfloat16), context.capture_attention(encoder, calls.append):
         found, same = encoder(*batch)
     assert all(call.q.dtype == torch.bfloat16 for call in calls if not call.reason)
     found, wanted = seen(found.float(), same), seen(tokens, piece)

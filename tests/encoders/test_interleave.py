@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.encoders.interleave import Piece, interleave, interleave_rows, text_piece
+from mm_sparse.encoders.interleave import TokenSpec, interleave, interleave_rows, text_piece
 from tests.support.encoder_cases import build
 
 TEXT, IMAGE, AUDIO = mms.Modality.TEXT, mms.Modality.IMAGE, mms.Modality.AUDIO
@@ -21,8 +21,8 @@ def numbered(rows: int, count: int, first: int) -> torch.Tensor:
 def test_layout_and_embeddings_of_three_modalities() -> None:
     parts = [
         (numbered(2, 3, 100), text_piece(torch.tensor([3, 1]))),
-        (numbered(2, 7, 200), Piece(IMAGE, grid=(2, 3), prefix=1)),
-        (numbered(2, 5, 300), Piece(AUDIO, rate=50.0, lengths=torch.tensor([2, 5]))),
+        (numbered(2, 7, 200), TokenSpec(IMAGE, grid=(2, 3), prefix=1)),
+        (numbered(2, 5, 300), TokenSpec(AUDIO, rate=50.0, lengths=torch.tensor([2, 5]))),
         (numbered(2, 2, 400), text_piece(document=1)),
     ]
     for side in ("right", "left"):
@@ -47,7 +47,7 @@ def test_layout_and_embeddings_of_three_modalities() -> None:
 
 
 def test_rows_with_parts_of_their_own() -> None:
-    picture = (numbered(1, 4, 0), Piece(IMAGE, grid=(2, 2)))
+    picture = (numbered(1, 4, 0), TokenSpec(IMAGE, grid=(2, 2)))
     words = (numbered(1, 3, 10), text_piece())
     embeddings, layout = interleave_rows([[words, picture, words, picture], [words], []])
     assert embeddings.shape == (3, 14, 2)
@@ -74,7 +74,7 @@ def test_pieces_of_encoders_go_into_sparse_attention() -> None:
 def test_gradients_reach_the_parts() -> None:
     parts = [numbered(2, 3, 0).requires_grad_(), numbered(2, 4, 9).requires_grad_()]
     embeddings, _ = interleave([(parts[0], text_piece(torch.tensor([3, 2]))),
-                                (parts[1], Piece(AUDIO))])  # fmt: skip
+                                (parts[1], TokenSpec(AUDIO))])  # fmt: skip
     embeddings.sum().backward()
     assert parts[0].grad is not None
     assert parts[0].grad[..., 0].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -96,7 +96,7 @@ def test_gradients_reach_the_parts() -> None:
 )
 def test_pieces_that_contradict_themselves_are_refused(change, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        replace(Piece(IMAGE, grid=(2, 3)), **change)
+        replace(TokenSpec(IMAGE, grid=(2, 3)), **change)
 
 
 WORDS = numbered(2, 6, 0)
@@ -106,8 +106,9 @@ WORDS = numbered(2, 6, 0)
     ("parts", "message"),
     [
         ([], "parts must hold at least one"),
-        ([(WORDS, Piece(IMAGE, grid=(2, 2)))], r"cover the tokens, got 0 in front and \(2, 2\)"),
-        ([(WORDS, Piece(IMAGE, prefix=7))], "prefix must be at most the 6 tokens, got 7"),
+        ([(WORDS, TokenSpec(IMAGE, grid=(2, 2)))],
+         r"cover the tokens, got 0 in front and \(2, 2\)"),
+        ([(WORDS, TokenSpec(IMAGE, prefix=7))], "prefix must be at most the 6 tokens, got 7"),
         ([(WORDS[0], text_piece())], r"tokens must be \(B, N, E\), got \(6, 2\)"),
         ([(WORDS, text_piece(torch.tensor([6])))], "lengths must be for 2 rows, got 1"),
         ([(WORDS, text_piece(torch.tensor([6, 7])))], r"lengths must be in \[0, 6\], got 6 to 7"),

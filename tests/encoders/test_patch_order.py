@@ -19,13 +19,13 @@ for needed in ("timm", "open_clip", "transformers"):
     pytest.importorskip(needed)
 
 GRID = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0)
-RASTER = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0, grid_order=False)
+RASTER = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0, patch_order=False)
 
 
-def calls_of(encoder: Any, batch: Any, config: mms.SparseConfig) -> list[patching.Call]:
-    found: list[patching.Call] = []
+def calls_of(encoder: Any, batch: Any, config: mms.SparseConfig) -> list[patching.AttentionCall]:
+    found: list[patching.AttentionCall] = []
     mms.sparsify(encoder, config)
-    with context.watch(encoder, found.append), torch.no_grad():
+    with context.capture_attention(encoder, found.append), torch.no_grad():
         encoder(*batch)
     return found
 
@@ -37,7 +37,7 @@ def test_a_watcher_gets_tokens_as_the_plan_has_them(name: str, backend: str) -> 
     patch = changes.get("patch_size", 16)
     encoder, batch = build(name)
     raster = calls_of(encoder, batch, mms.SparseConfig(
-        0.3, tile=64, dense_below=0, grid_order=False, backend=backend))[0]  # fmt: skip
+        0.3, tile=64, dense_below=0, patch_order=False, backend=backend))[0]  # fmt: skip
     call = calls_of(encoder, batch, mms.SparseConfig(
         0.3, tile=64, dense_below=0, backend=backend))[0]  # fmt: skip
     assert call.layout is call.plan().layout
@@ -124,7 +124,7 @@ def test_report_counts_the_same_pairs() -> None:
 def test_tokens_put_in_order_once_give_what_q_k_v_and_output_give_one_by_one() -> None:
     encoder, batch = build("timm-dinov2")
     tokens = torch.randn(1, calls_of(encoder, batch, GRID)[0].q.shape[2], encoder.width)
-    layers = state.layers(encoder)
+    layers = state.attention_layers(encoder)
     assert all(layer.place_in_order(tokens) is not None for layer in layers.values())
     once, _ = encoder(*batch)
     # Who looks into the module sees tokens as they are, and so it takes the other way.
@@ -222,7 +222,7 @@ def test_blocks_that_fail_leave_no_order_behind() -> None:
     with pytest.raises(RuntimeError):
         encoder(*batch)
     blocks[-1].mlp.fc1 = kept
-    assert all(layer.ordered is None for layer in state.layers(encoder).values())
+    assert all(layer.ordered is None for layer in state.attention_layers(encoder).values())
     assert encoder(*batch)[0].equal(want)
     mms.densify(encoder)
     assert "forward" not in vars(blocks)
@@ -232,7 +232,7 @@ def test_blocks_that_fail_leave_no_order_behind() -> None:
 def test_dense_layers_among_sparse_ones_take_tokens_in_order(takes: list[int]) -> None:
     encoder, batch = build("timm-dinov2")
     mms.sparsify(encoder, GRID)
-    name = next(iter(state.layers(encoder)))
+    name = next(iter(state.attention_layers(encoder)))
     mms.sparsify(encoder, dataclasses.replace(GRID, dense_layers=(name,)))
     together, _ = encoder(*batch)
     assert len(takes) == 2

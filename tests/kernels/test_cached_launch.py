@@ -6,7 +6,7 @@ import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_sparse.encoders.cuda_graph import Captured
+from mm_sparse.encoders.cuda_graph import CUDAGraphEncoder
 from mm_sparse.kernels import cached_launch
 
 pytestmark = pytest.mark.skipif(
@@ -58,4 +58,4 @@ def test_what_comes_before_the_constants_must_be_all_of_it():
 
 def test_an_encoder_is_captured_on_a_gpu_alone():
     with pytest.raises(ValueError, match=r"inputs\[0\] must be a tensor on a CUDA device, got"):
-        Captured(torch.nn.Identity(), torch.zeros(1))  # type: ignore[arg-type]
+        CUDAGraphEncoder(torch.nn.Identity(), torch.zeros(1))  # type: ignore[arg-type]

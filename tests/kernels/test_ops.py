@@ -21,7 +21,19 @@ def _op_args(device: str, deterministic: bool = True) -> tuple:
     q, k, v, s = CASE.make(torch.float32, device)
     p = s.plan
     lists = (p.tiles, p.units, p.span, s.index, s.count)
-    return (q, k, v, *lists, 0.2, p.tile_tokens, p.unit, p.lead, p.tile_lead, "auto", deterministic)
+    return (
+        q,
+        k,
+        v,
+        *lists,
+        0.2,
+        p.tile_tokens,
+        p.unit,
+        p.unit_offset,
+        p.tile_offset,
+        "auto",
+        deterministic,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,9 +23,11 @@ MODALITIES = "modalities among TEXT, IMAGE, AUDIO"
 
 @given(configs(), st.sampled_from(["auto", "triton", "torch", "dense"]), st.integers(1, 9))
 @FEW
-def test_json_gives_an_equal_config_back(config: SparseConfig, backend: str, subpools: int) -> None:
+def test_json_gives_an_equal_config_back(
+    config: SparseConfig, backend: str, query_pools: int
+) -> None:
     config = dataclasses.replace(
-        config, backend=backend, subpools=subpools, dense_layers=(0, 3), dense_below=None
+        config, backend=backend, query_pools=query_pools, dense_layers=(0, 3), dense_below=None
     )
     back = SparseConfig.from_json(config.to_json())
     assert back == config
@@ -70,9 +72,9 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("ratio", "0.2", TypeError, "ratio must be a number, got '0.2'"),
         ("ratio", True, TypeError, "ratio must be a number, got True"),
         ("ratio", None, TypeError, "ratio must be a number, got None"),
-        ("mass", 0.0, ValueError, "mass must be in (0, 1], got 0.0"),
-        ("mass", 1.01, ValueError, "mass must be in (0, 1], got 1.01"),
-        ("mass", "all", TypeError, "mass must be a number, got 'all'"),
+        ("top_p", 0.0, ValueError, "top_p must be in (0, 1], got 0.0"),
+        ("top_p", 1.01, ValueError, "top_p must be in (0, 1], got 1.01"),
+        ("top_p", "all", TypeError, "top_p must be a number, got 'all'"),
         ("tokens", 0, ValueError, "tokens must be at least 1, got 0"),
         ("tokens", 12.0, TypeError, "tokens must be an int, got 12.0"),
         ("tokens", True, TypeError, "tokens must be an int, got True"),
@@ -80,7 +82,7 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("tile", 64.0, ValueError, "tile must be one of (64, 128), got 64.0"),
         ("unit", 8, ValueError, "unit must be one of (16, 32, 64, 128), got 8"),
         ("causal", 1, TypeError, "causal must be a bool, got 1"),
-        ("grid_order", "2d", TypeError, "grid_order must be a bool, got '2d'"),
+        ("patch_order", "2d", TypeError, "patch_order must be a bool, got '2d'"),
         ("bidirectional", (7,), ValueError, f"bidirectional must name {MODALITIES}, got 7"),
         ("bidirectional", ("VIDEO",), ValueError, f"{MODALITIES}, got 'VIDEO'"),
         ("bidirectional", 1, TypeError, "bidirectional must be a sequence of modalities, got 1"),
@@ -105,11 +107,16 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("layer_ratio", {0: ()}, ValueError, "layer_ratio must have a ratio for layer 0, got none"),
         ("layer_ratio", {0: (0.2, 2)}, ValueError, "layer_ratio must be in (0, 1], got 2"),
         ("layer_ratio", {0: "0.2"}, TypeError, "layer_ratio must be a number, got '0.2'"),
-        ("sampled", -0.1, ValueError, "sampled must be in [0, 1], got -0.1"),
-        ("sampled", 1.0, ValueError, "sampled must leave a share of the budget to the best"),
-        ("sampled", "half", TypeError, "sampled must be a number, got 'half'"),
-        ("subpools", 0, ValueError, "subpools must be at least 1, got 0"),
-        ("subpools", 2.0, TypeError, "subpools must be an int, got 2.0"),
+        ("sample_ratio", -0.1, ValueError, "sample_ratio must be in [0, 1], got -0.1"),
+        (
+            "sample_ratio",
+            1.0,
+            ValueError,
+            "sample_ratio must leave a share of the budget to the best",
+        ),
+        ("sample_ratio", "half", TypeError, "sample_ratio must be a number, got 'half'"),
+        ("query_pools", 0, ValueError, "query_pools must be at least 1, got 0"),
+        ("query_pools", 2.0, TypeError, "query_pools must be an int, got 2.0"),
         ("reduce", "sum", ValueError, "reduce must be one of ('mean', 'max'), got 'sum'"),
         ("dense_below", -1, ValueError, "dense_below must be at least 0, got -1"),
         ("dense_below", 1.0, TypeError, "dense_below must be an int, got 1.0"),
@@ -134,9 +141,9 @@ def test_a_bad_field_is_refused_by_name(
 
 
 def test_a_sample_needs_a_fixed_budget() -> None:
-    with pytest.raises(ValueError, match=re.escape("and be 0 with mass, got 0.5 with mass=0.9")):
-        SparseConfig(mass=0.9, sampled=0.5)
-    assert SparseConfig.from_json(SparseConfig(sampled=0.5).to_json()).sampled == 0.5
+    with pytest.raises(ValueError, match=re.escape("and be 0 with top_p, got 0.5 with top_p=0.9")):
+        SparseConfig(top_p=0.9, sample_ratio=0.5)
+    assert SparseConfig.from_json(SparseConfig(sample_ratio=0.5).to_json()).sampled == 0.5
 
 
 def test_one_floor_holds_for_every_modality() -> None:

@@ -20,17 +20,17 @@ import mm_sparse as mms
 from mm_sparse.recipes.data.datamodule import SampleData
 from mm_sparse.recipes.datasets.digit_dictation import DictationTokenizer, SpokenWords
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
-from mm_sparse.recipes.models.audio import AudioPart
-from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.models.audio import AudioConfig
+from mm_sparse.recipes.models.language import LanguageConfig
 from mm_sparse.recipes.models.speech import Speech
-from mm_sparse.recipes.models.vision import VisionPart
+from mm_sparse.recipes.models.vision import VisionConfig
 from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.training.objectives import Objectives
 
 SPARSE = mms.SparseConfig(
     ratio=0.4, tile=64, unit=16, sinks=0, window=8, bidirectional=(), dense_below=0
 )
-LM = LanguagePart(
+LM = LanguageConfig(
     options={
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -65,7 +65,7 @@ def parts(recipe, batch):
     if recipe == "vlm":
         tower = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
         tower |= {"class_token": False, "global_pool": ""}
-        tokenizer, vision = DigitTokenizer(), VisionPart(image_size=36, options=tower)
+        tokenizer, vision = DigitTokenizer(), VisionConfig(image_size=36, options=tower)
         samples = DigitCanvases("train", 24, rows=3, columns=3, questions=2)
         options = {"patch_size": 4}
         model = VLM(tokenizer, vision, LM, **COMMON)
@@ -74,7 +74,7 @@ def parts(recipe, batch):
         samples = SpokenWords("train", 24, words=3, speaker="tones")
         options = {"samples_per_token": 640}
         model = Speech(
-            tokenizer, AudioPart("whisper", options=WHISPER), LM, sparse_audio=HEARS, **COMMON
+            tokenizer, AudioConfig("whisper", options=WHISPER), LM, sparse_audio=HEARS, **COMMON
         )
     return model, SampleData(samples, tokenizer, batch_size=batch, shuffle=False, **options)
 

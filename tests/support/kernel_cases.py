@@ -77,7 +77,7 @@ CASES = [
     Case("heads-in-boxes", [[("text", 128)]], group=4, kv_heads=2, unit=64, tile=128),
     Case("heads-not-in-boxes", [[("text", 128)]], group=2, unit=16, tile=128),
     Case("all-kept", [MIXED], config={"ratio": 1.0}),
-    Case("mass", [MIXED], config={"mass": 0.8}),
+    Case("mass", [MIXED], config={"top_p": 0.8}),
     Case("tokens-and-floors", [MIXED], config={"tokens": 48, "modality_floor": 0.2}),
     Case("short-segments", [[("text", 1), ("image", 1)] * 40], group=2),
     Case("nothing-always-kept", [[("text", 100)]], config={"sinks": 0, "window": 0}),

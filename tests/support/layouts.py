@@ -80,14 +80,14 @@ def configs(draw: st.DrawFn, **fixed: Any) -> mms.SparseConfig:
         st.one_of(
             st.builds(lambda x: {"ratio": x}, st.floats(0.02, 1.0)),
             st.builds(lambda x: {"tokens": x}, st.integers(1, 120)),
-            st.builds(lambda x: {"mass": x}, st.floats(0.02, 1.0)),
+            st.builds(lambda x: {"top_p": x}, st.floats(0.02, 1.0)),
         )
     )
     fields = {
         "unit": draw(st.sampled_from([16, 32, 64])),
         "tile": draw(st.sampled_from([64, 128])),
         "causal": draw(st.booleans()),
-        "grid_order": draw(st.booleans()),
+        "patch_order": draw(st.booleans()),
         "bidirectional": tuple(draw(st.sets(kinds, max_size=3))),
         "sinks": draw(st.integers(0, 20)),
         "window": draw(st.integers(0, 30)),

@@ -7,11 +7,11 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.recipes.distillation.language import Distill
-from mm_sparse.recipes.models.language import LanguagePart
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.models.language import LanguageConfig
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 SPARSE = mms.SparseConfig(
-    ratio=0.3, tile=64, unit=16, sinks=16, window=16, subpools=2, bidirectional=(), dense_below=0
+    ratio=0.3, tile=64, unit=16, sinks=16, window=16, query_pools=2, bidirectional=(), dense_below=0
 )
 TINY = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -20,8 +20,8 @@ TINY = {
 TOKENS = 320
 
 
-def tiny() -> LanguagePart:
-    return LanguagePart(options=TINY)
+def tiny() -> LanguageConfig:
+    return LanguageConfig(options=TINY)
 
 
 def write_corpus(folder: Path) -> str:
@@ -36,7 +36,7 @@ def write_corpus(folder: Path) -> str:
 
 def make(**options) -> Distill:
     torch.manual_seed(0)
-    module = Distill(tiny(), SPARSE, optimizer=OptimizerPart(lr=3e-3, warmup=2), **options)
+    module = Distill(tiny(), SPARSE, optimizer=OptimizerConfig(lr=3e-3, warmup=2), **options)
     sharpen(module.language)
     return module
 

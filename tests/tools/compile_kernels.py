@@ -143,7 +143,7 @@ def scoring(constants: dict, target: int) -> list[tuple]:
         "Q_STEPS": q_steps, "K_TOGETHER": together, "K_BLOCK": block, "K_STEPS": steps,
     }  # fmt: skip
     share = {
-        "SUBPOOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
+        "QUERY_POOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
         "BIASED": True, "PARTS": 1, "Logits": None, "ALIGN": min(cols, 32),
     }  # fmt: skip
@@ -228,7 +228,7 @@ def main(targets: list[int]) -> None:
                 ),
                 (
                     attention_backward._backward_queries,
-                    attention_backward.query_blocks(rows, dim, size, target // 10),
+                    attention_backward.query_chunks(rows, dim, size, target // 10),
                 ),
                 (
                     attention_backward._backward_keys,

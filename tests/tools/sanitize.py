@@ -41,7 +41,7 @@ def main() -> None:
     torch.manual_seed(0)
     half, wide = torch.bfloat16, torch.float32
     attention(2, 2, 128, 16, 128, half)
-    attention(2, 2, 64, 64, 128, half, causal=False, sampled=0.5)
+    attention(2, 2, 64, 64, 128, half, causal=False, sample_ratio=0.5)
     for dim in (64, 128):
         attention(4, 2, dim, 16, 128, half, deterministic=False)
     attention(6, 2, 80, 16, 64, half)
@@ -52,7 +52,7 @@ def main() -> None:
     for causal in (True, False):
         config = mms.SparseConfig(ratio=0.5, unit=16, tile=128, causal=causal, dense_below=0)
         mms.sparse_attention(q, k, v, layout=layout, config=config)
-    runs = {"modality_floor": 0.0, "coarse": 2, "coarse_budget": 1.5}
+    runs = {"modality_floor": 0.0, "coarse_factor": 2, "coarse_budget": 1.5}
     attention(2, 1, 64, 16, 64, half, **runs)
     attention(6, 2, 80, 16, 64, wide, **runs, causal=False)
     select_kernels.IN_REGISTERS = 8

@@ -15,31 +15,38 @@ from torch import Tensor, nn
 from mm_sparse.attention.dense import dense_attention
 from mm_sparse.integrations.discovery import defining_class
 from mm_sparse.integrations.hf import kv_cache
-from mm_sparse.integrations.hf.call_layout import HFSource, is_causal
-from mm_sparse.integrations.hf.discovery import DISPATCH, UNSERVED, HFFound, dispatches
+from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
+from mm_sparse.integrations.hf.discovery import (
+    DISPATCH,
+    UNSERVED,
+    HFAttentionModule,
+    uses_attention_interface,
+)
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layer import LAYER, Layer
+from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
 
 NAME = "mm_sparse"
 
 
-class HFLayer(Layer):
+class HFLayer(SparseLayer):
     """Serves an attention module of a transformers model."""
 
-    source: HFSource
+    source: HFLayoutSource
 
-    def __init__(self, found: HFFound, shared: Shared, tracker: ModalityTracker) -> None:
+    def __init__(self, found: HFAttentionModule, shared: Shared, tracker: ModalityTracker) -> None:
         modality = found.modality
         encoder_decoder = getattr(found.root.config, "is_encoder_decoder", False)
         if encoder_decoder and modality is None and is_causal(found.module, {}):
             # The ids that the tracker sees are the encoder's; a decoder of this kind writes text.
             tracker = ModalityTracker(found.root)
-        super().__init__(found, shared, HFSource(tracker, modality, shared.plain, found.tower))
+        super().__init__(
+            found, shared, HFLayoutSource(tracker, modality, shared.plain, found.tower)
+        )
         config = getattr(self.module, "config", None)
-        self.stock = getattr(config, "_attn_implementation", None) or "sdpa"
+        self.original = getattr(config, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -52,7 +59,7 @@ class HFLayer(Layer):
         return getattr(self.module, "layer_idx", None) if self.modality is None else None
 
     def attach(self) -> None:
-        if dispatches(type(self.module)):
+        if uses_attention_interface(type(self.module)):
             setattr(self.module, LAYER, self)
 
     def detach(self) -> None:
@@ -63,13 +70,14 @@ class HFLayer(Layer):
     ) -> tuple[Tensor, Tensor | None]:
         return self.run(
             q, k, v, mask, options,
-            stock=lambda: self._dense(q, k, v, mask, options), finish=lambda out: (out, None),
+            original=lambda: self._dense(q, k, v, mask, options),
+            format_output=lambda out: (out, None),
         )  # fmt: skip
 
     def _dense(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        name = self.stock
+        name = self.original
         if options.get("cu_seq_lens_q") is not None and "flash" not in name and not self.cross:
             # The stock functions would let packed sequences see each other.
             placed = self.source.place(self.module, q, k, mask, options)
@@ -78,10 +86,10 @@ class HFLayer(Layer):
                 query_offset=placed.first, scale=options.get("scaling"),
             )  # fmt: skip
             return out.transpose(1, 2).contiguous(), None
-        return run_stock(self.module, name, q, k, v, mask, options)
+        return run_original(self.module, name, q, k, v, mask, options)
 
     def _descriptors(self, k: Tensor) -> DescriptorCache | None:
-        return kv_cache.beside(self.source.tracker.cache, self.index, k, self.ranks)
+        return kv_cache.descriptors_for(self.source.tracker.cache, self.index, k, self.ranks)
 
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
         queries, keys = q.shape[2], k.shape[2]
@@ -114,11 +122,11 @@ def attention_forward(
     layer = getattr(module, LAYER, None)
     if layer is None:
         # Another model that was built with the very config object of a sparsified one.
-        return run_stock(module, "sdpa", query, key, value, attention_mask, options)
+        return run_original(module, "sdpa", query, key, value, attention_mask, options)
     return layer(query, key, value, attention_mask, options)
 
 
-def run_stock(
+def run_original(
     module: nn.Module, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Any,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -126,7 +134,7 @@ def run_stock(
     if any(options.get(n) is not None for n in ("softcap", "s_aux", "head_mask")):
         name = "eager"  # SDPA would leave them out in silence
     if isinstance(mask, LazyMask):
-        mask = mask.recipe.stock(name)
+        mask = mask.recipe.original(name)
     elif name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
     return _stock_function(type(module), name)(module, q, k, v, mask, **options)

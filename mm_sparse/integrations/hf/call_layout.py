@@ -15,25 +15,25 @@ from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import make_room
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
-from mm_sparse.integrations.tower_tokens import Tower, part_of_picture
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
+from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.modality import Modality
 
 
 @dataclass(frozen=True, eq=False)
-class HFSource:
+class HFLayoutSource:
     """Where the layouts of a layer come from."""
 
     tracker: ModalityTracker
     modality: Modality | None
     """What all tokens are; None where the tracker knows."""
-    plain: dict[Any, Placed]
-    tower: Tower | None = None
+    plain: dict[Any, CallLayout]
+    tower: TowerTokens | None = None
     """What is known of the tokens of a vision model."""
 
     def place(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
-    ) -> Placed:
+    ) -> CallLayout:
         """Layout of a call; layers that share a mask share it.
 
         Raises:
@@ -69,10 +69,10 @@ class HFSource:
             kinds = self._kinds(rows, start, keys, first + queries, q.device)
             layout = layout_from_spans(span, valid, first, kinds)
             layout = part_of_picture(layout, prefix, grid)
-            memo[key] = Placed(layout, first, prefix)
+            memo[key] = CallLayout(layout, first, prefix)
         return memo[key]
 
-    def _memo(self, mask: Any) -> dict[Any, Placed]:
+    def _memo(self, mask: Any) -> dict[Any, CallLayout]:
         if isinstance(mask, LazyMask):
             return mask.recipe.layouts
         now = self.tracker.current
@@ -99,7 +99,7 @@ class HFSource:
         if len(known) != rows or known.shape[1] < start + written:
             raise ValueError(
                 f"the modality of {rows} rows of {start + written} tokens must be known, it is of "
-                f"{tuple(known.shape)}; give it with `retrofit.given_modality`"
+                f"{tuple(known.shape)}; give it with `retrofit.set_modality`"
             )
         known = known[:, start : start + keys]
         kinds[:, : known.shape[1]] = known

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_sparse.integrations.discovery import Found, forward_source, prefixes
-from mm_sparse.integrations.tower_tokens import Tower
+from mm_sparse.integrations.discovery import AttentionModule, forward_source, prefixes
+from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.modality import Modality
 
 DISPATCH = "ALL_ATTENTION_FUNCTIONS"
@@ -28,12 +28,12 @@ UNSERVED = {
 
 
 @dataclass(frozen=True)
-class HFFound(Found):
+class HFAttentionModule(AttentionModule):
     """An attention module of a transformers model."""
 
     owners: tuple[Any, ...]
     """The transformers models around it, outermost first."""
-    tower: Tower | None
+    tower: TowerTokens | None
     """What is known of its tokens if it reads pictures."""
 
     @property
@@ -42,28 +42,30 @@ class HFFound(Found):
         return self.owners[0]
 
 
-def find_layers(model: nn.Module) -> list[HFFound]:
+def find_layers(model: nn.Module) -> list[HFAttentionModule]:
     """Every module inside a transformers model that computes attention, in order."""
     if "transformers.modeling_utils" not in sys.modules:
         return []
     from transformers import PreTrainedModel
 
-    found: list[HFFound] = []
-    towers: dict[int, Tower | None] = {}
+    found: list[HFAttentionModule] = []
+    towers: dict[int, TowerTokens | None] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         owners = [modules[p] for p in prefixes(name) if isinstance(modules[p], PreTrainedModel)]
         if not owners or not _computes_attention(module):
             continue
         inside = any(found and name.startswith(f.name + ".") for f in found)
-        if inside and not dispatches(type(module)):
+        if inside and not uses_attention_interface(type(module)):
             continue
         modality = _modality(name, module, owners)
         tower = None
         if modality == Modality.IMAGE:
             tower = towers.setdefault(id(owners[-1]), _tower(owners))
         refusal, cross = _refusal(module), _is_cross(name, module)
-        found.append(HFFound(name, module, modality, refusal, cross, tuple(owners), tower))
+        found.append(
+            HFAttentionModule(name, module, modality, refusal, cross, tuple(owners), tower)
+        )
     return found
 
 
@@ -77,7 +79,7 @@ def prefix_tokens(embeddings: nn.Module) -> int:
     return count
 
 
-def _tower(owners: list[Any]) -> Tower | None:
+def _tower(owners: list[Any]) -> TowerTokens | None:
     """What vision models around a layer say of its tokens; None if none cuts patches itself."""
     for owner in reversed(owners):
         embeddings = getattr(owner, "embeddings", None)
@@ -85,19 +87,19 @@ def _tower(owners: list[Any]) -> Tower | None:
         if isinstance(embeddings, nn.Module) and patch is not None:
             height, width = (patch, patch) if isinstance(patch, int) else patch
             prefix = prefix_tokens(embeddings)
-            return Tower(Modality.IMAGE, prefix, None, embeddings, (height, width))
+            return TowerTokens(Modality.IMAGE, prefix, None, embeddings, (height, width))
     return None
 
 
 @cache
-def dispatches(cls: type) -> bool:
+def uses_attention_interface(cls: type) -> bool:
     """Whether the class's forward asks transformers' attention interface what to call."""
     return DISPATCH in forward_source(cls)
 
 
 def _computes_attention(module: nn.Module) -> bool:
     cls = type(module)
-    if dispatches(cls):
+    if uses_attention_interface(cls):
         return True
     looks = re.search(r"Attention|Attn", cls.__name__) and not re.search(
         r"Output|Norm|Rotary|Embedding|Layer$|Block$|Model$", cls.__name__
@@ -106,14 +108,14 @@ def _computes_attention(module: nn.Module) -> bool:
         return False
     # A wrapper leaves the arithmetic to a module inside it.
     inner = [m for m in module.modules() if m is not module]
-    return not any(dispatches(type(m)) for m in inner)
+    return not any(uses_attention_interface(type(m)) for m in inner)
 
 
 def _refusal(module: nn.Module) -> str | None:
     cls = type(module)
     if _is_pooling(module):
         return None
-    if not dispatches(cls):
+    if not uses_attention_interface(cls):
         return "it does not dispatch through transformers' attention interface"
     source = forward_source(cls)
     for argument, meaning in UNSERVED.items():

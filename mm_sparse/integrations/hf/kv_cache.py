@@ -19,7 +19,7 @@ from mm_sparse.scorers.descriptor_cache import DescriptorCache
 HELD = "_mm_sparse_descriptors"
 
 
-class Held:
+class LayerDescriptors:
     """What a layer of a cache carries."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Held:
 
     def __reduce__(self) -> Any:
         # A copy of the cache has keys of its own.
-        return Held, ()
+        return LayerDescriptors, ()
 
     def remember(self, keys: Tensor, scorer: Any) -> None:
         """These are the keys that are described, by this scorer."""
@@ -47,7 +47,7 @@ class Held:
         return known() is keys and _version(keys) == version
 
 
-def look_at(cached: Any) -> None:
+def check_unchanged(cached: Any) -> None:
     """Before a forward: which layers of its KV cache are as the forward before left them."""
     for layer in getattr(cached, "layers", ()):
         held = vars(layer).get(HELD)
@@ -55,7 +55,9 @@ def look_at(cached: Any) -> None:
             held.intact = held.describes(getattr(layer, "keys", None))
 
 
-def beside(cached: Any, index: int | None, keys: Tensor, scorer: Scorer) -> DescriptorCache | None:
+def descriptors_for(
+    cached: Any, index: int | None, keys: Tensor, scorer: Scorer
+) -> DescriptorCache | None:
     """Descriptors for the keys of a layer's call; None if these are not what the cache holds."""
     layers = getattr(cached, "layers", ())
     if index is None or index >= len(layers) or torch.is_grad_enabled():
@@ -65,7 +67,7 @@ def beside(cached: Any, index: int | None, keys: Tensor, scorer: Scorer) -> Desc
         return None
     held, known = vars(layer).get(HELD), _known(scorer)
     if held is None or not held.intact or held.scorer != known:
-        held = Held()
+        held = LayerDescriptors()
         setattr(layer, HELD, held)
     held.remember(keys, known)
     return held.descriptors

@@ -61,7 +61,7 @@ class MaskRecipe:
         end = self.first + queries
         return end > keys or (self._kind() == "bidirectional" and end != keys)
 
-    def stock(self, implementation: str) -> Any:
+    def original(self, implementation: str) -> Any:
         """The mask that `implementation` of transformers would have got; built once."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -92,9 +92,9 @@ class MaskRecipe:
             mask = self.arguments.get("attention_mask")
             if mask is not None:
                 start = self.offsets[1]
-                shown = mask[:, start : start + keys].to(span.device, torch.bool)
-                valid[:, shown.shape[1] :] = False
-                valid[:, : shown.shape[1]] &= shown
+                visible_from_mask = mask[:, start : start + keys].to(span.device, torch.bool)
+                valid[:, visible_from_mask.shape[1] :] = False
+                valid[:, : visible_from_mask.shape[1]] &= visible_from_mask
             valid = valid.expand(batch, keys)
             self._verify(span, valid)
             self._spans = span, valid

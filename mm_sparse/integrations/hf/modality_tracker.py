@@ -82,7 +82,7 @@ class ModalityTracker:
             self.current, self.cache, self._from_ids = None, None, False
         if self.cache is None:
             self.cache = self._argument(module, args, kwargs, "past_key_values")
-            kv_cache.look_at(self.cache)
+            kv_cache.check_unchanged(self.cache)
         if not self.tokens and self.given is None:
             return
         ids = self._argument(module, args, kwargs, "input_ids")
@@ -135,7 +135,7 @@ class ModalityTracker:
         if before is None or before.shape[1] < past:
             raise ValueError(
                 f"past_key_values must come from a call of the sparsified {self.name}, or the "
-                f"modality of its {past} tokens must be given with `retrofit.given_modality`: got "
+                f"modality of its {past} tokens must be given with `retrofit.set_modality`: got "
                 f"{'nothing' if before is None else before.shape[1]} for them"
             )
         before = before[:, :past].to(fresh.device, torch.int8)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from mm_sparse.integrations.discovery import (
     is_one_of,
 )
-from mm_sparse.integrations.layer import LAYER, Layer
+from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.shared_state import Shared
-from mm_sparse.integrations.towers.call_layout import TowerSource
-from mm_sparse.integrations.towers.discovery import TowerFound
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.integrations.towers.call_layout import TowerLayoutSource
+from mm_sparse.integrations.towers.discovery import TowerAttentionModule
+from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.layout.patch_order import ordered_layout
 
 # Give each token what it would get in any other order of the tokens, and ask for no positions.
@@ -23,11 +23,11 @@ EQUIVARIANT = frozenset(
 )
 
 
-class TowerLayer(Layer):
+class TowerLayer(SparseLayer):
     """Serves an attention module of a tower, by a forward that stands before its own."""
 
-    def __init__(self, found: TowerFound, shared: Shared) -> None:
-        super().__init__(found, shared, TowerSource(found.tower, shared.plain, shared.masked))
+    def __init__(self, found: TowerAttentionModule, shared: Shared) -> None:
+        super().__init__(found, shared, TowerLayoutSource(found.tower, shared.plain, shared.masked))
 
     def attach(self) -> None:
         if self.refusal is not None or self.cross:
@@ -55,14 +55,14 @@ class TowerLayer(Layer):
         if forward.before is not None:
             own["forward"] = forward.before
 
-    def place_in_order(self, tokens: Tensor) -> Placed | None:
+    def place_in_order(self, tokens: Tensor) -> CallLayout | None:
         """Where (B, N, C) tokens would be in patch order, if the module may be given them so.
 
         Then two gathers do, of what comes in and what goes out, where q, k, v and the output take
         four. Nobody must look on: what is inside of the module is in patch order, too.
         """
         shared, module = self.shared, self.module
-        if tokens.dim() != 3 or shared.watchers or shared.instead:
+        if tokens.dim() != 3 or shared.watchers or shared.attention_override:
             return None
         if not is_one_of(type(module), EQUIVARIANT):
             return None

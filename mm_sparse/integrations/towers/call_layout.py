@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.integrations.layout_cache import MaskMemo, make_room, one_for_all
+from mm_sparse.integrations.layout_cache import LayoutCache, make_room, one_for_all
 from mm_sparse.integrations.mask_spans import (
     layout_from_spans,
-    shown,
     spans_of_tensor,
     spans_without_mask,
+    visible_from_mask,
 )
-from mm_sparse.integrations.tower_tokens import Tower, part_of_picture
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
+from mm_sparse.layout.call_layout import CallLayout
 
 # Numbers down from here hide a key: torchaudio writes -10000, which bfloat16 rounds.
 HIDDEN = -9000.0
 
 
 @dataclass(frozen=True, eq=False)
-class HidingMasks:
+class MultiheadMasks:
     """The masks of an `nn.MultiheadAttention`, in which True hides."""
 
     attention: Tensor | None
@@ -38,7 +38,7 @@ class HidingMasks:
         """The masks that there are."""
         return tuple(mask for mask in (self.attention, self.padding) if mask is not None)
 
-    def shown(self, heads: int) -> Tensor:
+    def visible_from_mask(self, heads: int) -> Tensor:
         """(B or 1, H or 1, N or 1, N) bool, True where a key is seen."""
         seen = [_seen(~mask if mask.dtype == torch.bool else mask) for mask in self.parts()]
         if self.attention is not None:
@@ -50,16 +50,16 @@ class HidingMasks:
 
 
 @dataclass(frozen=True, eq=False)
-class TowerSource:
+class TowerLayoutSource:
     """Where the layouts of a tower's layers come from."""
 
-    tower: Tower
-    plain: dict[Any, Placed]
-    masked: MaskMemo
+    tower: TowerTokens
+    plain: dict[Any, CallLayout]
+    masked: LayoutCache
 
     def place(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
-    ) -> Placed:
+    ) -> CallLayout:
         """Layout of a call; layers that share a mask share it.
 
         Raises:
@@ -84,23 +84,23 @@ class TowerSource:
             kinds = torch.full_like(valid, int(self.tower.modality), dtype=torch.int8)
             layout = layout_from_spans(span, valid, first, kinds)
             layout = part_of_picture(layout, prefix, grid)
-            memo[key] = Placed(layout, first, prefix)
+            memo[key] = CallLayout(layout, first, prefix)
         return memo[key]
 
-    def _memo(self, mask: Any) -> dict[Any, Placed]:
+    def _memo(self, mask: Any) -> dict[Any, CallLayout]:
         if mask is None:
             make_room(self.plain)
             return self.plain
-        return self.masked.of(mask.parts() if isinstance(mask, HidingMasks) else (mask,))
+        return self.masked.of(mask.parts() if isinstance(mask, MultiheadMasks) else (mask,))
 
 
 def _seen(mask: Tensor) -> Tensor:
-    return shown(one_for_all(mask), HIDDEN)
+    return visible_from_mask(one_for_all(mask), HIDDEN)
 
 
 def _square(mask: Any, rows: int, heads: int, tokens: int) -> Tensor:
     """(B or 1, H or 1, N or 1, N) bool of whatever SDPA or `nn.MultiheadAttention` takes."""
-    seen = mask.shown(heads) if isinstance(mask, HidingMasks) else _seen(mask)
+    seen = mask.visible_from_mask(heads) if isinstance(mask, MultiheadMasks) else _seen(mask)
     seen = seen[(None,) * (4 - seen.dim())]
     sizes = (rows, heads, tokens, tokens)
     if seen.dim() != 4 or any(s not in (1, n) for s, n in zip(seen.shape, sizes, strict=True)):

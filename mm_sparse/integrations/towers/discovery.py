@@ -10,8 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_sparse.integrations.discovery import Found, defining_class, forward_source, prefixes
-from mm_sparse.integrations.tower_tokens import Tower
+from mm_sparse.integrations.discovery import (
+    AttentionModule,
+    defining_class,
+    forward_source,
+    prefixes,
+)
+from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.modality import Modality
 
 LIBRARIES = ("timm", "open_clip", "torchaudio")
@@ -31,17 +36,17 @@ CHANNELS = ("XCA", "CrossCovarianceAttn", "ChannelAttention", "ChannelAttentionV
 
 
 @dataclass(frozen=True)
-class TowerFound(Found):
+class TowerAttentionModule(AttentionModule):
     """An attention module of a tower."""
 
-    tower: Tower
+    tower: TowerTokens
 
 
-def find_towers(model: nn.Module) -> list[TowerFound]:
+def find_towers(model: nn.Module) -> list[TowerAttentionModule]:
     """Every module of `model` that is attention of one of the `LIBRARIES`, in order."""
     modules = dict(model.named_modules())
-    towers: dict[Any, Tower] = {}
-    found: list[TowerFound] = []
+    towers: dict[Any, TowerTokens] = {}
+    found: list[TowerAttentionModule] = []
     for name, module in modules.items():
         around = [modules[p] for p in prefixes(name) if modules[p] is not module]
         home = _library(module, around)
@@ -52,7 +57,7 @@ def find_towers(model: nn.Module) -> list[TowerFound]:
         tower = towers.setdefault(key, tower)
         cross = _is_pooling(type(module)) or any(_is_pooling(type(m)) for m in around[-1:])
         refusal = None if cross else _refusal(module)
-        found.append(TowerFound(name, module, tower.modality, refusal, cross, tower))
+        found.append(TowerAttentionModule(name, module, tower.modality, refusal, cross, tower))
     return found
 
 
@@ -115,7 +120,7 @@ def _refusal(module: nn.Module) -> str | None:
     return None if _calls_fused(cls) else f"it computes attention without {FUSED}"
 
 
-def _tower(home: str, name: str, around: list[nn.Module]) -> tuple[Any, Tower]:
+def _tower(home: str, name: str, around: list[nn.Module]) -> tuple[Any, TowerTokens]:
     """The tower around a layer: what tells it from others, and what is known of its tokens."""
     image = home == "timm" or (home == "open_clip" and "visual" in name.split("."))
     for owner in reversed(around):
@@ -123,8 +128,8 @@ def _tower(home: str, name: str, around: list[nn.Module]) -> tuple[Any, Tower]:
         if home == "timm" and isinstance(prefix, int):
             embed = getattr(owner, "patch_embed", None) or getattr(owner, "embeds", None)
             embed = embed if hasattr(embed, "dynamic_feat_size") else None
-            return id(owner), Tower(Modality.IMAGE, prefix, embed=embed)
+            return id(owner), TowerTokens(Modality.IMAGE, prefix, embed=embed)
         if home == "open_clip" and hasattr(owner, "class_embedding"):
-            return id(owner), Tower(Modality.IMAGE, 1, getattr(owner, "grid_size", None))
+            return id(owner), TowerTokens(Modality.IMAGE, 1, getattr(owner, "grid_size", None))
     other = Modality.AUDIO if home == "torchaudio" else Modality.TEXT
-    return (home, image), Tower(Modality.IMAGE if image else other)
+    return (home, image), TowerTokens(Modality.IMAGE if image else other)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm_sparse.integrations.layer import Layer
+    from mm_sparse.integrations.layer import SparseLayer
 
 
 class Forward:
@@ -17,10 +17,10 @@ class Forward:
         before: a forward that the module itself had, None for its class's.
     """
 
-    def __init__(self, layer: Layer, before: Callable[..., Any] | None) -> None:
+    def __init__(self, layer: SparseLayer, before: Callable[..., Any] | None) -> None:
         self.layer, self.before = layer, before
 
-    def stock(self, *args: Any, **kwargs: Any) -> Any:
+    def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does without us."""
         module = self.layer.module
         forward = self.before or type(module).forward.__get__(module)

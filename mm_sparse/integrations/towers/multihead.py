@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mm_sparse.integrations.towers.call_layout import HidingMasks
+from mm_sparse.integrations.towers.call_layout import MultiheadMasks
 from mm_sparse.integrations.towers.forward import Forward
 
 
@@ -29,35 +29,37 @@ class MultiheadForward(Forward):
         layer = self.layer
         module: Any = layer.module
 
-        def stock() -> tuple[Tensor, Tensor | None]:
-            return self.stock(
+        def original() -> tuple[Tensor, Tensor | None]:
+            return self.original(
                 query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights,
                 attn_mask=attn_mask, average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )  # fmt: skip
 
         if is_causal and attn_mask is None:
-            return stock()  # which says what is missing
+            return original()  # which says what is missing
         batched = query.dim() == 3
         time = 1 if batched and module.batch_first else 0
         own = query is key and key is value
         early = layer.early_mode(key.shape[time] if own else None, query.device)
         if early[0] != "sparse" and not (batched and layer.shared.watchers):
             layer.note(early, query.shape[time], key.shape[time])
-            return stock()
+            return original()
         if not batched:
             problem = f"its input must be (batch, tokens, width), got {tuple(query.shape)}"
             layer.note(layer.refuse(problem), len(query), len(key))
-            return stock()
+            return original()
         q, k, v = _heads(module, query, key, value)
-        masks = HidingMasks(attn_mask, key_padding_mask)
+        masks = MultiheadMasks(attn_mask, key_padding_mask)
         options = {"dropout": module.dropout, "need_weights": need_weights, "cross": not own}
 
-        def finish(out: Tensor) -> tuple[Tensor, None]:
+        def format_output(out: Tensor) -> tuple[Tensor, None]:
             out = linear(out.flatten(2), module.out_proj.weight, module.out_proj.bias)  # (B, N, E)
             return out if module.batch_first else out.transpose(0, 1), None
 
-        return layer.run(q, k, v, masks if masks.parts() else None, options, stock, finish)
+        return layer.run(
+            q, k, v, masks if masks.parts() else None, options, original, format_output
+        )
 
 
 def _heads(module: Any, *states: Tensor) -> list[Tensor]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import is_one_of, prefixes
-from mm_sparse.integrations.layer import LAYER, Layer
+from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.towers.adapter import EQUIVARIANT, TowerLayer
-from mm_sparse.layout.call_layout import Placed
+from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.layout.patch_order import arrange, restore
 
 # What a block may be made of: each token comes out the same wherever it stands.
@@ -79,12 +79,12 @@ class OrderedBlocks:
                 layer.ordered = None
         return restore(out, layout, first, dim=1)
 
-    def placed(self, tokens: Tensor) -> list[tuple[Layer, Placed]]:
+    def placed(self, tokens: Tensor) -> list[tuple[SparseLayer, CallLayout]]:
         """Where each layer that runs sparse has (B, N, C) tokens in order; none if they disagree.
 
         Nobody must look into the blocks, where tokens are in patch order.
         """
-        found: list[tuple[Layer, Placed]] = []
+        found: list[tuple[SparseLayer, CallLayout]] = []
         for layer in self.layers:
             if layer.early_mode(tokens.shape[1], tokens.device)[0] != "sparse":
                 continue
@@ -96,7 +96,7 @@ class OrderedBlocks:
         return found if found and _plain(self.blocks) else []
 
 
-def find_ordered_blocks(model: nn.Module, layers: Iterable[Layer]) -> list[OrderedBlocks]:
+def find_ordered_blocks(model: nn.Module, layers: Iterable[SparseLayer]) -> list[OrderedBlocks]:
     """Every `nn.Sequential` around layers of `model` whose tokens may come in any order."""
     modules = dict(model.named_modules())
     found: dict[int, OrderedBlocks] = {}

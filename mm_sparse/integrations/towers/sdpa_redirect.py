@@ -14,8 +14,8 @@ from mm_sparse.integrations.towers.forward import Forward
 from mm_sparse.layout.patch_order import arrange, restore
 
 if TYPE_CHECKING:
-    from mm_sparse.integrations.last_call import Record
-    from mm_sparse.integrations.layer import Layer
+    from mm_sparse.integrations.last_call import LastCall
+    from mm_sparse.integrations.layer import SparseLayer
     from mm_sparse.integrations.towers.adapter import TowerLayer
 
 
@@ -26,7 +26,7 @@ class RedirectedForward(Forward):
 
     def __init__(self, layer: TowerLayer, before: Callable[..., Any] | None) -> None:
         super().__init__(layer, before)
-        self._dense: tuple[Any, Record | None] = (None, None)
+        self._dense: tuple[Any, LastCall | None] = (None, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -37,7 +37,7 @@ class RedirectedForward(Forward):
         if given is not None and given == self._dense[0]:
             # Listening to every function of the forward takes longer than a short call itself.
             layer.record = self._dense[1]
-            return self.stock(*args, **kwargs)
+            return self.original(*args, **kwargs)
         if layer.ordered is not None:
             out, calls = self._listened(*args, **kwargs)
         else:
@@ -66,7 +66,7 @@ class RedirectedForward(Forward):
     def _listened(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
         """What the forward gives, and how often it called for attention."""
         with _Redirect(self.layer) as redirect:
-            out = self.stock(*args, **kwargs)
+            out = self.original(*args, **kwargs)
         if not redirect.calls:
             problem = "its forward did not call scaled_dot_product_attention"
             self.layer.note(self.layer.refuse(problem), 0, 0)
@@ -90,7 +90,7 @@ def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class _Redirect(TorchFunctionMode):
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: SparseLayer) -> None:
         super().__init__()
         self.layer, self.calls = layer, 0
 
@@ -104,12 +104,12 @@ class _Redirect(TorchFunctionMode):
         return self._ask(lambda: func(*args, **kwargs), *args, **kwargs)
 
     def _ask(
-        self, stock: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor,
+        self, original: Callable[[], Tensor], query: Tensor, key: Tensor, value: Tensor,
         attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
         scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         options = {"dropout": dropout_p, "is_causal": is_causal, "scaling": scale}
         return self.layer.run(
             query, key, value, attn_mask, options,
-            stock=stock, finish=lambda out: out.transpose(1, 2),
+            original=original, format_output=lambda out: out.transpose(1, 2),
         )  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mm_sparse.bench.results import Session
 from mm_sparse.encoders.bench import attention_stubs, profiling, report
 from mm_sparse.encoders.bench import run as program
-from mm_sparse.encoders.bench.attention_stubs import NoCore, core, eager
+from mm_sparse.encoders.bench.attention_stubs import FreeAttention, core, eager
 from mm_sparse.encoders.bench.cases import CASES, TINY
 
 for needed in ("timm", "torchaudio"):
@@ -81,7 +81,7 @@ def test_the_core_is_replaced_and_shapes_stay(name):
     own = F.scaled_dot_product_attention
     with torch.inference_mode():
         want, _ = race.encoder(race.batch)
-        with core(NoCore()):
+        with core(FreeAttention()):
             none, _ = race.encoder(race.batch)
         with core(eager):
             slow, _ = race.encoder(race.batch)
@@ -92,7 +92,7 @@ def test_the_core_is_replaced_and_shapes_stay(name):
 
 
 def test_the_free_core_gives_what_it_first_gave_as_flash_attention_lays_it_out():
-    free = NoCore()
+    free = FreeAttention()
     q, k, v = torch.randn(3, 2, 4, 8, 16).unbind()
     out = free(q, k, v, attn_mask=None, dropout_p=0.0)
     assert torch.equal(out, v)
@@ -104,7 +104,7 @@ def test_the_free_core_gives_what_it_first_gave_as_flash_attention_lays_it_out()
 
 def test_a_tower_that_does_not_call_the_core_is_named():
     with pytest.raises(ValueError, match=r"must call torch\.nn\.functional\.scaled_dot_product"):  # noqa: SIM117
-        with core(NoCore()):
+        with core(FreeAttention()):
             torch.zeros(1)
 
 

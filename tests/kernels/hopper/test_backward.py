@@ -47,7 +47,7 @@ def test_gpu_gradients_of_a_sample_may_be_added_in_any_order(added: list[int]) -
     found = []
     for deterministic in (True, False):
         config = mms.SparseConfig(
-            0.3, sampled=0.5, causal=False, dense_below=0, deterministic=deterministic
+            0.3, sample_ratio=0.5, causal=False, dense_below=0, deterministic=deterministic
         )
         out = mms.sparse_attention(q, k, v, layout=layout, config=config)
         found.append(torch.autograd.grad(out.float().square().sum(), leaves))

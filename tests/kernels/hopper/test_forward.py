@@ -58,7 +58,7 @@ def test_gpu_a_head_behind_two_billion_numbers_is_as_alone(units: str, used: lis
     )
     plan = layout.plan(config, num_query_heads=heads, num_kv_heads=heads)
     one = layout.plan(config, num_query_heads=1, num_kv_heads=1)
-    assert plan.lead == one.lead == 0
+    assert plan.unit_offset == one.unit_offset == 0
     if units == "in a table":
         plan, one = (replace(x, lead=-1, tile_lead=-1) for x in (plan, one))
     index = torch.randint(
@@ -99,12 +99,12 @@ def sorted_lists(selection: mms.Selection, narrow: bool = False) -> tuple[torch.
     batch, heads, tiles, length = index.shape
     hopper_lists.sort_lists[(tiles, batch * heads)](
         order, inner, begun, plan.tiles, plan.units, plan.span, index, count, plan.num_queries,
-        tiles, plan.units.shape[1], length, heads, plan.lead,
-        TOKENS=plan.tile_tokens, LENGTH=128, UNIT=16, WIDTH=16, EVEN=plan.lead >= 0,
+        tiles, plan.units.shape[1], length, heads, plan.unit_offset,
+        TOKENS=plan.tile_tokens, LENGTH=128, UNIT=16, WIDTH=16, EVEN=plan.unit_offset >= 0,
         REGULAR_TILES=plan.regular_tiles,
     )  # fmt: skip
     assert begun == 0
-    return (order if plan.lead < 0 else index), inner
+    return (order if plan.unit_offset < 0 else index), inner
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -113,7 +113,7 @@ def test_lists_are_sorted_by_whether_a_unit_needs_a_mask(narrow: bool) -> None:
     *_, selection = case.make(torch.float32, backend="torch")
     order, inner = sorted_lists(selection, narrow)
     plan, index, count = selection.plan, selection.index, selection.count
-    assert plan.lead < 0
+    assert plan.unit_offset < 0
     batch, heads, tiles, length = index.shape
     for b in range(batch):
         for h in range(heads):
@@ -143,7 +143,7 @@ def test_even_lists_stay_and_what_needs_a_mask_is_before_and_behind(prefix: int)
     shape = 1, 1, plan.tiles.shape[1], plan.units.shape[1]
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     selection = mms.select(mms.Scores(scores, plan), layout, config)
-    assert plan.lead == -prefix % 16
+    assert plan.unit_offset == -prefix % 16
     order, inner = sorted_lists(selection)
     seen = set()
     for t in range(plan.tiles.shape[1]):
@@ -153,7 +153,7 @@ def test_even_lists_stay_and_what_needs_a_mask_is_before_and_behind(prefix: int)
         places = [place(slot, whole, ahead) for slot in range(count)]
         assert sorted(places) == list(range(count))
         for slot in range(count):
-            start = 16 * int(order[0, 0, t, places[slot]]) - plan.lead
+            start = 16 * int(order[0, 0, t, places[slot]]) - plan.unit_offset
             assert (slot < whole) == (start >= int(low.max()) and start + 16 <= int(high.min()))
         seen.add((whole > 0, ahead > 0))
     # A first unit that is short always needs a mask.
@@ -170,7 +170,9 @@ def test_gpu_blocks_of_queries_behind_a_class_token_give_what_one_call_gives(
     used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = mms.TokenLayout.from_spans([("text", 1), ("image", (41, 43))], device="cuda")
-    config = mms.SparseConfig(0.3, unit=16, tile=128, causal=False, dense_below=0, grid_order=False)
+    config = mms.SparseConfig(
+        0.3, unit=16, tile=128, causal=False, dense_below=0, patch_order=False
+    )
     q, k, v = torch.randn(3, 1, 4, layout.length, 64, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         want = mms.sparse_attention(q, k, v, layout=layout, config=config)

@@ -11,7 +11,7 @@ import torch
 import mm_sparse as mms
 
 # What a model or a config fixes; and rows of units, which are read faster where they are aligned.
-FIXED = {"scale", "heads", "q_heads", "k_heads", "kv_heads", "budgets", "subpools"}
+FIXED = {"scale", "heads", "q_heads", "k_heads", "kv_heads", "budgets", "query_pools"}
 FIXED |= {"other_b", "other_h", "other_n"}
 ROWS = ("num_units", "row_length")
 ALIGNED = {"_share": ROWS[1:], "_log_sums": ROWS[1:], "_keep": ROWS, "_keep_long": ROWS}

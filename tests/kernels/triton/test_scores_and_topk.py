@@ -15,7 +15,7 @@ from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
 from mm_sparse.kernels.triton import block_scores as score_kernels
 from mm_sparse.kernels.triton import topk as select_kernels
 from mm_sparse.kernels.triton.pooling import pool, pool_both
-from mm_sparse.kernels.triton.topk import keep_best
+from mm_sparse.kernels.triton.topk import topk_blocks
 from mm_sparse.layout.plan import Plan
 from mm_sparse.selection.selection import select
 from mm_sparse.selection.topk import MOST_UNITS
@@ -147,7 +147,7 @@ def test_scores_over_many_blocks_equal_the_law(
     for scorer in scorers_of(q, k):
         exact, scores = both_ways(scorer, q, k, layout, config)
         leads = {"text": 0, "short last unit": 0, "class token": 15}
-        assert scores.plan.lead == leads.get(name, -1)
+        assert scores.plan.unit_offset == leads.get(name, -1)
         seen = scores.plan.visible[:, None].expand_as(scores.values)
         torch.testing.assert_close(
             scores.values[seen].cpu().double(), exact[seen.cpu()], rtol=1e-4, atol=1e-4
@@ -208,20 +208,20 @@ def test_pools_are_means_and_extremes(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["text", "documents", "hole"])
-@pytest.mark.parametrize(("heads", "dim", "subpools"), [(1, 8, 4), (6, 80, 3)], ids=str)
+@pytest.mark.parametrize(("heads", "dim", "query_pools"), [(1, 8, 4), (6, 80, 3)], ids=str)
 def test_pools_of_tiles_and_units_in_one_launch_are_those_of_two(
-    heads: int, dim: int, subpools: int, name: str, device: str
+    heads: int, dim: int, query_pools: int, name: str, device: str
 ) -> None:
     cpu = TokenLayout.from_rows([LONG[name], LONG["documents"]])
     layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, heads, 1, dim))
     for unit in (16, 64):
-        config = small(unit=unit, subpools=subpools)
+        config = small(unit=unit, query_pools=query_pools)
         plan = layout.plan(config, num_query_heads=heads, num_kv_heads=1)
         regular = {"regular_tiles": plan.regular_tiles, "regular": plan.regular}
         tile, keys = pool_both(
-            q, k, plan.tiles, plan.units, plan.tile_tokens, unit, subpools, 0.5, **regular
+            q, k, plan.tiles, plan.units, plan.tile_tokens, unit, query_pools, 0.5, **regular
         )
-        assert torch.equal(tile, pool(q, plan.tiles, plan.tile_tokens, subpools, scale=0.5))
+        assert torch.equal(tile, pool(q, plan.tiles, plan.tile_tokens, query_pools, scale=0.5))
         assert torch.equal(keys, pool(k, plan.units, unit).squeeze(3))
 
 
@@ -238,8 +238,15 @@ def test_true_mass_equals_the_law(name: str, reduce: str, device: str) -> None:
 
 
 def of_plan(plan: Plan) -> tuple[Any, ...]:
-    """What `keep_best` wants of a plan."""
-    return plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget, plan.max_kept
+    """What `topk_blocks` wants of a plan."""
+    return (
+        plan.window_span,
+        plan.sink_units,
+        plan.tile_span,
+        plan.units,
+        plan.head_budget,
+        plan.max_kept,
+    )
 
 
 def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> None:
@@ -249,8 +256,8 @@ def assert_same_lists(values: Tensor, plan: Plan, config: mms.SparseConfig) -> N
         values, plan.layout, replace(config, backend="torch"), num_query_heads=heads * plan.group
     )
     floors = config.floors()
-    for lead in {-1, plan.lead}:
-        index, count, _ = keep_best(
+    for lead in {-1, plan.unit_offset}:
+        index, count, _ = topk_blocks(
             values, *of_plan(plan), unit=plan.unit, lead=lead, num_keys=plan.layout.length,
             unit_kind=plan.unit_modality,
             floors=torch.tensor([floors.get(m, 0.0) for m in Modality]) if floors else None,
@@ -273,14 +280,14 @@ def ranked(batch, config: mms.SparseConfig, seed: int) -> tuple[Tensor, Plan] | 
 
 
 @FEW
-@given(batch=batches(), config=configs(mass=None), seed=st.integers(0, 99))
+@given(batch=batches(), config=configs(top_p=None), seed=st.integers(0, 99))
 def test_selections_equal_the_law(batch, config: mms.SparseConfig, seed: int) -> None:
     if (made := ranked(batch, config, seed)) is not None:
         assert_same_lists(*made, made[1].config)
 
 
 @FEW
-@given(batch=batches(), config=configs(mass=None, modality_floor=0.0), seed=st.integers(0, 99))
+@given(batch=batches(), config=configs(top_p=None, modality_floor=0.0), seed=st.integers(0, 99))
 def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select_kernels, "IN_REGISTERS", 1)
@@ -299,7 +306,7 @@ def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -
     for ratio in (0.13, 0.6):
         config = small(unit=16, ratio=ratio)
         plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
-        assert plan.lead == -prefix % 16
+        assert plan.unit_offset == -prefix % 16
         generator = torch.Generator().manual_seed(0)
         shape = (1, 1, plan.tiles.shape[1], plan.units.shape[1])
         values = torch.randn(shape, generator=generator) * 3 - 8
@@ -308,7 +315,7 @@ def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -
         assert_same_lists(values * 1e30, plan, config)
         args = of_plan(plan)
         few = values.round()
-        tied = keep_best(few, *args, unit=16, lead=plan.lead, num_keys=length)
+        tied = topk_blocks(few, *args, unit=16, lead=plan.unit_offset, num_keys=length)
         # The law's own ties go anywhere: make them go to the lowest id.
         unit = torch.arange(shape[-1]) * 1e-3
         law = select(few - unit, layout, replace(config, backend="torch"))
@@ -317,8 +324,8 @@ def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(select_kernels, "IN_REGISTERS", 1)
             patch.setattr(select_kernels, "CHUNK", 32)
-            for lead in (plan.lead, -1):
-                long = keep_best(few, *args, unit=16, lead=lead, num_keys=length)
+            for lead in (plan.unit_offset, -1):
+                long = topk_blocks(few, *args, unit=16, lead=lead, num_keys=length)
                 assert torch.equal(tied[0], long[0])
                 assert torch.equal(tied[1], long[1])
 
@@ -360,7 +367,7 @@ def test_long_rows_refuse_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     num_units = plan.units.shape[1]
     values = torch.zeros(1, 1, plan.tiles.shape[1], num_units)
     with pytest.raises(ValueError, match=f"units must be at most 9 with floors, got {num_units}"):
-        keep_best(
+        topk_blocks(
             values, *of_plan(plan), unit=16, unit_kind=plan.unit_modality, floors=torch.ones(3) / 4,
         )  # fmt: skip
 
@@ -370,7 +377,7 @@ def test_extreme_scores_and_ties() -> None:
     config = small(ratio=0.5, sinks=0, window=0)
     plan = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     values = torch.zeros(1, 1, plan.tiles.shape[1], plan.units.shape[1])
-    index, count, _ = keep_best(values, *of_plan(plan), unit=plan.unit)
+    index, count, _ = topk_blocks(values, *of_plan(plan), unit=plan.unit)
     slot = torch.arange(index.shape[-1])
     # Ties go to the lowest ids: the lists are 0, 1, 2, ...
     assert (count > 0).all()
@@ -379,7 +386,7 @@ def test_extreme_scores_and_ties() -> None:
     values[..., :3] = torch.tensor([1e-30, -1e30, 3.0])
     values[..., 6:] = -torch.arange(values.shape[-1] - 6) - 1.0
     law = select(values, layout, replace(config, backend="torch"))
-    index, count, _ = keep_best(values, *of_plan(plan), unit=plan.unit)
+    index, count, _ = topk_blocks(values, *of_plan(plan), unit=plan.unit)
     assert torch.equal(count, law.count)
     assert torch.equal(index, law.index)
 
@@ -392,7 +399,7 @@ def test_gpu_long_lists_equal_the_law(tokens: int) -> None:
     plan = layout.plan(config, num_query_heads=2, num_kv_heads=2, num_queries=1024)
     shape = (1, 2, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.rand(shape, device="cuda").argsort(-1).float()
-    index, count, _ = keep_best(values, *of_plan(plan), unit=plan.unit)
+    index, count, _ = topk_blocks(values, *of_plan(plan), unit=plan.unit)
     kept = torch.zeros(shape, dtype=torch.int32, device="cuda")
     listed = torch.arange(index.shape[-1], device="cuda") < count[..., None]
     kept.scatter_reduce_(-1, index.clamp(min=0).long(), listed.int(), "amax")

@@ -12,7 +12,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import FineScorer, Scores, TokenLayout
 from mm_sparse.kernels.triton import topk as select_kernels
-from mm_sparse.kernels.triton.topk import keep_best
+from mm_sparse.kernels.triton.topk import topk_blocks
 from mm_sparse.kernels.triton.two_stage_scores import share_of_runs
 from mm_sparse.scorers.two_stage import describe_runs, plan_of_runs
 from mm_sparse.selection.scores import Runs
@@ -64,7 +64,7 @@ def test_scores_and_lists_equal_the_law(
     layout = TokenLayout.from_rows([LONG[name]]) if name in LONG else layout_of(name)
     q, k = (x.to(device) for x in random_qk(layout, heads, kv_heads))
     config = small_config(
-        unit=16, ratio=0.1, reduce=reduce, causal=causal, coarse=coarse, coarse_budget=2.0
+        unit=16, ratio=0.1, reduce=reduce, causal=causal, coarse_factor=coarse, coarse_budget=2.0
     )
     layout = layout.to(device)
     for scorer in all_scorers(q, k):
@@ -80,11 +80,11 @@ def test_scores_and_lists_equal_the_law(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_scores_in_half_precision_are_as_near_as_pytorchs(device: str) -> None:
-    """One sub-pool and one head: shares among candidates are shares among all, to one again."""
+    """One query pool and one head: shares among candidates are shares among all, to one again."""
     layout = TokenLayout.from_rows([LONG["documents"]]).to(device)
     q, k = (x.to(device, torch.float16) for x in random_qk(layout.to("cpu"), 2, 2))
-    config = small_config(unit=16, ratio=0.1, subpools=1, coarse=2, coarse_budget=2.0)
-    whole = replace(config, coarse=1, backend="torch")
+    config = small_config(unit=16, ratio=0.1, query_pools=1, coarse_factor=2, coarse_budget=2.0)
+    whole = replace(config, coarse_factor=1, backend="torch")
     exact = no_grad(mms.PooledScorer(), q.double(), k.double(), layout, whole).values
     errors = []
     for scores in both(mms.PooledScorer(), layout, q, k, config):
@@ -108,7 +108,9 @@ def test_with_all_runs_it_is_ranking_every_unit(unit: int, device: str) -> None:
             mms.select(both_steps, layout, both_steps.plan.config)
             for both_steps in (
                 no_grad(scorer, q, k, layout, config),
-                no_grad(scorer, q, k, layout, replace(config, coarse=2, coarse_budget=100.0)),
+                no_grad(
+                    scorer, q, k, layout, replace(config, coarse_factor=2, coarse_budget=100.0)
+                ),
             )
         )
         assert torch.equal(found.index, want.index)
@@ -124,8 +126,8 @@ def no_grad(
 @FEW
 @given(
     batch=batches(),
-    config=configs(mass=None, modality_floor=0.0, unit=16),
-    coarse=st.sampled_from([2, 4, 16]),
+    config=configs(top_p=None, modality_floor=0.0, unit=16),
+    coarse_factor=st.sampled_from([2, 4, 16]),
     budget=st.floats(1, 4),
     seed=st.integers(0, 99),
 )
@@ -134,7 +136,7 @@ def test_what_is_kept_comes_from_runs_with_all_that_is_always_kept(
 ) -> None:
     rows, side = batch
     layout = TokenLayout.from_rows(rows, padding_side=side)
-    config = replace(config, coarse=coarse, coarse_budget=budget)
+    config = replace(config, coarse_factor=coarse, coarse_budget=budget)
     q, k = random_qk(layout, 2, 2, seed=seed)
     scores = no_grad(mms.PooledScorer(), q, k, layout, config)
     plan, runs = scores.plan, scores.runs
@@ -164,7 +166,9 @@ def test_runs_are_described_by_the_mean_of_their_keys() -> None:
     for name in ("documents", "text"):
         layout = TokenLayout.from_rows([LONG[name]])
         _, k = random_qk(layout, 2, 2)
-        plan = layout.plan(small_config(unit=16, coarse=4), num_query_heads=2, num_kv_heads=2)
+        plan = layout.plan(
+            small_config(unit=16, coarse_factor=4), num_query_heads=2, num_kv_heads=2
+        )
         unit = torch.stack([k[0, :, a : a + n].mean(1) for a, n in plan.units[0].tolist()], 1)[None]
         found, over = describe_runs(unit, plan), plan_of_runs(plan)
         assert over.unit == 64
@@ -179,7 +183,7 @@ def test_runs_are_described_by_the_mean_of_their_keys() -> None:
 def test_candidates_of_long_rows_equal_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = TokenLayout.from_rows([LONG["documents"]])
     q, k = random_qk(layout, 2, 2)
-    config = small_config(unit=16, ratio=0.1, coarse=2, coarse_budget=2.0, backend="torch")
+    config = small_config(unit=16, ratio=0.1, coarse_factor=2, coarse_budget=2.0, backend="torch")
     scores = no_grad(mms.PooledScorer(), q, k, layout, config)
     plan, runs = scores.plan, scores.runs
     want = select(scores, layout, config)
@@ -189,8 +193,8 @@ def test_candidates_of_long_rows_equal_the_law(monkeypatch: pytest.MonkeyPatch) 
     for registers in (1 << 14, 1):
         monkeypatch.setattr(select_kernels, "IN_REGISTERS", registers)
         monkeypatch.setattr(select_kernels, "CHUNK", 4)
-        index, count, _ = keep_best(
-            values, plan.near, plan.sink_units, plan.hull, plan.units, plan.head_budget,
+        index, count, _ = topk_blocks(
+            values, plan.window_span, plan.sink_units, plan.tile_span, plan.units, plan.head_budget,
             plan.max_kept, unit=16, runs=(runs.index, runs.count, runs.size),
         )  # fmt: skip
         assert torch.equal(index, want.index)
@@ -201,14 +205,15 @@ def test_candidates_of_long_rows_equal_the_law(monkeypatch: pytest.MonkeyPatch) 
 def test_a_list_without_runs_gets_no_scores() -> None:
     layout = TokenLayout.text(1, 256)
     q, k = random_qk(layout, 1, 1)
-    plan = layout.plan(small_config(unit=16, coarse=2), num_query_heads=1, num_kv_heads=1)
+    plan = layout.plan(small_config(unit=16, coarse_factor=2), num_query_heads=1, num_kv_heads=1)
     tiles = plan.tiles.shape[1]
     index = torch.full((1, 1, tiles, 3), -1, dtype=torch.int32)
     runs = Runs(index, torch.zeros(1, 1, tiles, dtype=torch.int32), 2)
     rows = q.unflatten(2, (tiles, -1))[:, :, :, :4].contiguous()
     keys = k.unflatten(2, (-1, 16)).mean(3)
     values = share_of_runs(
-        rows, keys, torch.ones(1, tiles, 4, dtype=torch.bool), plan.tiles, plan.hull, plan.units,
+        rows, keys, torch.ones(1, tiles, 4, dtype=torch.bool), plan.tiles,
+        plan.tile_span, plan.units,
         16, (runs.index, runs.count, 2),
     )  # fmt: skip
     assert values.shape == (1, 1, tiles, 6)
@@ -220,9 +225,9 @@ def test_attention_in_blocks_equals_attention_at_once(
 ) -> None:
     layout = TokenLayout.text(1, 640, device=device)
     q, k = (x.to(device) for x in random_qk(layout.to("cpu"), 4, 2, dim=16))
-    config = small_config(unit=16, ratio=0.3, coarse=4, coarse_budget=1.0)
+    config = small_config(unit=16, ratio=0.3, coarse_factor=4, coarse_budget=1.0)
     want = mms.sparse_attention(q, k, k, layout=layout, config=config)
-    flat = mms.sparse_attention(q, k, k, layout=layout, config=replace(config, coarse=1))
+    flat = mms.sparse_attention(q, k, k, layout=layout, config=replace(config, coarse_factor=1))
     monkeypatch.setattr("mm_sparse.attention.query_chunks.MOST_SCORES", 100)
     found = mms.sparse_attention(q, k, k, layout=layout, config=config)
     torch.testing.assert_close(found, want)
@@ -236,9 +241,9 @@ def test_a_scorer_that_writes_its_own_score_ranks_every_unit() -> None:
 
     layout = TokenLayout.text(1, 320)
     q, k = random_qk(layout, 2, 2)
-    config = small_config(unit=16, coarse=4)
+    config = small_config(unit=16, coarse_factor=4)
     scores = no_grad(Reversed(), q, k, layout, config)
-    want = no_grad(mms.PooledScorer(), q, k, layout, replace(config, coarse=1))
+    want = no_grad(mms.PooledScorer(), q, k, layout, replace(config, coarse_factor=1))
     assert scores.runs is None
     assert torch.equal(scores.values, -want.values)
     assert select(scores, layout, config).check().count.min() > 0
@@ -247,7 +252,7 @@ def test_a_scorer_that_writes_its_own_score_ranks_every_unit() -> None:
 def test_training_ranks_every_unit() -> None:
     layout = TokenLayout.text(1, 320)
     q, k = random_qk(layout, 2, 2)
-    config = small_config(unit=16, coarse=4)
+    config = small_config(unit=16, coarse_factor=4)
     scores = mms.RelevanceScorer(num_query_heads=2, num_kv_heads=2, head_dim=8)(
         q, k, layout=layout, config=config
     )
@@ -259,11 +264,17 @@ def test_training_ranks_every_unit() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"coarse": 3}, r"coarse must be one of \(1, 2, 4, 8, 16, 32, 64\), got 3"),
-        ({"coarse": 2, "coarse_budget": 0.5}, "coarse_budget must be at least 1, got 0.5"),
-        ({"coarse": 2, "mass": 0.9}, "coarse must be 1 with mass, got 2"),
-        ({"coarse": 2, "sampled": 0.5}, "coarse must be 1 with sampled, got 2"),
-        ({"coarse": 2, "modality_floor": 0.1}, "coarse must be 1 with modality_floor, got 2"),
+        ({"coarse_factor": 3}, r"coarse_factor must be one of \(1, 2, 4, 8, 16, 32, 64\), got 3"),
+        ({"coarse_factor": 2, "coarse_budget": 0.5}, "coarse_budget must be at least 1, got 0.5"),
+        ({"coarse_factor": 2, "top_p": 0.9}, "coarse_factor must be 1 with top_p, got 2"),
+        (
+            {"coarse_factor": 2, "sample_ratio": 0.5},
+            "coarse_factor must be 1 with sample_ratio, got 2",
+        ),
+        (
+            {"coarse_factor": 2, "modality_floor": 0.1},
+            "coarse_factor must be 1 with modality_floor, got 2",
+        ),
     ],
 )
 def test_what_needs_all_units_is_refused(fields: dict, message: str) -> None:

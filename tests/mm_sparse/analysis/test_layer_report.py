@@ -82,7 +82,7 @@ def test_a_long_selection_is_thinned_before_it_is_kept(monkeypatch: pytest.Monke
     whole = mms.report(case.model).density
     monkeypatch.setattr(layer, "KEPT_ENTRIES", 100)
     case.model(long_ids())
-    held = state.layers(case.model)[ATTENTION].record
+    held = state.attention_layers(case.model)[ATTENTION].record
     assert held is not None
     assert held.selection is not None
     assert held.selection.index.numel() <= 200
@@ -103,4 +103,4 @@ def test_cross_attention_stays_dense_and_is_listed() -> None:
     assert rows["decoder.layers.0.encoder_attn"].reason == "cross-attention"
     assert rows["decoder.layers.0.self_attn"].mode == "sparse"
     assert rows["encoder.layers.0.self_attn"].mode == "sparse"
-    assert state.layers(model)["model.encoder.layers.0.self_attn"].modality == 2
+    assert state.attention_layers(model)["model.encoder.layers.0.self_attn"].modality == 2

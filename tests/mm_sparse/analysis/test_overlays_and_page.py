@@ -6,11 +6,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mm_sparse as mms
 from mm_sparse.analysis.heatmaps import draw_heads, draw_modalities, modality_densities
-from mm_sparse.analysis.html_page import Scene, Sounding, write_page
+from mm_sparse.analysis.html_page import AudioView, InspectionSample, write_page
 from mm_sparse.analysis.overlays import kept_frames, kept_share, save
 from mm_sparse.cli.inspect import scene_of
 from mm_sparse.cli.main import main
-from mm_sparse.integrations.context import given_modality
+from mm_sparse.integrations.context import set_modality
 from mm_sparse.modality import Modality
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -45,7 +45,7 @@ def model():
 
 
 def run(model):
-    with given_modality(model, KINDS), torch.no_grad():
+    with set_modality(model, KINDS), torch.no_grad():
         return model(torch.arange(64)[None] % 50, use_cache=False)
 
 
@@ -88,13 +88,13 @@ def test_maps_show_what_the_report_says(tmp_path, model):
 
 
 def test_a_page_holds_pictures_and_a_row_for_every_layer(tmp_path, model):
-    scene = Scene(
+    scene = InspectionSample(
         "A <title>",
         {"language": model},
         lambda: run(model),
         [62, 63],
         {"Question": "1 < 2?"},
-        sounds=[Sounding(torch.rand(20, 80), 8, 40, 1.6)],
+        sounds=[AudioView(torch.rand(20, 80), 8, 40, 1.6)],
     )
     page = write_page(scene, tmp_path / "new" / "page.html").read_text()
     assert "A &lt;title&gt;" in page

@@ -168,7 +168,7 @@ def test_the_scale_reaches_the_scores() -> None:
     layout = TokenLayout.text(1, 512)
     q, k = random_qk(layout, 3, 1)
     v = random_qk(layout, 3, 1, seed=1)[1]
-    options = {"layout": layout, "config": small_config(mass=0.5)}
+    options = {"layout": layout, "config": small_config(top_p=0.5)}
     sharp = mms.sparse_attention(q, k, v, scale=2 / math.sqrt(8), **options)
     torch.testing.assert_close(sharp, mms.sparse_attention(2 * q, k, v, **options))
 

@@ -8,9 +8,9 @@ import torch
 import mm_sparse as mms
 from mm_sparse.attention import query_chunks
 from mm_sparse.attention.pipeline import rank_and_attend
-from mm_sparse.integrations.context import watch
-from mm_sparse.layout.call_layout import Placed
-from mm_sparse.layout.partition import lead_of
+from mm_sparse.integrations.context import capture_attention
+from mm_sparse.layout.call_layout import CallLayout
+from mm_sparse.layout.partition import regular_offset
 from mm_sparse.layout.plan import Plan
 from tests.support.hf_models import SPARSE, build, long_ids
 
@@ -50,7 +50,7 @@ def layout(kind, device="cpu"):
 
 def cut(layout, config, **queries):
     queries = {"num_queries": layout.length, "query_offset": 0} | queries
-    return query_chunks.query_blocks(layout, config, num_query_heads=4, num_kv_heads=2, **queries)
+    return query_chunks.query_chunks(layout, config, num_query_heads=4, num_kv_heads=2, **queries)
 
 
 def test_blocks_are_whole_tiles_and_even(monkeypatch):
@@ -84,8 +84,11 @@ def test_plans_of_blocks_are_parts_of_the_whole(kind, small):
         always.append(plan.always)
         spans.append(plan.span)
         assert plan.modalities <= whole.modalities
-        assert plan.tile_lead in (-1, lead_of(plan.tiles, plan.tile_tokens, plan.num_queries))
-        assert (plan.tile_lead < 0) == (whole.tile_lead < 0)
+        assert plan.tile_offset in (
+            -1,
+            regular_offset(plan.tiles, plan.tile_tokens, plan.num_queries),
+        )
+        assert (plan.tile_offset < 0) == (whole.tile_offset < 0)
     if tables:
         assert len(tables) > 5
         assert torch.equal(torch.cat(tables, 1), whole.tiles)
@@ -112,7 +115,7 @@ def test_each_block_follows_its_own_selection(small):
     (q, k, v), own = tokens(), layout("documents")
     selections = []
     out = rank_and_attend(
-        q, k, v, Placed(own, 0), CONFIG, mms.PooledScorer(), None, note=selections.append
+        q, k, v, CallLayout(own, 0), CONFIG, mms.PooledScorer(), None, note=selections.append
     )
     assert len(selections) > 5
     mask = torch.cat([s.to_dense_mask() for s in selections], 2)
@@ -129,17 +132,17 @@ def test_plans_of_blocks_are_not_kept(small):
     # That of all queries stays, without anything of tiles times units.
     plans = [value for value in own.made.values() if isinstance(value, Plan)]
     assert {plan.num_queries for plan in plans} == {LENGTH}
-    assert all(set(plan.known) <= {"modalities", ("sinks", 4)} for plan in plans)
+    assert all(set(plan.memo) <= {"modalities", ("sinks", 4)} for plan in plans)
 
 
 @torch.no_grad()
 def test_keys_are_described_once(small, monkeypatch):
     seen = []
-    described = mms.PooledScorer.score
+    score = mms.PooledScorer.score
 
     def score(self, q, k, plan, scale):
         seen.append(plan.descriptors)
-        return described(self, q, k, plan, scale)
+        return score(self, q, k, plan, scale)
 
     monkeypatch.setattr(mms.PooledScorer, "score", score)
     mms.sparse_attention(*tokens(), layout=layout("text"), config=CONFIG)
@@ -165,10 +168,10 @@ def test_a_model_reports_all_blocks(monkeypatch):
 @pytest.mark.parametrize("scorer", [None, "relevance", "fine"])
 def test_a_language_model_with_runs_trains_and_generates(scorer):
     model, ids = build("llama").model, long_ids()
-    config = replace(SPARSE, ratio=0.2, coarse=2, coarse_budget=1.5)
+    config = replace(SPARSE, ratio=0.2, coarse_factor=2, coarse_budget=1.5)
     mms.sparsify(model, config, scorer=scorer)
     calls = []
-    with watch(model, calls.append), torch.no_grad():
+    with capture_attention(model, calls.append), torch.no_grad():
         model(ids)
     assert all(call.scores.runs is not None for call in calls)
     model(ids, labels=ids).loss.backward()

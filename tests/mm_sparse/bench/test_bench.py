@@ -7,8 +7,8 @@ import torch.nn.attention.flex_attention
 
 import mm_sparse as mms
 from mm_sparse.bench import baselines, results, runner
-from mm_sparse.bench.baselines import Contestant, Problem, inputs, peer_selection, settings
-from mm_sparse.bench.runner import Bench, Record, Session, Shape
+from mm_sparse.bench.baselines import Implementation, Problem, inputs, peer_selection, settings
+from mm_sparse.bench.runner import Runner, Session, Shape, Timing
 from mm_sparse.bench.scenarios import DecodeBench, MemoryBench
 
 SHAPES = [
@@ -24,12 +24,12 @@ def quick(monkeypatch):
 
 
 def record(what, ms, tokens=1024, direction="forward"):
-    return Record(what, tokens, "16/16", 128, False, direction, 0.2, ms, 1.0)
+    return Timing(what, tokens, "16/16", 128, False, direction, 0.2, ms, 1.0)
 
 
 def small_bench(session=None, shape=None, longest=16384):
     shape = shape or Shape(256, 2, 2, 16)
-    return Bench(shape, "cpu", torch.float32, session or Session(), longest)
+    return Runner(shape, "cpu", torch.float32, session or Session(), longest)
 
 
 def test_memory_is_a_share_of_the_inputs(monkeypatch):
@@ -149,7 +149,7 @@ def test_a_peer_that_raises_is_skipped_and_named(monkeypatch):
 def test_a_peer_without_gradients_keeps_its_forward(monkeypatch):
     def forward_only(problem, selection):
         out = baselines.attend_reference(problem, selection)
-        return Contestant(lambda: out, problem.leaves, problem.dout)
+        return Implementation(lambda: out, problem.leaves, problem.dout)
 
     monkeypatch.setattr(baselines, "SPARSE_PEERS", peer("flex", forward_only))
     found = small_bench()
@@ -160,7 +160,7 @@ def test_a_peer_without_gradients_keeps_its_forward(monkeypatch):
 
 def test_a_peer_with_another_output_is_skipped(monkeypatch):
     def wrong(problem, selection):
-        return Contestant(lambda: problem.leaves[0], problem.leaves, problem.dout)
+        return Implementation(lambda: problem.leaves[0], problem.leaves, problem.dout)
 
     monkeypatch.setattr(baselines, "SPARSE_PEERS", peer("flex", wrong))
     found = small_bench()

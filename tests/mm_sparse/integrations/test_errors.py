@@ -103,7 +103,7 @@ def test_dropout_while_training_is_refused_where_the_layer_runs_sparse() -> None
 def test_meaningful_arguments_of_a_call_are_refused(option: str) -> None:
     case = build("llama")
     mms.sparsify(case.model, SPARSE)
-    layer = state.layers(case.model)[ATTENTION]
+    layer = state.attention_layers(case.model)[ATTENTION]
     q, k = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8)
     with pytest.raises(ValueError, match=rf"layers.0.self_attn \(LlamaAttention\).*`{option}`"):
         layer(q, k, k, None, {option: torch.ones(1)})

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mm_sparse as mms
 from mm_sparse.integrations import context, state
-from mm_sparse.integrations.layout_cache import COMPARED, MaskMemo, one_for_all
+from mm_sparse.integrations.layout_cache import COMPARED, LayoutCache, one_for_all
 from mm_sparse.integrations.towers import call_layout, sdpa_redirect
 from mm_sparse.layout import patch_order
 
@@ -69,10 +69,10 @@ def test_watchers_and_other_configs_are_not_missed(listened) -> None:
     model, seen = tower(), []
     with torch.no_grad():
         model(SMALL)
-        with context.watch(model, seen.append):
+        with context.capture_attention(model, seen.append):
             model(SMALL)
         assert [call.reason for call in seen] == ["17 tokens < dense_below (100)"] * 2
-        with context.keeping(model, dense_below=0):
+        with context.override_config(model, dense_below=0):
             model(SMALL)
             assert modes(model) == ["sparse"] * 2
         model(SMALL)
@@ -98,14 +98,14 @@ def test_a_call_with_anything_but_tensors_and_numbers_is_listened_to() -> None:
 
 def test_the_config_of_a_layer_is_made_once() -> None:
     model = tower()
-    (first, *_) = state.layers(model).values()
-    made = first.shared.config_of(None, "", 1)
+    (first, *_) = state.attention_layers(model).values()
+    made = first.shared.sparse_config(None, "", 1)
     assert made.sinks == 1
-    assert first.shared.config_of(None, "", 1) is made
-    assert first.shared.config_of(None, "", 0) is SPARSE
-    with context.keeping(model, ratio=0.5):
-        assert first.shared.config_of(None, "", 1).ratio == 0.5
-    assert first.shared.config_of(None, "", 1) == made
+    assert first.shared.sparse_config(None, "", 1) is made
+    assert first.shared.sparse_config(None, "", 0) is SPARSE
+    with context.override_config(model, ratio=0.5):
+        assert first.shared.sparse_config(None, "", 1).ratio == 0.5
+    assert first.shared.sparse_config(None, "", 1) == made
 
 
 def test_equal_masks_of_inference_mode_share_a_layout(monkeypatch) -> None:
@@ -131,7 +131,7 @@ def test_equal_masks_of_inference_mode_share_a_layout(monkeypatch) -> None:
 
 def test_a_memo_compares_small_masks_only() -> None:
     with torch.inference_mode():
-        memo, row = MaskMemo(), torch.zeros(1, 1, 1, 8)
+        memo, row = LayoutCache(), torch.zeros(1, 1, 1, 8)
         found = memo.of((row.expand(1, 1, 8, 8),))
         found["here"] = None
         assert one_for_all(row.expand(1, 1, 8, 8)).shape == (1, 1, 1, 8)

@@ -71,11 +71,11 @@ def test_sparse_context_puts_back_what_was_there() -> None:
         assert not model(ids).logits.equal(dense)
     assert case.model(ids).logits.equal(dense)
     mms.sparsify(case.model, SPARSE, scorer="relevance")
-    held = state.scorers(case.model)["model/layers/0/self_attn"]
+    held = state.scorers_of(case.model)["model/layers/0/self_attn"]
     with pytest.raises(RuntimeError), mms.sparse(case.model, WHOLE):
         raise RuntimeError
-    assert state.layers(case.model)[ATTENTION].shared.config == SPARSE
-    assert state.scorers(case.model)["model/layers/0/self_attn"] is held
+    assert state.attention_layers(case.model)[ATTENTION].shared.config == SPARSE
+    assert state.scorers_of(case.model)["model/layers/0/self_attn"] is held
 
 
 def test_untrained_scorers_change_nothing_and_train() -> None:
@@ -88,12 +88,12 @@ def test_untrained_scorers_change_nothing_and_train() -> None:
     with torch.no_grad():
         torch.testing.assert_close(case.model(ids).logits, plain)
     calls = []
-    with context.watch(case.model, calls.append):
+    with context.capture_attention(case.model, calls.append):
         case.model(ids)
     assert [call.name for call in calls] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     loss = sum(call.scores.values.clamp(min=-20).square().mean() for call in calls)
     loss.backward()
-    assert all(p.grad is not None for p in state.scorers(case.model)[
+    assert all(p.grad is not None for p in state.scorers_of(case.model)[
         "model/layers/0/self_attn"
     ].parameters())  # fmt: skip
     assert len(list(state.scorer_parameters(case.model))) == 6
@@ -133,7 +133,7 @@ def test_scorers_are_saved_and_loaded(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "scorers" / "scorers.json").read_text())
     assert len(record["layers"]) == 4
     mms.load_scorers(other.model, tmp_path / "scorers")
-    assert state.layers(other.model).popitem()[1].shared.config == SPARSE
+    assert state.attention_layers(other.model).popitem()[1].shared.config == SPARSE
     assert other.model(**inputs).logits.equal(case.model(**inputs).logits)
     wrong = build("llama").model
     with pytest.raises(ValueError, match="folder must hold scorers of the model's layers"):
@@ -151,9 +151,9 @@ def test_a_copy_of_a_sparsified_model_works() -> None:
     twin = copy.deepcopy(case.model)
     with torch.no_grad():
         assert twin(ids).logits.equal(case.model(ids).logits)
-    assert state.layers(twin)[ATTENTION].module is twin.model.layers[0].self_attn
+    assert state.attention_layers(twin)[ATTENTION].module is twin.model.layers[0].self_attn
     mms.densify(case.model)
-    assert state.layers(twin)[ATTENTION].scorer is not None
+    assert state.attention_layers(twin)[ATTENTION].scorer is not None
     mms.densify(twin)
     assert twin.config._attn_implementation == case.model.config._attn_implementation == "sdpa"
 
@@ -172,7 +172,7 @@ def test_under_autocast_scores_and_lessons_see_its_dtype() -> None:
     case = build("llama")
     mms.sparsify(case.model, SPARSE)
     calls = []
-    with context.watch(case.model, calls.append), torch.autocast("cpu", torch.bfloat16):
+    with context.capture_attention(case.model, calls.append), torch.autocast("cpu", torch.bfloat16):
         case.model(long_ids())
     sparse = [call for call in calls if call.selection is not None]
     assert sparse
@@ -199,7 +199,7 @@ def test_scorers_of_a_wrapped_tower_serve_the_bare_one(tmp_path: Path) -> None:
         parameter.normal_(std=0.3)
     mms.save_scorers(wrapped, tmp_path)
     mms.load_scorers(bare, tmp_path)
-    assert list(state.config_of(bare).layer_ratio) == ["model.layers.1.self_attn"]
+    assert list(state.sparse_config(bare).layer_ratio) == ["model.layers.1.self_attn"]
     assert bare(**inputs).logits.equal(wrapped(**inputs))
     mms.load_scorers(Wrapped(), tmp_path)
 
@@ -209,8 +209,11 @@ def test_a_watched_dense_run_has_a_layout_without_a_kernel(monkeypatch: pytest.M
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     case = build("llama")
     mms.sparsify(case.model, SPARSE)
-    calls: list[context.Call] = []
-    with context.keeping(case.model, backend="dense"), context.watch(case.model, calls.append):
+    calls: list[context.AttentionCall] = []
+    with (
+        context.override_config(case.model, backend="dense"),
+        context.capture_attention(case.model, calls.append),
+    ):
         case.model(long_ids())
     assert calls
     assert all(call.selection is None and call.plan().units.shape[1] > 1 for call in calls)

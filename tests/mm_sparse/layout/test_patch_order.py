@@ -99,7 +99,7 @@ def test_rows_that_agree_share_an_order() -> None:
         (small_config(causal=False), True),
         (small_config(bidirectional=()), False),
         (small_config(bidirectional=(), causal=False), True),
-        (small_config(grid_order=False), False),
+        (small_config(patch_order=False), False),
     ],
     ids=["bidirectional", "encoder", "causal", "encoder-too", "off"],
 )
@@ -127,7 +127,7 @@ def test_without_a_grid_or_with_a_part_of_a_picture_nothing_moves() -> None:
     assert ordered(windowed, config) is windowed
 
 
-@given(batches(), configs(grid_order=True))
+@given(batches(), configs(patch_order=True))
 @FEW
 def test_the_same_pairs_are_seen_in_any_order(some: Any, config: SparseConfig) -> None:
     rows, side = some
@@ -144,7 +144,7 @@ def test_the_same_pairs_are_seen_in_any_order(some: Any, config: SparseConfig) -
     assert by_place.equal(seen)
 
 
-@given(batches(), configs(ratio=0.3, mass=None, tokens=None))
+@given(batches(), configs(ratio=0.3, top_p=None, tokens=None))
 @FEW
 def test_tokens_come_back_to_their_places(some: Any, config: SparseConfig) -> None:
     rows, side = some
@@ -168,7 +168,7 @@ def heavy_patch(rows: int = 1) -> tuple[TokenLayout, Tensor, Tensor, Tensor, int
 
 
 ONE = SparseConfig(
-    tokens=16, tile=64, unit=16, causal=False, sinks=0, window=0, dense_below=0, subpools=1
+    tokens=16, tile=64, unit=16, causal=False, sinks=0, window=0, dense_below=0, query_pools=1
 )
 
 
@@ -206,7 +206,7 @@ def test_kept_shares_are_of_the_tile_that_holds_the_patch() -> None:
             assert kept_share(chosen, [token], row).equal(raster[token])
 
 
-@given(batches(), configs(ratio=1.0, mass=None, tokens=None))
+@given(batches(), configs(ratio=1.0, top_p=None, tokens=None))
 @FEW
 def test_the_whole_is_dense_attention_with_its_gradients(some: Any, config: SparseConfig) -> None:
     rows, side = some

@@ -218,7 +218,7 @@ def test_budgets_follow_the_visible_keys(batch: Batch, config: SparseConfig) -> 
     plan = plan_of(batch, config)
     seen = (plan.visible * plan.units[:, None, :, 1]).sum(-1)
     for got, keys in zip(plan.budget.flatten().tolist(), seen.flatten().tolist(), strict=True):
-        if config.mass is not None:
+        if config.top_p is not None:
             assert got == keys
         elif config.tokens is not None:
             assert got == min(config.tokens, keys)
@@ -270,21 +270,21 @@ def test_lead_says_that_pieces_lie_on_a_grid() -> None:
         ([("text", 64), ("pad", 64)], -1, False, True),
     ):
         plan = plan_of(([row], "right"), config)
-        assert (plan.lead, plan.regular, plan.regular_tiles) == (lead, regular, tiles), row
+        assert (plan.unit_offset, plan.regular, plan.regular_tiles) == (lead, regular, tiles), row
     rows = [[("text", 1), ("image", 64)]] * 2
-    assert plan_of((rows, "right"), config).lead == 15
+    assert plan_of((rows, "right"), config).unit_offset == 15
     for other in ([("text", 64)], [("text", 2), ("image", 63)]):
-        assert plan_of(([rows[0], other], "right"), config).lead < 0
+        assert plan_of(([rows[0], other], "right"), config).unit_offset < 0
 
 
 @FEW
 @given(batch=batches())
 def test_units_of_a_lead_are_where_it_says(batch) -> None:
     plan = plan_of(batch, SparseConfig(unit=16))
-    if plan.lead >= 0 and plan.layout.length:
+    if plan.unit_offset >= 0 and plan.layout.length:
         position = torch.arange(plan.layout.length)
         of_token = (members(plan.units, plan.layout.length).int().argmax(1)).expand(1, -1, -1)
-        assert (of_token == (position + plan.lead) // 16).all()
+        assert (of_token == (position + plan.unit_offset) // 16).all()
 
 
 def test_plans_are_made_once_for_each_question() -> None:

@@ -27,8 +27,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def by_hand(q: Tensor, k: Tensor, plan: Plan, parts: int) -> Tensor:
     """(B, K, T, U) float64 of an untrained scorer, one tile at a time."""
     batch, kv_heads = k.shape[:2]
-    subpools = min(plan.config.subpools, plan.tile_tokens)
-    width, run = math.ceil(plan.tile_tokens / subpools), plan.unit // parts
+    query_pools = min(plan.config.query_pools, plan.tile_tokens)
+    width, run = math.ceil(plan.tile_tokens / query_pools), plan.unit // parts
     shape = (batch, kv_heads, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.full(shape, -math.inf, dtype=torch.float64)
     for b in range(batch):
@@ -221,8 +221,8 @@ def test_it_survives_a_file(tmp_path, options: dict) -> None:
         mms.load_scorers(model, tmp_path)
         assert torch.equal(model(ids).logits, want)
     mms.sparsify(model, sparse, scorer="fine")
-    from mm_sparse.integrations.state import layers
+    from mm_sparse.integrations.state import attention_layers
 
-    kept = next(iter(layers(model).values())).scorer
+    kept = next(iter(attention_layers(model).values())).scorer
     assert isinstance(kept, FineScorer)
     assert kept.key_map.any(), "scorers of the same kind stay"

@@ -121,7 +121,7 @@ def test_a_pattern_serves_wherever_a_scorer_does(pattern: mms.Scorer) -> None:
     layout = TokenLayout.from_rows([MIXED, TEXT], padding_side="left")
     q, k = random_qk(layout, 6, 2)
     v = torch.randn_like(k)
-    asked = config(dense_below=0, ratio=0.4, window=8, sinks=4, grid_order=False)
+    asked = config(dense_below=0, ratio=0.4, window=8, sinks=4, patch_order=False)
     out = mms.sparse_attention(q, k, v, layout=layout, config=asked, scorer=pattern)
     selection = pattern.select(layout, asked, num_query_heads=6, num_kv_heads=2)
     torch.testing.assert_close(out, mms.attend(q, k, v, selection))

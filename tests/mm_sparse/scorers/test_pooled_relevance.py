@@ -9,7 +9,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
 from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.descriptors import tile_subpools
+from mm_sparse.scorers.descriptors import tile_query_pools
 from tests.support.layouts import (
     GROUPS,
     IDS,
@@ -25,8 +25,8 @@ from tests.support.layouts import (
 def pooled_by_hand(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
     """(B, K, T, U) float64, -inf where nothing is visible, one tile at a time."""
     batch, kv_heads = k.shape[:2]
-    tile_tokens, subpools = plan.tile_tokens, min(plan.config.subpools, plan.tile_tokens)
-    width = math.ceil(tile_tokens / subpools)
+    tile_tokens, query_pools = plan.tile_tokens, min(plan.config.query_pools, plan.tile_tokens)
+    width = math.ceil(tile_tokens / query_pools)
     shape = (batch, kv_heads, plan.tiles.shape[1], plan.units.shape[1])
     values = torch.full(shape, -math.inf, dtype=torch.float64)
     for b in range(batch):
@@ -69,11 +69,11 @@ def test_pooled_scores_equal_a_loop_over_tiles_and_units(
     assert_equal_where_visible(scores.values, pooled_by_hand(q, k, scores.plan), scores.plan, 1e-4)
 
 
-@pytest.mark.parametrize("subpools", [1, 3, 5, 200])
-def test_any_number_of_subpools_is_served(subpools: int) -> None:
+@pytest.mark.parametrize("query_pools", [1, 3, 5, 200])
+def test_any_number_of_subpools_is_served(query_pools: int) -> None:
     layout = layout_of("mixed")
     q, k = random_qk(layout, 3, 1)
-    scores = PooledScorer()(q, k, layout=layout, config=small_config(subpools=subpools))
+    scores = PooledScorer()(q, k, layout=layout, config=small_config(query_pools=query_pools))
     assert_equal_where_visible(scores.values, pooled_by_hand(q, k, scores.plan), scores.plan, 1e-4)
 
 
@@ -108,7 +108,7 @@ def test_an_untrained_scorer_equals_the_training_free_one(
 def test_queries_of_a_chunk_are_scored_as_in_the_whole() -> None:
     layout = TokenLayout.text(2, 256)
     q, k = random_qk(layout, 3, 1)
-    options = {"layout": layout, "config": small_config(tile=128, subpools=2)}
+    options = {"layout": layout, "config": small_config(tile=128, query_pools=2)}
     for scorer in (
         PooledScorer(),
         RelevanceScorer(num_query_heads=3, num_kv_heads=1, head_dim=8, rank=5),
@@ -216,18 +216,18 @@ def test_a_scorer_of_five_lines_works() -> None:
     layout = layout_of("padded-left")
     q, k = random_qk(layout, 6, 2)
     v = torch.randn_like(k)
-    config = small_config(ratio=0.4, grid_order=False)
+    config = small_config(ratio=0.4, patch_order=False)
     out = mms.sparse_attention(q, k, v, layout=layout, config=config, scorer=Peak())
     scores = Peak()(q, k, layout=layout, config=config)
     mask = mms.select(scores, layout, scores.plan.config).to_dense_mask()
     torch.testing.assert_close(out, mms.attention_reference(q, k, v, mask=mask))
 
 
-@pytest.mark.parametrize("subpools", [1, 4, 5, 100])
-def test_a_plan_knows_which_subpools_hold_a_token(subpools: int) -> None:
+@pytest.mark.parametrize("query_pools", [1, 4, 5, 100])
+def test_a_plan_knows_which_subpools_hold_a_token(query_pools: int) -> None:
     layout = mms.TokenLayout.from_spans([("text", 37), ("image", (9, 9)), ("text", 3)], batch=2)
-    config = mms.SparseConfig(tile=64, subpools=subpools)
+    config = mms.SparseConfig(tile=64, query_pools=query_pools)
     plan = layout.plan(config, num_query_heads=4, num_kv_heads=2)
     q = torch.randn(2, 4, layout.length, 8)
-    _, exists = tile_subpools(q, plan.tiles, plan.tile_tokens, subpools, plan.regular_tiles)
-    assert torch.equal(plan.live_subpools, exists)
+    _, exists = tile_query_pools(q, plan.tiles, plan.tile_tokens, query_pools, plan.regular_tiles)
+    assert torch.equal(plan.live_query_pools, exists)

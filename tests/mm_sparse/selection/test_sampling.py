@@ -14,7 +14,7 @@ from mm_sparse.kernels.device import interpreted
 from tests.support.layouts import BATCHES, FEW, GROUPS, IDS, batches, configs, random_qk
 from tests.support.selections import Batch, random_scores
 
-CONFIG = SparseConfig(0.5, tile=64, unit=16, sinks=4, window=8, sampled=0.5)
+CONFIG = SparseConfig(0.5, tile=64, unit=16, sinks=4, window=8, sample_ratio=0.5)
 
 
 def chosen(name: str, config: SparseConfig = CONFIG, heads: int = 1, group: int = 1) -> Selection:
@@ -124,7 +124,7 @@ def test_a_gpu_gives_what_a_cpu_gives(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
 def test_it_keeps_what_the_budget_says_and_stands_for_all_the_rest(ratio: float) -> None:
-    config = SparseConfig(ratio, tile=64, sinks=0, window=0, causal=False, sampled=0.5)
+    config = SparseConfig(ratio, tile=64, sinks=0, window=0, causal=False, sample_ratio=0.5)
     selection = long(config, kv_heads=2)
     assert selection.density() == pytest.approx(ratio, abs=0.012)
     totals = weights(selection).sum(-1)
@@ -149,7 +149,7 @@ def test_it_is_closer_to_dense_where_attention_is_diffuse() -> None:
     dense = mms.attention_reference(q, k, v, mask=torch.ones(1, dtype=torch.bool))
     lost = []
     for share in (0.0, 0.5):
-        config = dataclasses.replace(base, sampled=share)
+        config = dataclasses.replace(base, sample_ratio=share)
         out = mms.sparse_attention(q, k, v, layout=layout, config=config)
         lost.append((out - dense).pow(2).mean().item())
     assert lost[1] < 0.5 * lost[0]
@@ -160,7 +160,7 @@ def test_all_kept_is_dense_attention() -> None:
     selection = chosen("mixed", config, 2)
     assert selection.density() == 1.0
     q, k = random_qk(selection.plan.layout, heads=2, kv_heads=2)
-    plainly = dataclasses.replace(config, sampled=0.0)
+    plainly = dataclasses.replace(config, sample_ratio=0.0)
     want = mms.attend(q, k, k, chosen("mixed", plainly, 2))
     torch.testing.assert_close(mms.attend(q, k, k, selection), want)
 
@@ -176,9 +176,9 @@ def test_nobody_sees_the_future_or_another_document() -> None:
 
 
 def test_without_a_sample_nothing_changes() -> None:
-    selection = chosen("mixed", dataclasses.replace(CONFIG, sampled=0.0))
+    selection = chosen("mixed", dataclasses.replace(CONFIG, sample_ratio=0.0))
     assert selection.sample is None
-    assert selection.plan.best is selection.plan
+    assert selection.plan.without_sample is selection.plan
 
 
 def test_floors_and_sinks_are_not_left_to_the_sample() -> None:
@@ -198,7 +198,7 @@ def test_a_block_mask_cannot_weigh_keys() -> None:
 
 
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
-@given(batches(), configs(mass=None), st.sampled_from([0.25, 0.5, 0.9]), st.booleans())
+@given(batches(), configs(top_p=None), st.sampled_from([0.25, 0.5, 0.9]), st.booleans())
 @FEW
 def test_the_kernel_draws_what_the_law_draws(
     batch: Batch, config: SparseConfig, share: float, by_head: bool
@@ -207,7 +207,7 @@ def test_the_kernel_draws_what_the_law_draws(
     heads = (config.ratio, 0.3) if by_head else ()
     found = []
     for backend in ("torch", "triton"):
-        own = dataclasses.replace(config, sampled=share, head_ratio=heads, backend=backend)
+        own = dataclasses.replace(config, sample_ratio=share, head_ratio=heads, backend=backend)
         found.append(mms.select(random_scores(layout, own, 2), layout, own))
     law, kernel = found
     assert law.sample is not None

@@ -44,8 +44,8 @@ def kept_by_hand(values: Tensor, plan: Plan) -> Tensor:
         order = [u for u in best if u in first] + [u for u in best if u not in first]
         held, total = 0.0, sum(math.exp(score[u]) for u in seen)
         for place, u in enumerate(order):
-            if config.mass is not None:
-                fits = held * (1 - 1e-6) < config.mass
+            if config.top_p is not None:
+                fits = held * (1 - 1e-6) < config.top_p
                 held += math.exp(score[u]) / total
             else:
                 fits = held + (size[u] + 1) // 2 <= budget
@@ -68,7 +68,7 @@ def test_only_visible_units_are_kept_in_ascending_order(
     assert torch.equal(count > 0, plan.visible.any(-1)[:, None].expand_as(count))
 
 
-@given(batches(), configs(mass=None), st.sampled_from([(1, 1), (2, 3)]))
+@given(batches(), configs(top_p=None), st.sampled_from([(1, 1), (2, 3)]))
 @FEW
 def test_budgets_are_kept_to_the_nearest_unit(
     batch: Batch, config: SparseConfig, heads: tuple[int, int]
@@ -82,7 +82,7 @@ def test_budgets_are_kept_to_the_nearest_unit(
 def test_a_mass_budget_keeps_the_best_units_that_reach_it(
     batch: Batch, config: SparseConfig, mass: float
 ) -> None:
-    config = dataclasses.replace(config, mass=mass, modality_floor=0.0)
+    config = dataclasses.replace(config, top_p=mass, modality_floor=0.0)
     selection, values = keep(batch, config)
     plan, kept = selection.plan, kept_units(selection)
     share = values.masked_fill(~plan.visible[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
@@ -129,7 +129,7 @@ def test_floors_come_on_top_of_sinks_and_window_that_fill_the_budget() -> None:
 @given(batches(), configs())
 @FEW
 def test_a_ratio_of_one_keeps_all_that_is_visible(batch: Batch, config: SparseConfig) -> None:
-    config = dataclasses.replace(config, ratio=1.0, tokens=None, mass=None)
+    config = dataclasses.replace(config, ratio=1.0, tokens=None, top_p=None)
     selection, _ = keep(batch, config)
     assert torch.equal(kept_units(selection), selection.plan.visible[:, None])
     assert selection.density() == 1.0
@@ -138,7 +138,7 @@ def test_a_ratio_of_one_keeps_all_that_is_visible(batch: Batch, config: SparseCo
 
 
 def test_a_mass_of_one_keeps_all_that_is_visible() -> None:
-    selection, _ = keep(([MIXED, TEXT], "left"), one_row(MIXED, mass=1.0))
+    selection, _ = keep(([MIXED, TEXT], "left"), one_row(MIXED, top_p=1.0))
     assert torch.equal(kept_units(selection), selection.plan.visible[:, None])
 
 
@@ -153,7 +153,7 @@ def test_a_budget_of_tokens_is_the_same_for_every_tile_that_sees_as_many() -> No
 def test_a_larger_ratio_keeps_all_that_a_smaller_one_keeps(
     batch: Batch, config: SparseConfig, one: float, other: float
 ) -> None:
-    config = dataclasses.replace(config, tokens=None, mass=None)
+    config = dataclasses.replace(config, tokens=None, top_p=None)
     few, many = (
         keep(batch, dataclasses.replace(config, ratio=ratio))[0] for ratio in sorted((one, other))
     )
@@ -176,7 +176,7 @@ def test_scores_that_are_not_finite_rank_at_the_ends() -> None:
 def test_scores_without_a_number_still_keep_the_budget() -> None:
     layout, config = TokenLayout.text(1, 512), one_row(TEXT, ratio=0.25)
     scores = random_scores(layout, config)
-    for fields in ({}, {"mass": 0.5}):
+    for fields in ({}, {"top_p": 0.5}):
         other = dataclasses.replace(config, **fields)
         plan = layout.plan(other, num_query_heads=1, num_kv_heads=1)
         nothing = torch.full_like(scores.values, math.nan)
@@ -212,7 +212,7 @@ def test_empty_batches_and_rows_select_nothing() -> None:
         assert selection.to_dense_mask().shape == (layout.batch, 1, layout.length, layout.length)
 
 
-@given(batches(), configs(mass=None, tokens=None), st.tuples(*[st.floats(0.02, 1.0)] * 3))
+@given(batches(), configs(top_p=None, tokens=None), st.tuples(*[st.floats(0.02, 1.0)] * 3))
 @FEW
 def test_heads_keep_what_they_would_keep_with_one_ratio(
     batch: Batch, config: SparseConfig, ratios: tuple[float, float, float]

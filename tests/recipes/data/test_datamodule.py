@@ -9,7 +9,7 @@ from PIL import Image
 
 from mm_sparse.recipes.data.datamodule import SampleData
 from mm_sparse.recipes.data.llava import LlavaJson
-from mm_sparse.recipes.data.samples import Course
+from mm_sparse.recipes.data.samples import ConcatSamples
 from mm_sparse.recipes.data.splits import SPLITS
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer, digit_pictures
 from mm_sparse.recipes.datasets.stamps import StampCaptions, StampGrids, stamps
@@ -245,13 +245,13 @@ def test_data_module_without_held_out_samples():
 
 def test_a_course_reads_its_sets_one_after_the_other_unless_shuffled():
     parts = [DigitCanvases("train", n, rows=n, columns=n, questions=1) for n in (2, 3)]
-    course = Course([*parts])
+    course = ConcatSamples([*parts])
     assert len(course) == 5
     assert [course[i].name for i in range(5)] == [s.name for part in parts for s in part_of(part)]
     with pytest.raises(IndexError, match=r"index must be in \[0, 5\), got 5"):
         course[5]
     data = SampleData(
-        Course([DigitCanvases("train", n, rows=n, columns=n, questions=1) for n in (2, 4)]),
+        ConcatSamples([DigitCanvases("train", n, rows=n, columns=n, questions=1) for n in (2, 4)]),
         DigitTokenizer(),
         patch_size=4,
         batch_size=2,
@@ -267,4 +267,4 @@ def part_of(samples):
 
 def test_a_course_of_nothing_is_refused():
     with pytest.raises(ValueError, match="parts must hold at least one set of samples, got none"):
-        Course([])
+        ConcatSamples([])

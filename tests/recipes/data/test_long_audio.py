@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mm_sparse.recipes.data.long_audio import Joined
-from mm_sparse.recipes.data.samples import RATE, Course, Sample, Samples, Turn
+from mm_sparse.recipes.data.long_audio import ConcatenatedClips
+from mm_sparse.recipes.data.samples import RATE, ConcatSamples, Sample, Samples, Turn
 from mm_sparse.recipes.data.splits import split_of
 from mm_sparse.recipes.datasets import espeak_speech
 from mm_sparse.recipes.models.ctc_alignment import alignment_loss
@@ -35,7 +35,7 @@ def texts(sample):
 
 
 def test_every_clip_that_fits_comes_once_in_order():
-    data = Joined(Clips(), seconds=4.0, pause=0.5)
+    data = ConcatenatedClips(Clips(), seconds=4.0, pause=0.5)
     assert [texts(data[i]) for i in range(len(data))] == [["text0 text1"], ["text2 text3"]]
     (wave,) = data[0].sounds
     assert len(wave) == round(data.size(0) * RATE) == 3.5 * RATE
@@ -46,7 +46,7 @@ def test_every_clip_that_fits_comes_once_in_order():
 
 
 def test_random_windows_are_the_same_for_a_seed_and_fit():
-    make = lambda seed: Joined(Clips(), seconds=6.0, shortest=1.0, length=40, seed=seed)  # noqa: E731
+    make = lambda seed: ConcatenatedClips(Clips(), seconds=6.0, shortest=1.0, length=40, seed=seed)  # noqa: E731
     data, again, other = make(0), make(0), make(1)
     found = [texts(data[i]) for i in range(40)]
     assert found == [texts(again[i]) for i in range(40)]
@@ -57,7 +57,9 @@ def test_random_windows_are_the_same_for_a_seed_and_fit():
 
 
 def test_a_conversation_ends_with_a_window_of_the_samples_after_others():
-    data = Joined(Clips(sizes=[1.0, 1.0]), seconds=2.5, windows=4, before=Clips(10, [1.0, 2.0]))
+    data = ConcatenatedClips(
+        Clips(sizes=[1.0, 1.0]), seconds=2.5, windows=4, before=Clips(10, [1.0, 2.0])
+    )
     assert len(data) == 1
     *first, last = texts(data[0])
     assert last == "text0 text1"
@@ -80,15 +82,15 @@ def test_a_conversation_ends_with_a_window_of_the_samples_after_others():
 )
 def test_windows_that_cannot_be_made_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Joined(Clips(), **options)
+        ConcatenatedClips(Clips(), **options)
 
 
 def test_a_mixture_repeats_its_sets_and_knows_their_sizes():
-    mixed = Course([Clips(), Clips(10, [7.0])], times=[1, 3])
+    mixed = ConcatSamples([Clips(), Clips(10, [7.0])], times=[1, 3])
     assert [mixed.size(i) for i in range(len(mixed))] == [*SECONDS, 7.0, 7.0, 7.0]
     assert mixed[7].name == "10"
     with pytest.raises(ValueError, match=r"for each of 2 parts, got \[1\]"):
-        Course([Clips(), Clips()], times=[1])
+        ConcatSamples([Clips(), Clips()], times=[1])
 
 
 def test_tokens_that_spell_the_answer_align_and_others_do_not():

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import divergence
+from mm_sparse.distillation.losses import attention_kl
 from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.context import keeping
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.context import override_config
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.data.text_corpus import CorpusData
-from mm_sparse.recipes.distillation.distiller import Goal, SaveScorers, some_tiles
+from mm_sparse.recipes.distillation.distiller import DistillationConfig, SaveScorers, some_tiles
 from mm_sparse.recipes.distillation.language import Distill
 from mm_sparse.recipes.metrics import layers as layer_metrics
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, make, mean, sharpen, tiny, write_corpus
@@ -66,10 +66,10 @@ def test_weights_of_tiles_follow_their_mass() -> None:
     _, plan = geometry()
     values = torch.randn(1, 2, *plan.visible.shape[1:])
     mass = torch.rand(values.shape) * plan.visible
-    whole = divergence(values, mass, plan, weighted=True)
-    torch.testing.assert_close(divergence(values, mass * 3, plan, weighted=True), 3 * whole)
+    whole = attention_kl(values, mass, plan, weighted=True)
+    torch.testing.assert_close(attention_kl(values, mass * 3, plan, weighted=True), 3 * whole)
     torch.testing.assert_close(
-        divergence(values, mass * 3, plan), divergence(values, mass, plan), rtol=1e-4, atol=1e-5
+        attention_kl(values, mass * 3, plan), attention_kl(values, mass, plan), rtol=1e-4, atol=1e-5
     )
 
 
@@ -130,7 +130,9 @@ def fit(module: Distill, npz: str, steps: int = 12, **options) -> L.Trainer:
 
 
 def test_the_recipe_learns_and_leaves_the_base_alone(npz: str, tmp_path: Path) -> None:
-    module = make(out=str(tmp_path / "scorers"), goal=Goal(divergence_share=0.5, tiles=4))
+    module = make(
+        out=str(tmp_path / "scorers"), goal=DistillationConfig(divergence_share=0.5, tiles=4)
+    )
     before = {n: p.clone() for n, p in module.language.state_dict().items()}
     ids = CorpusData(npz, TOKENS).kinds("test")["a"][:1]
     untrained = mean(layer_metrics.layer_figures(module.language, ids))
@@ -143,7 +145,9 @@ def test_the_recipe_learns_and_leaves_the_base_alone(npz: str, tmp_path: Path) -
     again = tiny().build(0)
     again.load_state_dict(before)
     mms.load_scorers(again, tmp_path / "scorers")
-    for a, b in zip(layers(again).values(), layers(module.language).values(), strict=True):
+    for a, b in zip(
+        attention_layers(again).values(), attention_layers(module.language).values(), strict=True
+    ):
         assert a.scorer is not None
         assert b.scorer is not None
         assert all(
@@ -158,12 +162,12 @@ def test_a_run_that_breaks_off_leaves_its_scorers(npz: str, tmp_path: Path) -> N
             if trainer.global_step == 3:
                 raise KeyError("a cable")
 
-    module = make(out=str(tmp_path / "scorers"), goal=Goal(tiles=4))
+    module = make(out=str(tmp_path / "scorers"), goal=DistillationConfig(tiles=4))
     with pytest.raises(KeyError, match="a cable"):
         fit(module, npz, 10, callbacks=[Break()])
     again = tiny().build(0)
     mms.load_scorers(again, tmp_path / "scorers")
-    left = next(iter(layers(again).values())).scorer
+    left = next(iter(attention_layers(again).values())).scorer
     assert left is not None
     assert any(p.any() for p in left.parameters())
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
@@ -172,7 +176,7 @@ def test_a_run_that_breaks_off_leaves_its_scorers(npz: str, tmp_path: Path) -> N
 
 def test_two_processes_give_the_gradients_of_both_sequences(npz: str, tmp_path: Path) -> None:
     """DDP with gloo: after a step both ranks hold the same scorers, and not the untrained ones."""
-    module = make(goal=Goal(tiles=4))
+    module = make(goal=DistillationConfig(tiles=4))
     fit(module, npz, 2, devices=2, strategy="ddp_spawn")
     assert any(p.abs().max() > 0 for p in module.scorers.parameters())
 
@@ -204,7 +208,7 @@ def test_the_shipped_config_is_one_that_the_recipe_takes(
 )
 def test_impossible_goals_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Goal(**given)
+        DistillationConfig(**given)
 
 
 def test_scorers_go_on_from_a_folder_with_the_budgets_of_their_heads(
@@ -212,10 +216,12 @@ def test_scorers_go_on_from_a_folder_with_the_budgets_of_their_heads(
 ) -> None:
     module = make()
     ratios = {1: (0.2, 0.5)}
-    with keeping(module.language, layer_ratio=ratios):
+    with override_config(module.language, layer_ratio=ratios):
         mms.save_scorers(module.language, tmp_path / "first")
     again = Distill(
-        tiny(), scorers_from=str(tmp_path / "first"), goal=Goal(divergence_share=0.0, tiles=4)
+        tiny(),
+        scorers_from=str(tmp_path / "first"),
+        goal=DistillationConfig(divergence_share=0.0, tiles=4),
     )
     sharpen(again.language)
     sample = again.look(torch.randint(0, 40, (1, TOKENS)), 4)

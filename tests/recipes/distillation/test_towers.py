@@ -20,17 +20,17 @@ import mm_sparse as mms
 from mm_sparse import SparseConfig, TokenLayout
 from mm_sparse.distillation import soft_attention
 from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.context import attending
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.context import override_attention
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.data.packed_inputs import Packed, PackedData, write_packed
 from mm_sparse.recipes.distillation.budget_search import spread
 from mm_sparse.recipes.distillation.budget_search_towers import tower_costs
 from mm_sparse.recipes.distillation.towers import DistillTower, TowerGoal, TowerPart, main
-from mm_sparse.recipes.models.vision import VisionPart
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.models.vision import VisionConfig
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 SPARSE = SparseConfig(
-    0.25, tile=64, unit=16, causal=False, sinks=0, window=0, subpools=2, dense_below=0
+    0.25, tile=64, unit=16, causal=False, sinks=0, window=0, query_pools=2, dense_below=0
 )
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIDE = 68
@@ -61,10 +61,10 @@ def packed(folder: Path) -> str:
 
 def make(sparse: SparseConfig = SPARSE, out: str | None = None, **goal) -> DistillTower:
     torch.manual_seed(0)
-    vision = VisionPart("vit_tiny_patch16_224", image_size=SIDE, options=TINY)
+    vision = VisionConfig("vit_tiny_patch16_224", image_size=SIDE, options=TINY)
     module = DistillTower(
         sparse, TowerPart(vision=vision), TowerGoal(**{"tiles": 5, **goal}),
-        OptimizerPart(lr=3e-3, warmup=2), out=out,
+        OptimizerConfig(lr=3e-3, warmup=2), out=out,
     )  # fmt: skip
     with torch.no_grad():
         for name, parameter in module.model.named_parameters():
@@ -79,7 +79,7 @@ def batch(npz: str) -> Tensor:
 
 def attention_inputs(sampled: float = 0.0, dtype: torch.dtype = torch.float64):
     layout = TokenLayout.from_spans([("image", (13, 17)), ("text", 3)], batch=2)
-    config = dataclasses.replace(SPARSE, sampled=sampled)
+    config = dataclasses.replace(SPARSE, sample_ratio=sampled)
     plan = layout.plan(config, num_query_heads=4, num_kv_heads=2)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, layout.length, 8, dtype=dtype) for h in (4, 2, 2))
@@ -169,11 +169,11 @@ def test_a_few_steps_lower_the_loss(target: str, npz: str) -> None:
 
 
 def test_the_straight_tower_is_the_sparse_one(npz: str) -> None:
-    module, pictures = make(dataclasses.replace(SPARSE, sampled=0.4)), batch(npz)
+    module, pictures = make(dataclasses.replace(SPARSE, sample_ratio=0.4)), batch(npz)
     with torch.no_grad():
         lost = module.feature_loss(pictures, 0.3)
         sparse = module.run(pictures)
-        with mms.retrofit.keeping(module.model, backend="dense"):
+        with mms.retrofit.override_config(module.model, backend="dense"):
             dense = module.run(pictures)
     want = 1 - torch.cosine_similarity(sparse, dense, dim=-1).mean()
     torch.testing.assert_close(lost, want, rtol=1e-3, atol=1e-6)
@@ -188,9 +188,9 @@ def test_other_attention_takes_the_place_of_a_layers_own_and_leaves_it(npz: str)
         names.append(call.name)
         return torch.zeros_like(call.q)
 
-    with attending(module.model, nothing):
+    with override_attention(module.model, nothing):
         other = module.run(pictures)
-    assert names == list(layers(module.model))
+    assert names == list(attention_layers(module.model))
     assert not torch.allclose(other, before)
     assert torch.equal(module.run(pictures), before)
     assert mms.report(module.model).density == pytest.approx(0.25, abs=0.05)
@@ -240,14 +240,14 @@ def test_the_shipped_configs_are_ones_that_the_recipe_takes(
 
 def test_density_goes_to_the_layer_that_loses(npz: str) -> None:
     model, pictures = make().model, batch(npz)
-    first, second = layers(model)
+    first, second = attention_layers(model)
     levels = (0.1, 0.5, 1.0)
     costs = tower_costs(model, [pictures], levels)
     assert list(costs) == [(first, None), (second, None)]
     assert all(own[0] > own[1] > 0 and own[2] == 0 for own in costs.values())
     ratios = spread(costs, 0.5, levels)
     assert sum(ratios.values()) == pytest.approx(1.0)
-    with mms.retrofit.keeping(model, layer_ratio={first: 1.0}, dense_layers=(second,)):
+    with mms.retrofit.override_config(model, layer_ratio={first: 1.0}, dense_layers=(second,)):
         whole = model(pictures)[0]
         assert [row.mode for row in mms.report(model).rows] == ["sparse", "dense"]
     torch.testing.assert_close(whole, mms.densify(model)(pictures)[0], rtol=1e-3, atol=1e-3)

@@ -37,7 +37,7 @@ def test_clips_are_packed_into_windows_with_all_their_words() -> None:
 
 def test_methods_keep_equally_much_and_leave_the_model_dense() -> None:
     pytest.importorskip("PIL")
-    subject: Any = object.__new__(encoder_tasks.Pictures)
+    subject: Any = object.__new__(encoder_tasks.ImageTask)
     subject.model = create_vision_encoder(
         "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
     )
@@ -123,7 +123,7 @@ def test_an_encoders_file_says_what_it_is(tmp_path) -> None:
 
 def test_trained_scorers_are_one_more_method(tmp_path) -> None:
     pytest.importorskip("PIL")
-    subject: Any = object.__new__(encoder_tasks.Pictures)
+    subject: Any = object.__new__(encoder_tasks.ImageTask)
     subject.model = create_vision_encoder(
         "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
     )
@@ -147,7 +147,7 @@ def test_trained_scorers_are_one_more_method(tmp_path) -> None:
 
 def test_budgets_of_layers_are_scaled_for_trained_scorers_alone(tmp_path) -> None:
     pytest.importorskip("PIL")
-    subject: Any = object.__new__(encoder_tasks.Pictures)
+    subject: Any = object.__new__(encoder_tasks.ImageTask)
     subject.model = create_vision_encoder(
         "vit_tiny_patch16_224", image_size=64, patch_size=4, embed_dim=32, depth=2, num_heads=2
     )
@@ -155,9 +155,9 @@ def test_budgets_of_layers_are_scaled_for_trained_scorers_alone(tmp_path) -> Non
     subject.by_kind = True
     config = encoder_quality.config(0.25)
     with mms.sparse(subject.model, config, scorer="fine"):
-        first, second = state.layers(subject.model)
+        first, second = state.attention_layers(subject.model)
         own = {first: 0.1, second: (0.4, 0.4)}
-        with context.keeping(subject.model, layer_ratio=own):
+        with context.override_config(subject.model, layer_ratio=own):
             mms.save_scorers(subject.model, tmp_path)
     kept: dict[int, list[float]] = {}
     run = subject.run

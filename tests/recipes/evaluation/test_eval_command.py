@@ -8,7 +8,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.checkpoints import pretrained
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.evaluation import eval_command, plot
 from mm_sparse.recipes.metrics import ranking_methods
 from mm_sparse.recipes.models import language
@@ -21,8 +21,8 @@ SMOLLM2 = {
 
 
 def test_every_shipped_card_names_tables_with_figures() -> None:
-    assert "smollm2-135m" in pretrained.shipped_scorers()
-    for name in pretrained.shipped_scorers():
+    assert "smollm2-135m" in pretrained.list_pretrained()
+    for name in pretrained.list_pretrained():
         card = pretrained.read_card(name)
         assert {"model", "data", "training", "hardware", "tables"} <= set(card)
         for table in card["tables"].values():
@@ -32,9 +32,9 @@ def test_every_shipped_card_names_tables_with_figures() -> None:
 
 
 def test_scorers_load_by_name_into_the_model_they_are_for() -> None:
-    model = language.LanguagePart(options=SMOLLM2).build(0).eval()
+    model = language.LanguageConfig(options=SMOLLM2).build(0).eval()
     mms.load_scorers(model, "smollm2-135m")
-    found = layers(model)
+    found = attention_layers(model)
     assert len(found) == 30
     assert all(layer.scorer is not None for layer in found.values())
     ratios = model_ratios(model)
@@ -45,7 +45,7 @@ def test_scorers_load_by_name_into_the_model_they_are_for() -> None:
 
 
 def model_ratios(model: torch.nn.Module) -> list[float]:
-    every = mms.retrofit.config_of(model).layer_ratio.values()
+    every = mms.retrofit.sparse_config(model).layer_ratio.values()
     return [ratio for own in every for ratio in (own if isinstance(own, tuple) else (own,))]
 
 
@@ -68,14 +68,14 @@ def test_a_card_is_measured_again_beside_its_figures(
     (tmp_path / "tiny" / "card.json").write_text(json.dumps(card))
     monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path)
 
-    def build(self: language.LanguagePart, vocabulary: int) -> torch.nn.Module:
+    def build(self: language.LanguageConfig, vocabulary: int) -> torch.nn.Module:
         torch.manual_seed(0)
-        built = original(language.LanguagePart(options=TINY), vocabulary)
+        built = original(language.LanguageConfig(options=TINY), vocabulary)
         sharpen(built)
         return built
 
-    original = language.LanguagePart.build
-    monkeypatch.setattr(language.LanguagePart, "build", build)
+    original = language.LanguageConfig.build
+    monkeypatch.setattr(language.LanguageConfig, "build", build)
     out = tmp_path / "out.json"
     options = ["--corpus", write_corpus(tmp_path), "--tokens", str(TOKENS), "--ratios", "0.3"]
     eval_command.main(["tiny", "--only", "text", "--out", str(out), *options])

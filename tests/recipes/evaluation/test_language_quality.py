@@ -8,7 +8,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.integrations import context
-from mm_sparse.integrations.state import layers
+from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.data.text_corpus import CorpusData
 from mm_sparse.recipes.distillation import budget_search
 from mm_sparse.recipes.evaluation import language_quality
@@ -28,12 +28,12 @@ def test_a_perfect_ranking_is_as_good_as_the_perfect_scorer() -> None:
     sharpen(model)
     mms.sparsify(model, SPARSE)
     ids = torch.randint(0, 40, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with context.ranked_by(model, attention_mass.Perfect):
+    with context.override_scorers(model, attention_mass.OracleScorer):
         figures = mean(layer_metrics.layer_figures(model, ids))
     assert figures["overlap"] == 1.0
     pooled = mean(layer_metrics.layer_figures(model, ids))
     assert pooled["kept"] < figures["kept"] <= 1.0
-    assert all(layer.scorer is None for layer in layers(model).values())
+    assert all(layer.scorer is None for layer in attention_layers(model).values())
 
 
 def test_the_table_has_every_method_beside_dense() -> None:

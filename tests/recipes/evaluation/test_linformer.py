@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import attending
+from mm_sparse.integrations.context import override_attention
 from mm_sparse.recipes.evaluation.linformer import Linformers, train_linformers
 from tests.support.layouts import small_config
 
@@ -23,11 +23,11 @@ def tower() -> torch.nn.Module:
 def test_projections_learn_what_dense_attention_gives() -> None:
     model = tower()
     pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with mms.retrofit.keeping(model, backend="dense"):
+    with mms.retrofit.override_config(model, backend="dense"):
         dense = model.forward_features(pictures)
 
     def gap(made: Linformers) -> float:
-        with attending(model, made), torch.no_grad():
+        with override_attention(model, made), torch.no_grad():
             return (model.forward_features(pictures) - dense).square().mean().item()
 
     batches = [pictures[i : i + 1] for i in range(4)] * 20
@@ -44,7 +44,7 @@ def test_projections_learn_what_dense_attention_gives() -> None:
 def test_a_model_that_runs_nothing_sparse_teaches_nothing() -> None:
     model = tower()
     with (
-        mms.retrofit.keeping(model, dense_below=10**6),
+        mms.retrofit.override_config(model, dense_below=10**6),
         pytest.raises(ValueError, match="model must run sparse layers, got none"),
     ):
         train_linformers(model, iter([torch.rand(1, 3, 64, 64)]), 0.3, steps=1)

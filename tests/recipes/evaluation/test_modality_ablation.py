@@ -9,20 +9,20 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse import Modality, TokenLayout
-from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.context import capture_attention
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import RATE, Sample, Turn
 from mm_sparse.recipes.datasets.spoken_stamps import YesNoTokenizer
-from mm_sparse.recipes.distillation.joint import fresh, learn
-from mm_sparse.recipes.distillation.language import Goal
+from mm_sparse.recipes.distillation.joint import fresh, train_jointly
+from mm_sparse.recipes.distillation.language import DistillationConfig
 from mm_sparse.recipes.evaluation import modality_ablation
-from mm_sparse.recipes.evaluation.attention_by_modality import Attending, kl_by_row
+from mm_sparse.recipes.evaluation.attention_by_modality import AttentionByModality, kl_by_row
 from mm_sparse.recipes.evaluation.modality_ablation_report import pair_table, summary, table
-from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
-from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
+from mm_sparse.recipes.models.language import LanguageConfig
 from mm_sparse.recipes.models.omni import Omni
-from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 from tests.support.tiny_recipes import sharpen
 
 TOKENIZER = YesNoTokenizer()
@@ -37,7 +37,7 @@ SPARSE = mms.SparseConfig(
     unit=16,
     sinks=0,
     window=16,
-    subpools=2,
+    query_pools=2,
     bidirectional=(),
     dense_below=0,
     modality_floor=0.15,
@@ -47,9 +47,9 @@ SPARSE = mms.SparseConfig(
 def omni(sparse: mms.SparseConfig | None = SPARSE, **options: Any) -> Omni:
     torch.manual_seed(0)
     model = Omni(
-        TOKENIZER, VisionPart(image_size=32, options=TOWER),
-        AudioPart(options={"width": 16, "depth": 1, "heads": 2}), LanguagePart(options=LM),
-        ProjectorPart(), FrameProjectorPart(), sparse=sparse, **options,
+        TOKENIZER, VisionConfig(image_size=32, options=TOWER),
+        AudioConfig(options={"width": 16, "depth": 1, "heads": 2}), LanguageConfig(options=LM),
+        ProjectorConfig(), FrameProjectorConfig(), sparse=sparse, **options,
     )  # fmt: skip
     sharpen(model.language)
     return model
@@ -79,11 +79,15 @@ def permuted(layout: TokenLayout) -> TokenLayout:
 
 def test_only_the_aware_scorers_see_modalities() -> None:
     model = omni().eval().requires_grad_(False)
-    made, losses = learn(
-        model, [batch(i) for i in range(4)], options_of(model), Goal(0.5), OptimizerPart(lr=0.02)
+    made, losses = train_jointly(
+        model,
+        [batch(i) for i in range(4)],
+        options_of(model),
+        DistillationConfig(0.5),
+        OptimizerConfig(lr=0.02),
     )
     calls: list[Any] = []
-    with watch(model.language, calls.append), torch.no_grad():
+    with capture_attention(model.language, calls.append), torch.no_grad():
         model(batch(9))
     call = calls[-1]
     layout = call.selection.plan.layout
@@ -123,7 +127,9 @@ def test_scorers_learn_as_they_would_alone() -> None:
         torch.manual_seed(0)
         batches = [batch(i) for i in range(3)]
         chosen = {name: every[name] for name in names}
-        made, _ = learn(model, batches, chosen, Goal(0.5), OptimizerPart(lr=0.02))
+        made, _ = train_jointly(
+            model, batches, chosen, DistillationConfig(0.5), OptimizerConfig(lr=0.02)
+        )
         found.append(made["blind"])
     for name, scorer in found[0].items():
         for a, b in zip(scorer.parameters(), found[1][name].parameters(), strict=True):
@@ -135,7 +141,8 @@ def outcome() -> dict[str, Any]:
     model = omni()
     return modality_ablation.run(
         model, lambda seed: [batch(10 * seed + i) for i in range(3)], [batch(100), batch(101)],
-        seeds=(1, 2), goal=Goal(0.4, tiles=8), optimizer=OptimizerPart(lr=0.02), floor=0.1,
+        seeds=(1, 2), goal=DistillationConfig(0.4, tiles=8), optimizer=OptimizerConfig(lr=0.02),
+        floor=0.1,
     )  # fmt: skip
 
 
@@ -197,10 +204,10 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 
 def test_kept_mass_of_all_is_one() -> None:
-    model, attending = omni(replace(SPARSE, ratio=1.0)).eval(), Attending()
-    with watch(model.language, attending.add), torch.no_grad():
+    model, override_attention = omni(replace(SPARSE, ratio=1.0)).eval(), AttentionByModality()
+    with capture_attention(model.language, override_attention.add), torch.no_grad():
         model(batch(0))
-    found = attending.figures()
+    found = override_attention.figures()
     assert found["density"] == found["kept_mass"] == found["kept"] == found["overlap"] == 1.0
 
 

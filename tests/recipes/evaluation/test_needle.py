@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import keeping
-from mm_sparse.integrations.state import config_of
+from mm_sparse.integrations.context import override_config
+from mm_sparse.integrations.state import sparse_config
 from mm_sparse.recipes.evaluation import needle
-from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.models.language import LanguageConfig
 from tests.support.tiny_recipes import SPARSE, TINY
 
 
@@ -73,12 +73,12 @@ def test_only_what_dense_recalls_counts(monkeypatch: pytest.MonkeyPatch) -> None
     model = Echo({"dense": (0.1, 0.5), "good": (0.1, 0.5, 0.9), "bad": (0.5,)})
 
     @contextmanager
-    def keeping(model: Echo, **changes: Any):
+    def override_config(model: Echo, **changes: Any):
         model.mode = changes.get("backend") or changes["mode"]
         yield
 
     @contextmanager
-    def ranked_by(model: Echo, make: Any):
+    def override_scorers(model: Echo, make: Any):
         yield
 
     def marked():
@@ -86,8 +86,8 @@ def test_only_what_dense_recalls_counts(monkeypatch: pytest.MonkeyPatch) -> None
             model.depth = trial.depth
             yield trial
 
-    monkeypatch.setattr(needle, "keeping", keeping)
-    monkeypatch.setattr(needle, "ranked_by", ranked_by)
+    monkeypatch.setattr(needle, "keeping", override_config)
+    monkeypatch.setattr(needle, "ranked_by", override_scorers)
     settings = {"good": ("window", {"mode": "good"}), "bad": ("window", {"mode": "bad"})}
     *_, (good, bad) = needle.recall(model, marked(), settings, count=6)
     assert (good["trials"], good["tried"]) == (6, 8)
@@ -101,18 +101,18 @@ def test_only_what_dense_recalls_counts(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_real_model_at_a_whole_ratio_recalls_what_it_recalls_dense() -> None:
     torch.manual_seed(0)
-    model = LanguagePart(options=TINY | {"vocab_size": 128}).build(0).eval()
+    model = LanguageConfig(options=TINY | {"vocab_size": 128}).build(0).eval()
     mms.sparsify(model, SPARSE)
     trial = next(needle.trials(ROWS, Characters()))
     # Whatever this model says is made the answer, so that dense recalls it.
     for _ in range(trial.answer):
-        with torch.no_grad(), keeping(model, backend="dense"):
+        with torch.no_grad(), override_config(model, backend="dense"):
             ahead = model(trial.ids, use_cache=False).logits[0, -trial.answer - 1 : -1].argmax(-1)
         trial.ids[0, -trial.answer :] = ahead
     settings = {"whole": ("pooled", {"ratio": 1.0})}
     ((row,),) = needle.recall(model, iter([trial]), settings, count=1)
     assert row["recalled"] == 1.0
-    assert config_of(model) == SPARSE
+    assert sparse_config(model) == SPARSE
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.recipes.evaluation import scoring_cost
-from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.models.language import LanguageConfig
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, tiny, write_corpus
 
 
 def model_of(scorer: str | None, sampled: float = 0.0) -> torch.nn.Module:
     model = tiny().build(0).eval().requires_grad_(False)
-    return mms.sparsify(model, replace(SPARSE, sampled=sampled), scorer=scorer)
+    return mms.sparsify(model, replace(SPARSE, sample_ratio=sampled), scorer=scorer)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_every_part_of_every_layer_is_timed(sampled: float) -> None:
 
 def test_flops_are_those_of_pieces_that_see_each_other() -> None:
     layout = mms.TokenLayout.text(1, 64)
-    config = mms.SparseConfig(tile=64, unit=16, subpools=2, causal=False)
+    config = mms.SparseConfig(tile=64, unit=16, query_pools=2, causal=False)
     plan = layout.plan(config, num_query_heads=2, num_kv_heads=1)
     scorer = mms.FineScorer(num_query_heads=2, num_kv_heads=1, head_dim=8, parts=4)
     dense, products, maps = scoring_cost.flops_of(plan, scorer, (1, 2, 64, 8))
@@ -53,9 +53,9 @@ def test_the_command_writes_what_it_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mms.save_scorers(model_of("fine"), tmp_path / "scorers")
-    original = LanguagePart.build
+    original = LanguageConfig.build
     monkeypatch.setattr(
-        LanguagePart, "build", lambda self, size: original(LanguagePart(options=TINY), size)
+        LanguageConfig, "build", lambda self, size: original(LanguageConfig(options=TINY), size)
     )
     out = tmp_path / "cost.json"
     scoring_cost.main(

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations.state import config_of, layers
+from mm_sparse.integrations.state import attention_layers, sparse_config
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
 from mm_sparse.recipes.evaluation import vlm_quality
-from mm_sparse.recipes.models.language import LanguagePart
-from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
+from mm_sparse.recipes.models.language import LanguageConfig
+from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
 from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.run.sparse_vs_dense import prepare
 from tests.recipes.models.test_vlm import SPARSE, TINY_LM, TINY_TOWER
@@ -26,8 +26,8 @@ DIGITS = str(Path(__file__).resolve().parents[3] / "recipes" / "configs" / "vlm"
 def model(sparse: mms.SparseConfig | None = SPARSE, **options: Any) -> VLM:
     torch.manual_seed(0)
     made = VLM(
-        DigitTokenizer(), VisionPart(image_size=72, options=TINY_TOWER),
-        LanguagePart(options=TINY_LM), ProjectorPart(positions=18), sparse=sparse, **options,
+        DigitTokenizer(), VisionConfig(image_size=72, options=TINY_TOWER),
+        LanguageConfig(options=TINY_LM), ProjectorConfig(positions=18), sparse=sparse, **options,
     )  # fmt: skip
     sharpen(made.language)
     return made
@@ -51,7 +51,7 @@ def test_perfect_is_dense_where_everything_is_kept() -> None:
 
 def test_every_method_has_its_row_at_the_density_asked_for() -> None:
     vlm = model()
-    own = {name: layer.scorer for name, layer in layers(vlm.language).items()}
+    own = {name: layer.scorer for name, layer in attention_layers(vlm.language).items()}
     dense, *rows = vlm_quality.table(vlm, [batch(), batch(1)], [0.5, 0.3], looked_at=1)
     asked = [(0.5, name) for name in vlm_quality.METHODS] + [
         (0.3, name) for name in vlm_quality.METHODS
@@ -69,8 +69,8 @@ def test_every_method_has_its_row_at_the_density_asked_for() -> None:
     # Untrained, a model's own scorers rank as the pooled score does.
     assert found["scorers"]["overlap"] == pytest.approx(found["pooled"]["overlap"], abs=1e-4)
     assert json.loads(json.dumps(rows)) == rows
-    assert {name: layer.scorer for name, layer in layers(vlm.language).items()} == own
-    assert config_of(vlm.language) == SPARSE
+    assert {name: layer.scorer for name, layer in attention_layers(vlm.language).items()} == own
+    assert sparse_config(vlm.language) == SPARSE
 
 
 def test_patterns_keep_sinks_and_others_do_not() -> None:
@@ -91,7 +91,7 @@ def test_scorers_that_learned_from_the_frozen_model_can_rank() -> None:
     vlm = model()
     before = {name: value.clone() for name, value in vlm.state_dict().items()}
     made = vlm_quality.learned(vlm, [batch(1), batch(2)])
-    assert set(made) == set(layers(vlm.language))
+    assert set(made) == set(attention_layers(vlm.language))
     _, row = vlm_quality.table(vlm, [batch()], [0.3], {"learned": made})
     assert row["method"] == "learned"
     assert all(torch.equal(value, before[name]) for name, value in vlm.state_dict().items())

@@ -6,17 +6,17 @@ import torch
 from PIL import Image
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.context import capture_attention
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import RATE, Sample, Turn
 from mm_sparse.recipes.data.splits import split_of
 from mm_sparse.recipes.datasets.spoken_stamps import SpokenStamps, YesNoTokenizer
 from mm_sparse.recipes.metrics.density import densities
-from mm_sparse.recipes.models.audio import AudioPart, FrameProjectorPart
-from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
+from mm_sparse.recipes.models.language import LanguageConfig
 from mm_sparse.recipes.models.omni import Omni
-from mm_sparse.recipes.models.vision import ProjectorPart, VisionPart
+from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
 from mm_sparse.recipes.run.inspection import scene
 from mm_sparse.recipes.training.objectives import Objectives
 
@@ -45,11 +45,11 @@ def model(sparse=None, **options):
     torch.manual_seed(0)
     return Omni(
         TOKENIZER,
-        VisionPart(image_size=32, options=TOWER),
-        AudioPart(options={"width": 16, "depth": 1, "heads": 2}),
-        LanguagePart(options=LM),
-        ProjectorPart(),
-        FrameProjectorPart(),
+        VisionConfig(image_size=32, options=TOWER),
+        AudioConfig(options={"width": 16, "depth": 1, "heads": 2}),
+        LanguageConfig(options=LM),
+        ProjectorConfig(),
+        FrameProjectorConfig(),
         sparse=sparse,
         **options,
     )
@@ -67,7 +67,7 @@ def sample(pairs=2):
 def kept(speech):
     """Selections and layout of a forward pass on two pairs."""
     found = []
-    with torch.no_grad(), watch(speech.language, found.append):
+    with torch.no_grad(), capture_attention(speech.language, found.append):
         speech(COLLATOR([sample()]))
     return [call.selection for call in found]
 

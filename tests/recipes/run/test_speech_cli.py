@@ -1,4 +1,5 @@
-"""The command line of the speech recipe: logs, pictures, the tower's lessons, the page."""
+"""The command line of the speech recipe: logs, pictures, the tower's distillation losses, the
+page."""
 
 import json
 import sys

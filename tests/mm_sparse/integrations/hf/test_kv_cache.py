@@ -29,7 +29,7 @@ def model() -> Any:
 
 
 @pytest.fixture
-def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def cached_descriptors(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many units each call described."""
     found, update = [], caches.DescriptorCache.update
 
@@ -156,7 +156,7 @@ def test_watchers_are_shown_scores_of_all(model: Any, described: list[int]) -> N
     cache = DynamicCache(config=model.config)
     model(prompt(1, 90), past_key_values=cache)
     described.clear()
-    with mms.retrofit.watch(model, lambda call: None):
+    with mms.retrofit.capture_attention(model, lambda call: None):
         model(prompt(1, 1), past_key_values=cache)
     assert not described
     model(prompt(1, 1), past_key_values=cache)

@@ -221,12 +221,12 @@ def _root():
     ids=["causal", "window", "both"],
 )
 def test_a_call_without_a_mask(options: dict, span: list) -> None:
-    from mm_sparse.integrations.hf.call_layout import HFSource
+    from mm_sparse.integrations.hf.call_layout import HFLayoutSource
     from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 
     tracker = ModalityTracker(SimpleNamespace(config=None))
     x = torch.zeros(1, 2, 3, 8)
-    source = HFSource(tracker, mms.Modality.IMAGE, {})
+    source = HFLayoutSource(tracker, mms.Modality.IMAGE, {})
     placed = source.place(torch.nn.Module(), x, x, None, options)
     assert placed.layout.span is not None
     assert placed.layout.span[0].tolist() == span

@@ -24,10 +24,10 @@ tf: Any = pytest.importorskip("transformers")
 def seen_kinds(model: Any) -> list[torch.Tensor]:
     """Modality of the keys in every call of the second decoder layer, as it arrives."""
     seen: list[torch.Tensor] = []
-    layers = state.layers(model)
+    layers = state.attention_layers(model)
     chosen = next(x for n, x in layers.items() if x.index == 1)
 
-    def watcher(call: context.Call) -> None:
+    def watcher(call: context.AttentionCall) -> None:
         if call.name == chosen.name and call.scores is not None:
             seen.append(call.scores.plan.layout.modality)
 
@@ -65,12 +65,12 @@ def test_towers_know_their_modality() -> None:
     for name, kind in (("qwen2_5_vl", 1), ("gemma3", 1), ("qwen2_audio", 2)):
         case = build(name)
         mms.sparsify(case.model, WHOLE)
-        for layer in state.layers(case.model).values():
+        for layer in state.attention_layers(case.model).values():
             tower = "visual" in layer.name or "tower" in layer.name
             assert layer.modality == (kind if tower else None)
             assert (layer.index is None) == tower
     model = mms.sparsify(tf.SiglipVisionModel(tf.SiglipVisionConfig(**VISION)), WHOLE)
-    assert state.layers(model).popitem()[1].modality == mms.Modality.IMAGE
+    assert state.attention_layers(model).popitem()[1].modality == mms.Modality.IMAGE
 
 
 @torch.no_grad()
@@ -83,12 +83,12 @@ def test_modality_can_be_given_without_ids() -> None:
     case.model(inputs_embeds=embeds)
     assert seen[-1].eq(0).all()
     kinds = (ids == IMAGE).to(torch.int8)
-    with context.given_modality(case.model, kinds):
+    with context.set_modality(case.model, kinds):
         out = case.model(inputs_embeds=embeds, use_cache=True)
         case.model(inputs_embeds=embeds[:, :1], past_key_values=out.past_key_values)
     assert seen[-2].equal(kinds)
     assert seen[-1].equal(torch.nn.functional.pad(kinds, (0, 1)))
-    with pytest.raises(ValueError, match="modality must be a"), context.given_modality(
+    with pytest.raises(ValueError, match="modality must be a"), context.set_modality(
         case.model, kinds[0]
     ):  # fmt: skip
         pass

@@ -179,19 +179,19 @@ def test_masks_that_are_ranges_are_honoured() -> None:
 
 
 def test_one_tensor_may_show_and_hide() -> None:
-    from mm_sparse.integrations.layout_cache import MaskMemo
+    from mm_sparse.integrations.layout_cache import LayoutCache
     from mm_sparse.integrations.tower_tokens import Tower
-    from mm_sparse.integrations.towers.call_layout import HidingMasks, TowerSource
+    from mm_sparse.integrations.towers.call_layout import MultiheadMasks, TowerLayoutSource
 
-    source = TowerSource(Tower(mms.Modality.TEXT), {}, MaskMemo())
+    source = TowerLayoutSource(Tower(mms.Modality.TEXT), {}, LayoutCache())
     x, mask = torch.zeros(9, 2, 9, 8), torch.zeros(9, 9, dtype=torch.bool)
     mask[:, 4:] = True
     shown = {}
     for name, given in (
         ("shows", mask),
-        ("hides", HidingMasks(mask, None)),
-        ("pads", HidingMasks(None, mask[:, :1].clone().expand(9, 9))),
-        ("both", HidingMasks(mask, mask.roll(2, 1))),
+        ("hides", MultiheadMasks(mask, None)),
+        ("pads", MultiheadMasks(None, mask[:, :1].clone().expand(9, 9))),
+        ("both", MultiheadMasks(mask, mask.roll(2, 1))),
     ):
         layout = source.place(nn.Module(), x, x, given, {}).layout
         assert source.place(nn.Module(), x, x, given, {}).layout is layout
@@ -234,7 +234,7 @@ def test_options_of_multihead_attention_are_refused() -> None:
     with pytest.raises(ValueError, match=r"input must be \(batch, tokens, width\), got \(145, 32"):
         block.attn(row, row, row, need_weights=False)
     other = random(2, 145, 32)
-    with context.watch(case.model, lambda call: None):
+    with context.capture_attention(case.model, lambda call: None):
         out, _ = block.attn(x, other, other, need_weights=False)
     assert mms.report(case.model).rows[0].reason == "cross-attention"
     mms.sparsify(case.model, SPARSE, strict=False)

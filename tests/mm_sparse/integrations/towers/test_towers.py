@@ -80,9 +80,9 @@ def test_sparse_keeps_less_and_changes_outputs(name: str) -> None:
 @torch.no_grad()
 def test_class_and_register_tokens_are_kept_by_every_tile(name: str, prefix: int, grid) -> None:
     case = build(name)
-    calls: list[context.Call] = []
+    calls: list[context.AttentionCall] = []
     mms.sparsify(case.model, SPARSE)
-    with context.watch(case.model, calls.append):
+    with context.capture_attention(case.model, calls.append):
         case.run(case.model)
     call = next(c for c in calls if c.selection is not None and c.scores is not None
                 and c.scores.plan.layout.modality.eq(int(mms.Modality.IMAGE)).all())  # fmt: skip
@@ -102,10 +102,10 @@ def test_modalities_and_masks_of_the_towers() -> None:
     kinds = {"clip": {1, 0}, "clip_timm": {1, 0}, "vit": {1}, "wav2vec2": {2}, "conformer": {2}}
     for name, expected in kinds.items():
         model = mms.sparsify(build(name).model, WHOLE)
-        assert {int(x.modality) for x in state.layers(model).values()} == expected  # pyright: ignore
+        assert {int(x.modality) for x in state.attention_layers(model).values()} == expected  # pyright: ignore
     case, calls = build("clip"), []
     mms.sparsify(case.model, mms.SparseConfig(causal=True, dense_below=0))
-    with context.watch(case.model, calls.append):
+    with context.capture_attention(case.model, calls.append):
         case.run(case.model)
     layouts = {call.name.split(".")[0]: call.scores.plan.layout for call in calls}
     assert layouts["transformer"].span[0, :, 1].tolist() == list(range(1, 78))
@@ -117,14 +117,14 @@ def test_modalities_and_masks_of_the_towers() -> None:
 def test_padding_is_known_and_layers_share_a_layout(name: str) -> None:
     case, calls = build(name), []
     mms.sparsify(case.model, SPARSE)
-    with context.watch(case.model, calls.append):
+    with context.capture_attention(case.model, calls.append):
         case.run(case.model)
     layouts = [call.scores.plan.layout for call in calls]
     valid = {"naflex_padded": [100, 112], "wav2vec2_lengths": [150, 100], "conformer": [150, 97]}
     assert layouts[0].valid.sum(1).tolist() == valid[name]
     assert all(layout is layouts[0] for layout in layouts)
     fresh = []
-    with torch.inference_mode(), context.watch(case.model, fresh.append):
+    with torch.inference_mode(), context.capture_attention(case.model, fresh.append):
         case.run(case.model)
     assert fresh[0].scores.plan.layout.valid.equal(layouts[0].valid)
 
@@ -141,8 +141,8 @@ def test_short_inputs_run_stock(name: str) -> None:
     assert all("tokens < dense_below (1000)" in row.reason for row in rows)
     mms.sparsify(case.model, mms.SparseConfig(backend="dense", dense_below=0))
     assert all(a.equal(b) for a, b in zip(case.run(case.model), dense, strict=True))
-    calls: list[context.Call] = []
-    with context.watch(case.model, calls.append):
+    calls: list[context.AttentionCall] = []
+    with context.capture_attention(case.model, calls.append):
         case.run(case.model)
     assert [call.selection for call in calls] == [None] * len(rows)
 
@@ -156,7 +156,7 @@ def test_copies_and_pickles_are_sparse_and_apart(name: str) -> None:
         found = case.run(case.model)
         for twin in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):
             assert all(a.equal(b) for a, b in zip(case.run(twin), found, strict=True))
-            for key, layer in state.layers(twin).items():
+            for key, layer in state.attention_layers(twin).items():
                 assert layer.module is twin.get_submodule(key)
             mms.densify(twin)
             assert all(a.equal(b) for a, b in zip(case.run(twin), dense, strict=True))
@@ -174,7 +174,7 @@ def test_scorers_train_and_go_through_files(name: str, tmp_path: Path) -> None:
         for a, b in zip(case.run(case.model), plain, strict=True):
             torch.testing.assert_close(a, b)
     calls: list[Any] = []
-    with context.watch(case.model, calls.append):
+    with context.capture_attention(case.model, calls.append):
         case.run(case.model)
     sum(c.scores.values.clamp(min=-20).square().mean() for c in calls).backward()
     parameters = list(state.scorer_parameters(case.model))
@@ -237,7 +237,7 @@ def test_towers_inside_a_bigger_module() -> None:
         mms.sparsify(model.eyes, WHOLE)
     message = "model must hold a transformers model, got Both"
     kinds = torch.zeros(1, 1, dtype=torch.long)
-    with pytest.raises(ValueError, match=message), context.given_modality(model, kinds):
+    with pytest.raises(ValueError, match=message), context.set_modality(model, kinds):
         pass
 
 
@@ -276,8 +276,8 @@ def test_compiled_and_autocast_towers(name: str) -> None:
     if name == "vit":
         for a, b in zip(case.run(torch.compile(case.model, backend="eager")), dense, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    calls: list[context.Call] = []
-    with torch.autocast("cpu", torch.bfloat16), context.watch(case.model, calls.append):
+    calls: list[context.AttentionCall] = []
+    with torch.autocast("cpu", torch.bfloat16), context.capture_attention(case.model, calls.append):
         found = case.run(case.model)
     assert all(call.q.dtype == torch.bfloat16 for call in calls)
     for a, b in zip(found, dense, strict=True):
