@@ -16,7 +16,7 @@ from mm_sparse.encoders.backbones.audio import (
     TransformersAudio,
 )
 from mm_sparse.encoders.base import choose, made_sparse
-from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers import Scorer
 
 __all__ = ["AudioEncoder", "create_audio_encoder"]
 

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.encoders.interleave import TokenSpec
-from mm_sparse.integrations.patching import sparsify
+from mm_sparse.encoders.interleaving import TokenSpec
+from mm_sparse.integrations import sparsify
 
 E = TypeVar("E", bound="Encoder")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mm_sparse.cuda_graph import capture
 from mm_sparse.encoders.base import Encoder
-from mm_sparse.encoders.interleave import TokenSpec
+from mm_sparse.encoders.interleaving import TokenSpec
 
 
 class CUDAGraphEncoder:

@@ -18,7 +18,7 @@ from mm_sparse.encoders.backbones.vision import (
     VisionEncoder,
 )
 from mm_sparse.encoders.base import choose, made_sparse
-from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers import Scorer
 
 __all__ = ["VisionEncoder", "VisionTower", "create_vision_encoder", "create_vision_tower"]
 

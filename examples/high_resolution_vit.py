@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse.analysis.overlays import kept_patches
-from mm_sparse.integrations.context import capture_attention
-from mm_sparse.recipes.data.images import to_tensor
-from mm_sparse.recipes.models.vision import VisionConfig
+from mm_sparse.analysis import kept_patches
+from mm_sparse.integrations import capture_attention
+from mm_sparse.recipes.data import to_tensor
+from mm_sparse.recipes.models import VisionConfig
 
 NAME = "vit_small_patch14_dinov2"
 PATCH = 14

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse.analysis.overlays import kept_share
-from mm_sparse.encoders.audio import AudioEncoder, create_audio_encoder
-from mm_sparse.integrations.context import capture_attention
-from mm_sparse.recipes.pretrained.whisper import sinusoids, whisper_tiny
+from mm_sparse.analysis import kept_share
+from mm_sparse.encoders import AudioEncoder, create_audio_encoder
+from mm_sparse.integrations import capture_attention
+from mm_sparse.recipes.pretrained import sinusoids, whisper_tiny
 
 RATE = 16000
 SHAPE: dict[str, Any] = {

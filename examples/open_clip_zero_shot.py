@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import mm_sparse as mms
-from mm_sparse.recipes.data.images import on_white, to_tensor
-from mm_sparse.recipes.datasets.stamps import stamps
+from mm_sparse.recipes.data import on_white, to_tensor
+from mm_sparse.recipes.datasets import find_stamps
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 # 32 x 32 patches: enough tokens for attention to have something to choose from.
@@ -68,7 +68,9 @@ def load_pairs(font: Path, count: int) -> tuple[Pairs, str]:
     if font.is_file():
         return emoji(font, count), "emoji"
     try:
-        return pick([(s.path, s.caption) for s in stamps(max_words=6)], count), "Tux Paint stamps"
+        return pick(
+            [(s.path, s.caption) for s in find_stamps(max_words=6)], count
+        ), "Tux Paint stamps"
     except FileNotFoundError as error:
         print(f"digits instead of emoji or stamps: {error}")
     from sklearn.datasets import load_digits

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from mm_sparse.analysis.overlays import kept_patches
-from mm_sparse.integrations.context import capture_attention
+from mm_sparse.analysis import kept_patches
+from mm_sparse.integrations import capture_attention
 from mm_sparse.modality import Modality
-from mm_sparse.recipes.datasets.digits import DigitCanvases
-from mm_sparse.recipes.metrics.density import densities
-from mm_sparse.recipes.run import pretrain_vision_tower
-from mm_sparse.recipes.run.sparse_vs_dense import RUNS, prepare
+from mm_sparse.recipes.datasets import DigitCanvases
+from mm_sparse.recipes.metrics import densities
+from mm_sparse.recipes.run import RUNS, prepare, pretrain_vision_tower
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "recipes" / "configs" / "vlm" / "digits.yaml")
 

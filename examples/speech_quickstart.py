@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 
-from mm_sparse.analysis.html_page import write_page
-from mm_sparse.recipes.datasets.digit_dictation import SpokenWords
-from mm_sparse.recipes.run import pretrain_audio_tower
-from mm_sparse.recipes.run.inspection import scene
-from mm_sparse.recipes.run.sparse_vs_dense import RUNS, prepare
+from mm_sparse.analysis import write_page
+from mm_sparse.recipes.datasets import SpokenWords
+from mm_sparse.recipes.run import RUNS, prepare, pretrain_audio_tower, scene
 
 CONFIG = str(
     Path(__file__).resolve().parent.parent / "recipes" / "configs" / "speech" / "digits.yaml"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mm_sparse.kernels.device import interpreted
 from mm_sparse.kernels.ops import DTYPES
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 
 # Rows of a tile (query pools times query heads of a group) that the kernel takes.
 MOST_ROWS = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout import TokenLayout
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -15,6 +15,13 @@ TILES = (64, 128)
 UNITS = (16, 32, 64, 128)
 COARSE = (1, 2, 4, 8, 16, 32, 64)
 REDUCTIONS = ("mean", "max")
+_FORMER_NAMES = {
+    "mass": "top_p",
+    "sampled": "sample_ratio",
+    "coarse": "coarse_factor",
+    "subpools": "query_pools",
+    "grid_order": "patch_order",
+}
 BACKENDS = ("auto", "triton", "torch", "dense")
 
 
@@ -193,10 +200,11 @@ class SparseConfig:
 
     @classmethod
     def from_json(cls, text: str) -> SparseConfig:
-        """Inverse of `to_json`; unknown fields are an error."""
+        """Inverse of `to_json`; reads former names of fields too, and refuses unknown ones."""
         record: Any = json.loads(text)
         if not isinstance(record, dict):
             raise ValueError(f"text must hold a JSON object, got {record!r}")
+        record = {_FORMER_NAMES.get(name, name): value for name, value in record.items()}
         unknown = sorted(set(record) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"text must hold fields of SparseConfig only, got also {unknown}")

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["mm_sparse", "kernels", "encoders", "recipes"]
@@ -43,8 +44,9 @@ def test_wheel_holds_every_module_and_config(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for part in PARTS:
         home = "mm_sparse" if part == "mm_sparse" else f"mm_sparse/{part}"
-        for path in [*(ROOT / part).glob("*.py"), *(ROOT / part).glob("*.yaml")]:
-            assert f"{home}/{path.name}" in inside
+        for path in (ROOT / part).rglob("*"):
+            if path.suffix in (".py", ".pyi", ".yaml"):
+                assert f"{home}/{path.relative_to(ROOT / part)}" in inside
     trained = list((ROOT / "mm_sparse" / "checkpoints" / "weights").glob("*/*"))
     assert trained
     assert {str(path.relative_to(ROOT)) for path in trained} <= inside
@@ -81,9 +83,11 @@ def test_import_is_light():
 def test_public_names_resolve_whatever_was_imported_first():
     code = (
         "import importlib, types, mm_sparse as mms\n"
-        "for home in set(mms._HOME.values()): importlib.import_module('mm_sparse.' + home)\n"
+        "import pkgutil\n"
+        "for m in pkgutil.walk_packages(mms.__path__, 'mm_sparse.'):\n"
+        "    importlib.import_module(m.name)\n"
         "print([n for n in mms.__all__\n"
-        "       if isinstance(getattr(mms, n), types.ModuleType) != (n == 'patterns')])"
+        "       if isinstance(getattr(mms, n), types.ModuleType)])"
     )
     assert python(code) == "[]"
 
@@ -91,3 +95,22 @@ def test_public_names_resolve_whatever_was_imported_first():
 def test_unknown_public_name_is_refused():
     code = "import mm_sparse\ntry: mm_sparse.nothing\nexcept AttributeError as e: print(e)"
     assert python(code) == "module 'mm_sparse' has no attribute 'nothing'"
+
+
+def test_packages_that_are_listed_are_those_on_disk():
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
+    found = {
+        path.parent.relative_to(ROOT) for part in PARTS for path in (ROOT / part).rglob("*.py")
+    }
+    names = {
+        ".".join(p.parts if p.parts[0] == "mm_sparse" else ("mm_sparse", *p.parts)) for p in found
+    }
+    assert listed == names
+
+
+@pytest.mark.parametrize("name", ["mm_sparse.mm_sparse", "mm_sparse.tests", "mm_sparse.docs"])
+def test_nothing_else_of_the_clone_is_importable(name):
+    code = f"import importlib.util, mm_sparse; print(importlib.util.find_spec({name!r}))"
+    assert python(code) == "None"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from mm_sparse.encoders.base import Encoder
-from mm_sparse.encoders.interleave import TokenSpec
+from mm_sparse.encoders.interleaving import TokenSpec
 from mm_sparse.modality import Modality
 
 SAMPLES, FEATURES = 16000.0, 100.0

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.encoders.base import Encoder
-from mm_sparse.encoders.interleave import TokenSpec
-from mm_sparse.integrations.hf.discovery import prefix_tokens
+from mm_sparse.encoders.interleaving import TokenSpec
+from mm_sparse.integrations.hf import prefix_tokens
 from mm_sparse.modality import Modality
 
 

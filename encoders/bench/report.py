@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from mm_sparse.bench.results import aligned
+from mm_sparse.bench import aligned
 
 REST = "no attention core"
 EAGER = "eager"

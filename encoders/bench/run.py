@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mm_sparse.bench.results import Session, machine, reason
+from mm_sparse.bench import Session, machine, reason
 from mm_sparse.config import SparseConfig
 from mm_sparse.encoders.base import Encoder
 from mm_sparse.encoders.bench.attention_stubs import FreeAttention, core, eager
@@ -43,7 +43,7 @@ from mm_sparse.encoders.bench.report import (
     timed,
 )
 from mm_sparse.encoders.cuda_graph import CUDAGraphEncoder
-from mm_sparse.integrations.state import attention_layers
+from mm_sparse.integrations import attention_layers
 
 MIB = 2**20
 BACKENDS = {

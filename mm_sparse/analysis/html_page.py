@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from mm_sparse.analysis.heatmaps import draw_heads, draw_modalities
 from mm_sparse.analysis.layer_report import Report, report
 from mm_sparse.analysis.overlays import draw_frames, draw_patches, kept_frames, kept_patches
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import capture_attention
-from mm_sparse.selection.selection import Selection
+from mm_sparse.integrations import AttentionCall, capture_attention
+from mm_sparse.selection import Selection
 
 LAYERS = 4
 """Layers that are drawn over a picture or a sound, spread evenly over the model."""

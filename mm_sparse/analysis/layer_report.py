@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import capture_attention
-from mm_sparse.integrations.layer import SparseLayer
-from mm_sparse.integrations.state import attention_layers
+from mm_sparse.integrations import AttentionCall, SparseLayer, attention_layers, capture_attention
 from mm_sparse.modality import Modality
-from mm_sparse.scorers.attention_mass import unit_mass
-from mm_sparse.selection.selection import Selection
+from mm_sparse.scorers import unit_mass
+from mm_sparse.selection import Selection
 
 Pair = tuple[Modality, Modality]
 _COLUMNS = ("layer", "class", "mode", "queries", "keys", "density", "mass", "ms", "")

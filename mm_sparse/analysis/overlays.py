@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.modality import Modality
-from mm_sparse.selection.selection import Selection
+from mm_sparse.selection import Selection
 
 
 def kept_share(selection: Selection, tokens: Sequence[int], row: int = 0) -> Tensor:

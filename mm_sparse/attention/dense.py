@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout import TokenLayout
 
 # Tokens below which dense SDPA was faster than score + select + attend (docs/kernel-notes.md).
 BREAK_EVEN = {"cpu": 3072, "cuda": 8192}

@@ -13,12 +13,8 @@ from mm_sparse.attention.pipeline import rank_and_attend
 from mm_sparse.attention.selected import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.reference import attention_reference
-from mm_sparse.layout.call_layout import CallLayout
-from mm_sparse.layout.patch_order import in_patch_order, restore
-from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.descriptor_cache import DescriptorCache
-from mm_sparse.scorers.pooled import PooledScorer
+from mm_sparse.layout import CallLayout, TokenLayout, in_patch_order, restore
+from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
 
 __all__ = ["attend", "attention_reference", "sparse_attention"]
 

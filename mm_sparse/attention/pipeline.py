@@ -14,10 +14,9 @@ from mm_sparse.attention.query_chunks import query_chunks
 from mm_sparse.attention.selected import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.sizes import new_output
-from mm_sparse.layout.call_layout import CallLayout
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.descriptor_cache import DescriptorCache
-from mm_sparse.selection.selection import Selection, select
+from mm_sparse.layout import CallLayout
+from mm_sparse.scorers import DescriptorCache, Scorer
+from mm_sparse.selection import Selection, select
 
 
 def rank_and_attend(

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.two_stage import candidates
+from mm_sparse.layout import TokenLayout
+from mm_sparse.scorers import candidates
 
 # Scores, one for a row, KV head, tile and unit, that are in memory at once: 256 MiB of them.
 MOST_SCORES = 1 << 26

@@ -13,8 +13,8 @@ from torch import Tensor
 from mm_sparse._backend import fused
 from mm_sparse.kernels import ops
 from mm_sparse.kernels.ops import attend_backward_op
-from mm_sparse.layout.plan import Plan
-from mm_sparse.selection.sampling import Sample
+from mm_sparse.layout import Plan
+from mm_sparse.selection import Sample
 
 
 def attend_sampled(

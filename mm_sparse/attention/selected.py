@@ -14,7 +14,7 @@ from mm_sparse._checks import autocast_inputs, check_qkv
 from mm_sparse.attention.sampled import attend_sampled
 from mm_sparse.kernels import ops
 from mm_sparse.kernels.ops import supports
-from mm_sparse.selection.selection import Selection
+from mm_sparse.selection import Selection
 
 
 def attend(

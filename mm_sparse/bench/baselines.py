@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from mm_sparse.attention.selected import attend
+from mm_sparse.attention import attend
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.selection.selection import Selection, select
+from mm_sparse.layout import TokenLayout
+from mm_sparse.selection import Selection, select
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mm_sparse.attention.selected import attend
+from mm_sparse.attention import attend
 from mm_sparse.bench import baselines as peers
 from mm_sparse.bench import results as report
 from mm_sparse.bench.baselines import Implementation, Shape, flex_runner, inputs, random_selection
 from mm_sparse.bench.results import Session, Timing, median_ms
 from mm_sparse.config import SparseConfig
 from mm_sparse.cuda_graph import capture
-from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.pooled import PooledScorer
-from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.selection import Selection, select
+from mm_sparse.layout import TokenLayout
+from mm_sparse.scorers import PooledScorer, Scorer
+from mm_sparse.selection import Scores, Selection, select
 
 __all__ = ["Runner", "Shape", "Timing", "flex_runner", "inputs", "median_ms", "random_selection"]
 

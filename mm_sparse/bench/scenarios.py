@@ -15,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_sparse.attention.functional import sparse_attention
+from mm_sparse.attention import sparse_attention
 from mm_sparse.bench.baselines import Implementation
 from mm_sparse.bench.results import Timing
 from mm_sparse.bench.runner import Runner
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.descriptor_cache import DescriptorCache
-from mm_sparse.scorers.pooled import PooledScorer
-from mm_sparse.selection.block_lists import lists_to_mask
-from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.selection import select
+from mm_sparse.layout import TokenLayout
+from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
+from mm_sparse.selection import Scores, lists_to_mask, select
 
 LONG_KEYS = 8192
 """Keys of a tile in `LongBench`; a sixteenth of it on a CPU."""

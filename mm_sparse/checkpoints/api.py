@@ -10,8 +10,7 @@ from torch import nn
 
 from mm_sparse.checkpoints.format import read_scorers, write_scorers
 from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations.patching import find_all, sparsify
-from mm_sparse.integrations.state import STATE, state_of
+from mm_sparse.integrations import STATE, find_all, sparsify, state_of
 
 M = TypeVar("M", bound=nn.Module)
 

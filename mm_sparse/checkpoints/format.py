@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations.discovery import scorer_shape
-from mm_sparse.integrations.layer import SparseLayer
+from mm_sparse.integrations import SparseLayer, scorer_shape
 from mm_sparse.modality import Modality
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.fine import FineScorer
-from mm_sparse.scorers.pooled import PooledScorer
-from mm_sparse.scorers.registry import SCORERS
-from mm_sparse.scorers.relevance import RelevanceScorer
+from mm_sparse.scorers import SCORERS, FineScorer, PooledScorer, RelevanceScorer, Scorer
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
 _SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")

@@ -13,7 +13,7 @@ from mm_sparse.cli.arguments import head_counts, picture, positive, seconds, sha
 
 def bench_parser() -> argparse.ArgumentParser:
     """Options of `mm-sparse bench`."""
-    from mm_sparse.bench.results import FAMILIES
+    from mm_sparse.bench import FAMILIES
 
     names = ", ".join(FAMILIES)
     parser = argparse.ArgumentParser(
@@ -55,11 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported behind the parser: help and wrong options need no torch.
     import torch
 
+    from mm_sparse.bench import (
+        DecodeBench,
+        LongBench,
+        MemoryBench,
+        Runner,
+        Session,
+        Shape,
+        bench_shapes,
+        growth,
+    )
     from mm_sparse.bench import results as report
-    from mm_sparse.bench.baselines import Shape
-    from mm_sparse.bench.results import Session
-    from mm_sparse.bench.runner import Runner
-    from mm_sparse.bench.scenarios import DecodeBench, LongBench, MemoryBench, bench_shapes, growth
 
     cuda = torch.cuda.is_available()
     if args.memory and not cuda:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from mm_sparse.cli.arguments import share
 
 if TYPE_CHECKING:
-    from mm_sparse.analysis.html_page import InspectionSample
+    from mm_sparse.analysis import InspectionSample
 
 
 def main(argv: Sequence[str]) -> None:
     """Write one HTML page: what the layers of a model kept on a sample."""
     parser = inspect_parser()
     args, more = parser.parse_known_args(argv)
-    from mm_sparse.analysis.html_page import write_page
+    from mm_sparse.analysis import write_page
 
     if ":" in args.target:
         scene = scene_of(args.target, more)
@@ -37,7 +37,7 @@ def scene_of(target: str, options: Sequence[str]) -> InspectionSample:
     Raises:
         ValueError: there is no such function, or it returns something else.
     """
-    from mm_sparse.analysis.html_page import InspectionSample
+    from mm_sparse.analysis import InspectionSample
 
     home, _, name = target.partition(":")
     try:
@@ -55,7 +55,7 @@ def text_scene(folder: str, text: str, ratio: float) -> InspectionSample:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import mm_sparse as mms
-    from mm_sparse.analysis.html_page import InspectionSample
+    from mm_sparse.analysis import InspectionSample
 
     if Path(text).is_file():
         text = Path(text).read_text(encoding="utf-8")

@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import capture_attention
-from mm_sparse.integrations.state import attention_layers
-from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.attention_mass import unit_mass
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.selection.scores import Scores
+from mm_sparse.integrations import AttentionCall, attention_layers, capture_attention
+from mm_sparse.layout import Plan
+from mm_sparse.scorers import Scorer, unit_mass
+from mm_sparse.selection import Scores
 
 TINY = 1e-6
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mm_sparse.distillation.soft_topk import soft_topk
-from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.descriptors import gather_pieces
-from mm_sparse.selection.block_lists import lists_to_mask
-from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.selection import select
+from mm_sparse.distillation.topk_relaxation import soft_topk
+from mm_sparse.layout import Plan
+from mm_sparse.scorers import gather_pieces
+from mm_sparse.selection import Scores, lists_to_mask, select
 
 # Logits of a block of tiles; a block is computed again in the backward pass.
 BLOCK_ELEMENTS = 1 << 26

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.plan import Plan
-from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.selection import Selection
+from mm_sparse.layout import Plan, TokenLayout
+from mm_sparse.selection import Scores, Selection
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.state import attention_layers, state_of
-from mm_sparse.scorers.base import Scorer
+from mm_sparse.scorers import Scorer
 
 
 @contextmanager
@@ -72,8 +72,8 @@ def capture_attention(
 
     All of a call is in one order, that of `call.layout`: a picture with a known grid is in patch
     order (`AttentionCall` says how to get the model's order back). Scores carry their graph then.
-    A layer     under gradient checkpointing is called once more in the backward pass: gather there and losses
-    count double.
+    A layer under gradient checkpointing is called once more in the backward pass: losses gathered
+    there count double.
     """
     shared = state_of(model).shared
     shared.watchers.append(watcher)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mm_sparse.layout.plan import Plan
-from mm_sparse.selection.selection import Selection
+from mm_sparse.layout import Plan
+from mm_sparse.selection import Selection
 
 
 @dataclass(frozen=True, eq=False)

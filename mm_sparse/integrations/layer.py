@@ -15,23 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mm_sparse._checks import autocast_inputs
-from mm_sparse.attention.dense import dense_length
-from mm_sparse.attention.pipeline import rank_and_attend
-from mm_sparse.attention.selected import attend
+from mm_sparse.attention import attend, dense_length, rank_and_attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.discovery import AttentionModule
 from mm_sparse.integrations.last_call import LastCall, SelectionSnapshot, joined, thinned
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.kernels.ops import supports
-from mm_sparse.layout.call_layout import CallLayout
-from mm_sparse.layout.patch_order import in_patch_order, restore
-from mm_sparse.layout.token_layout import TokenLayout
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.descriptor_cache import DescriptorCache
-from mm_sparse.scorers.pooled import PooledScorer
-from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.selection import Selection, select
+from mm_sparse.layout import CallLayout, TokenLayout, in_patch_order, restore
+from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
+from mm_sparse.selection import Scores, Selection, select
 
 R = TypeVar("R")
 # The attribute of a module that says which layer serves it.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_sparse.layout.call_layout import CallLayout
+from mm_sparse.layout import CallLayout
 
 # Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
 PLAIN_LAYOUTS = 8

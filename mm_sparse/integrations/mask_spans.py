@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm_sparse.layout.token_layout import PAD, TokenLayout
+from mm_sparse.layout import PAD, TokenLayout
 
 
 def visible_from_mask(mask: Tensor, hidden: float | None = None) -> Tensor:

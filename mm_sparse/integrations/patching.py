@@ -25,8 +25,7 @@ from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.adapter import TowerLayer
 from mm_sparse.integrations.towers.discovery import TowerAttentionModule, find_towers
 from mm_sparse.integrations.towers.patch_order import find_ordered_blocks
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.registry import SCORERS
+from mm_sparse.scorers import SCORERS, Scorer
 
 M = TypeVar("M", bound=nn.Module)
 

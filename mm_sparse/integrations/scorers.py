@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from mm_sparse.integrations.discovery import scorer_shape
 from mm_sparse.integrations.layer import SparseLayer
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.registry import SCORERS
+from mm_sparse.scorers import SCORERS, Scorer
 
 
 def make_scorer(

@@ -11,7 +11,7 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.layout_cache import LayoutCache
-from mm_sparse.layout.call_layout import CallLayout
+from mm_sparse.layout import CallLayout
 
 
 @dataclass

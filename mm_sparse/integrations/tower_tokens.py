@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 
 

@@ -1,1 +1,5 @@
 """What each token is, what it may see, and how rows are cut into tiles and units."""
+
+from mm_sparse._exports import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

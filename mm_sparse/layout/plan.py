@@ -21,7 +21,7 @@ from mm_sparse.modality import Modality
 
 if TYPE_CHECKING:
     from mm_sparse.layout.token_layout import TokenLayout
-    from mm_sparse.scorers.descriptor_cache import DescriptorCache
+    from mm_sparse.scorers import DescriptorCache
 
 R = TypeVar("R")
 
@@ -89,12 +89,12 @@ class Plan:
         """
         table = self.tiles[:, tiles].clone()
         # Without their run, they are not one behind the other.
-        changes: dict[str, Any] = {"tile_lead": -1}
+        changes: dict[str, Any] = {"tile_offset": -1}
         if queries is not None:
             table[..., 0] -= queries.start
             # What begins behind the first tile begins with a whole one.
             changes = {
-                "tile_lead": min(self.tile_offset, 0) if queries.start else self.tile_offset,
+                "tile_offset": min(self.tile_offset, 0) if queries.start else self.tile_offset,
                 "num_queries": queries.stop - queries.start,
                 "query_offset": self.query_offset + queries.start,
                 "span": self.span[:, queries].contiguous(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_sparse._backend import fused, last_contiguous
 from mm_sparse._checks import check_heads
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.descriptors import gather_pieces
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from mm_sparse._checks import check_heads
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.plan import Plan
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout import Plan, TokenLayout
 from mm_sparse.scorers.block_scores import Descriptors, block_scores
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
 from mm_sparse.scorers.two_stage import two_stage_scores
-from mm_sparse.selection.scores import Scores
+from mm_sparse.selection import Scores
 
 
 class Scorer(nn.Module):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse._backend import fused
-from mm_sparse.layout.partition import part_sizes
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan, part_sizes
 from mm_sparse.modality import Modality
 
 # Elements of one block of query pool logits; more are computed block by block.

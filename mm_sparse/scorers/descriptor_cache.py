@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mm_sparse.layout.plan import Plan
+    from mm_sparse.layout import Plan
 
 # Room beyond an eighth of what is there, for units that are still to come.
 SPARE_UNITS = 64
@@ -133,7 +133,7 @@ def without_units(plan: Plan, first: int) -> Plan:
         plan,
         units=plan.units[:, first:].contiguous(),
         unit_modality=plan.unit_modality[:, first:].contiguous(),
-        lead=-1,
+        unit_offset=-1,
         descriptors=None,
     )
     # Who describes asks which modalities there are: to look would wait for the device.

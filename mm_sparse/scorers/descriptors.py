@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse._backend import fused, last_contiguous
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 
 
 def tile_descriptors(q: Tensor, plan: Plan, scale: float = 1.0) -> tuple[Tensor, Tensor]:

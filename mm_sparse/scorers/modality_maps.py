@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 
 
 class WeightCache:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.plan import Plan
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout import Plan, TokenLayout
 from mm_sparse.scorers.base import Scorer
-from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.selection import Selection, select
+from mm_sparse.selection import Scores, Selection, select
 
 
 class Pattern(Scorer):

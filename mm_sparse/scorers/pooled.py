@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import Descriptors
 from mm_sparse.scorers.descriptor_cache import cached_descriptors

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse._checks import check_shape, check_sizes
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors

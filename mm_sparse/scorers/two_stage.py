@@ -19,10 +19,9 @@ from torch import Tensor
 
 from mm_sparse._backend import fused
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 from mm_sparse.scorers.block_scores import Descriptors, block_scores
-from mm_sparse.selection.scores import Runs
-from mm_sparse.selection.topk import topk
+from mm_sparse.selection import Runs, topk_lists
 
 
 class Ranked(NamedTuple):
@@ -41,7 +40,7 @@ def two_stage_scores(described: Descriptors, plan: Plan) -> Ranked:
     tile, unit, exists, bias, parts = described
     over = plan_of_runs(plan)
     whole = block_scores(Descriptors(tile, describe_runs(unit, plan), exists, bias), over)
-    runs = Runs(*topk(whole, over), plan.config.coarse_factor)
+    runs = Runs(*topk_lists(whole, over), plan.config.coarse_factor)
     del whole
     if fused(tile, plan):
         from mm_sparse.kernels.triton.two_stage_scores import share_of_runs

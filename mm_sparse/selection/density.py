@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 from mm_sparse.modality import Modality
 
 # Query tokens times units that are compared at once.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 from mm_sparse.selection.block_lists import lists_to_mask, mask_to_lists
 
 # Multiples of the golden ratio and of its kin in three dimensions, in 65536ths: where a tile and a

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,13 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.reference import dense_mask, transpose_lists
 from mm_sparse.kernels.sizes import index_dtype
-from mm_sparse.layout.plan import Plan
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout import Plan, TokenLayout
 from mm_sparse.modality import Modality
 from mm_sparse.selection.block_lists import mask_to_lists
 from mm_sparse.selection.density import count_pairs
 from mm_sparse.selection.sampling import Sample, sample_rest
 from mm_sparse.selection.scores import Scores
-from mm_sparse.selection.topk import fits_registers, topk, topk_kernel
+from mm_sparse.selection.topk import fits_registers, topk_kernel, topk_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,11 +188,11 @@ def select(
         raise ValueError(f"scores must be on {layout.device} as layout is, got {values.device}")
     values = values.detach()
     if plan.without_sample is plan:
-        return Selection(*topk(values, plan, runs), plan)
+        return Selection(*topk_lists(values, plan, runs), plan)
     if fits_registers(values, plan.without_sample) and plan.without_sample.max_kept:
         index, count, drawn = topk_kernel(values, plan)
         if drawn is not None:
             sample = Sample(index, count, drawn.index, drawn.count, drawn.weight)
             return Selection(drawn.all_index, drawn.all_count, plan, sample)
-    index, count, sample = sample_rest(*topk(values, plan.without_sample), plan)
+    index, count, sample = sample_rest(*topk_lists(values, plan.without_sample), plan)
     return Selection(index, count, plan, sample)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_sparse._backend import fused
 from mm_sparse.kernels.sizes import index_dtype
-from mm_sparse.layout.plan import Plan
+from mm_sparse.layout import Plan
 from mm_sparse.selection.sampling import list_lengths
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def fits_registers(values: Tensor, plan: Plan) -> bool:
     return plan.config.top_p is None and fused(values, plan) and values.shape[-1] <= MOST_UNITS
 
 
-def topk(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor, Tensor]:
+def topk_lists(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Tensor, Tensor]:
     """Index (B, K, T, L) and count (B, K, T) of the best units of every tile.
 
     Args:

@@ -3,7 +3,8 @@
     SampleData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test"), patch_size=4)
 
 Any `Samples` can be read: of `digits`, `pictures`, `llava`, `spoken`, `manifests`,
-`ConcatSamples` (sets one after the other), or your own. In YAML each is a `class_path` with its `init_args`.
+`ConcatSamples` (sets one after the other), or your own. In YAML each is a `class_path` with
+`init_args`.
 """
 
 from typing import Any

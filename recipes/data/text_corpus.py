@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-SPLITS = ("train", "validation", "test")
+CORPUS_SPLITS = ("train", "validation", "test")
 MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]+>", re.S | re.I)
 
 
@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def split_of(path: Path) -> str:
+def file_split(path: Path) -> str:
     """Of 20 files 16 train, 2 validate and 2 test, by the checksum of the path."""
     bucket = int(hashlib.sha1(str(path).encode()).hexdigest(), 16) % 20
     return "train" if bucket < 16 else "validation" if bucket < 18 else "test"
@@ -97,10 +97,12 @@ def build(
     for kind, patterns in kinds.items():
         files = find_files(patterns)
         kept = set(find_files(tests.get(kind, [])))
-        parts = {s: [f for f in files if split_of(f) == s and f not in kept] for s in SPLITS}
+        parts = {
+            s: [f for f in files if file_split(f) == s and f not in kept] for s in CORPUS_SPLITS
+        }
         if kept:
             parts["test"] = [f for f in find_files(tests[kind]) if f in kept]
-        for split in SPLITS[1:]:
+        for split in CORPUS_SPLITS[1:]:
             found, names[f"{split}/{kind}"] = sequences(parts[split], tokenizer, tokens, count)
             if not found:
                 raise ValueError(

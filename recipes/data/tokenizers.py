@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mm_sparse.recipes.pretrained.wheels import smollm2
+from mm_sparse.recipes.pretrained import smollm2
 
 
 class Tokenizer(ABC):

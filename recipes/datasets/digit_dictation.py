@@ -14,10 +14,18 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mm_sparse.recipes.data.audio_files import resample
-from mm_sparse.recipes.data.samples import RATE, Sample, Samples, Turn
-from mm_sparse.recipes.data.splits import SPLITS, Split, check_split, split_of
-from mm_sparse.recipes.data.tokenizers import WordTokenizer
+from mm_sparse.recipes.data import (
+    RATE,
+    SPLITS,
+    Sample,
+    Samples,
+    Split,
+    Turn,
+    WordTokenizer,
+    check_split,
+    resample,
+    split_of,
+)
 
 Speaker = Literal["auto", "espeak", "tones"]
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

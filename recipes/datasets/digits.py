@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mm_sparse.recipes.data.samples import Sample, Samples, Turn
-from mm_sparse.recipes.data.splits import SPLITS, Split, check_split
-from mm_sparse.recipes.data.tokenizers import WordTokenizer
+from mm_sparse.recipes.data import SPLITS, Sample, Samples, Split, Turn, WordTokenizer, check_split
 
 SIDE = 8
 WORDS = ["which", "digit", "is", "in", "row", "column", ",", "?"]

@@ -13,8 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mm_sparse.recipes.data.speech_manifests import json_lines, need
-from mm_sparse.recipes.data.splits import split_of
+from mm_sparse.recipes.data import json_lines, need, split_of
 from mm_sparse.recipes.datasets.prepare_audio import spoken
 
 QUOTED = re.compile(r'"([^"]+)"')

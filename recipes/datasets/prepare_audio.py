@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mm_sparse.recipes.data.packed_inputs import write_packed
-from mm_sparse.recipes.data.splits import SPLITS, split_of
+from mm_sparse.recipes.data import SPLITS, split_of, write_packed
 from mm_sparse.recipes.datasets.asterisk_prompts import packed, prompts
 
 VOICES = ("en-us", "en-gb", "en-gb-scotland+m3", "en-us+f2", "en-gb+f4", "en-us+m7", "en-gb+m1")

@@ -6,7 +6,7 @@
         --test-photos '/usr/share/tuxpaint/templates/*.jpg'
 
 Three kinds: squares of photographs, drawings composed onto canvases (real drawings, invented
-places), and pages of real text. Files are parted into splits (`corpus.split_of`), so that nothing
+places), and pages of real text. Files are parted into splits (`corpus.file_split`), so that nothing
 of a file that tests is trained on. Nothing is downloaded.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mm_sparse.recipes.data.packed_inputs import write_packed
-from mm_sparse.recipes.data.text_corpus import SPLITS, read_text, split_of
+from mm_sparse.recipes.data import read_text, write_packed
+from mm_sparse.recipes.data.text_corpus import CORPUS_SPLITS, file_split
 
 FONTS = "/usr/share/fonts/truetype/dejavu"
 FACES = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSans-Bold.ttf")
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         smallest = 8000 if kind == "texts" else 0
         tests = found(getattr(args, f"test_{kind}"), smallest)
         every = [p for p in found(getattr(args, kind), smallest) if p not in set(tests)]
-        for seed, split in enumerate(SPLITS):
-            files = [p for p in every if split_of(p) == split]
+        for seed, split in enumerate(CORPUS_SPLITS):
+            files = [p for p in every if file_split(p) == split]
             if split == "test" and tests:
                 files = tests
             if not files:

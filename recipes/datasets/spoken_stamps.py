@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mm_sparse.recipes.data.audio_files import read_sound
-from mm_sparse.recipes.data.images import on_white, to_tensor
-from mm_sparse.recipes.data.samples import RATE, Sample, Samples, Turn
-from mm_sparse.recipes.data.splits import SPLITS, Split, check_split, split_of
-from mm_sparse.recipes.data.tokenizers import WordTokenizer
-from mm_sparse.recipes.datasets.stamps import STAMPS, Stamp, stamps
+from mm_sparse.recipes.data import (
+    RATE,
+    SPLITS,
+    Sample,
+    Samples,
+    Split,
+    Turn,
+    WordTokenizer,
+    check_split,
+    on_white,
+    read_sound,
+    split_of,
+    to_tensor,
+)
+from mm_sparse.recipes.datasets.stamps import STAMPS, Stamp, find_stamps
 
 
 class YesNoTokenizer(WordTokenizer):
@@ -50,7 +59,7 @@ class SpokenStamps(Samples):
             raise ValueError(f"seconds must be positive, got {seconds}")
         self.stamps = [
             stamp
-            for stamp in stamps(root)
+            for stamp in find_stamps(root)
             if sound_of(stamp).is_file() and split_of(stamp.caption) == split
         ]
         if len({stamp.caption for stamp in self.stamps}) < 2:

@@ -1,7 +1,7 @@
 """The closed vocabulary of questions and captions about stamps."""
 
-from mm_sparse.recipes.data.tokenizers import WordTokenizer
-from mm_sparse.recipes.datasets.stamps import ORDINALS, STAMPS, stamps
+from mm_sparse.recipes.data import WordTokenizer
+from mm_sparse.recipes.datasets.stamps import ORDINALS, STAMPS, find_stamps
 
 QUESTIONS = ("What is in the picture?", "What is in the row, column?", " ".join(ORDINALS))
 
@@ -10,6 +10,6 @@ class StampTokenizer(WordTokenizer):
     """Every word of every caption below `root`, and of the questions that `pictures` asks."""
 
     def __init__(self, root: str = STAMPS, max_words: int | None = None) -> None:
-        texts = [*QUESTIONS, *(stamp.caption for stamp in stamps(root, max_words))]
+        texts = [*QUESTIONS, *(stamp.caption for stamp in find_stamps(root, max_words))]
         found = {piece for text in texts for piece in self.PIECE.findall(text.lower())}
         super().__init__(sorted(found))

@@ -11,8 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from mm_sparse.recipes.data.images import on_white, to_tensor
-from mm_sparse.recipes.data.samples import Sample, Samples, Turn
+from mm_sparse.recipes.data import Sample, Samples, Turn, on_white, to_tensor
 
 Split = Literal["train", "validation"]
 STAMPS = "/usr/share/tuxpaint/stamps"
@@ -29,7 +28,7 @@ class Stamp:
 
 
 @lru_cache
-def stamps(root: str | Path = STAMPS, max_words: int | None = None) -> tuple[Stamp, ...]:
+def find_stamps(root: str | Path = STAMPS, max_words: int | None = None) -> tuple[Stamp, ...]:
     """All PNG stamps below `root`, sorted by path, with captions of up to `max_words` words."""
     root = Path(root)
     if not root.is_dir():
@@ -66,7 +65,7 @@ class StampCaptions(Samples):
         question: str = "What is in the picture?",
     ) -> None:
         check_split(split)
-        found = stamps(root, max_words)
+        found = find_stamps(root, max_words)
         captions = sorted({stamp.caption for stamp in found})
         np.random.default_rng(0).shuffle(captions)
         held_out = set(captions[: max(1, len(captions) // 10)])
@@ -119,7 +118,7 @@ class StampGrids(Samples):
             raise ValueError(f"image_size must be at least side={side}, got {image_size}")
         found = {
             stamp.caption: stamp
-            for stamp in stamps(root, max_words)
+            for stamp in find_stamps(root, max_words)
             if not any(Path(stamp.category).is_relative_to(folder) for folder in skip)
         }
         order = np.random.default_rng(0).permutation(sorted(found))[:kinds]

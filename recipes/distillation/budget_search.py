@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import override_config
-from mm_sparse.integrations.discovery import scorer_shape
-from mm_sparse.integrations.state import attention_layers, sparse_config
-from mm_sparse.recipes.metrics.logits import change_of, predictions
-from mm_sparse.recipes.run.language_options import prepared
+from mm_sparse.integrations import attention_layers, override_config, scorer_shape, sparse_config
+from mm_sparse.recipes.metrics import change_of, predictions
+from mm_sparse.recipes.run import prepared
 
 LEVELS = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 Place = tuple[int | str, int | None]
@@ -139,7 +137,7 @@ def spread(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: the scorers' folder gets the ratios into its config."""
-    from mm_sparse.recipes.data.text_corpus import CorpusData
+    from mm_sparse.recipes.data import CorpusData
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import override_config
-from mm_sparse.recipes.data.packed_inputs import PackedData
+from mm_sparse.integrations import override_config
+from mm_sparse.recipes.data import PackedData
 from mm_sparse.recipes.distillation.budget_search import LEVELS, Place, costs_of, save_spread
 from mm_sparse.recipes.distillation.towers import VIT_SMALL, TowerPart, features_of
-from mm_sparse.recipes.models.vision import VisionConfig
+from mm_sparse.recipes.models import VisionConfig
 
 
 @torch.no_grad()

@@ -15,13 +15,16 @@ from torch.func import functional_call
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality, unit_mass
-from mm_sparse.distillation.losses import attention_kl
-from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import capture_attention, override_config
-from mm_sparse.integrations.state import attention_layers, scorers_of
-from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.training.optimizer import OptimizerConfig, optimize
+from mm_sparse.distillation import attention_kl, dropped_mass
+from mm_sparse.integrations import (
+    AttentionCall,
+    attention_layers,
+    capture_attention,
+    override_config,
+    scorers_of,
+)
+from mm_sparse.layout import Plan
+from mm_sparse.recipes.training import OptimizerConfig, optimize
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse import FineScorer
-from mm_sparse.distillation.losses import attention_kl
-from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.context import override_scorers
-from mm_sparse.integrations.scorers import make_scorer
-from mm_sparse.integrations.state import attention_layers
-from mm_sparse.recipes.data.samples import Batch
+from mm_sparse.distillation import attention_kl, dropped_mass
+from mm_sparse.integrations import attention_layers, make_scorer, override_scorers
+from mm_sparse.recipes.data import Batch
 from mm_sparse.recipes.distillation.distiller import DistillationConfig, LayerFeatures, look
-from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
-from mm_sparse.recipes.training.optimizer import OptimizerConfig, optimize
+from mm_sparse.recipes.models import MultimodalTraining
+from mm_sparse.recipes.training import OptimizerConfig, optimize
 
 OwnScorers = dict[str, FineScorer]
 """By name of the layer."""

@@ -14,12 +14,11 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Modality
-from mm_sparse.recipes.data.text_corpus import CorpusData
+from mm_sparse.recipes.data import CorpusData
 from mm_sparse.recipes.distillation.distiller import DistillationConfig, Distiller
-from mm_sparse.recipes.metrics.layers import layer_figures
-from mm_sparse.recipes.metrics.logits import logit_change
-from mm_sparse.recipes.models.language import LanguageConfig
-from mm_sparse.recipes.training.optimizer import OptimizerConfig
+from mm_sparse.recipes.metrics import layer_figures, logit_change
+from mm_sparse.recipes.models import LanguageConfig
+from mm_sparse.recipes.training import OptimizerConfig
 
 
 class Distill(Distiller):

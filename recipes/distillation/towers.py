@@ -17,17 +17,20 @@ from torch.nn.functional import cosine_similarity
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality
-from mm_sparse.distillation.soft_attention import unit_error, unit_weights, weighted_attention
-from mm_sparse.encoders.backbones.vision import TimmVision
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import override_attention, override_config
-from mm_sparse.integrations.state import attention_layers
-from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.data.packed_inputs import PackedData
+from mm_sparse.distillation import unit_error, unit_weights, weighted_attention
+from mm_sparse.encoders.backbones import TimmVision
+from mm_sparse.integrations import (
+    AttentionCall,
+    attention_layers,
+    override_attention,
+    override_config,
+)
+from mm_sparse.layout import Plan
+from mm_sparse.recipes.data import PackedData
 from mm_sparse.recipes.distillation.distiller import DistillationConfig, Distiller
-from mm_sparse.recipes.metrics.layers import layer_figures
-from mm_sparse.recipes.models.vision import VisionConfig
-from mm_sparse.recipes.training.optimizer import OptimizerConfig
+from mm_sparse.recipes.metrics import layer_figures
+from mm_sparse.recipes.models import VisionConfig
+from mm_sparse.recipes.training import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class TowerPart:
     def build(self) -> nn.Module:
         """The tower as `features_of` takes it."""
         if self.kind == "whisper":
-            from mm_sparse.recipes.pretrained.whisper import load_encoder
+            from mm_sparse.recipes.pretrained import load_encoder
 
             return load_encoder(self.weights)
         tower: Any = (self.vision or VIT_SMALL).build()

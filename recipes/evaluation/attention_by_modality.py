@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mm_sparse import Modality, unit_mass
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.metrics.layers import kept_units
-from mm_sparse.selection.block_lists import lists_to_mask
-from mm_sparse.selection.density import count_pairs
+from mm_sparse.integrations import AttentionCall
+from mm_sparse.layout import Plan
+from mm_sparse.recipes.metrics import kept_units
+from mm_sparse.selection import count_pairs, lists_to_mask
 
 NAMES = [kind.name for kind in Modality]
 

@@ -36,16 +36,14 @@ from typing import Any
 import torch
 
 import mm_sparse as mms
-from mm_sparse.checkpoints.format import read_scorers
-from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations.context import override_attention
-from mm_sparse.recipes.data.packed_inputs import PackedData
+from mm_sparse.checkpoints import read_scorers, scorers_folder
+from mm_sparse.integrations import override_attention
+from mm_sparse.recipes.data import PackedData
 from mm_sparse.recipes.evaluation.encoder_tasks import ImageTask, SpeechTask
 from mm_sparse.recipes.evaluation.linformer import Linformers, train_linformers
-from mm_sparse.recipes.metrics.budgets import scaled_budgets
-from mm_sparse.recipes.pretrained.whisper import FILES
-from mm_sparse.scorers.attention_mass import OracleScorer
-from mm_sparse.scorers.patterns import BigBird, SlidingWindow
+from mm_sparse.recipes.metrics import scaled_budgets
+from mm_sparse.recipes.pretrained import FILES
+from mm_sparse.scorers import BigBird, OracleScorer, SlidingWindow
 
 # What ranks the units: pooled scores of the content, distance, chance, half of each, the true mass,
 # or scorers of a folder, with their own budgets by layer and head or without ("one ratio");

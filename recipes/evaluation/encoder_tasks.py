@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 import mm_sparse as mms
-from mm_sparse.encoders.backbones.vision import TimmVision
-from mm_sparse.recipes.data.packed_inputs import PackedData
-from mm_sparse.recipes.datasets.asterisk_prompts import packed, plain, prompts
+from mm_sparse.encoders.backbones import TimmVision
+from mm_sparse.recipes.data import PackedData
+from mm_sparse.recipes.datasets import packed, plain, prompts
 
 NEIGHBOURS = 5
 
 
 def pictures(size: int, categories: int, each: int, most: int | None) -> tuple[Tensor, list[str]]:
     """`each` stamps of each of the largest categories: (B, 3, size, size) and what they are."""
-    from mm_sparse.recipes.data.images import on_white, to_tensor
-    from mm_sparse.recipes.datasets.stamps import stamps
+    from mm_sparse.recipes.data import on_white, to_tensor
+    from mm_sparse.recipes.datasets import find_stamps
 
     by_category: dict[str, list[Path]] = {}
-    for stamp in stamps():
+    for stamp in find_stamps():
         by_category.setdefault(stamp.category.split("/")[0], []).append(stamp.path)
     chosen: list[tuple[Path, str]] = []
     largest = sorted(by_category.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -45,7 +45,7 @@ def middle_square(path: Path, size: int) -> Tensor:
     """(3, size, size) in [0, 1] of a picture file."""
     from PIL import Image, ImageOps
 
-    from mm_sparse.recipes.data.images import to_tensor
+    from mm_sparse.recipes.data import to_tensor
 
     with Image.open(path) as file:
         picture = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
@@ -70,7 +70,7 @@ class ImageTask:
     """ViT-S/14 on stamps."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from mm_sparse.recipes.models.vision import VisionConfig
+        from mm_sparse.recipes.models import VisionConfig
 
         tower: Any = VisionConfig("vit_small_patch14_dinov2", options.weights, 518).build()
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,7 +127,7 @@ class SpeechTask:
     def __init__(self, options: argparse.Namespace) -> None:
         from transformers import WhisperFeatureExtractor
 
-        from mm_sparse.recipes.pretrained.whisper import FILES, load_whisper
+        from mm_sparse.recipes.pretrained import FILES, load_whisper
 
         self.whisper = load_whisper(options.whisper)
         self.whisper.model.to("cuda" if torch.cuda.is_available() else "cpu")

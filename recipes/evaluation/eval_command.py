@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mm_sparse.checkpoints.pretrained import list_pretrained, read_card
+from mm_sparse.checkpoints import list_pretrained, read_card
 
 
 def main(argv: Sequence[str] | None = None) -> None:

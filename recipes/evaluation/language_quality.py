@@ -17,12 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import override_scorers
-from mm_sparse.integrations.state import sparse_config
-from mm_sparse.recipes.metrics.budgets import budgets_of
-from mm_sparse.recipes.metrics.logits import change_of, predictions
-from mm_sparse.recipes.metrics.ranking_methods import METHODS
-from mm_sparse.recipes.run.language_options import add_options, changes_of, prepared
+from mm_sparse.integrations import override_scorers, sparse_config
+from mm_sparse.recipes.metrics import METHODS, budgets_of, change_of, predictions
+from mm_sparse.recipes.run import add_options, changes_of, prepared
 
 
 def tables(
@@ -80,7 +77,7 @@ def _row(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    from mm_sparse.recipes.data.text_corpus import CorpusData
+    from mm_sparse.recipes.data import CorpusData
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser)

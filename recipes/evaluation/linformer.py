@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from mm_sparse._checks import check_qkv
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import override_attention
+from mm_sparse.integrations import AttentionCall, override_attention
 
 
 class Linformers(nn.Module):

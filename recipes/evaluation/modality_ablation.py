@@ -24,11 +24,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Modality, PooledScorer, Scorer
-from mm_sparse.integrations.context import capture_attention, override_config, override_scorers
-from mm_sparse.integrations.state import attention_layers, sparse_config
-from mm_sparse.recipes.data.samples import Batch
-from mm_sparse.recipes.distillation.distiller import DistillationConfig
-from mm_sparse.recipes.distillation.joint import OwnScorers, fresh, train_jointly
+from mm_sparse.integrations import (
+    attention_layers,
+    capture_attention,
+    override_config,
+    override_scorers,
+    sparse_config,
+)
+from mm_sparse.recipes.data import Batch
+from mm_sparse.recipes.distillation import DistillationConfig, OwnScorers, fresh, train_jointly
 from mm_sparse.recipes.evaluation.attention_by_modality import (
     AttentionByModality,
     kl_by_row,
@@ -41,13 +45,11 @@ from mm_sparse.recipes.evaluation.modality_ablation_report import (
     summary,
     table,
 )
-from mm_sparse.recipes.metrics.density import densities
-from mm_sparse.recipes.metrics.machine import machine
-from mm_sparse.recipes.models.multimodal_training import AnswerLogits, MultimodalTraining
-from mm_sparse.recipes.run.sparse_vs_dense import on_device, prepare, validation_of
-from mm_sparse.recipes.training.optimizer import OptimizerConfig
-from mm_sparse.scorers.attention_mass import OracleScorer
-from mm_sparse.scorers.patterns import Nearest
+from mm_sparse.recipes.metrics import densities, machine
+from mm_sparse.recipes.models import AnswerLogits, MultimodalTraining
+from mm_sparse.recipes.run import on_device, prepare, validation_of
+from mm_sparse.recipes.training import OptimizerConfig
+from mm_sparse.scorers import Nearest, OracleScorer
 
 LEARNED: dict[str, dict[str, Any]] = {
     "blind": {"modalities": None, "pairs": False},

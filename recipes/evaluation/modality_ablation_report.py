@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_sparse import FineScorer
-from mm_sparse.layout.plan import Plan
-from mm_sparse.scorers.attention_mass import OracleScorer
-from mm_sparse.scorers.patterns import Nearest
+from mm_sparse.layout import Plan
+from mm_sparse.scorers import Nearest, OracleScorer
 
 
 def scoring_cost(scorer: Any, plan: Plan, heads: int, dim: int) -> float:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.integrations.context import override_config, override_scorers
-from mm_sparse.recipes.metrics.budgets import budgets_of
-from mm_sparse.recipes.metrics.ranking_methods import METHODS
-from mm_sparse.recipes.run.language_options import add_options, changes_of, prepared
+from mm_sparse.integrations import override_config, override_scorers
+from mm_sparse.recipes.metrics import METHODS, budgets_of
+from mm_sparse.recipes.run import add_options, changes_of, prepared
 
 PLACES = (
     "Lyon", "Oslo", "Turin", "Quito", "Perth", "Kyoto", "Minsk", "Dakar", "Lima", "Bergen",
@@ -140,8 +139,7 @@ def _rows(known: list[Trial], right: dict[str, list[bool]], tried: int) -> list[
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    from mm_sparse.recipes.data.text_corpus import CorpusData
-    from mm_sparse.recipes.data.tokenizers import HFTokenizer, SmolLM2Tokenizer
+    from mm_sparse.recipes.data import CorpusData, HFTokenizer, SmolLM2Tokenizer
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser)

@@ -26,16 +26,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, select
-from mm_sparse.attention.selected import attend
-from mm_sparse.bench.results import median_ms
-from mm_sparse.encoders.bench.profiling import spent
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import capture_attention, override_config
-from mm_sparse.integrations.state import attention_layers, sparse_config
-from mm_sparse.layout.plan import Plan
-from mm_sparse.recipes.metrics.machine import machine
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.pooled import PooledScorer
+from mm_sparse.attention import attend
+from mm_sparse.bench import median_ms
+from mm_sparse.encoders.bench import spent
+from mm_sparse.integrations import (
+    AttentionCall,
+    attention_layers,
+    capture_attention,
+    override_config,
+    sparse_config,
+)
+from mm_sparse.layout import Plan
+from mm_sparse.recipes.metrics import machine
+from mm_sparse.scorers import PooledScorer, Scorer
 
 SECONDS = 0.03
 """That one part of one layer is repeated for."""
@@ -167,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def language(words: Sequence[str]) -> Any:
     """Names, model, a run on the first test sequence, and the file to write."""
-    from mm_sparse.recipes.data.text_corpus import CorpusData
-    from mm_sparse.recipes.run.language_options import add_options, changes_of, prepared
+    from mm_sparse.recipes.data import CorpusData
+    from mm_sparse.recipes.run import add_options, changes_of, prepared
 
     parser = argparse.ArgumentParser(prog="cost language")
     add_options(parser)

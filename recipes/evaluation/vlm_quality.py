@@ -21,11 +21,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Scorer
-from mm_sparse.integrations.context import override_config, override_scorers
-from mm_sparse.integrations.state import sparse_config
-from mm_sparse.recipes.data.samples import Batch
-from mm_sparse.recipes.distillation.distiller import DistillationConfig
-from mm_sparse.recipes.distillation.joint import train_jointly
+from mm_sparse.integrations import override_config, override_scorers, sparse_config
+from mm_sparse.recipes.data import Batch
+from mm_sparse.recipes.distillation import DistillationConfig, train_jointly
 from mm_sparse.recipes.evaluation.modality_ablation import (
     LEARNED,
     dense_run,
@@ -33,11 +31,10 @@ from mm_sparse.recipes.evaluation.modality_ablation import (
     measure,
 )
 from mm_sparse.recipes.evaluation.modality_ablation_report import summary
-from mm_sparse.recipes.metrics import ranking_methods
-from mm_sparse.recipes.metrics.machine import machine
-from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
-from mm_sparse.recipes.run.sparse_vs_dense import on_device, prepare, validation_of
-from mm_sparse.recipes.training.optimizer import OptimizerConfig
+from mm_sparse.recipes.metrics import machine, ranking_methods
+from mm_sparse.recipes.models import MultimodalTraining
+from mm_sparse.recipes.run import on_device, prepare, validation_of
+from mm_sparse.recipes.training import OptimizerConfig
 
 Ranker = Callable[[], Scorer] | Mapping[str, Scorer] | None
 """As `override_scorers` takes it: None are the model's own scorers."""

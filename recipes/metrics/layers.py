@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 import mm_sparse as mms
 from mm_sparse import PooledScorer, select, unit_mass
-from mm_sparse.distillation.losses import attention_kl
-from mm_sparse.integrations.call import AttentionCall
-from mm_sparse.integrations.context import capture_attention, override_config
-from mm_sparse.integrations.state import attention_layers
-from mm_sparse.layout.plan import Plan
-from mm_sparse.selection.block_lists import lists_to_mask
-from mm_sparse.selection.scores import Scores
+from mm_sparse.distillation import attention_kl
+from mm_sparse.integrations import (
+    AttentionCall,
+    attention_layers,
+    capture_attention,
+    override_config,
+)
+from mm_sparse.layout import Plan
+from mm_sparse.selection import Scores, lists_to_mask
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mm_sparse.integrations.context import override_config
+from mm_sparse.integrations import override_config
 
 
 @torch.no_grad()

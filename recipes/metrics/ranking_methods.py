@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mm_sparse import PooledScorer, Scorer
-from mm_sparse.scorers.attention_mass import OracleScorer
-from mm_sparse.scorers.patterns import Nearest, NearestAndRandom
+from mm_sparse.scorers import Nearest, NearestAndRandom, OracleScorer
 
 METHODS: dict[str, Callable[[], Scorer] | None] = {
     "window": Nearest,

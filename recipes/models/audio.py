@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
-from mm_sparse.recipes.data.samples import RATE
+from mm_sparse.recipes.data import RATE
 from mm_sparse.recipes.models.vision import spread
 
 HOP = 320
@@ -203,7 +203,7 @@ def _whisper(path: str | None, options: dict[str, Any]) -> Any:
     from transformers import WhisperConfig, WhisperModel
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    from mm_sparse.recipes.pretrained.whisper import FILES, load_encoder
+    from mm_sparse.recipes.pretrained import FILES, load_encoder
 
     if path is None:
         return WhisperEncoder(WhisperConfig(**options))

@@ -17,18 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.checkpoints.format import read_scorers
-from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations.context import set_modality
-from mm_sparse.integrations.patching import find_all
-from mm_sparse.integrations.state import scorers_of
+from mm_sparse.checkpoints import read_scorers, scorers_folder
+from mm_sparse.integrations import find_all, scorers_of, set_modality
 from mm_sparse.modality import Modality
-from mm_sparse.recipes.data.samples import IGNORED, Batch
-from mm_sparse.recipes.data.tokenizers import Tokenizer
+from mm_sparse.recipes.data import IGNORED, Batch, Tokenizer
 from mm_sparse.recipes.models.language import LoraConfig
-from mm_sparse.recipes.training.fsdp import shard
-from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerConfig
+from mm_sparse.recipes.training import Objectives, OptimizerConfig, shard
 
 ScorerName = Literal["pooled", "relevance", "fine"]
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import distillation_losses
-from mm_sparse.recipes.data.samples import IGNORED, Batch
+from mm_sparse.distillation import distillation_losses
+from mm_sparse.recipes.data import IGNORED, Batch
 from mm_sparse.recipes.models.multimodal import MultimodalLM
-from mm_sparse.recipes.training.fsdp import average
-from mm_sparse.recipes.training.optimizer import optimize
+from mm_sparse.recipes.training import average, optimize
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,16 +12,14 @@ from typing import Literal
 from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse.recipes.data.samples import Batch
-from mm_sparse.recipes.data.tokenizers import Tokenizer
-from mm_sparse.recipes.metrics.word_error_rate import ErrorCounts, plain
+from mm_sparse.recipes.data import Batch, Tokenizer
+from mm_sparse.recipes.metrics import ErrorCounts, plain
 from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
 from mm_sparse.recipes.models.ctc_alignment import alignment_loss
 from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
 from mm_sparse.recipes.models.multimodal import ScorerName
 from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
-from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerConfig
+from mm_sparse.recipes.training import Objectives, OptimizerConfig
 
 Part = Literal["audio", "audio_projector", "language", "scorers"]
 
@@ -135,6 +133,6 @@ class Speech(MultimodalTraining):
 
 
 if __name__ == "__main__":
-    from mm_sparse.recipes.run.lightning_cli import main
+    from mm_sparse.recipes.run import main
 
     main("speech")

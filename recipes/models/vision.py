@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mm_sparse.encoders.vision import VisionTower, create_vision_tower
+from mm_sparse.encoders import VisionTower, create_vision_tower
 from mm_sparse.recipes.models.conv_stem import ConvStem
 from mm_sparse.recipes.pretrained import wheels
 

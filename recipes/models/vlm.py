@@ -9,13 +9,12 @@ language model runs sparse if `sparse` is given, dense if not; all else is the s
 from typing import Literal
 
 import mm_sparse as mms
-from mm_sparse.recipes.data.tokenizers import Tokenizer
+from mm_sparse.recipes.data import Tokenizer
 from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
 from mm_sparse.recipes.models.multimodal import ScorerName
 from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
 from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
-from mm_sparse.recipes.training.objectives import Objectives
-from mm_sparse.recipes.training.optimizer import OptimizerConfig
+from mm_sparse.recipes.training import Objectives, OptimizerConfig
 
 Part = Literal["vision", "projector", "language", "scorers"]
 
@@ -63,6 +62,6 @@ class VLM(MultimodalTraining):
 
 
 if __name__ == "__main__":
-    from mm_sparse.recipes.run.lightning_cli import main
+    from mm_sparse.recipes.run import main
 
     main("vlm")

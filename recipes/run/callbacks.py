@@ -9,9 +9,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from mm_sparse.analysis.overlays import save
-from mm_sparse.recipes.data.samples import Batch
-from mm_sparse.recipes.metrics.density import densities
+from mm_sparse.analysis import save
+from mm_sparse.recipes.data import Batch
+from mm_sparse.recipes.metrics import densities
 
 
 def progress_bar() -> Callback:

@@ -19,13 +19,12 @@ from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality
-from mm_sparse.distillation.losses import distillation_losses
-from mm_sparse.distillation.soft_topk import dropped_mass
-from mm_sparse.integrations.state import scorers_of
-from mm_sparse.recipes.data.text_corpus import CorpusData
-from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
-from mm_sparse.recipes.training.optimizer import OptimizerConfig, optimize
-from mm_sparse.selection.scores import Scores
+from mm_sparse.distillation import distillation_losses, dropped_mass
+from mm_sparse.integrations import scorers_of
+from mm_sparse.recipes.data import CorpusData
+from mm_sparse.recipes.models import LanguageConfig, LoraConfig
+from mm_sparse.recipes.training import OptimizerConfig, optimize
+from mm_sparse.selection import Scores
 
 
 class FinetuneLM(L.LightningModule):
@@ -50,7 +49,7 @@ class FinetuneLM(L.LightningModule):
             sparse: what layers keep; None takes the config beside `scorers_from`, or runs dense.
             scorers_from: folder of `save_scorers` to start from; untrained ones if None.
             lora: adapters, the model's own weights frozen; None trains all of it.
-            distillation loss: weight of the attention that the scorers' soft top-k drops, 0 for none.
+            distillation loss: weight of the attention that the soft top-k drops, 0 for none.
             lessons_every: steps between two distillation losses.
             temperature: of that choice.
             out: folder that the scorers are written to at the end.

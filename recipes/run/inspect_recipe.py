@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mm_sparse.analysis.html_page import InspectionSample
+from mm_sparse.analysis import InspectionSample
 from mm_sparse.recipes.run.inspection import scene
 from mm_sparse.recipes.run.sparse_vs_dense import prepare, validation_of
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from mm_sparse.analysis.html_page import AudioView, ImageView, InspectionSample, draw_scene
-from mm_sparse.recipes.data.samples import IGNORED, RATE, Batch, Sample
-from mm_sparse.recipes.models.audio import LogMel
+from mm_sparse.analysis import AudioView, ImageView, InspectionSample, draw_scene
+from mm_sparse.recipes.data import IGNORED, RATE, Batch, Sample
+from mm_sparse.recipes.models import LogMel
 
 
 def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -> InspectionSample:

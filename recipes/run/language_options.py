@@ -10,8 +10,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse import SparseConfig
-from mm_sparse.recipes.metrics.machine import machine
-from mm_sparse.recipes.metrics.ranking_methods import METHODS
+from mm_sparse.recipes.metrics import METHODS, machine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +40,7 @@ def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     Without scorers the method that is named after them is left out of `args.methods`.
     """
-    from mm_sparse.recipes.models.language import LanguageConfig
+    from mm_sparse.recipes.models import LanguageConfig
 
     model: Any = LanguageConfig(args.model, options={"dtype": args.dtype}).build(0)
     model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from mm_sparse.recipes.data.datamodule import SampleData
+from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.run.callbacks import progress_bar
 
 MODELS = {"vlm": "VLM", "speech": "Speech", "omni": "Omni"}

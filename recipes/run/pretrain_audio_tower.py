@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mm_sparse.recipes.data.samples import IGNORED
-from mm_sparse.recipes.datasets.digit_dictation import SILENCE, SpokenWords
-from mm_sparse.recipes.models.audio import HOP, AudioConfig, FrameClassifier
+from mm_sparse.recipes.data import IGNORED
+from mm_sparse.recipes.datasets import SILENCE, SpokenWords
+from mm_sparse.recipes.models import HOP, AudioConfig, FrameClassifier
 from mm_sparse.recipes.run.token_classification import train_token_classifier
 
 

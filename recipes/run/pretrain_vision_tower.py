@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_sparse.recipes.datasets.digits import DigitCanvases
-from mm_sparse.recipes.models.vision import PatchClassifier, VisionConfig
+from mm_sparse.recipes.datasets import DigitCanvases
+from mm_sparse.recipes.models import PatchClassifier, VisionConfig
 from mm_sparse.recipes.run.token_classification import train_token_classifier
 
 

@@ -28,7 +28,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from mm_sparse.recipes.metrics.machine import machine
+from mm_sparse.recipes.metrics import machine
 
 DENSE = ["--model.sparse=null", "--model.objectives.scorers=0"]
 RUNS: dict[str, list[str]] = {"sparse": [], "dense": DENSE}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mm_sparse.recipes.data.samples import IGNORED
+from mm_sparse.recipes.data import IGNORED
 
 
 def train_token_classifier(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.encoders.interleave import TokenSpec, interleave, interleave_rows, text_piece
+from mm_sparse.encoders.interleaving import TokenSpec, interleave, interleave_rows, text_piece
 from tests.support.encoder_cases import build
 
 TEXT, IMAGE, AUDIO = mms.Modality.TEXT, mms.Modality.IMAGE, mms.Modality.AUDIO

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.attention.dense import dense_attention
+from mm_sparse.attention import dense_attention
 from mm_sparse.integrations.discovery import defining_class
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
@@ -26,7 +26,7 @@ from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.shared_state import Shared
-from mm_sparse.scorers.descriptor_cache import DescriptorCache
+from mm_sparse.scorers import DescriptorCache
 
 NAME = "mm_sparse"
 

@@ -16,7 +16,7 @@ from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import make_room
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
 from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
-from mm_sparse.layout.call_layout import CallLayout
+from mm_sparse.layout import CallLayout
 from mm_sparse.modality import Modality
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_sparse.scorers.base import Scorer
-from mm_sparse.scorers.descriptor_cache import DescriptorCache
+from mm_sparse.scorers import DescriptorCache, Scorer
 
 HELD = "_mm_sparse_descriptors"
 

@@ -14,8 +14,7 @@ from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.integrations.towers.call_layout import TowerLayoutSource
 from mm_sparse.integrations.towers.discovery import TowerAttentionModule
-from mm_sparse.layout.call_layout import CallLayout
-from mm_sparse.layout.patch_order import ordered_layout
+from mm_sparse.layout import CallLayout, ordered_layout
 
 # Give each token what it would get in any other order of the tokens, and ask for no positions.
 EQUIVARIANT = frozenset(

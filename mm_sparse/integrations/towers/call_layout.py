@@ -19,7 +19,7 @@ from mm_sparse.integrations.mask_spans import (
     visible_from_mask,
 )
 from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
-from mm_sparse.layout.call_layout import CallLayout
+from mm_sparse.layout import CallLayout
 
 # Numbers down from here hide a key: torchaudio writes -10000, which bfloat16 rounds.
 HIDDEN = -9000.0

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mm_sparse.integrations.discovery import is_one_of, prefixes
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.towers.adapter import EQUIVARIANT, TowerLayer
-from mm_sparse.layout.call_layout import CallLayout
-from mm_sparse.layout.patch_order import arrange, restore
+from mm_sparse.layout import CallLayout, arrange, restore
 
 # What a block may be made of: each token comes out the same wherever it stands.
 TOKENWISE = EQUIVARIANT | {

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from mm_sparse.integrations.towers.forward import Forward
-from mm_sparse.layout.patch_order import arrange, restore
+from mm_sparse.layout import arrange, restore
 
 if TYPE_CHECKING:
     from mm_sparse.integrations.last_call import LastCall

@@ -60,7 +60,7 @@ def test_gpu_a_head_behind_two_billion_numbers_is_as_alone(units: str, used: lis
     one = layout.plan(config, num_query_heads=1, num_kv_heads=1)
     assert plan.unit_offset == one.unit_offset == 0
     if units == "in a table":
-        plan, one = (replace(x, lead=-1, tile_lead=-1) for x in (plan, one))
+        plan, one = (replace(x, unit_offset=-1, tile_offset=-1) for x in (plan, one))
     index = torch.randint(
         plan.units.shape[1], (1, heads, plan.tiles.shape[1], 4), device="cuda", generator=generator
     )

@@ -138,11 +138,11 @@ def test_plans_of_blocks_are_not_kept(small):
 @torch.no_grad()
 def test_keys_are_described_once(small, monkeypatch):
     seen = []
-    score = mms.PooledScorer.score
+    original = mms.PooledScorer.score
 
     def score(self, q, k, plan, scale):
         seen.append(plan.descriptors)
-        return score(self, q, k, plan, scale)
+        return original(self, q, k, plan, scale)
 
     monkeypatch.setattr(mms.PooledScorer, "score", score)
     mms.sparse_attention(*tokens(), layout=layout("text"), config=CONFIG)

@@ -49,5 +49,5 @@ def test_a_budget_for_each_layer_needs_no_other_pieces() -> None:
 def test_other_pieces_share_nothing() -> None:
     plan = TokenLayout.text(1, 300).plan(SparseConfig(), **HEADS)
     assert plan.visible.shape[1] == 5
-    some = replace(plan, tiles=plan.tiles[:, :2], hull=plan.tile_span[:, :2])
+    some = replace(plan, tiles=plan.tiles[:, :2], tile_span=plan.tile_span[:, :2])
     assert some.visible.shape[1] == 2

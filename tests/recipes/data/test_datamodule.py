@@ -12,7 +12,7 @@ from mm_sparse.recipes.data.llava import LlavaJson
 from mm_sparse.recipes.data.samples import ConcatSamples
 from mm_sparse.recipes.data.splits import SPLITS
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer, digit_pictures
-from mm_sparse.recipes.datasets.stamps import StampCaptions, StampGrids, stamps
+from mm_sparse.recipes.datasets.stamps import StampCaptions, StampGrids, find_stamps
 
 
 def test_no_digit_picture_is_in_two_splits():
@@ -171,7 +171,7 @@ def root(tmp_path):
 
 
 def test_stamps_have_captions_and_categories(root):
-    found = stamps(root)
+    found = find_stamps(root)
     assert [stamp.caption for stamp in found] == [f"Kind {k}" for k in (0, 2, 4, 6, 8, 1, 3, 5, 7)]
     assert {stamp.category for stamp in found} == {"even", "odd"}
     assert StampCaptions(root=root, image_size=8)[0].pictures[0].shape == (3, 8, 8)
@@ -216,7 +216,7 @@ def test_grids_refuse(root, options, message):
 def test_missing_stamps_name_the_package(tmp_path):
     for place in (tmp_path, tmp_path / "gone"):
         with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps-default"):
-            stamps(place)
+            find_stamps(place)
 
 
 def test_data_module_gives_batches():

@@ -44,9 +44,9 @@ def test_a_corpus_parts_files_and_reads_what_people_have(tmp_path: Path) -> None
     used = [n for part in names.values() for n in part]
     assert len(set(used)) == 4
     assert all(
-        text_corpus.split_of(Path(n)) == p.split("/")[0] for p, ns in names.items() for n in ns
+        text_corpus.file_split(Path(n)) == p.split("/")[0] for p, ns in names.items() for n in ns
     )
-    trained = sum(text_corpus.split_of(p) == "train" for p in tmp_path.glob("*.txt"))
+    trained = sum(text_corpus.file_split(p) == "train" for p in tmp_path.glob("*.txt"))
     assert (arrays["train"] == 0).sum() == trained
     kept = {"text": [str(tmp_path / "1*.txt")]}
     _, names = text_corpus.build(patterns, kept, Letters(), tokens=64, count=20)

@@ -9,7 +9,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.distillation.losses import attention_kl
-from mm_sparse.distillation.soft_topk import dropped_mass
+from mm_sparse.distillation.topk_relaxation import dropped_mass
 from mm_sparse.integrations.context import override_config
 from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.data.text_corpus import CorpusData

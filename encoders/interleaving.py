@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mm_sparse.layout.token_layout import TokenLayout
+from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 
 

@@ -1,0 +1,1 @@
+from .discovery import prefix_tokens as prefix_tokens
