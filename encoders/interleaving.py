@@ -85,7 +85,7 @@ class TokenSpec:
         return [*spans, (kind, size, self.document)] if behind else spans
 
 
-def text_piece(lengths: Tensor | None = None, document: int = 0) -> TokenSpec:
+def text_spec(lengths: Tensor | None = None, document: int = 0) -> TokenSpec:
     """The piece of embedded text; `lengths` (B,) where rows are padded behind."""
     return TokenSpec(Modality.TEXT, lengths=lengths, document=document)
 

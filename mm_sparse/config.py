@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from math import ceil
 from statistics import fmean
 from typing import Any
 
@@ -183,6 +184,28 @@ class SparseConfig:
         if isinstance(own, tuple):
             return replace(self, ratio=fmean(own), head_ratio=own, layer_ratio={})
         return replace(self, ratio=own, head_ratio=(), layer_ratio={})
+
+    def for_candidates(self) -> SparseConfig:
+        """The config that keeps the runs of units of two-stage selection: `coarse_budget` budgets."""
+        more = self.coarse_budget
+        return replace(
+            self,
+            coarse_factor=1,
+            ratio=min(self.ratio * more, 1.0),
+            head_ratio=tuple(min(ratio * more, 1.0) for ratio in self.head_ratio),
+            tokens=None if self.tokens is None else ceil(self.tokens * more),
+        )
+
+    def scaled(self, ratio: float) -> SparseConfig:
+        """The config that keeps `ratio`, with its budgets of layers and heads scaled alike."""
+        factor = ratio / self.ratio
+
+        def scale(own: Any) -> Any:
+            return tuple(map(scale, own)) if isinstance(own, tuple) else min(own * factor, 1.0)
+
+        layers = {layer: scale(own) for layer, own in self.layer_ratio.items()}
+        heads = scale(self.head_ratio)
+        return replace(self, ratio=ratio, layer_ratio=layers, head_ratio=heads)
 
     @property
     def named_layers(self) -> frozenset[str]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
-from mm_sparse.scorers import candidates
 
 # Scores, one for a row, KV head, tile and unit, that are in memory at once: 256 MiB of them.
 MOST_SCORES = 1 << 26
@@ -69,6 +68,6 @@ def _ranked(length: int, config: SparseConfig) -> int:
     units = -(-length // config.unit)
     if config.coarse_factor == 1:
         return units
-    most = candidates(config)
+    most = config.for_candidates()
     keys = most.ratio * length if most.tokens is None else most.tokens
     return -(-units // config.coarse_factor) + min(-(-int(keys) // config.unit), units)

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from mm_sparse.attention import attend
-from mm_sparse.bench import baselines as peers
-from mm_sparse.bench import results as report
+from mm_sparse.bench import baselines as peers, results as report
 from mm_sparse.bench.baselines import Implementation, Shape, flex_runner, inputs, random_selection
 from mm_sparse.bench.results import Session, Timing, median_ms
 from mm_sparse.config import SparseConfig

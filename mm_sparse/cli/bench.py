@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Shape,
         bench_shapes,
         growth,
+        results as report,
     )
-    from mm_sparse.bench import results as report
 
     cuda = torch.cuda.is_available()
     if args.memory and not cuda:

@@ -10,7 +10,6 @@ descriptor, R chosen runs of a tile, C = R x units of a run
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mm_sparse._backend import fused
-from mm_sparse.config import SparseConfig
 from mm_sparse.layout import Plan
 from mm_sparse.scorers.block_scores import Descriptors, block_scores
 from mm_sparse.selection import Runs, topk_lists
@@ -98,7 +96,7 @@ def _plan_of_runs(plan: Plan) -> Plan:
     kind = torch.nn.functional.pad(plan.unit_modality, (0, missing), value=-1)
     over = replace(
         plan,
-        config=candidates(plan.config),
+        config=plan.config.for_candidates(),
         units=torch.stack([first, (end - first).clamp(min=0)], -1).to(torch.int32),
         unit_modality=kind.unflatten(1, (-1, size))[..., 0].contiguous(),
         run=size,
@@ -109,15 +107,3 @@ def _plan_of_runs(plan: Plan) -> Plan:
     sinks = torch.nn.functional.pad(plan.sink_units, (0, missing)).unflatten(1, (-1, size))
     over.memo["sinks", plan.config.sinks] = sinks.any(-1)
     return over
-
-
-def candidates(config: SparseConfig) -> SparseConfig:
-    """The config by which runs are chosen: `coarse_budget` budgets of keys."""
-    more = config.coarse_budget
-    return replace(
-        config,
-        coarse=1,
-        ratio=min(config.ratio * more, 1.0),
-        head_ratio=tuple(min(ratio * more, 1.0) for ratio in config.head_ratio),
-        tokens=None if config.tokens is None else math.ceil(config.tokens * more),
-    )

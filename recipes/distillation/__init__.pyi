@@ -1,4 +1,2 @@
 from .distiller import DistillationConfig as DistillationConfig
-from .joint import OwnScorers as OwnScorers
-from .joint import fresh as fresh
-from .joint import train_jointly as train_jointly
+from .joint import OwnScorers as OwnScorers, fresh as fresh, train_jointly as train_jointly

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for method in args.methods:
         for ratio in args.ratios:
-            own = budgets_of(mms.retrofit.sparse_config(model), method, ratio)
+            own = budgets_of(mms.sparse_config(model), method, ratio)
             settings[f"{method} {ratio}"] = method, {"dense_below": 0} | own | changes_of(args)
     for rows in recall(model, trials(texts, tokenizer), settings, count=args.count):
         record["rows"] = rows

@@ -1,12 +1,7 @@
-from .budgets import budgets_of as budgets_of
-from .budgets import scaled_budgets as scaled_budgets
+from .budgets import budgets_of as budgets_of, scaled_budgets as scaled_budgets
 from .density import densities as densities
 from .hardware import machine as machine
-from .layers import kept_units as kept_units
-from .layers import layer_figures as layer_figures
-from .logits import change_of as change_of
-from .logits import logit_change as logit_change
-from .logits import predictions as predictions
+from .layers import kept_units as kept_units, layer_figures as layer_figures
+from .logits import change_of as change_of, logit_change as logit_change, predictions as predictions
 from .ranking_methods import METHODS as METHODS
-from .word_error_rate import ErrorCounts as ErrorCounts
-from .word_error_rate import plain as plain
+from .word_error_rate import ErrorCounts as ErrorCounts, plain as plain

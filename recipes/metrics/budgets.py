@@ -9,13 +9,7 @@ from mm_sparse import SparseConfig
 
 def scaled_budgets(config: SparseConfig, ratio: float) -> dict[str, Any]:
     """Fields that make a config keep `ratio`, its budgets of layers and heads scaled alike."""
-    part = ratio / config.ratio
-
-    def scaled(own: Any) -> Any:
-        return tuple(map(scaled, own)) if isinstance(own, tuple) else min(own * part, 1.0)
-
-    own = {layer: scaled(ratios) for layer, ratios in config.layer_ratio.items()}
-    return {"ratio": ratio, "layer_ratio": own}
+    return {"ratio": ratio, "layer_ratio": config.scaled(ratio).layer_ratio}
 
 
 def budgets_of(config: SparseConfig, method: str, ratio: float) -> dict[str, Any]:

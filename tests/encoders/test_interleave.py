@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.encoders.interleaving import TokenSpec, interleave, interleave_rows, text_piece
+from mm_sparse.encoders.interleaving import TokenSpec, interleave, interleave_rows, text_spec
 from tests.support.encoder_cases import build
 
 TEXT, IMAGE, AUDIO = mms.Modality.TEXT, mms.Modality.IMAGE, mms.Modality.AUDIO
@@ -20,10 +20,10 @@ def numbered(rows: int, count: int, first: int) -> torch.Tensor:
 
 def test_layout_and_embeddings_of_three_modalities() -> None:
     parts = [
-        (numbered(2, 3, 100), text_piece(torch.tensor([3, 1]))),
+        (numbered(2, 3, 100), text_spec(torch.tensor([3, 1]))),
         (numbered(2, 7, 200), TokenSpec(IMAGE, grid=(2, 3), prefix=1)),
         (numbered(2, 5, 300), TokenSpec(AUDIO, rate=50.0, lengths=torch.tensor([2, 5]))),
-        (numbered(2, 2, 400), text_piece(document=1)),
+        (numbered(2, 2, 400), text_spec(document=1)),
     ]
     for side in ("right", "left"):
         embeddings, layout = interleave(parts, padding_side=side)
@@ -48,7 +48,7 @@ def test_layout_and_embeddings_of_three_modalities() -> None:
 
 def test_rows_with_parts_of_their_own() -> None:
     picture = (numbered(1, 4, 0), TokenSpec(IMAGE, grid=(2, 2)))
-    words = (numbered(1, 3, 10), text_piece())
+    words = (numbered(1, 3, 10), text_spec())
     embeddings, layout = interleave_rows([[words, picture, words, picture], [words], []])
     assert embeddings.shape == (3, 14, 2)
     assert layout.valid.sum(1).tolist() == [14, 3, 0]
@@ -59,8 +59,8 @@ def test_rows_with_parts_of_their_own() -> None:
 def test_pieces_of_encoders_go_into_sparse_attention() -> None:
     eyes, pictures = build("hf-dinov2-registers")
     ears, sound = build("torchaudio-wav2vec2")
-    parts = [(torch.randn(2, 9, 32), text_piece()), eyes(*pictures), ears(*sound)]
-    parts += [(torch.randn(2, 20, 32), text_piece(torch.tensor([20, 11])))]
+    parts = [(torch.randn(2, 9, 32), text_spec()), eyes(*pictures), ears(*sound)]
+    parts += [(torch.randn(2, 20, 32), text_spec(torch.tensor([20, 11])))]
     embeddings, layout = interleave(parts)
     assert layout.valid.sum(1).tolist() == [9 + 149 + 150 + 20, 9 + 149 + 100 + 11]
     assert set(layout.grids[0].values()) == {(12, 12)}
@@ -73,7 +73,7 @@ def test_pieces_of_encoders_go_into_sparse_attention() -> None:
 
 def test_gradients_reach_the_parts() -> None:
     parts = [numbered(2, 3, 0).requires_grad_(), numbered(2, 4, 9).requires_grad_()]
-    embeddings, _ = interleave([(parts[0], text_piece(torch.tensor([3, 2]))),
+    embeddings, _ = interleave([(parts[0], text_spec(torch.tensor([3, 2]))),
                                 (parts[1], TokenSpec(AUDIO))])  # fmt: skip
     embeddings.sum().backward()
     assert parts[0].grad is not None
@@ -109,14 +109,14 @@ WORDS = numbered(2, 6, 0)
         ([(WORDS, TokenSpec(IMAGE, grid=(2, 2)))],
          r"cover the tokens, got 0 in front and \(2, 2\)"),
         ([(WORDS, TokenSpec(IMAGE, prefix=7))], "prefix must be at most the 6 tokens, got 7"),
-        ([(WORDS[0], text_piece())], r"tokens must be \(B, N, E\), got \(6, 2\)"),
-        ([(WORDS, text_piece(torch.tensor([6])))], "lengths must be for 2 rows, got 1"),
-        ([(WORDS, text_piece(torch.tensor([6, 7])))], r"lengths must be in \[0, 6\], got 6 to 7"),
+        ([(WORDS[0], text_spec())], r"tokens must be \(B, N, E\), got \(6, 2\)"),
+        ([(WORDS, text_spec(torch.tensor([6])))], "lengths must be for 2 rows, got 1"),
+        ([(WORDS, text_spec(torch.tensor([6, 7])))], r"lengths must be in \[0, 6\], got 6 to 7"),
         ([(WORDS, (2, 3))], r"a part must be \(embeddings, Piece\), got tuple"),
-        ([(WORDS, text_piece()), (WORDS[:1], text_piece())], r"as many rows each, got \[1, 2\]"),
-        ([(WORDS, text_piece()), (WORDS[..., :1], text_piece())], r"same width, got \[1, 2\]"),
-        ([(WORDS, text_piece()), (WORDS.double(), text_piece())], "same dtype, got"),
-        ([(WORDS, text_piece(document=1)), (WORDS, text_piece())], "document must be an int that"),
+        ([(WORDS, text_spec()), (WORDS[:1], text_spec())], r"as many rows each, got \[1, 2\]"),
+        ([(WORDS, text_spec()), (WORDS[..., :1], text_spec())], r"same width, got \[1, 2\]"),
+        ([(WORDS, text_spec()), (WORDS.double(), text_spec())], "same dtype, got"),
+        ([(WORDS, text_spec(document=1)), (WORDS, text_spec())], "document must be an int that"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(parts, message: str) -> None:
@@ -126,6 +126,6 @@ def test_parts_that_do_not_fit_are_refused(parts, message: str) -> None:
 
 def test_rows_and_sides_are_checked() -> None:
     with pytest.raises(ValueError, match=r"the same rows \(1 each\), got \[1, 2\]"):
-        interleave_rows([[(WORDS, text_piece())]])
+        interleave_rows([[(WORDS, text_spec())]])
     with pytest.raises(ValueError, match='padding_side must be "left" or "right", got \'up\''):
-        interleave([(WORDS, text_piece())], padding_side="up")
+        interleave([(WORDS, text_spec())], padding_side="up")

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import triton
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from mm_sparse.encoders.cuda_graph import CUDAGraphEncoder
 from mm_sparse.kernels import cached_launch

@@ -11,8 +11,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import mm_sparse as mms
 from mm_sparse import Modality, SparseConfig

@@ -6,8 +6,7 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, T tiles, U uni
 from typing import Any
 
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from torch import Tensor
 
 import mm_sparse as mms

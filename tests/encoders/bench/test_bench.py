@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mm_sparse.bench.results import Session
-from mm_sparse.encoders.bench import attention_stubs, profiling, report
-from mm_sparse.encoders.bench import run as program
+from mm_sparse.encoders.bench import attention_stubs, profiling, report, run as program
 from mm_sparse.encoders.bench.attention_stubs import FreeAttention, core, eager
 from mm_sparse.encoders.bench.cases import CASES, TINY
 

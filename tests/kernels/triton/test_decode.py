@@ -4,17 +4,16 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.kernels.triton import attention_decode
-from mm_sparse.kernels.triton import block_scores as score_kernels
+from mm_sparse.kernels.triton import attention_decode, block_scores as score_kernels
 from tests.kernels.test_attention import assert_within
 from tests.kernels.triton.test_scores_and_topk import (
     DEVICES,
+    LONG as ROWS,
     both_ways,
     random_qk,
     scorers_of,
     small,
 )
-from tests.kernels.triton.test_scores_and_topk import LONG as ROWS
 from tests.support.kernel_cases import Case, errors_and_bounds
 
 LONG = [[("text", 1500)], [("text", 900)]]

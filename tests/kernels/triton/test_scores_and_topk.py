@@ -12,15 +12,21 @@ from torch import Tensor
 
 import mm_sparse as mms
 from mm_sparse import Modality, PooledScorer, RelevanceScorer, TokenLayout
-from mm_sparse.kernels.triton import block_scores as score_kernels
-from mm_sparse.kernels.triton import topk as select_kernels
+from mm_sparse.kernels.triton import block_scores as score_kernels, topk as select_kernels
 from mm_sparse.kernels.triton.pooling import pool, pool_both
 from mm_sparse.kernels.triton.topk import topk_blocks
 from mm_sparse.layout.plan import Plan
 from mm_sparse.selection.selection import select
 from mm_sparse.selection.topk import MOST_UNITS
-from tests.support.layouts import IDS, MIXED, batches, configs, layout_of, random_qk
-from tests.support.layouts import small_config as small
+from tests.support.layouts import (
+    IDS,
+    MIXED,
+    batches,
+    configs,
+    layout_of,
+    random_qk,
+    small_config as small,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None)

@@ -9,8 +9,7 @@ import torch
 import mm_sparse as mms
 from mm_sparse.bench import runner, scenarios
 from mm_sparse.bench.baselines import Shape, inputs
-from mm_sparse.cli import bench as bench_command
-from mm_sparse.cli import main
+from mm_sparse.cli import bench as bench_command, main
 
 SMALL = ["--tokens", "256", "--heads", "2/2", "--head-dims", "16", "--units", "64"]
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import mm_sparse as mms

@@ -12,8 +12,7 @@ from mm_sparse.integrations.state import attention_layers
 from mm_sparse.recipes.data.text_corpus import CorpusData
 from mm_sparse.recipes.distillation import budget_search
 from mm_sparse.recipes.evaluation import language_quality
-from mm_sparse.recipes.metrics import layers as layer_metrics
-from mm_sparse.recipes.metrics import logits
+from mm_sparse.recipes.metrics import layers as layer_metrics, logits
 from mm_sparse.scorers import attention_mass
 from tests.support.tiny_recipes import SPARSE, TOKENS, make, mean, sharpen, tiny, write_corpus
 
