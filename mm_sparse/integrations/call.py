@@ -13,7 +13,7 @@ from mm_sparse.selection import Scores, Selection
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What a layer was given and what it made of it, as `retrofit.watch` hands it out.
+    """What a layer was given and what it made of it, as `capture_attention` hands it out.
 
     Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if
     `layout.order` is set. `grid_order.restore(call.q, call.layout, call.first)` is as the model

@@ -99,7 +99,7 @@ def _plan_of_runs(plan: Plan) -> Plan:
         config=plan.config.for_candidates(),
         units=torch.stack([first, (end - first).clamp(min=0)], -1).to(torch.int32),
         unit_modality=kind.unflatten(1, (-1, size))[..., 0].contiguous(),
-        run=size,
+        units_per_run=size,
         descriptors=None,
     )
     over.memo["modalities"] = plan.modalities

@@ -99,7 +99,7 @@ class HFLayoutSource:
         if len(known) != rows or known.shape[1] < start + written:
             raise ValueError(
                 f"the modality of {rows} rows of {start + written} tokens must be known, it is of "
-                f"{tuple(known.shape)}; give it with `retrofit.set_modality`"
+                f"{tuple(known.shape)}; give it with `mms.set_modality`"
             )
         known = known[:, start : start + keys]
         kinds[:, : known.shape[1]] = known

@@ -135,7 +135,7 @@ class ModalityTracker:
         if before is None or before.shape[1] < past:
             raise ValueError(
                 f"past_key_values must come from a call of the sparsified {self.name}, or the "
-                f"modality of its {past} tokens must be given with `retrofit.set_modality`: got "
+                f"modality of its {past} tokens must be given with `mms.set_modality`: got "
                 f"{'nothing' if before is None else before.shape[1]} for them"
             )
         before = before[:, :past].to(fresh.device, torch.int8)

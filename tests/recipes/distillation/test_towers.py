@@ -173,7 +173,7 @@ def test_the_straight_tower_is_the_sparse_one(npz: str) -> None:
     with torch.no_grad():
         lost = module.feature_loss(pictures, 0.3)
         sparse = module.run(pictures)
-        with mms.retrofit.override_config(module.model, backend="dense"):
+        with mms.override_config(module.model, backend="dense"):
             dense = module.run(pictures)
     want = 1 - torch.cosine_similarity(sparse, dense, dim=-1).mean()
     torch.testing.assert_close(lost, want, rtol=1e-3, atol=1e-6)
@@ -247,7 +247,7 @@ def test_density_goes_to_the_layer_that_loses(npz: str) -> None:
     assert all(own[0] > own[1] > 0 and own[2] == 0 for own in costs.values())
     ratios = spread(costs, 0.5, levels)
     assert sum(ratios.values()) == pytest.approx(1.0)
-    with mms.retrofit.override_config(model, layer_ratio={first: 1.0}, dense_layers=(second,)):
+    with mms.override_config(model, layer_ratio={first: 1.0}, dense_layers=(second,)):
         whole = model(pictures)[0]
         assert [row.mode for row in mms.report(model).rows] == ["sparse", "dense"]
     torch.testing.assert_close(whole, mms.densify(model)(pictures)[0], rtol=1e-3, atol=1e-3)

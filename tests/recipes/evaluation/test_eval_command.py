@@ -45,7 +45,7 @@ def test_scorers_load_by_name_into_the_model_they_are_for() -> None:
 
 
 def model_ratios(model: torch.nn.Module) -> list[float]:
-    every = mms.retrofit.sparse_config(model).layer_ratio.values()
+    every = mms.sparse_config(model).layer_ratio.values()
     return [ratio for own in every for ratio in (own if isinstance(own, tuple) else (own,))]
 
 

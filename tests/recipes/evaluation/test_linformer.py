@@ -23,7 +23,7 @@ def tower() -> torch.nn.Module:
 def test_projections_learn_what_dense_attention_gives() -> None:
     model = tower()
     pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with mms.retrofit.override_config(model, backend="dense"):
+    with mms.override_config(model, backend="dense"):
         dense = model.forward_features(pictures)
 
     def gap(made: Linformers) -> float:
@@ -44,7 +44,7 @@ def test_projections_learn_what_dense_attention_gives() -> None:
 def test_a_model_that_runs_nothing_sparse_teaches_nothing() -> None:
     model = tower()
     with (
-        mms.retrofit.override_config(model, dense_below=10**6),
+        mms.override_config(model, dense_below=10**6),
         pytest.raises(ValueError, match="model must run sparse layers, got none"),
     ):
         train_linformers(model, iter([torch.rand(1, 3, 64, 64)]), 0.3, steps=1)

@@ -209,7 +209,7 @@ def test_scorer_loss_is_zero_for_the_truth_and_names_a_wrong_shape():
     vlm = model(SPARSE)
     seen = []
     with (
-        mms.retrofit.capture_attention(vlm.language, seen.append),
+        mms.capture_attention(vlm.language, seen.append),
         distillation_losses(vlm.language),
     ):
         vlm.run(batch())

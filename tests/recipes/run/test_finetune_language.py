@@ -75,7 +75,7 @@ def test_it_starts_from_scorers_and_writes_them(npz: str, tmp_path: Path) -> Non
     first = FinetuneLM(tiny(), SPARSE, out=str(tmp_path / "a"), **PARTS)
     fit(first, npz, 2)
     second = FinetuneLM(tiny(), scorers_from=str(tmp_path / "a"), **PARTS)
-    assert mms.retrofit.sparse_config(second.language) == SPARSE
+    assert mms.sparse_config(second.language) == SPARSE
     pairs = zip(first.scorers.parameters(), second.scorers.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
