@@ -1,4 +1,4 @@
-"""The same attention on a CPU: gather the kept keys of a few tiles, then dense products on them.
+"""The same attention in plain PyTorch, on any device: gather the kept keys, then dense products.
 
 B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
 T tiles, L list length, C tiles of a chunk, R rows of a tile (tokens x G), S kept key slots
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.sizes import new_output
 
 # Gathered keys of a chunk stay within a core's share of the last-level cache (float32 elements).
@@ -29,12 +30,11 @@ class _Chunk:
     cut: int  # slots before it are seen by all
 
 
-def _chunks(
-    tiles: Tensor, units: Tensor, span: Tensor, index: Tensor, count: Tensor,
-    tile_tokens: int, unit: int, width: int,
-) -> Iterator[tuple[int, int, _Chunk]]:  # fmt: skip
-    within = torch.arange(unit)
-    token = torch.arange(min(tile_tokens, max(span.shape[1], 1)))
+def _chunks(lists: BlockLists, width: int) -> Iterator[tuple[int, int, _Chunk]]:
+    tiles, units, span, index, count, tile_tokens, unit, *_ = lists
+    device = tiles.device
+    within = torch.arange(unit, device=device)
+    token = torch.arange(min(tile_tokens, max(span.shape[1], 1)), device=device)
     counts = count.tolist()
     for b in range(index.shape[0]):
         for h in range(index.shape[1]):
@@ -50,7 +50,7 @@ def _chunks(
                 empty = 0 in counts[b][h][chosen]
                 first = last
                 ids = index[b, h, chosen, :longest]
-                listed = torch.arange(ids.shape[1]) < count[b, h, chosen, None]
+                listed = torch.arange(ids.shape[1], device=device) < count[b, h, chosen, None]
                 # Slots behind a short list or unit repeat a key of the same list, so that not even
                 # a NaN of a key that is not kept can pass.
                 ids = torch.where(listed, ids, ids[:, :1]).clamp(min=0).long()
@@ -107,15 +107,14 @@ def _scores(q: Tensor, k: Tensor, chunk: _Chunk, group: int) -> Tensor:
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int,
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward.attend_forward`; sums in float32 (float64 for float64 inputs)."""
     batch, heads, num_queries, dim = q.shape
     group = heads // k.shape[1]
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 2 * dim)
+    walk = _chunks(lists, 2 * dim)
     for b, h, chunk in walk:
         own = slice(h * group, (h + 1) * group)
         q_rows = _rows(q[b, own], chunk.query) * scale
@@ -136,19 +135,18 @@ def attend_forward(
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `backward.attend_backward`; tiles add up in ascending order, so it repeats."""
     dim, group = q.shape[-1], q.shape[1] // k.shape[1]
     wide = _compute_dtype(q)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.zeros(k.shape, dtype=wide)
-    dv = torch.zeros(v.shape, dtype=wide)
+    dk = torch.zeros(k.shape, dtype=wide, device=k.device)
+    dv = torch.zeros(v.shape, dtype=wide, device=v.device)
     delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     norm = lse.masked_fill(lse == -math.inf, 0).to(wide)[..., None]
-    walk = _chunks(tiles, units, span, index, count, tile_tokens, unit, 4 * dim)
+    walk = _chunks(lists, 4 * dim)
     for b, h, chunk in walk:
         own = slice(h * group, (h + 1) * group)
         q_rows, d_rows = _rows(q[b, own], chunk.query) * scale, _rows(dout[b, own], chunk.query)

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 
+@cache
 def interpreted() -> bool:
-    """Whether Triton runs in its interpreter, on CPU tensors."""
+    """Whether Triton runs in its interpreter, on CPU tensors; Triton reads it once, too."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(x: Tensor, backend: str) -> bool:
+    """Whether Triton kernels serve a tensor; otherwise PyTorch gathers, on any device.
+
+    The one place that decides which implementation runs: scoring, selection and attention ask it.
+    """
+    return (x.is_cuda and backend != "torch") or backend == "triton"
 
 
 def generation(x: Tensor) -> int:

@@ -6,6 +6,7 @@ B batch, H query heads, K KV heads, N query tokens, D head dim, T tiles, L list 
 import triton
 from torch import Tensor
 
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.device import generation, multiprocessors
 from mm_sparse.kernels.sizes import next_power_of_2
 from mm_sparse.kernels.triton import attention_backward, attention_decode, attention_forward
@@ -33,45 +34,39 @@ def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
     )
 
 
-def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `forward.attend_forward`, by the fastest kernel: out (B, H, N, D), lse (B, H, N)."""
-    args = (
-        q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, tile_lead
-    )  # fmt: skip
-    batch, kv_heads, num_tiles, list_length = index.shape
-    rows = _rows(q, k, tile_tokens)
-    lists = num_tiles * batch * kv_heads
-    parts = attention_decode.parts_of_lists(lists, list_length * unit, multiprocessors(q))
-    if parts > 1 and rows <= attention_decode.MOST_ROWS:
-        return attention_decode.attend_forward(*args, parts)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The fastest forward kernel on lists of units: out (B, H, N, D), log-sum-exp (B, H, N)."""
+    batch, kv_heads, num_tiles, list_length = lists.index.shape
+    rows = _rows(q, k, lists.tile_tokens)
+    if rows <= attention_decode.MOST_ROWS:
+        count = num_tiles * batch * kv_heads
+        splits = attention_decode.parts_of_lists(
+            count, list_length * lists.unit, multiprocessors(q)
+        )
+        if splits > 1:
+            return attention_decode.attend_forward(q, k, v, lists, scale, splits)
     if on_hopper(q, k, v, rows):
         # Imported here: other releases of Triton may lack what it needs.
-        from mm_sparse.kernels.hopper import forward
+        from mm_sparse.kernels.hopper import forward as hopper
 
-        return forward.attend_forward(*args)
-    return attention_forward.attend_forward(*args)
+        return hopper.attend_forward(q, k, v, lists, scale)
+    return attention_forward.attend_forward(q, k, v, lists, scale)
 
 
-def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, lead: int, tile_lead: int, deterministic: bool,
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
+    scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `backward.attend_backward`, by the fastest kernels: dq, dk, dv."""
-    args = (
-        dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, lead,
-        tile_lead,
-    )  # fmt: skip
+    """The fastest backward kernels: dq, dk, dv."""
     alone = q.shape[1] == k.shape[1] and q.shape[-1] == 128
-    twice = deterministic or (alone and unit >= WIDE_UNIT)
-    if not twice and on_hopper(q, k, v, _rows(q, k, tile_tokens)):
-        from mm_sparse.kernels.hopper import backward
+    twice = deterministic or (alone and lists.unit >= WIDE_UNIT)
+    if not twice and on_hopper(q, k, v, _rows(q, k, lists.tile_tokens)):
+        from mm_sparse.kernels.hopper import backward as hopper
 
-        return backward.attend_backward(*args)
-    return attention_backward.attend_backward(*args)
+        return hopper.attend_backward(dout, q, k, v, out, lse, lists, scale)
+    return attention_backward.attend_backward(dout, q, k, v, out, lse, lists, scale)
 
 
 def _rows(q: Tensor, k: Tensor, tile_tokens: int) -> int:

@@ -5,7 +5,6 @@ U units, L list length
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +13,21 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mm_sparse.kernels import cpu
-from mm_sparse.kernels.device import interpreted
+from mm_sparse.kernels.block_lists import BlockLists
+from mm_sparse.kernels.device import interpreted, runs_triton
 from mm_sparse.kernels.sizes import new_output
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNITS = (16, 32, 64, 128)
-TILES = (64, 128)
 
 
 def supports(q: Tensor, k: Tensor, unit: int, backend: str = "auto") -> str | None:
     """Why the kernels cannot serve these tensors; None if they can."""
-    on_gpu, dtypes = q.device.type == "cuda", DTYPES
-    if backend == "torch" or (backend == "auto" and q.device.type == "cpu"):
+    on_gpu, dtypes = q.is_cuda and backend != "torch", DTYPES
+    if not runs_triton(q, backend):
         dtypes = (*DTYPES, torch.float64)
-        if q.device.type != "cpu":
-            return f"backend 'torch' gathers on a CPU, tensors are on {q.device}"
+        if backend == "auto" and q.device.type != "cpu":
+            return f"no kernel runs on {q.device}; backend 'torch' gathers there"
     elif not on_gpu and not (q.device.type == "cpu" and interpreted()):
         return (
             f"backend {backend!r} needs a CUDA GPU (or TRITON_INTERPRET=1), "
@@ -52,30 +51,45 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if runs_triton(q, backend):
+        from mm_sparse.kernels import dispatch
+
+        return dispatch.forward(q, k, v, lists, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return cpu.attend_forward(q, k, v, lists, scale)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int,
-    tile_lead: int, backend: str, deterministic: bool = True,
+    count: Tensor, tile_tokens: int, unit: int, unit_offset: int, tile_offset: int, scale: float,
+    backend: str, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention on lists of units: out (B, H, N, D) and its log-sum-exp (B, H, N) float32."""
-    args = (q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit)
-    if _use_triton(q, backend):
-        from mm_sparse.kernels.dispatch import attend_forward
-
-        return attend_forward(*args, lead, tile_lead)
-    with torch.autocast("cpu", enabled=False):
-        return cpu.attend_forward(*args)
+    lists = BlockLists(
+        tiles, units, span, index, count, tile_tokens, unit, unit_offset, tile_offset
+    )
+    return _run(q, k, v, lists, scale, backend)
 
 
 attend_op = torch.library.custom_op("mm_sparse::attend", _attend, mutates_args=())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, backend: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attend_op`, without the 0.1 ms of the dispatcher where nobody listens to it."""
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if wanted or torch.compiler.is_compiling() or _listening(q):
-        return attend_op(q, k, v, *rest)
-    return _attend(q, k, v, *rest)
+        return attend_op(q, k, v, *lists, scale, backend, deterministic)
+    if runs_triton(q, backend):
+        from mm_sparse.kernels import dispatch
+
+        return dispatch.forward(q, k, v, lists, scale)
+    return _run(q, k, v, lists, scale, backend)
 
 
 def _listening(q: Tensor) -> bool:
@@ -92,27 +106,25 @@ def _listening(q: Tensor) -> bool:
 @torch.library.custom_op("mm_sparse::attend_backward", mutates_args=())
 def attend_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, lead: int, tile_lead: int, backend: str, deterministic: bool,
+    units: Tensor, span: Tensor, index: Tensor, count: Tensor, tile_tokens: int, unit: int,
+    unit_offset: int, tile_offset: int, scale: float, backend: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `attend_op` for q, k and v; they repeat bit for bit if deterministic."""
-    args = (dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit)
-    if _use_triton(q, backend):
-        from mm_sparse.kernels.dispatch import attend_backward
+    lists = BlockLists(
+        tiles, units, span, index, count, tile_tokens, unit, unit_offset, tile_offset
+    )
+    if runs_triton(q, backend):
+        from mm_sparse.kernels import dispatch
 
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        return attend_backward(*args, lead, tile_lead, deterministic)
-    with torch.autocast("cpu", enabled=False):
-        return cpu.attend_backward(*args)
-
-
-def _use_triton(q: Tensor, backend: str) -> bool:
-    return q.device.type == "cuda" or backend == "triton"
+        return dispatch.backward(dout, q, k, v, out, lse, lists, scale, deterministic)
+    with torch.autocast(q.device.type, enabled=False):
+        return cpu.attend_backward(dout, q, k, v, out, lse, lists, scale)
 
 
 @attend_op.register_fake
 def _(
-    q, k, v, tiles, units, span, index, count, scale, tile_tokens, unit, lead, tile_lead,
+    q, k, v, tiles, units, span, index, count, tile_tokens, unit, unit_offset, tile_offset, scale,
     backend, deterministic=True,
 ):  # fmt: skip
     return new_output(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -120,8 +132,8 @@ def _(
 
 @attend_backward_op.register_fake
 def _(
-    dout, q, k, v, out, lse, tiles, units, span, index, count, scale, tile_tokens, unit, lead,
-    tile_lead, backend, deterministic,
+    dout, q, k, v, out, lse, tiles, units, span, index, count, tile_tokens, unit, unit_offset,
+    tile_offset, scale, backend, deterministic,
 ):  # fmt: skip
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 

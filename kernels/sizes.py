@@ -14,6 +14,7 @@ def cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
+@lru_cache(maxsize=4096)
 def next_power_of_2(n: int) -> int:
     """The lowest power of 2 that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

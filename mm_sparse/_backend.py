@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mm_sparse.kernels.device import interpreted
+from mm_sparse.kernels.device import interpreted, runs_triton
 from mm_sparse.kernels.ops import DTYPES
 from mm_sparse.layout import Plan
 
@@ -14,11 +14,11 @@ MOST_ROWS = 128
 
 def fused(x: Tensor, plan: Plan) -> bool:
     """Whether kernels score and select: on a GPU, or where a config asks for the interpreter."""
-    if plan.config.backend == "torch" or x.dtype not in DTYPES or not x.numel():
+    if not runs_triton(x, plan.config.backend) or x.dtype not in DTYPES or not x.numel():
         return False
-    if x.device.type != "cuda" and not (plan.config.backend == "triton" and interpreted()):
-        return False
-    return plan.group * min(plan.config.query_pools, plan.tile_tokens) <= MOST_ROWS
+    return (x.is_cuda or interpreted()) and plan.group * min(
+        plan.config.query_pools, plan.tile_tokens
+    ) <= MOST_ROWS
 
 
 def last_contiguous(x: Tensor) -> Tensor:

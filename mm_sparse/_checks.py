@@ -32,8 +32,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse q, k and v whose ranks, shapes, dtypes or devices do not fit."""
-    named = [("q", q), ("k", k), ("v", v)]
-    for name, x in named:
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:
@@ -42,15 +41,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
-    for name, x in named[1:]:
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
+    dtype, device, (batch, _, _, width) = q.dtype, q.device, q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+        if x.shape[0] != batch or x.shape[3] != width:
             raise ValueError(
-                f"{name} must have q's batch {q.shape[0]} and head dim {q.shape[3]}, "
-                f"got {tuple(x.shape)}"
+                f"{name} must have q's batch {batch} and head dim {width}, got {tuple(x.shape)}"
             )
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")

@@ -186,7 +186,7 @@ class SparseConfig:
         return replace(self, ratio=own, head_ratio=(), layer_ratio={})
 
     def for_candidates(self) -> SparseConfig:
-        """The config of the first stage of two-stage selection: it keeps `coarse_budget` budgets."""
+        """The config of the first of two stages of selection: `coarse_budget` budgets."""
         more = self.coarse_budget
         return replace(
             self,

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.device import multiprocessors
 from mm_sparse.kernels.hopper.pipeline import (
@@ -367,11 +368,11 @@ def _backward(
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, lead: int, tile_lead: int,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `backward.attend_backward` but for the order of sums, where `launch.on_hopper` says so."""
+    tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     num_tiles, num_units, list_length = tiles.shape[1], units.shape[1], index.shape[-1]

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.device import multiprocessors
 from mm_sparse.kernels.hopper.pipeline import (
@@ -330,10 +331,10 @@ def _forward(
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward.attend_forward`, where `launch.on_hopper` says so."""
+    tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     num_tiles, num_units, list_length = tiles.shape[1], units.shape[1], index.shape[-1]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.device import generation
 from mm_sparse.kernels.sizes import all_whole, next_power_of_2
 from mm_sparse.kernels.triton.primitives import (
@@ -314,15 +315,15 @@ def key_blocks(
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    units: Tensor, span: Tensor, index: Tensor, count: Tensor, scale: float, tile_tokens: int,
-    unit: int, lead: int, tile_lead: int,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward kernels; arguments as in `forward.attend_forward`.
 
     Returns:
         dq, dk, dv, contiguous, in the dtypes of q, k, v; keys that belong to no unit get zeros.
     """
+    tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     num_tiles, num_units = tiles.shape[1], units.shape[1]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.sizes import all_whole, cdiv, new_output, next_power_of_2
 from mm_sparse.kernels.triton.primitives import (
@@ -125,10 +126,10 @@ def parts_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int, parts: int,
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, parts: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward.attend_forward`, every list in `parts`."""
+    tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_tiles, list_length = k.shape[1], tiles.shape[1], index.shape[-1]
     group = heads // kv_heads

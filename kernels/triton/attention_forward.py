@@ -7,11 +7,14 @@ T tiles, U units, L list length
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.device import generation
 from mm_sparse.kernels.sizes import all_whole, new_output, next_power_of_2
@@ -90,6 +93,7 @@ def _forward(
     tl.store(Lse + heads * num_queries + token, lse, mask=exists)
 
 
+@lru_cache(maxsize=4096)
 def forward_blocks(
     rows: int, unit: int, head_dim: int, itemsize: int, major: int
 ) -> tuple[int, int, int, int]:
@@ -112,19 +116,14 @@ def forward_blocks(
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, units: Tensor, span: Tensor, index: Tensor,
-    count: Tensor, scale: float, tile_tokens: int, unit: int, lead: int, tile_lead: int,
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; arguments as in `reference.dense_mask`.
 
-    Args:
-        tile_tokens: most query tokens in a tile.
-        unit: most key tokens in a unit.
-        lead: if not -1, unit u is what exists of the `unit` keys from u * unit - lead on.
-        tile_lead: the same of tiles and queries.
     Returns:
         out (B, H, N, D) in q's dtype, log-sum-exp (B, H, N) float32.
     """
+    tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_tiles = k.shape[1], tiles.shape[1]
     group = heads // kv_heads

@@ -8,6 +8,7 @@ F width of a descriptor
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -386,6 +387,7 @@ def row_order(tile_rows: int, rows: int) -> tuple[int, int, int, int, int]:
     return outer, tiles // inner, pair, inner, lanes
 
 
+@lru_cache(maxsize=4096)
 def share_blocks(
     tile_rows: int, width: int, itemsize: int, generation: int, tiles: int = 128
 ) -> tuple[tuple[int, int, int, int, int], int, int]:

@@ -6,6 +6,8 @@ B batch, H heads, N tokens, D head dim, P pieces
 # Triton launches are subscripts of a jit function, which pyright cannot follow.
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,6 +122,7 @@ def _pool_both(
         )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
 def pool_blocks(width: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """Parts of a program, tokens of a part in a step (about 32 KiB in all), steps, and warps."""
     width = next_power_of_2(width)

@@ -7,6 +7,7 @@ B batch, K KV heads, T tiles, U units, L list length, C units that compete for a
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -488,6 +489,7 @@ def rows_of(values: Tensor) -> tuple[Tensor, int]:
     return values.contiguous(), row
 
 
+@lru_cache(maxsize=4096)
 def keep_warps(block: int) -> int:
     """Warps for a row of `block` units, 16 in a thread where they can be: few sums across warps."""
     return max(1, min(block // 512, 16))

@@ -3,5 +3,5 @@ from .functional import (
     attention_reference as attention_reference,
     sparse_attention as sparse_attention,
 )
-from .pipeline import rank_and_attend as rank_and_attend
+from .pipeline import score_select_attend as score_select_attend
 from .selected import attend as attend

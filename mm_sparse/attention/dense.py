@@ -5,6 +5,7 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
 
-# Tokens below which dense SDPA was faster than score + select + attend (docs/kernel-notes.md).
+# Tokens below which dense SDPA was faster than score + select + attend (docs/results/speed.md).
 BREAK_EVEN = {"cpu": 3072, "cuda": 8192}
 
 
@@ -22,7 +23,8 @@ def dense_length(config: SparseConfig, device: torch.device) -> int:
     """Number of tokens below which a layer runs dense."""
     if config.dense_below is not None:
         return config.dense_below
-    return BREAK_EVEN.get(device.type, 0)
+    # No kernel was written for other devices: dense, unless the config says a length.
+    return BREAK_EVEN.get(device.type, sys.maxsize)
 
 
 def dense_attention(

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from mm_sparse._checks import autocast_inputs, check_heads
 from mm_sparse.attention.dense import dense_attention, dense_length
-from mm_sparse.attention.pipeline import rank_and_attend
+from mm_sparse.attention.pipeline import score_select_attend
 from mm_sparse.attention.selected import attend
 from mm_sparse.config import SparseConfig
+from mm_sparse.kernels.ops import supports
 from mm_sparse.kernels.reference import attention_reference
 from mm_sparse.layout import CallLayout, TokenLayout, in_patch_order, restore
 from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
 
 __all__ = ["attend", "attention_reference", "sparse_attention"]
+
+_POOLED = PooledScorer()
 
 
 def sparse_attention(
@@ -52,9 +55,12 @@ def sparse_attention(
         return dense_attention(
             q, k, v, layout=layout, config=config, query_offset=query_offset, scale=scale
         )
-    scorer = PooledScorer() if scorer is None else scorer
+    reason = supports(q, k, config.unit, config.backend)
+    if reason is not None:
+        raise ValueError(f"q cannot be served by the sparse kernels: {reason}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     first = layout.first_query(q.shape[2], query_offset)
-    placed, q, k, v = in_patch_order(CallLayout(layout, first), config, q, k, v)
-    inner = placed.layout
-    out = rank_and_attend(q, k, v, placed, config, scorer, scale, descriptors)
-    return out if inner is layout else restore(out, inner, first)
+    call, q, k, v = in_patch_order(CallLayout(layout, first), config, q, k, v)
+    scorer = _POOLED if scorer is None else scorer
+    out = score_select_attend(q, k, v, call, config, scorer, scale, cache=descriptors)
+    return out if call.layout is layout else restore(out, call.layout, first)

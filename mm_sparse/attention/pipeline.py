@@ -10,67 +10,91 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mm_sparse.attention.query_chunks import query_chunks
-from mm_sparse.attention.selected import attend
+from mm_sparse.attention.query_chunks import plan_of_chunk, query_chunks
+from mm_sparse.attention.selected import attend_selection
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.sizes import new_output
-from mm_sparse.layout import CallLayout
+from mm_sparse.layout import CallLayout, Plan
 from mm_sparse.scorers import DescriptorCache, Scorer
-from mm_sparse.selection import Selection, select
+from mm_sparse.selection import Scores, Selection, select, select_units
 
 
-def rank_and_attend(
+def score_select_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    placed: CallLayout,
+    call: CallLayout,
     config: SparseConfig,
     scorer: Scorer,
-    scale: float | None,
-    descriptors: DescriptorCache | None = None,
-    note: Callable[[Selection], None] | None = None,
+    scale: float,
+    *,
+    cache: DescriptorCache | None = None,
+    note: Callable[[Scores, Selection], None] | None = None,
+    whole: bool = False,
 ) -> Tensor:
-    """Score, select, attend, in blocks of queries where the scores of all would not fit.
+    """Attention on the units that a scorer ranks best, for inputs that were checked.
 
     Args:
         q, k, v: (B, H, N, D) and (B, K, M, D) in the order of the layout.
-        placed: layout and place of the first query.
-        note: is told what was selected, block by block.
+        call: layout and position of the first query.
+        cache: descriptors of the keys of earlier calls.
+        note: is given scores and selection of every chunk.
+        whole: score all queries at once, however much memory that takes.
     Returns:
         (B, H, N, D).
     """
-    layout, first = placed.layout, placed.first
-    blocks = query_chunks(
-        layout, config, num_query_heads=q.shape[1], num_kv_heads=k.shape[1],
-        num_queries=q.shape[2], query_offset=first,
-    )  # fmt: skip
-    found, whole = [], None
-    for block in blocks:
-        rows, offset = q[:, :, block], first + block.start
-        several = rows.shape[2] < q.shape[2]
-        if several and descriptors is None:
-            descriptors = DescriptorCache()  # of units, which are those of all blocks
-        # A scorer that came before there were such caches need not know of them.
-        options = {} if descriptors is None else {"descriptors": descriptors}
-        # Selection passes no gradient.
-        with torch.no_grad():
-            scores = scorer(
-                rows, k, layout=layout, config=config, query_offset=offset, scale=scale, **options
-            )
-            selection = select(scores, layout, config)
-        del scores
-        if note is not None:
-            note(selection)
-        out = attend(rows, k, v, selection, scale=scale)
-        if several and not out.requires_grad:
-            # Joining all at the end would hold the output twice.
-            whole = new_output(q) if whole is None else whole
-            whole[:, :, block] = out
-        else:
-            found.append(out)
-        del out
-        if several:
-            selection.plan.memo.clear()
-    if whole is not None:
-        return whole
-    return found[0] if len(found) == 1 else torch.cat(found, 2)
+    layout, first = call.layout, call.first
+    heads, kv_heads, num_queries = q.shape[1], k.shape[1], q.shape[2]
+    sizes = {
+        "num_query_heads": heads,
+        "num_kv_heads": kv_heads,
+        "num_queries": num_queries,
+        "query_offset": first,
+    }
+    chunks = [] if whole else query_chunks(layout, config, **sizes)
+    plan = layout.plan(config, **sizes)
+    if len(chunks) < 2:
+        selection = _select(q, k, plan, scorer, scale, cache, note)
+        return attend_selection(q, k, v, selection, scale)
+    # Units are those of all chunks: they are described once.
+    cache = DescriptorCache() if cache is None else cache
+    outs, out = [], None
+    for chunk in chunks:
+        rows = q[:, :, chunk]
+        selection = _select(rows, k, plan_of_chunk(plan, chunk), scorer, scale, cache, note)
+        part = attend_selection(rows, k, v, selection, scale)
+        if part.requires_grad:
+            outs.append(part)
+            continue
+        # Joining all at the end would hold the output twice.
+        out = new_output(q) if out is None else out
+        out[:, :, chunk] = part
+    return torch.cat(outs, 2) if out is None else out
+
+
+@torch.no_grad()
+def _select(
+    q: Tensor,
+    k: Tensor,
+    plan: Plan,
+    scorer: Scorer,
+    scale: float,
+    cache: DescriptorCache | None,
+    note: Callable[[Scores, Selection], None] | None,
+) -> Selection:
+    """Scores and selection of one chunk; selection passes no gradient."""
+    hooked = scorer._forward_hooks or scorer._forward_pre_hooks
+    if type(scorer).forward is Scorer.forward and not hooked:
+        scores = scorer.score_plan(q, k, plan, scale, cache)
+        selection = select_units(scores.values, plan, scores.runs)
+    else:
+        # A scorer that was written before there were such caches need not know of them.
+        options = {} if cache is None else {"descriptors": cache}
+        scores = scorer(
+            q, k, layout=plan.layout, config=plan.config, query_offset=plan.query_offset,
+            scale=scale, **options,
+        )  # fmt: skip
+        selection = select(scores, plan.layout, plan.config)
+    if note is not None:
+        note(scores, selection)
+    return selection

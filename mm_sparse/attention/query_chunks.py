@@ -1,15 +1,13 @@
-"""A block of queries after the other, where the scores of all would not fit.
+"""Queries in chunks, where the scores of all would not fit in memory.
 
 Scores are (tiles x units): at a million tokens they would take more memory than all else. Tiles
-have nothing to do with one another, so those of a block are ranked, attended and forgotten.
+have nothing to do with one another, so a chunk of them is scored, attended and forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from mm_sparse.config import SparseConfig
-from mm_sparse.layout import TokenLayout
+from mm_sparse.layout import Plan, TokenLayout
 
 # Scores, one for a row, KV head, tile and unit, that are in memory at once: 256 MiB of them.
 MOST_SCORES = 1 << 26
@@ -23,44 +21,46 @@ def query_chunks(
     num_kv_heads: int,
     num_queries: int,
     query_offset: int,
-) -> Iterator[slice]:
-    """Runs of whole tiles whose scores are `MOST_SCORES` at most, about equally long.
-
-    While one is used its plan is at hand in the layout, if there are several; then it is gone.
-    """
+) -> list[slice]:
+    """Runs of whole tiles whose scores are `MOST_SCORES` at most, about equally long."""
     tokens = max(config.tile * num_kv_heads // num_query_heads, 1)
     tiles, ranked = -(-num_queries // tokens), _ranked(layout.length, config)
     most = max(MOST_SCORES // max(layout.batch * num_kv_heads * ranked, 1), 1)
     if tiles <= most:
-        yield slice(0, num_queries)
-        return
-    whole = layout.plan(
-        config,
-        num_query_heads=num_query_heads,
-        num_kv_heads=num_kv_heads,
-        num_queries=num_queries,
-        query_offset=query_offset,
+        return [slice(0, num_queries)]
+    if layout.batch == 1:
+        plan = layout.plan(
+            config,
+            num_query_heads=num_query_heads,
+            num_kv_heads=num_kv_heads,
+            num_queries=num_queries,
+            query_offset=query_offset,
+        )
+        tiles = plan.tiles.shape[1]
+        starts = plan.tiles[0, :: _tiles_of_chunk(tiles, most), 0].tolist()
+    else:
+        starts = [*range(0, num_queries, _tiles_of_chunk(tiles, most) * tokens)]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], num_queries], strict=True)]
+
+
+def plan_of_chunk(plan: Plan, chunk: slice) -> Plan:
+    """The plan of a chunk of the queries of a plan; it is used once and kept nowhere."""
+    if plan.layout.batch == 1:
+        first = plan.tiles[0, :, 0]
+        tiles = (first >= chunk.start) & (first < chunk.stop) & (plan.tiles[0, :, 1] > 0)
+        number = tiles.nonzero()[:, 0]
+        return plan.select_tiles(slice(int(number[0]), int(number[-1]) + 1), chunk)
+    if plan.regular_tiles:
+        step = plan.tile_tokens
+        return plan.select_tiles(slice(chunk.start // step, -(-chunk.stop // step)), chunk)
+    # Segments cut rows at different places, so that no run of queries is whole tiles of all rows.
+    return plan.layout.new_plan(
+        plan.config, plan.group, chunk.stop - chunk.start, plan.query_offset + chunk.start
     )
-    tiles = whole.tiles.shape[1]
-    step = -(-tiles // -(-tiles // most))
-    alone = layout.batch == 1
-    # Where segments cut rows at other places, no queries are whole tiles of all rows: plans are
-    # made anew, for runs of queries.
-    sliced = alone or whole.regular_tiles
-    starts = (
-        whole.tiles[0, ::step, 0].tolist() if alone else [*range(0, num_queries, step * tokens)]
-    )
-    known = set(layout.made)
-    for number, (start, end) in enumerate(zip(starts, [*starts[1:], num_queries], strict=True)):
-        block = slice(start, end)
-        if sliced:
-            part = whole.select_tiles(slice(number * step, (number + 1) * step), block)
-            layout.made[(config, part.group, part.num_queries, part.query_offset)] = part
-        try:
-            yield block
-        finally:
-            for key in set(layout.made) - known:
-                del layout.made[key]
+
+
+def _tiles_of_chunk(tiles: int, most: int) -> int:
+    return -(-tiles // -(-tiles // most))
 
 
 def _ranked(length: int, config: SparseConfig) -> int:

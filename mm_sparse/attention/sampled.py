@@ -36,12 +36,11 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sample: Sample, plan: Plan, scale: float
     ) -> Tensor:
         log = of_queries(sample.weight, plan)
-        best, seen = ops.attend(
-            q, k, v, *_geometry(plan), sample.best_index, sample.best_count, *_rest(plan, scale)
-        )
-        other, sampled = ops.attend(
-            q, k, v, *_geometry(plan), sample.index, sample.count, *_rest(plan, scale)
-        )
+        options = scale, plan.config.backend, plan.config.deterministic
+        lists = plan.block_lists(sample.best_index, sample.best_count)
+        best, seen = ops.attend(q, k, v, lists, *options)
+        lists = plan.block_lists(sample.index, sample.count)
+        other, sampled = ops.attend(q, k, v, lists, *options)
         out, whole = _merge(best, other, seen, sampled, log, plan)
         ctx.save_for_backward(q, k, v, out, whole, whole - log)
         ctx.own = sample, plan, scale
@@ -53,16 +52,14 @@ class _Attend(torch.autograd.Function):
         sample, plan, scale = ctx.own
         dout = grads[0]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        options = scale, plan.config.backend, plan.config.deterministic
         found = []
         for log, index, count in (
             (whole, sample.best_index, sample.best_count),
             (shifted, sample.index, sample.count),
         ):
-            found.append(
-                attend_backward_op(
-                    dout, q, k, v, out, log, *_geometry(plan), index, count, *_rest(plan, scale)
-                )
-            )
+            lists = plan.block_lists(index, count)
+            found.append(attend_backward_op(dout, q, k, v, out, log, *lists, *options))
         return (*(a + b for a, b in zip(*found, strict=True)), None, None, None)
 
 
@@ -84,16 +81,6 @@ def _merge(
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _geometry(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    return plan.tiles, plan.units, plan.span
-
-
-def _rest(plan: Plan, scale: float) -> tuple[Any, ...]:
-    even = plan.unit_offset, plan.tile_offset
-    config = plan.config
-    return scale, plan.tile_tokens, plan.unit, *even, config.backend, config.deterministic
 
 
 def of_queries(value: Tensor, plan: Plan) -> Tensor:

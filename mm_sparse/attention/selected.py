@@ -57,27 +57,20 @@ def attend(
     reason = supports(q, k, plan.unit, plan.config.backend)
     if reason is not None:
         raise ValueError(f"q cannot be served by the sparse kernels: {reason}")
+    return attend_selection(q, k, v, selection, scale)
+
+
+def attend_selection(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float | None = None
+) -> Tensor:
+    """`attend` for inputs that were checked."""
+    plan, config = selection.plan, selection.plan.config
     if q.numel() == 0 or k.numel() == 0:
-        return (q * 0).sum(-1, keepdim=True).expand_as(q) + 0 * v.sum()
-    q, k, v = (last_contiguous(x) for x in (q, k, v))
+        # Zeros whatever q holds, with a graph to q and v.
+        return q.new_zeros(q.shape) + 0 * (q[..., :0].sum() + v[..., :0].sum())
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if selection.sample is not None:
         return attend_sampled(q, k, v, selection.sample, plan, scale)
-    out, _ = ops.attend(
-        q,
-        k,
-        v,
-        plan.tiles,
-        plan.units,
-        plan.span,
-        selection.index,
-        selection.count,
-        scale,
-        plan.tile_tokens,
-        plan.unit,
-        plan.unit_offset,
-        plan.tile_offset,
-        plan.config.backend,
-        plan.config.deterministic,
-    )
-    return out
+    lists = plan.block_lists(selection.index, selection.count)
+    return ops.attend(q, k, v, lists, scale, config.backend, config.deterministic)[0]

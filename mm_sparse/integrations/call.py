@@ -26,12 +26,12 @@ class AttentionCall:
     k: Tensor
     v: Tensor
     scale: float
-    scores: Scores | None
+    scores: Scores | None = None
     """None if the layer ran dense; `scores.plan.layout` is the layout."""
-    selection: Selection | None
-    reason: str
+    selection: Selection | None = None
+    reason: str = ""
     """Why it ran dense, or empty."""
-    seconds: float | None
+    seconds: float | None = None
     """Only while timing."""
     config: SparseConfig | None = None
     """The layer's own; None where the call has no layout."""

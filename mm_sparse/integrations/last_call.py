@@ -55,7 +55,6 @@ def joined(parts: Sequence[SelectionSnapshot]) -> SelectionSnapshot:
         tile_span=torch.cat([p.tile_span for p in plans], 1),
         tile_modality=torch.cat([p.tile_modality for p in plans], 1),
         tile_offset=-1,
-        descriptors=None,
     )
     index = [pad(s.index, (0, width - s.index.shape[-1]), value=-1) for s in selections]
     return SelectionSnapshot(torch.cat(index, 2), plan, 1)

@@ -15,20 +15,23 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mm_sparse._checks import autocast_inputs
-from mm_sparse.attention import attend, dense_length, rank_and_attend
+from mm_sparse.attention import dense_length, score_select_attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.discovery import AttentionModule
 from mm_sparse.integrations.last_call import LastCall, SelectionSnapshot, joined, thinned
+from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.kernels.ops import supports
-from mm_sparse.layout import CallLayout, TokenLayout, in_patch_order, restore
+from mm_sparse.layout import CallLayout, in_patch_order, restore
 from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
-from mm_sparse.selection import Scores, Selection, select
+from mm_sparse.selection import Scores, Selection
 
 R = TypeVar("R")
 # The attribute of a module that says which layer serves it.
 LAYER = "_mm_sparse_layer"
+Shown = tuple[Scores | None, Selection | None]
+"""What those who watch are shown of a sparse call."""
 # Entries of a selection that a layer keeps for `report`; of longer ones, every n-th tile.
 KEPT_ENTRIES = 1 << 16
 _POOLED = PooledScorer()
@@ -38,7 +41,7 @@ class Source(Protocol):
     """Where the layouts of a layer come from."""
 
     def place(
-        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout:
         """Layout of a call; a ValueError says why there is none."""
         ...
@@ -53,8 +56,6 @@ class SparseLayer(ABC):
         self.shared, self.source = shared, source
         self.scorer: Scorer | None = None
         self.record: LastCall | None = None
-        self.ordered: CallLayout | None = None
-        """Of a call whose tokens came in patch order, and go back in it."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -108,51 +109,53 @@ class SparseLayer(ABC):
         self.record = LastCall(*mode, queries, keys)
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions,
         original: Callable[[], R], format_output: Callable[[Tensor], R],
+        ordered: CallLayout | None = None,
     ) -> R:  # fmt: skip
-        """`format_output` of what sparse attention gives, (B, N, H, D), or what `original`
-        gives."""
+        """One attention call: sparse where it can be, else as the model computes it.
+
+        Args:
+            original: computes the call as without `sparsify`.
+            format_output: makes of (B, N, H, D) what the library wants.
+            ordered: layout of a call whose tokens come, and go back, in patch order.
+        """
+        shared = self.shared
         start = self._clock(q)
-        given = options.get("scaling")
-        scale = q.shape[-1] ** -0.5 if given is None else float(given)
-        placed = scores = selection = kept = None
+        call, kept, shown = None, None, (None, None)
         mode, reason = self.early_mode(self._in_view(q, k, mask, options), q.device)
         if mode == "sparse":
-            problem = self._problem(q, k, v, mask, options)
+            problem: object = self._problem(q, k, v, mask, options)
+            if problem is None:
+                try:
+                    call = ordered or self.source.place(self.module, q, k, mask, options)
+                except ValueError as error:
+                    problem = error
             if problem is not None:
                 mode, reason = self.refuse(problem)
-        if mode == "sparse":
-            placed = self.ordered
-        if mode == "sparse" and placed is None:
-            try:
-                placed = self.source.place(self.module, q, k, mask, options)
-            except ValueError as error:
-                mode, reason = self.refuse(error)
-        if placed is not None:
-            descriptors = None
-            if not self.shared.watchers and self.shared.attention_override is None:
-                descriptors = self._descriptors(k)
+        scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
+        if call is None:
+            result = original()
+            if shared.watchers and shared.config.backend == "dense" and not self.cross:
+                call = self._place_dense(q, k, v, mask, options)
+                if call is not None:
+                    config = shared.layer_config(self.index, self.name, call.prefix)
+                    call, q, k, v = in_patch_order(call, config, q, k, v)
+        else:
+            config = shared.layer_config(self.index, self.name, call.prefix)
+            # Before the tokens move: the cache knows its keys by their very tensor.
+            alone = not shared.watchers and shared.attention_override is None
+            cache = self._descriptors(k) if alone else None
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
-            placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
-            out, scores, selection, kept = self._sparse(q, k, v, placed, scale, descriptors)
-            result = format_output(out)
-        else:
-            result = original()
-            if self.shared.watchers and self.shared.config.backend == "dense" and not self.cross:
-                placed = self._place_dense(q, k, v, mask, options)
-                if placed is not None:
-                    placed, q, k, v = in_patch_order(placed, self._where(placed)[0], q, k, v)
+            call, q, k, v = in_patch_order(call, config, q, k, v)
+            out, kept, shown = self._sparse(q, k, v, call, config, scale, cache)
+            if ordered is None:
+                out = restore(out, call.layout, call.first, dim=1)
+            result = format_output(out.contiguous())
         self.record = LastCall(mode, reason, q.shape[-2], k.shape[-2], kept)
-        if self.shared.watchers:
-            seconds = None if start is None else self._clock(q) - start
-            where = (None, None, 0) if placed is None else self._where(placed)
-            call = AttentionCall(
-                self.name, self.module, q, k, v, scale, scores, selection, reason, seconds, *where
-            )
-            for watcher in self.shared.watchers:
-                watcher(call)
+        if shared.watchers:
+            self._notify(q, k, v, scale, call, shown, reason, start)
         return result
 
     @property
@@ -165,18 +168,17 @@ class SparseLayer(ABC):
         return None
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, placed: CallLayout, scale: float,
-        descriptors: DescriptorCache | None,
-    ) -> tuple[Tensor, Scores | None, Selection | None, SelectionSnapshot | None]:  # fmt: skip
-        """What sparse attention gives; scores and selection, for watchers; what to remember."""
-        config, layout, first = self._where(placed)
-        if self.shared.attention_override is not None:
-            none = (None, None, "", None)
-            call = AttentionCall(
-                self.name, self.module, q, k, v, scale, *none, config, layout, first
-            )
-            out = self.shared.attention_override(call).transpose(1, 2)
-            return self._back(out, layout, first), None, None, None
+        self, q: Tensor, k: Tensor, v: Tensor, call: CallLayout, config: SparseConfig,
+        scale: float, cache: DescriptorCache | None,
+    ) -> tuple[Tensor, SelectionSnapshot | None, Shown]:  # fmt: skip
+        """(B, N, H, D), what to remember, and what watchers are shown."""
+        override = self.shared.attention_override
+        if override is not None:
+            given = AttentionCall(
+                name=self.name, module=self.module, q=q, k=k, v=v, scale=scale, config=config,
+                layout=call.layout, first=call.first,
+            )  # fmt: skip
+            return override(given).transpose(1, 2), None, (None, None)
         scorer = self.ranks
         weight = next(scorer.parameters(), None)
         if weight is not None and weight.device != q.device:
@@ -184,35 +186,40 @@ class SparseLayer(ABC):
         width = v.shape[-1]
         if width < k.shape[-1]:
             v = pad(v, (0, k.shape[-1] - width))
-        scores = selection = None
-        if self.shared.watchers:
-            # They are shown all scores, and can use their graph.
-            scores = scorer(q, k, layout=layout, config=config, query_offset=first, scale=scale)
-            selection = select(scores, layout, config)
-            out, parts = attend(q, k, v, selection, scale=scale), [thinned(selection, KEPT_ENTRIES)]
-        else:
-            parts: list[SelectionSnapshot] = []
-            out = rank_and_attend(
-                q, k, v, placed, config, scorer, scale, descriptors,
-                note=lambda part: parts.append(thinned(part, KEPT_ENTRIES)),
-            )  # fmt: skip
+        parts: list[SelectionSnapshot] = []
+        shown: Shown = (None, None)
+        watched = bool(self.shared.watchers)
+
+        def note(scores: Scores, selection: Selection) -> None:
+            nonlocal shown
+            parts.append(thinned(selection, KEPT_ENTRIES))
+            if watched:
+                shown = scores, selection
+
+        out = score_select_attend(
+            q, k, v, call, config, scorer, scale, cache=cache, note=note, whole=watched
+        )
         kept = parts[0] if len(parts) == 1 else joined(parts)
-        out = self._back(out[..., :width].transpose(1, 2), layout, first)
-        return out, scores, selection, kept
+        return out[..., :width].transpose(1, 2), kept, shown
 
-    def _back(self, out: Tensor, layout: TokenLayout, first: int) -> Tensor:
-        """(B, N, H, D) in the order that the call's tokens came in."""
-        if self.ordered is None:
-            out = restore(out, layout, first, dim=1)
-        return out.contiguous()
-
-    def _where(self, placed: CallLayout) -> tuple[SparseConfig, TokenLayout, int]:
-        """The layer's config, the layout and the place of the first query."""
-        config = self.shared.layer_config(self.index, self.name, placed.prefix)
-        return config, placed.layout, placed.first
+    def _notify(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, call: CallLayout | None,
+        shown: Shown, reason: str, start: Any,
+    ) -> None:  # fmt: skip
+        """Give a call to those who watch."""
+        shared = self.shared
+        config = None if call is None else shared.layer_config(self.index, self.name, call.prefix)
+        given = AttentionCall(
+            name=self.name, module=self.module, q=q, k=k, v=v, scale=scale, scores=shown[0],
+            selection=shown[1], reason=reason,
+            seconds=None if start is None else self._clock(q) - start, config=config,
+            layout=None if call is None else call.layout, first=0 if call is None else call.first,
+        )  # fmt: skip
+        for watcher in shared.watchers:
+            watcher(given)
 
     def _place_dense(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout | None:
         """Where the tokens of a call that runs dense would be, if they can be placed."""
         if self.refusal is not None or self._problem(q, k, v, mask, options) is not None:
@@ -223,15 +230,17 @@ class SparseLayer(ABC):
             return None
 
     @abstractmethod
-    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
+    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions) -> int | None:
         """Tokens that a call sees; None where they are another sequence's."""
 
     def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> str | None:
         """Why a call cannot be served, None if it can."""
-        if self.module.training and options.get("dropout"):
-            return f"dropout of {options['dropout']} on attention weights while training"
+        if options.unsupported is not None:
+            return f"it needs {options.unsupported}"
+        if self.module.training and options.dropout:
+            return f"dropout of {options.dropout} on attention weights while training"
         if v.shape[-1] > k.shape[-1]:
             return f"values have {v.shape[-1]} dimensions, keys only {k.shape[-1]}"
         config = self.shared.config

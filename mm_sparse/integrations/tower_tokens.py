@@ -56,4 +56,4 @@ def part_of_picture(layout: TokenLayout, prefix: int, grid: tuple[int, int] | No
     grids = layout.grids
     if grid is not None and bool(layout.valid.all()):
         grids = tuple({number: grid} for number in segment[:, prefix].tolist())
-    return replace(layout, segment=segment, grids=grids, made={})
+    return replace(layout, segment=segment, grids=grids, memo={})

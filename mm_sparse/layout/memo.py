@@ -1,8 +1,8 @@
-"""Properties of a plan that are found once for all plans of the same pieces."""
+"""Properties of a plan that are computed once for all plans of the same tiles and units."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -12,21 +12,28 @@ R = TypeVar("R")
 
 
 class memo_by_blocks(Generic[R]):
-    """A property that tiles and units alone decide: found once for all configs that cut alike."""
+    """A property that tiles and units alone decide: configs that differ in budgets share it."""
 
-    def __init__(self, find: Callable[[Plan], R]) -> None:
-        self.find, self.__doc__ = find, find.__doc__
-
-    def name(self, plan: Plan) -> Hashable:
-        """What it is known as."""
-        return self.find.__name__
+    def __init__(self, compute: Callable[[Plan], R]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+        self.key = compute.__name__
 
     def __get__(self, plan: Plan, owner: type | None = None) -> R:
-        return self if plan is None else plan.memoize(self.name(plan), lambda: self.find(plan))
+        if plan is None:
+            return self  # type: ignore[return-value]
+        memo, key = plan.memo, self.key
+        if key not in memo:
+            memo[key] = self.compute(plan)
+        return memo[key]
 
 
 class memo_by_config(memo_by_blocks[R]):
-    """The same for one that the config has a say in: calls with descriptors share it, too."""
+    """A property that the config decides, too."""
 
-    def name(self, plan: Plan) -> Hashable:
-        return self.find.__name__, plan.config
+    def __get__(self, plan: Plan, owner: type | None = None) -> R:
+        if plan is None:
+            return self  # type: ignore[return-value]
+        memo, key = plan.memo, (self.key, plan.config)
+        if key not in memo:
+            memo[key] = self.compute(plan)
+        return memo[key]

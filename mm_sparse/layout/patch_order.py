@@ -90,9 +90,9 @@ def ordered_layout(
         return layout
     first = layout.first_query(count, query_offset)
     key = "order", config.causal, config.bidirectional, count, first
-    if key not in layout.made:
-        layout.made[key] = _ordered(layout, config, first, first + count)
-    return layout.made[key]
+    if key not in layout.memo:
+        layout.memo[key] = _ordered(layout, config, first, first + count)
+    return layout.memo[key]
 
 
 def _ordered(layout: TokenLayout, config: SparseConfig, first: int, end: int) -> TokenLayout:
@@ -121,7 +121,7 @@ def _ordered(layout: TokenLayout, config: SparseConfig, first: int, end: int) ->
     span = layout.span
     if span is not None:
         span = span.gather(1, order[..., None].expand(layout.batch, -1, 2))
-    return replace(layout, span=span, order=order, made={})
+    return replace(layout, span=span, order=order, memo={})
 
 
 def _moves(
@@ -221,7 +221,7 @@ def in_patch_order(
 def _window(layout: TokenLayout, order: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     """(B or 1, N) places among the queries, and their inverse; made once."""
     key = "window", first, count
-    if key not in layout.made:
+    if key not in layout.memo:
         index = order[:, first : first + count] - first
-        layout.made[key] = index, index.argsort(1)
-    return layout.made[key]
+        layout.memo[key] = index, index.argsort(1)
+    return layout.memo[key]

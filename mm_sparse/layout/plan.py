@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.sizes import all_whole
 from mm_sparse.layout.memo import memo_by_blocks, memo_by_config
 from mm_sparse.layout.partition import fill_documents, piece_edges, sum_between, token_budget
@@ -21,7 +22,6 @@ from mm_sparse.modality import Modality
 
 if TYPE_CHECKING:
     from mm_sparse.layout.token_layout import TokenLayout
-    from mm_sparse.scorers import DescriptorCache
 
 R = TypeVar("R")
 
@@ -56,8 +56,6 @@ class Plan:
     """The same of tiles and queries."""
     units_per_run: int = 1
     """Units of the layout that a unit of this plan is (`mm_sparse.scorers.two_stage`)."""
-    descriptors: DescriptorCache | None = None
-    """Of units that were described in earlier calls."""
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     """What was found of the pieces; `replace`, which may change them, starts anew."""
 
@@ -77,10 +75,17 @@ class Plan:
         return all_whole(self.tile_offset, self.tile_tokens, self.num_queries)
 
     def sharing(self, **changes: Any) -> Plan:
-        """The same pieces with another budget or with descriptors; what is known is shared."""
+        """The same pieces with another budget; what is memoised is shared."""
         made = replace(self, **changes)
         object.__setattr__(made, "known", self.memo)
         return made
+
+    def block_lists(self, index: Tensor, count: Tensor) -> BlockLists:
+        """Lists of units (B, K, T, L), with this geometry, as kernels are given them."""
+        return BlockLists(
+            self.tiles, self.units, self.span, index, count, self.tile_tokens, self.unit,
+            self.unit_offset, self.tile_offset,
+        )  # fmt: skip
 
     def select_tiles(self, tiles: slice | Tensor, queries: slice | None = None) -> Plan:
         """The plan of some of its tiles; what is known of units alone goes along.

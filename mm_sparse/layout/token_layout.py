@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ class TokenLayout:
     order: Tensor | None = None
     """(B or 1, M) int64 or None: which token of the sequence stands at each place, where that is
     another (`grid_order.ordered_layout`); all else here is by place."""
-    made: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """Plans and ordered layouts that were made of this one."""
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Plans and ordered layouts of this layout (docs/reference/caches.md)."""
 
     def __post_init__(self) -> None:
         for name in ("modality", "segment", "document"):
@@ -60,22 +61,22 @@ class TokenLayout:
         if self.span is not None and getattr(self.span, "shape", None) != want:
             raise ValueError(f"span must have shape {want}, got {shape_of(self.span)}")
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Rows."""
         return self.modality.shape[0]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens of a row, padding included."""
         return self.modality.shape[1]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the layout lives."""
         return self.modality.device
 
-    @property
+    @cached_property
     def valid(self) -> Tensor:
         """(B, M) bool, False on padding."""
         return self.document >= 0
@@ -220,7 +221,7 @@ class TokenLayout:
             n: None if getattr(self, n) is None else getattr(self, n).to(device)
             for n in ("modality", "segment", "document", "span", "order")
         }
-        return replace(self, **move, made={})
+        return replace(self, **move, memo={})
 
     def visible_span(self, causal: bool, bidirectional: Sequence[Modality] = ()) -> Tensor:
         """Half-open range of keys that each token sees: (B, M, 2) int32.
@@ -291,9 +292,18 @@ class TokenLayout:
             )
         key = (config, group, num_queries, offset)
         # A plan is a function of the frozen layout and of this key alone.
-        if key not in self.made:
-            alike = (config.tile, config.unit, config.causal, config.bidirectional, *key[1:])
-            if alike not in self.made:
-                self.made[alike] = build_plan(self, config, group, num_queries, offset)
-            self.made[key] = self.made[alike].sharing(config=config)
-        return self.made[key]
+        if key not in self.memo:
+            self.memo[key] = self.new_plan(config, group, num_queries, offset, keep=True)
+        return self.memo[key]
+
+    def new_plan(
+        self, config: SparseConfig, group: int, num_queries: int, offset: int, keep: bool = False
+    ) -> Plan:
+        """The plan of N queries from `offset` on; its tiles and units are kept only if asked."""
+        if not keep:
+            return build_plan(self, config, group, num_queries, offset)
+        blocks = (config.tile, config.unit, config.causal, config.bidirectional)
+        key = (*blocks, group, num_queries, offset)
+        if key not in self.memo:
+            self.memo[key] = build_plan(self, config, group, num_queries, offset)
+        return self.memo[key].sharing(config=config)

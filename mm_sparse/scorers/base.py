@@ -49,28 +49,68 @@ class Scorer(nn.Module):
             num_queries=q.shape[2],
             query_offset=query_offset,
         )
+        return self.score_plan(q, k, plan, scale, descriptors)
+
+    def score_plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        plan: Plan,
+        scale: float | None = None,
+        cache: DescriptorCache | None = None,
+    ) -> Scores:
+        """`forward` on a plan, for inputs that were checked.
+
+        Args:
+            q, k: (B, H, N, D) and (B, K, M, D), of the plan's queries and keys.
+            plan: tiles and units to score.
+            scale: factor on q.k, 1 / sqrt(D) if None.
+            cache: descriptors of the keys that earlier calls had.
+        """
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        if descriptors is not None:
-            plan = plan.sharing(descriptors=descriptors)
-        own = type(self).score is not Scorer.score
-        if config.coarse_factor > 1 and not own and not torch.is_grad_enabled():
-            described = self.describe(q, k, plan, scale)
-            if described is not None:
-                found = two_stage_scores(described, plan)
-                return Scores(found.values, plan, found.runs)
-        return Scores(self.score(q, k, plan, scale), plan)
+        if type(self).score is not Scorer.score:
+            return Scores(self.score(q, k, plan, scale), plan)
+        features = self.describe(q, k, plan, scale, cache)
+        if features is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must write score(q, k, plan, scale) or "
+                "describe(q, k, plan, scale, cache)"
+            )
+        if plan.config.coarse_factor > 1 and not torch.is_grad_enabled():
+            found = two_stage_scores(features, plan)
+            return Scores(found.values, plan, found.runs)
+        return Scores(block_scores(features, plan), plan)
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        """(B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything."""
-        described = self.describe(q, k, plan, scale)
-        if described is None:
-            raise NotImplementedError
-        return block_scores(described, plan)
+        """Scores of units, for scorers that do not write `describe`.
 
-    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors | None:
-        """What a score is made of, for those who do not write `score`.
+        Args:
+            q: (B, H, N, D), the queries of the plan's tiles.
+            k: (B, K, M, D), one key per token of `plan.layout`.
+            plan: `plan.tiles` (B, T, 2) and `plan.units` (B, U, 2) hold first token and length.
+            scale: factor on q.k.
+        Returns:
+            (B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything.
+        """
+        features = self.describe(q, k, plan, scale)
+        if features is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must write score(q, k, plan, scale) or "
+                "describe(q, k, plan, scale, cache)"
+            )
+        return block_scores(features, plan)
 
-        From it `SparseConfig.coarse_factor` ranks runs of units first; without it all units are
-        ranked.
+    def describe(
+        self,
+        q: Tensor,
+        k: Tensor,
+        plan: Plan,
+        scale: float,
+        cache: DescriptorCache | None = None,
+    ) -> Descriptors | None:
+        """Descriptors of tiles and units, whose products are scores (`block_scores`).
+
+        A scorer that writes this gets two-stage selection (`SparseConfig.coarse_factor`) and, with
+        `cached_descriptors(k, plan, describe_units, cache)`, decoding that describes new keys only.
         """
         return None

@@ -134,15 +134,16 @@ def without_units(plan: Plan, first: int) -> Plan:
         units=plan.units[:, first:].contiguous(),
         unit_modality=plan.unit_modality[:, first:].contiguous(),
         unit_offset=-1,
-        descriptors=None,
     )
     # Who describes asks which modalities there are: to look would wait for the device.
     rest.memo["modalities"] = plan.modalities
     return rest
 
 
-def cached_descriptors(k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:
-    """(B, K, U, ...): what `describe` makes of the plan's units, out of its cache if it has one."""
-    if plan.descriptors is None or torch.is_grad_enabled():
+def cached_descriptors(
+    k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor], cache: DescriptorCache | None
+) -> Tensor:
+    """(B, K, U, ...): what `describe` makes of the plan's units, of new units only with a cache."""
+    if cache is None or torch.is_grad_enabled():
         return describe(plan)
-    return plan.descriptors.update(k, plan, describe)
+    return cache.update(k, plan, describe)

@@ -73,7 +73,7 @@ def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...
 
 def means(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """What `tile_descriptors` and `unit_descriptors` give, by one kernel where it serves."""
-    apart = torch.is_grad_enabled() or plan.descriptors is not None or q.dtype != k.dtype
+    apart = torch.is_grad_enabled() or q.dtype != k.dtype
     if apart or not (fused(q, plan) and fused(k, plan)):
         return None
     from mm_sparse.kernels.triton.pooling import pool_both

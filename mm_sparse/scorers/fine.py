@@ -16,7 +16,7 @@ from mm_sparse.layout import Plan, part_sizes
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, block_scores
-from mm_sparse.scorers.descriptor_cache import cached_descriptors
+from mm_sparse.scorers.descriptor_cache import DescriptorCache, cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features
 from mm_sparse.scorers.modality_maps import WeightCache, describe
 
@@ -130,7 +130,9 @@ class FineScorer(Scorer):
             parts.to(dtype) if self.parts > 1 else None,
         )
 
-    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
+    def describe(
+        self, q: Tensor, k: Tensor, plan: Plan, scale: float, cache: DescriptorCache | None = None
+    ) -> Descriptors:
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
 
         def describe_units(part: Plan) -> Tensor:
@@ -142,7 +144,7 @@ class FineScorer(Scorer):
             q, plan.tiles, plan.tile_tokens, query_pools, plan.regular_tiles, plan
         )
         return self._described(
-            tiles, cached_descriptors(k, plan, describe_units), plan, scale, q.dtype
+            tiles, cached_descriptors(k, plan, describe_units, cache), plan, scale, q.dtype
         )
 
     def _maps(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mm_sparse.layout import Plan
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import Descriptors
-from mm_sparse.scorers.descriptor_cache import cached_descriptors
+from mm_sparse.scorers.descriptor_cache import DescriptorCache, cached_descriptors
 from mm_sparse.scorers.descriptors import means, tile_descriptors, unit_descriptors
 
 
@@ -23,12 +23,14 @@ class PooledScorer(Scorer):
     MInference (Jiang et al., 2024).
     """
 
-    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
-        if (found := means(q, k, plan, scale)) is not None:
+    def describe(
+        self, q: Tensor, k: Tensor, plan: Plan, scale: float, cache: DescriptorCache | None = None
+    ) -> Descriptors:
+        if cache is None and (found := means(q, k, plan, scale)) is not None:
             tile, unit, exists = found
             return Descriptors(tile, unit, exists)
         tile, exists = tile_descriptors(q, plan, scale)
         unit = cached_descriptors(
-            k, plan, lambda part: unit_descriptors(k, part, extremes=False)[0]
+            k, plan, lambda part: unit_descriptors(k, part, extremes=False)[0], cache
         )
         return Descriptors(tile, unit, exists)

@@ -16,7 +16,7 @@ from mm_sparse.layout import Plan
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors
-from mm_sparse.scorers.descriptor_cache import cached_descriptors
+from mm_sparse.scorers.descriptor_cache import DescriptorCache, cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.scorers.modality_maps import WeightCache, describe
 
@@ -52,10 +52,12 @@ class RelevanceScorer(Scorer):
     map_of: Tensor
     """(modalities,): each has a tower of its own."""
 
-    def describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
+    def describe(
+        self, q: Tensor, k: Tensor, plan: Plan, scale: float, cache: DescriptorCache | None = None
+    ) -> Descriptors:
         check_shape(q, k, self.num_query_heads, self.num_kv_heads, self.head_dim)
         if not torch.is_grad_enabled():
-            return self._describe(q, k, plan, scale)
+            return self._describe(q, k, plan, scale, cache)
         tile, exists = tile_descriptors(q, plan)
         described = unit_descriptors(k, plan, extremes=True)
         mean, features = described[0], torch.cat(described, -1)  # (B, K, U, 3 D)
@@ -72,7 +74,9 @@ class RelevanceScorer(Scorer):
             self.pair_bias,
         )
 
-    def _describe(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
+    def _describe(
+        self, q: Tensor, k: Tensor, plan: Plan, scale: float, cache: DescriptorCache | None
+    ) -> Descriptors:
         """The same without gradients, one product for a piece, in the precision of the keys."""
         towers = (self.query_tower, self.key_tower)
 
@@ -92,7 +96,7 @@ class RelevanceScorer(Scorer):
 
         own = plan.tile_modality.repeat_interleave(tile.shape[3], 1)
         tile = describe(tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan)
-        unit = cached_descriptors(k, plan, describe_units)
+        unit = cached_descriptors(k, plan, describe_units, cache)
         tile = tile.unflatten(2, exists.shape[1:])
         return Descriptors(tile, unit, exists, self.pair_bias)
 

@@ -100,7 +100,6 @@ def _plan_of_runs(plan: Plan) -> Plan:
         units=torch.stack([first, (end - first).clamp(min=0)], -1).to(torch.int32),
         unit_modality=kind.unflatten(1, (-1, size))[..., 0].contiguous(),
         units_per_run=size,
-        descriptors=None,
     )
     over.memo["modalities"] = plan.modalities
     # To look at every token again would be slow.

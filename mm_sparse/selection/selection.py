@@ -19,7 +19,7 @@ from mm_sparse.modality import Modality
 from mm_sparse.selection.block_lists import mask_to_lists
 from mm_sparse.selection.density import count_pairs
 from mm_sparse.selection.sampling import Sample, sample_rest
-from mm_sparse.selection.scores import Scores
+from mm_sparse.selection.scores import Runs, Scores
 from mm_sparse.selection.topk import fits_registers, topk_kernel, topk_lists
 
 
@@ -186,7 +186,11 @@ def select(
         )
     if values.device != layout.device:
         raise ValueError(f"scores must be on {layout.device} as layout is, got {values.device}")
-    values = values.detach()
+    return select_units(values.detach(), plan, runs)
+
+
+def select_units(values: Tensor, plan: Plan, runs: Runs | None = None) -> Selection:
+    """`select` on scores that were checked: (B, K, T, U), or those of the units of `runs`."""
     if plan.without_sample is plan:
         return Selection(*topk_lists(values, plan, runs), plan)
     if fits_registers(values, plan.without_sample) and plan.without_sample.max_kept:

@@ -25,6 +25,7 @@ from mm_sparse.integrations.hf.discovery import (
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layer import LAYER, SparseLayer
+from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.scorers import DescriptorCache
 
@@ -39,7 +40,7 @@ class HFLayer(SparseLayer):
     def __init__(self, found: HFAttentionModule, shared: Shared, tracker: ModalityTracker) -> None:
         modality = found.modality
         encoder_decoder = getattr(found.root.config, "is_encoder_decoder", False)
-        if encoder_decoder and modality is None and is_causal(found.module, {}):
+        if encoder_decoder and modality is None and is_causal(found.module, AttentionOptions()):
             # The ids that the tracker sees are the encoder's; a decoder of this kind writes text.
             tracker = ModalityTracker(found.root)
         super().__init__(
@@ -65,22 +66,14 @@ class HFLayer(SparseLayer):
     def detach(self) -> None:
         vars(self.module).pop(LAYER, None)
 
-    def __call__(
+    def run_dense(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        return self.run(
-            q, k, v, mask, options,
-            original=lambda: self._dense(q, k, v, mask, options),
-            format_output=lambda out: (out, None),
-        )  # fmt: skip
-
-    def _dense(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
+        """A call as the model computes it by itself, with the arguments that transformers gives."""
         name = self.original
         if options.get("cu_seq_lens_q") is not None and "flash" not in name and not self.cross:
-            # The stock functions would let packed sequences see each other.
-            placed = self.source.place(self.module, q, k, mask, options)
+            # The original functions would let packed sequences see each other.
+            placed = self.source.place(self.module, q, k, mask, options_of(options))
             out = dense_attention(
                 q, k, v, layout=placed.layout, config=self.shared.config,
                 query_offset=placed.first, scale=options.get("scaling"),
@@ -91,7 +84,7 @@ class HFLayer(SparseLayer):
     def _descriptors(self, k: Tensor) -> DescriptorCache | None:
         return kv_cache.descriptors_for(self.source.tracker.cache, self.index, k, self.ranks)
 
-    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
+    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions) -> int | None:
         queries, keys = q.shape[2], k.shape[2]
         if isinstance(mask, LazyMask):
             recipe = mask.recipe
@@ -100,18 +93,32 @@ class HFLayer(SparseLayer):
         return None if alone and keys != queries else keys
 
     def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> str | None:
-        for argument, meaning in UNSERVED.items():
-            if options.get(argument) is not None:
-                return f"it needs {meaning} (`{argument}`)"
-        if mask is None and options.get("sliding_window") and not is_causal(self.module, options):
+        if mask is None and options.sliding_window and not is_causal(self.module, options):
             return "it came with a `sliding_window` to both sides and without a mask"
         if isinstance(mask, LazyMask):
             want, rows = (q.shape[2], k.shape[2]), mask.recipe.shape[0]
             if mask.recipe.shape[1:] != want or rows not in (1, q.shape[0]):
                 return f"its mask is {mask.recipe.shape}, q and k are for {(q.shape[0], *want)}"
         return super()._problem(q, k, v, mask, options)
+
+
+def options_of(given: dict[str, Any]) -> AttentionOptions:
+    """The keyword arguments with which transformers calls attention functions."""
+    unsupported = None
+    for argument, meaning in UNSERVED.items():
+        if given.get(argument) is not None:
+            unsupported = f"{meaning} (`{argument}`)"
+            break
+    return AttentionOptions(
+        scale=given.get("scaling"),
+        is_causal=given.get("is_causal"),
+        dropout=given.get("dropout") or 0.0,
+        sliding_window=given.get("sliding_window"),
+        cu_seqlens=given.get("cu_seq_lens_q"),
+        unsupported=unsupported,
+    )
 
 
 def attention_forward(
@@ -123,7 +130,15 @@ def attention_forward(
     if layer is None:
         # Another model that was built with the very config object of a sparsified one.
         return run_original(module, "sdpa", query, key, value, attention_mask, options)
-    return layer(query, key, value, attention_mask, options)
+    return layer.run(
+        query, key, value, attention_mask, options_of(options),
+        original=lambda: layer.run_dense(query, key, value, attention_mask, options),
+        format_output=_with_no_weights,
+    )  # fmt: skip
+
+
+def _with_no_weights(out: Tensor) -> tuple[Tensor, None]:
+    return out, None
 
 
 def run_original(

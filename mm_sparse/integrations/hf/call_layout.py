@@ -15,6 +15,7 @@ from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import make_room
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
+from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
 from mm_sparse.layout import CallLayout
 from mm_sparse.modality import Modality
@@ -32,16 +33,16 @@ class HFLayoutSource:
     """What is known of the tokens of a vision model."""
 
     def place(
-        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout:
         """Layout of a call; layers that share a mask share it.
 
         Raises:
             ValueError: the mask is not one range of keys per query, or does not fit.
         """
-        packed = options.get("cu_seq_lens_q")
+        packed = options.cu_seqlens
         cuts = None if packed is None else tuple(packed.tolist())
-        causal, window = is_causal(module, options), options.get("sliding_window")
+        causal, window = is_causal(module, options), options.sliding_window
         tokens, prefix, grid = k.shape[2], 0, None
         if self.tower is not None and q.shape[2] == tokens > self.tower.prefix and cuts is None:
             prefix, grid = self.tower.prefix, self.tower.grid_of(tokens)
@@ -106,9 +107,9 @@ class HFLayoutSource:
         return kinds
 
 
-def is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
+def is_causal(module: nn.Module, options: AttentionOptions) -> bool:
     """Whether a call without a mask is causal."""
-    given = options.get("is_causal")
+    given = options.is_causal
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 

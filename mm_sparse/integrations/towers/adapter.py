@@ -11,6 +11,7 @@ from mm_sparse.integrations.discovery import (
     is_one_of,
 )
 from mm_sparse.integrations.layer import LAYER, SparseLayer
+from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.integrations.towers.call_layout import TowerLayoutSource
 from mm_sparse.integrations.towers.discovery import TowerAttentionModule
@@ -71,23 +72,26 @@ class TowerLayer(SparseLayer):
             return None
         heads: Any = module.num_heads
         q = tokens[:, None, :, :1].expand(-1, heads, -1, -1)
-        placed = self.source.place(module, q, q, None, {})
+        placed = self.source.place(module, q, q, None, AttentionOptions())
         layout = ordered_layout(
-            placed.layout, self._where(placed)[0], num_queries=q.shape[2], query_offset=placed.first
+            placed.layout,
+            shared.layer_config(self.index, self.name, placed.prefix),
+            num_queries=q.shape[2],
+            query_offset=placed.first,
         )
         return None if layout is placed.layout else replace(placed, layout=layout)
 
-    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]) -> int | None:
+    def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions) -> int | None:
         queries, keys = q.shape[-2], k.shape[-2]
-        return keys if queries == keys and not options.get("cross") else None
+        return keys if queries == keys and not options.cross else None
 
     def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> str | None:
-        if options.get("need_weights"):
+        if options.need_weights:
             return "it is asked for the attention weights (`need_weights`)"
         if q.dim() != 4:
             return f"queries must be (batch, heads, tokens, head dim), got {tuple(q.shape)}"
-        if mask is not None and options.get("is_causal"):
+        if mask is not None and options.is_causal:
             return "it came with a mask and with `is_causal`"
         return super()._problem(q, k, v, mask, options)

@@ -18,6 +18,7 @@ from mm_sparse.integrations.mask_spans import (
     spans_without_mask,
     visible_from_mask,
 )
+from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
 from mm_sparse.layout import CallLayout
 
@@ -58,7 +59,7 @@ class TowerLayoutSource:
     masked: LayoutCache
 
     def place(
-        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout:
         """Layout of a call; layers that share a mask share it.
 
@@ -66,7 +67,7 @@ class TowerLayoutSource:
             ValueError: the mask is not one range of keys per query, or does not fit.
         """
         rows, heads, tokens = q.shape[:3]
-        causal, prefix = bool(options.get("is_causal")), self.tower.prefix
+        causal, prefix = bool(options.is_causal), self.tower.prefix
         grid = self.tower.grid_of(tokens)
         # The same tensor may come where True shows and where True hides.
         form = type(mask), getattr(mask, "attention", None) is None

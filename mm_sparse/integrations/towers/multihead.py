@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.towers.call_layout import MultiheadMasks
 from mm_sparse.integrations.towers.forward import Forward
 
@@ -51,7 +52,7 @@ class MultiheadForward(Forward):
             return original()
         q, k, v = _heads(module, query, key, value)
         masks = MultiheadMasks(attn_mask, key_padding_mask)
-        options = {"dropout": module.dropout, "need_weights": need_weights, "cross": not own}
+        options = AttentionOptions(dropout=module.dropout, need_weights=need_weights, cross=not own)
 
         def format_output(out: Tensor) -> tuple[Tensor, None]:
             out = linear(out.flatten(2), module.out_proj.weight, module.out_proj.bias)  # (B, N, E)

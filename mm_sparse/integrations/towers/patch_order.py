@@ -68,14 +68,14 @@ class OrderedBlocks:
         if not placed:
             return nn.Sequential.forward(self.blocks, tokens)
         layout, first = placed[0][1].layout, placed[0][1].first
-        for layer, place in placed:
-            layer.ordered = place
+        from mm_sparse.integrations.towers.sdpa_redirect import CALLS_IN_PATCH_ORDER
+
+        token = CALLS_IN_PATCH_ORDER.set({id(layer): call for layer, call in placed})
         try:
             # Not kept by a name: the first block's input goes when the block is done with it.
             out = nn.Sequential.forward(self.blocks, arrange(tokens, layout, first, dim=1))
         finally:
-            for layer, _ in placed:
-                layer.ordered = None
+            CALLS_IN_PATCH_ORDER.reset(token)
         return restore(out, layout, first, dim=1)
 
     def placed(self, tokens: Tensor) -> list[tuple[SparseLayer, CallLayout]]:

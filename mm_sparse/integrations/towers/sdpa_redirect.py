@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +11,21 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.towers.forward import Forward
-from mm_sparse.layout import arrange, restore
+from mm_sparse.layout import CallLayout, arrange, restore
 
 if TYPE_CHECKING:
     from mm_sparse.integrations.last_call import LastCall
     from mm_sparse.integrations.layer import SparseLayer
     from mm_sparse.integrations.towers.adapter import TowerLayer
+
+
+CALLS_IN_PATCH_ORDER: ContextVar[dict[int, CallLayout] | None] = ContextVar(
+    "calls_in_patch_order", default=None
+)
+"""Layouts by id of a layer, inside of blocks whose tokens are in patch order; of one thread, and
+of one forward in it."""
 
 
 class RedirectedForward(Forward):
@@ -38,8 +47,10 @@ class RedirectedForward(Forward):
             # Listening to every function of the forward takes longer than a short call itself.
             layer.record = self._dense[1]
             return self.original(*args, **kwargs)
-        if layer.ordered is not None:
-            out, calls = self._listened(*args, **kwargs)
+        calls_in_order = CALLS_IN_PATCH_ORDER.get()
+        call = None if calls_in_order is None else calls_in_order.get(id(layer))
+        if call is not None:
+            out, calls = self._listened(call, *args, **kwargs)
         else:
             out, calls = self._ordered(*args, **kwargs)
         short = calls == 1 and layer.record is not None and layer.record.mode == "dense"
@@ -55,17 +66,18 @@ class RedirectedForward(Forward):
         if alone and all(x is None or x is False for x in kwargs.values()):
             placed = layer.place_in_order(args[0])
         if placed is None:
-            return self._listened(*args, **kwargs)
-        layer.ordered = placed
-        try:
-            out, calls = self._listened(arrange(args[0], placed.layout, placed.first, dim=1))
-        finally:
-            layer.ordered = None
+            return self._listened(None, *args, **kwargs)
+        tokens = arrange(args[0], placed.layout, placed.first, dim=1)
+        out, calls = self._listened(placed, tokens)
         return restore(out, placed.layout, placed.first, dim=1), calls
 
-    def _listened(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        """What the forward gives, and how often it called for attention."""
-        with _Redirect(self.layer) as redirect:
+    def _listened(self, ordered: CallLayout | None, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        """What the forward gives, and how often it called for attention.
+
+        Args:
+            ordered: layout of tokens that are in patch order already.
+        """
+        with _Redirect(self.layer, ordered) as redirect:
             out = self.original(*args, **kwargs)
         if not redirect.calls:
             problem = "its forward did not call scaled_dot_product_attention"
@@ -90,9 +102,9 @@ def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class _Redirect(TorchFunctionMode):
-    def __init__(self, layer: SparseLayer) -> None:
+    def __init__(self, layer: SparseLayer, ordered: CallLayout | None) -> None:
         super().__init__()
-        self.layer, self.calls = layer, 0
+        self.layer, self.ordered, self.calls = layer, ordered, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -108,8 +120,9 @@ class _Redirect(TorchFunctionMode):
         attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
         scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        options = {"dropout": dropout_p, "is_causal": is_causal, "scaling": scale}
+        options = AttentionOptions(scale=scale, is_causal=is_causal, dropout=dropout_p)
         return self.layer.run(
             query, key, value, attn_mask, options,
             original=original, format_output=lambda out: out.transpose(1, 2),
+            ordered=self.ordered,
         )  # fmt: skip

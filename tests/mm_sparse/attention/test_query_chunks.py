@@ -126,11 +126,11 @@ def test_each_block_follows_its_own_selection(small):
 def test_plans_of_blocks_are_not_kept(small):
     (q, k, v), own = tokens(), layout("text")
     mms.sparse_attention(q, k, v, layout=own, config=CONFIG)
-    before = set(own.made)
+    before = set(own.memo)
     mms.sparse_attention(q, k, v, layout=own, config=CONFIG)
-    assert set(own.made) == before
+    assert set(own.memo) == before
     # That of all queries stays, without anything of tiles times units.
-    plans = [value for value in own.made.values() if isinstance(value, Plan)]
+    plans = [value for value in own.memo.values() if isinstance(value, Plan)]
     assert {plan.num_queries for plan in plans} == {LENGTH}
     assert all(set(plan.memo) <= {"modalities", ("sinks", 4)} for plan in plans)
 

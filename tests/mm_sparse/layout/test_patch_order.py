@@ -88,7 +88,7 @@ def test_rows_that_agree_share_an_order() -> None:
     assert found.order.shape == (1, found.length)
     moved = found.to("cpu")
     assert moved.order is not None
-    assert moved.made is not found.made
+    assert moved.memo is not found.memo
 
 
 @pytest.mark.parametrize(
