@@ -5,6 +5,8 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from mm_sparse._checks import autocast_inputs, check_heads
@@ -58,7 +60,7 @@ def sparse_attention(
     reason = supports(q, k, config.unit, config.backend)
     if reason is not None:
         raise ValueError(f"q cannot be served by the sparse kernels: {reason}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     first = layout.first_query(q.shape[2], query_offset)
     call, q, k, v = in_patch_order(CallLayout(layout, first), config, q, k, v)
     scorer = _POOLED if scorer is None else scorer

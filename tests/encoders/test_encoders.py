@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import mm_sparse as mms
 from mm_sparse.encoders.audio import create_audio_encoder
 from mm_sparse.encoders.vision import create_vision_encoder
-from mm_sparse.integrations import context, patching
+from mm_sparse.integrations import context
 from tests.support.encoder_cases import AUDIOS, NAMES, VISION, VISIONS, build
 
 for needed in ("timm", "open_clip", "torchaudio", "transformers"):
@@ -60,7 +60,7 @@ def test_pieces_of_pictures_and_their_layers(name: str) -> None:
     assert (piece.modality, piece.grid, piece.prefix) == (mms.Modality.IMAGE, grid, prefix)
     assert tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
     assert encoder.prefix == prefix
-    calls: list[patching.AttentionCall] = []
+    calls: list[context.AttentionCall] = []
     with context.capture_attention(encoder, calls.append):
         encoder(*batch)
     call = calls[0]
@@ -128,7 +128,7 @@ def test_compiled_and_autocast(name: str) -> None:
     found, same = torch.compile(encoder, backend="eager")(*batch)
     torch.testing.assert_close(seen(found, same), seen(tokens, piece), atol=1e-5, rtol=1e-5)
     assert (same.grid, same.prefix, same.rate) == (piece.grid, piece.prefix, piece.rate)
-    calls: list[patching.AttentionCall] = []
+    calls: list[context.AttentionCall] = []
     with torch.autocast("cpu", torch.bfloat16), context.capture_attention(encoder, calls.append):
         found, same = encoder(*batch)
     assert all(call.q.dtype == torch.bfloat16 for call in calls if not call.reason)

@@ -10,7 +10,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.analysis.overlays import kept_share
-from mm_sparse.integrations import context, patching, state
+from mm_sparse.integrations import context, state
 from mm_sparse.layout import patch_order as ordering
 from mm_sparse.layout.patch_order import patch_order, restore
 from tests.support.encoder_cases import VISIONS, build
@@ -22,8 +22,8 @@ GRID = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0)
 RASTER = mms.SparseConfig(ratio=0.3, tile=64, dense_below=0, sinks=0, window=0, patch_order=False)
 
 
-def calls_of(encoder: Any, batch: Any, config: mms.SparseConfig) -> list[patching.AttentionCall]:
-    found: list[patching.AttentionCall] = []
+def calls_of(encoder: Any, batch: Any, config: mms.SparseConfig) -> list[context.AttentionCall]:
+    found: list[context.AttentionCall] = []
     mms.sparsify(encoder, config)
     with context.capture_attention(encoder, found.append), torch.no_grad():
         encoder(*batch)

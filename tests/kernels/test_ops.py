@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mm_sparse as mms
 from mm_sparse.kernels import dispatch
+from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.ops import attend_op
 from mm_sparse.kernels.reference import transpose_lists
 from tests.support.kernel_cases import CASES, MIXED, Case
@@ -26,11 +27,11 @@ def _op_args(device: str, deterministic: bool = True) -> tuple:
         k,
         v,
         *lists,
-        0.2,
         p.tile_tokens,
         p.unit,
         p.unit_offset,
         p.tile_offset,
+        0.2,
         "auto",
         deterministic,
     )
@@ -56,9 +57,10 @@ def test_which_backward_serves(
     monkeypatch.setitem(sys.modules, "mm_sparse.kernels.hopper.backward", other)
     monkeypatch.setattr("mm_sparse.kernels.hopper.backward", other, raising=False)
     monkeypatch.setattr(dispatch, "on_hopper", lambda *a: asked.append(a[-1]) or True)
-    monkeypatch.setattr(dispatch.backward, "attend_backward", lambda *a: "in order")
-    args = (q, q, q[:, :1], q[:, :1], q, q[..., 0], *(q,) * 5, 0.2, 128 // group, unit, 0, 0)
-    found = dispatch.attend_backward(*args, deterministic)
+    monkeypatch.setattr(dispatch.attention_backward, "attend_backward", lambda *a: "in order")
+    lists = BlockLists(*(q,) * 5, 128 // group, unit, 0, 0)
+    args = (q, q, q[:, :1], q[:, :1], q, q[..., 0], lists, 0.2)
+    found = dispatch.backward(*args, deterministic)
     assert found == ("any order" if added else "in order")
     assert asked == [128] * added
 

@@ -142,7 +142,7 @@ def test_a_bad_field_is_refused_by_name(
 def test_a_sample_needs_a_fixed_budget() -> None:
     with pytest.raises(ValueError, match=re.escape("and be 0 with top_p, got 0.5 with top_p=0.9")):
         SparseConfig(top_p=0.9, sample_ratio=0.5)
-    assert SparseConfig.from_json(SparseConfig(sample_ratio=0.5).to_json()).sampled == 0.5
+    assert SparseConfig.from_json(SparseConfig(sample_ratio=0.5).to_json()).sample_ratio == 0.5
 
 
 def test_one_floor_holds_for_every_modality() -> None:

@@ -216,7 +216,7 @@ def test_lines_that_wait_for_the_device_are_counted(monkeypatch):
         warnings.warn("Synchronization debug mode is a prototype", stacklevel=1)
 
     ((place, count),) = profiling.waits(forward).items()
-    assert "test_speed.py:" in place
+    assert "test_bench.py:" in place
     assert count == 3
 
 

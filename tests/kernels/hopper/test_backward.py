@@ -21,7 +21,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     hopper_backward = pytest.importorskip("mm_sparse.kernels.hopper.backward")
     found, run = [], hopper_backward.attend_backward
     monkeypatch.setattr(
-        hopper_backward, "attend_backward", lambda *a: found.append(a[13]) or run(*a)
+        hopper_backward, "attend_backward", lambda *a: found.append(a[6].unit) or run(*a)
     )
     monkeypatch.setattr(dispatch, "WIDE_UNIT", 256)
     poison_empty(monkeypatch)

@@ -127,7 +127,7 @@ def no_grad(
 @given(
     batch=batches(),
     config=configs(top_p=None, modality_floor=0.0, unit=16),
-    coarse_factor=st.sampled_from([2, 4, 16]),
+    coarse=st.sampled_from([2, 4, 16]),
     budget=st.floats(1, 4),
     seed=st.integers(0, 99),
 )

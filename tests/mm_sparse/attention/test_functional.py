@@ -45,8 +45,7 @@ def no_sparse_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("the sparse path ran")
 
-    monkeypatch.setattr("mm_sparse.attention.selected.attend", fail)
-    monkeypatch.setattr("mm_sparse.attention.functional.select", fail)
+    monkeypatch.setattr("mm_sparse.attention.functional.score_select_attend", fail)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.attention import query_chunks
-from mm_sparse.attention.pipeline import rank_and_attend
+from mm_sparse.attention.pipeline import score_select_attend
 from mm_sparse.integrations.context import capture_attention
 from mm_sparse.layout.call_layout import CallLayout
 from mm_sparse.layout.partition import regular_offset
@@ -114,9 +114,10 @@ def test_of_text_they_give_what_one_call_gives(monkeypatch, device):
 def test_each_block_follows_its_own_selection(small):
     (q, k, v), own = tokens(), layout("documents")
     selections = []
-    out = rank_and_attend(
-        q, k, v, CallLayout(own, 0), CONFIG, mms.PooledScorer(), None, note=selections.append
-    )
+    out = score_select_attend(
+        q, k, v, CallLayout(own, 0), CONFIG, mms.PooledScorer(), q.shape[-1] ** -0.5,
+        note=lambda scores, selection: selections.append(selection),
+    )  # fmt: skip
     assert len(selections) > 5
     mask = torch.cat([s.to_dense_mask() for s in selections], 2)
     torch.testing.assert_close(out, mms.attention_reference(q, k, v, mask=mask))
@@ -138,13 +139,13 @@ def test_plans_of_blocks_are_not_kept(small):
 @torch.no_grad()
 def test_keys_are_described_once(small, monkeypatch):
     seen = []
-    original = mms.PooledScorer.score
+    original = mms.PooledScorer.describe
 
-    def score(self, q, k, plan, scale):
-        seen.append(plan.descriptors)
-        return original(self, q, k, plan, scale)
+    def describe(self, q, k, plan, scale, cache=None):
+        seen.append(cache)
+        return original(self, q, k, plan, scale, cache)
 
-    monkeypatch.setattr(mms.PooledScorer, "score", score)
+    monkeypatch.setattr(mms.PooledScorer, "describe", describe)
     mms.sparse_attention(*tokens(), layout=layout("text"), config=CONFIG)
     assert len(seen) > 5
     assert seen[0] is not None

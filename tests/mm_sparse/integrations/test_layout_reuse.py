@@ -99,13 +99,13 @@ def test_a_call_with_anything_but_tensors_and_numbers_is_listened_to() -> None:
 def test_the_config_of_a_layer_is_made_once() -> None:
     model = tower()
     (first, *_) = state.attention_layers(model).values()
-    made = first.shared.sparse_config(None, "", 1)
+    made = first.shared.layer_config(None, "", 1)
     assert made.sinks == 1
-    assert first.shared.sparse_config(None, "", 1) is made
-    assert first.shared.sparse_config(None, "", 0) is SPARSE
+    assert first.shared.layer_config(None, "", 1) is made
+    assert first.shared.layer_config(None, "", 0) is SPARSE
     with context.override_config(model, ratio=0.5):
-        assert first.shared.sparse_config(None, "", 1).ratio == 0.5
-    assert first.shared.sparse_config(None, "", 1) == made
+        assert first.shared.layer_config(None, "", 1).ratio == 0.5
+    assert first.shared.layer_config(None, "", 1) == made
 
 
 def test_equal_masks_of_inference_mode_share_a_layout(monkeypatch) -> None:

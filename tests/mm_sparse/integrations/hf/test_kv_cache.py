@@ -29,7 +29,7 @@ def model() -> Any:
 
 
 @pytest.fixture
-def cached_descriptors(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many units each call described."""
     found, update = [], caches.DescriptorCache.update
 
@@ -50,7 +50,7 @@ def prompt(rows: int = 2, tokens: int = 70) -> Tensor:
 
 def without(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(kv_cache, "beside", lambda *_: None)
+        patch.setattr(kv_cache, "descriptors_for", lambda *_: None)
         return run()
 
 
