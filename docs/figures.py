@@ -1,0 +1,146 @@
+"""The two figures of the README, drawn from the JSON files in docs/results/data.
+
+python docs/figures.py [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).resolve().parent / "results" / "data"
+INK, GREY, BLUE, ORANGE, GREEN = "#1f2933", "#7b8794", "#1769aa", "#c2570c", "#2f855a"
+SIZE = (5.4, 4.1)
+
+
+def read(name: str) -> Any:
+    """A JSON file of the data folder."""
+    return json.loads((DATA / name).read_text())
+
+
+def times(records: list[dict[str, Any]], what: str) -> dict[int, float]:
+    """Milliseconds by length: 16 heads of 128, not causal, forward; the fastest of what matches."""
+    found: dict[int, float] = {}
+    for r in records:
+        shape = (r["heads"], r["head_dim"], r["causal"], r["direction"])
+        if shape == ("16/16", 128, False, "forward") and r["what"].startswith(what):
+            found[r["tokens"]] = min(r["milliseconds"], found.get(r["tokens"], float("inf")))
+    return found
+
+
+def speed(path: Path) -> None:
+    """Time of a forward over the length, and how much faster than the fastest dense attention."""
+    from matplotlib.figure import Figure
+
+    short = read("break-even-h100.json")["records"]
+    long = read("attend-h100.json")
+    # Lengths up to 8192 are of the first file's run, later ones of the second file's runs.
+    records = [r for r in short if r["tokens"] <= 8192]
+    records += long["16384 tokens"]["records"] + long["65536 tokens"]["records"]
+    middle = [r for r in short if r["tokens"] == 32768]
+    lines = {
+        "dense FlashAttention-2": (times(records + middle, "dense sdpa flash"), GREY),
+        "dense cuDNN": (times(records + middle, "dense sdpa cudnn"), ORANGE),
+        "mm-sparse, 20 % of the keys": (times(records, "score + select + attend unit 64"), BLUE),
+    }
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
+    for name, (points, color) in lines.items():
+        width = 2.6 if color == BLUE else 1.8
+        axis.plot(*zip(*sorted(points.items()), strict=True), color=color, lw=width, marker="o", ms=4)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    lengths = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+    axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    axis.set_yticks([0.03, 0.1, 0.3, 1, 3, 10, 30, 100], ["0.03", "0.1", "0.3", "1", "3", "10", "30", "100"])
+    axis.minorticks_off()
+    axis.set_ylim(0.018, 230)
+    axis.set_xlim(900, 82000)
+    notes = (
+        ("dense FlashAttention-2", (15000, 14.0), GREY, "right"),
+        ("dense cuDNN", (7200, 0.95), ORANGE, "right"),
+        ("mm-sparse,\n20 % of the keys", (19000, 0.72), BLUE, "left"),
+    )
+    for text, place, color, side in notes:
+        axis.annotate(text, place, color=color, ha=side, va="center", fontsize=10, fontweight="bold")
+    mine = lines["mm-sparse, 20 % of the keys"][0]
+    dense = [times(records, f"dense {n}") for n in ("sdpa cudnn", "sdpa flash", "flash-attn-4")]
+    for n in (8192, 16384, 65536):
+        fastest = min(points[n] for points in dense if n in points)
+        axis.annotate(
+            "", (n, mine[n] * 1.12), (n, fastest * 0.9),
+            arrowprops={"arrowstyle": "<->", "color": INK, "lw": 0.9},
+        )  # fmt: skip
+        axis.annotate(
+            f"{fastest / mine[n]:.1f} x", (n * 1.06, (mine[n] * fastest) ** 0.5),
+            color=INK, fontsize=10.5, fontweight="bold", va="center",
+        )  # fmt: skip
+    _finish(axis, "Attention forward, end to end", "tokens", "milliseconds")
+    _save(figure, path)
+
+
+def quality(path: Path) -> None:
+    """KL to the dense model over density, by method."""
+    from matplotlib.figure import Figure
+
+    data = read("smollm2-quality-h100.json")
+    rows = [r for part in ("text", "density") for r in data[part]["rows"] if r["text"] == "text"]
+    names = {
+        "window": ("sliding window + sinks", GREY, (0.158, 0.185), "left"),
+        "pooled": ("untrained scores", ORANGE, (0.112, 0.187), "left"),
+        "one ratio": ("trained scorers, one ratio", GREEN, (0.158, 0.075), "left"),
+        "scorers": ("trained scorers,\nbudgets by head", BLUE, (0.15, 0.0165), "right"),
+    }
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
+    for method, (name, color, place, side) in names.items():
+        points = sorted((r["density"], r["kl"]) for r in rows if r["method"] == method)
+        width = 2.6 if color == BLUE else 1.8
+        axis.plot(*zip(*points, strict=True), color=color, lw=width, marker="o", ms=4)
+        axis.annotate(name, place, color=color, ha=side, va="center", fontsize=10, fontweight="bold")
+    axis.set_yscale("log")
+    axis.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.3], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.3"])
+    axis.minorticks_off()
+    axis.set_ylim(0.009, 0.4)
+    axis.set_xlim(0.095, 0.213)
+    axis.set_xticks([0.1, 0.15, 0.2], ["10 %", "15 %", "20 %"])
+    last = {r["method"]: (r["density"], r["kl"]) for r in rows if r["ratio"] == 0.2}
+    x, low = last["scorers"]
+    high = last["window"][1]
+    axis.annotate("", (x + 0.004, low), (x + 0.004, high), arrowprops={"arrowstyle": "<->", "color": INK, "lw": 0.9})
+    axis.annotate(
+        f"{high / low:.0f} x", (x + 0.003, (low * high) ** 0.5 * 0.72), color=INK, fontsize=10.5,
+        fontweight="bold", ha="right", va="center",
+    )  # fmt: skip
+    _finish(axis, "Loss of quality, SmolLM2-135M, 8192 tokens", "keys kept", "KL(dense || sparse), nats (lower is better)")
+    _save(figure, path)
+
+
+def _finish(axis: Any, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=11.5, color=INK, loc="left", fontweight="bold")
+    axis.set_xlabel(x, color=INK)
+    axis.set_ylabel(y, color=INK)
+    axis.grid(True, color="#e4e7eb", lw=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=160, facecolor="white")
+    print(path)
+
+
+def main() -> None:
+    """Both figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DATA)
+    out = parser.parse_args().out
+    speed(out / "readme-speed.png")
+    quality(out / "readme-quality.png")
+
+
+if __name__ == "__main__":
+    main()
