@@ -49,12 +49,16 @@ def speed(path: Path) -> None:
     axis = figure.subplots()
     for name, (points, color) in lines.items():
         width = 2.6 if color == BLUE else 1.8
-        axis.plot(*zip(*sorted(points.items()), strict=True), color=color, lw=width, marker="o", ms=4)
+        axis.plot(
+            *zip(*sorted(points.items()), strict=True), color=color, lw=width, marker="o", ms=4
+        )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     lengths = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
     axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-    axis.set_yticks([0.03, 0.1, 0.3, 1, 3, 10, 30, 100], ["0.03", "0.1", "0.3", "1", "3", "10", "30", "100"])
+    axis.set_yticks(
+        [0.03, 0.1, 0.3, 1, 3, 10, 30, 100], ["0.03", "0.1", "0.3", "1", "3", "10", "30", "100"]
+    )
     axis.minorticks_off()
     axis.set_ylim(0.018, 330)
     axis.set_xlim(900, 82000)
@@ -67,7 +71,9 @@ def speed(path: Path) -> None:
         ("mm-sparse,\n20 % of the keys", 12, BLUE),
     )
     for text, height, color in notes:
-        axis.annotate(text, (78000, height), color=color, va="center", fontsize=9.5, fontweight="bold")
+        axis.annotate(
+            text, (78000, height), color=color, va="center", fontsize=9.5, fontweight="bold"
+        )
     mine = lines["mm-sparse, 20 % of the keys"][0]
     dense = [lines["dense FlashAttention-2"][0], lines["dense cuDNN"][0], newest]
     for n in (4096, 8192, 16384, 65536):
@@ -107,7 +113,9 @@ def quality(path: Path) -> None:
         place = (0.206, points[-1][1] * shift)
         axis.annotate(name, place, color=color, va="center", fontsize=9.5, fontweight="bold")
     axis.set_yscale("log")
-    axis.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.3], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.3"])
+    axis.set_yticks(
+        [0.01, 0.02, 0.05, 0.1, 0.2, 0.3], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.3"]
+    )
     axis.minorticks_off()
     axis.set_ylim(0.0095, 0.36)
     axis.set_xlim(0.095, 0.258)
@@ -118,7 +126,12 @@ def quality(path: Path) -> None:
         f"{high / low:.1f} x less", (0.197, (low * high) ** 0.5 * 0.8), color=INK, fontsize=10,
         fontweight="bold", ha="right", va="center",
     )  # fmt: skip
-    _finish(axis, "What is lost: SmolLM2-135M, 8192 tokens of text", "keys kept", "KL to dense, nats (lower is better)")
+    _finish(
+        axis,
+        "What is lost: SmolLM2-135M, 8192 tokens of text",
+        "keys kept",
+        "KL to dense, nats (lower is better)",
+    )
     detail = "mean of eight texts that nothing was trained on, second half scored"
     axis.text(0, 1.01, detail, transform=axis.transAxes, fontsize=8.5, color=GREY)
     _save(figure, path)
