@@ -47,7 +47,7 @@ def speed(path: Path) -> None:
     }
     figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
-    for name, (points, color) in lines.items():
+    for points, color in lines.values():
         width = 2.6 if color == BLUE else 1.8
         axis.plot(
             *zip(*sorted(points.items()), strict=True), color=color, lw=width, marker="o", ms=4
@@ -80,7 +80,8 @@ def speed(path: Path) -> None:
         fastest = min(points[n] for points in dense if n in points)
         axis.plot((n, n), (mine[n], fastest), color=INK, lw=1.2, zorder=1)
         axis.annotate(
-            f"{fastest / mine[n]:.1f} x", (n * 1.04, mine[n] * (0.6 if n < 60000 else 0.42)), color=INK, fontsize=10.5,
+            f"{fastest / mine[n]:.1f} x", (n * 1.04, mine[n] * (0.6 if n < 60000 else 0.42)),
+            color=INK, fontsize=10.5,
             fontweight="bold", va="center", ha="left" if n < 60000 else "center",
         )  # fmt: skip
     axis.set_xlim(900, 420000)
