@@ -26,12 +26,15 @@ from .distillation import (
 )
 from .integrations import (
     AttentionCall as AttentionCall,
+    TowerAdapter as TowerAdapter,
+    TowerTokens as TowerTokens,
     attention_layers as attention_layers,
     capture_attention as capture_attention,
     densify as densify,
     override_attention as override_attention,
     override_config as override_config,
     override_scorers as override_scorers,
+    register_adapter as register_adapter,
     scorer_parameters as scorer_parameters,
     scorers_of as scorers_of,
     set_modality as set_modality,
@@ -50,6 +53,7 @@ from .scorers import (
     RelevanceScorer as RelevanceScorer,
     Scorer as Scorer,
     SlidingWindow as SlidingWindow,
+    register_scorer as register_scorer,
     unit_mass as unit_mass,
 )
 from .selection import Scores as Scores, Selection as Selection, select as select

@@ -26,6 +26,17 @@ _FORMER_NAMES = {
 BACKENDS = ("auto", "triton", "torch", "dense")
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "text": {"ratio": 0.2, "tile": 128, "unit": 16, "query_pools": 7, "bidirectional": ()},
+    "vision": {
+        "ratio": 0.2, "tile": 64, "unit": 16, "causal": False, "sinks": 0, "window": 0,
+        "sample_ratio": 0.5,
+    },
+    "audio": {"ratio": 0.2, "tile": 64, "unit": 16, "causal": False, "sinks": 0, "window": 0},
+}  # fmt: skip
+"""Settings of the scorers that ship, by kind of model."""
+
+
 @dataclass(frozen=True)
 class SparseConfig:
     """How a layer chooses the keys that its queries attend to.
@@ -39,7 +50,7 @@ class SparseConfig:
     tokens: int | None = None
     """Number of keys that a tile keeps, instead of a share."""
     top_p: float | None = None
-    """Share of the predicted attention top_p that a tile keeps, in (0, 1], instead of `ratio`."""
+    """Share of the predicted attention mass that a tile keeps, in (0, 1], instead of `ratio`."""
     tile: int = 128
     """Rows (query tokens times query heads of a KV group) that share a list of keys: 64 or 128."""
     unit: int = 16
@@ -184,6 +195,21 @@ class SparseConfig:
         if isinstance(own, tuple):
             return replace(self, ratio=fmean(own), head_ratio=own, layer_ratio={})
         return replace(self, ratio=own, head_ratio=(), layer_ratio={})
+
+    @classmethod
+    def preset(cls, kind: str, **changes: Any) -> SparseConfig:
+        """Settings that were measured for a kind of model (docs/how-to/choose-settings.md).
+
+        Args:
+            kind: "text" for causal language models, "vision" for encoders of images, "audio" for
+                encoders of sound.
+            changes: fields that differ.
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if kind not in PRESETS:
+            raise ValueError(f"kind must be one of {(*PRESETS,)}, got {kind!r}")
+        return cls(**{**PRESETS[kind], **changes})
 
     def for_candidates(self) -> SparseConfig:
         """The config of the first of two stages of selection: `coarse_budget` budgets."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from mm_sparse.checkpoints.format import read_scorers, write_scorers
 from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations import STATE, find_all, sparsify, state_of
+from mm_sparse.integrations import STATE, densify, find_all, sparsify, state_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,14 +30,20 @@ def load_scorers(model: M, folder: str | Path) -> M:
 
     Args:
         folder: of `save_scorers`, or the name of scorers that come with the package
-            (`mm_sparse.checkpoints.pretrained.shipped_scorers()`).
+            (`mms.list_pretrained()`).
     Raises:
         ValueError: the files are missing, or are of another model's layers.
     """
     stored = read_scorers(scorers_folder(folder))
-    if STATE not in vars(model):
+    was_sparse = STATE in vars(model)
+    if not was_sparse:
         stored = stored.named_as([found.name for found in find_all(model)])
         sparsify(model, stored.config)
     known = state_of(model).layers
-    stored.named_as(list(known)).install(known)
+    try:
+        stored.named_as(list(known)).install(known)
+    except BaseException:
+        if not was_sparse:
+            densify(model)
+        raise
     return model

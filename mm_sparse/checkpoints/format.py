@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations import SparseLayer, scorer_shape
-from mm_sparse.modality import Modality
-from mm_sparse.scorers import SCORERS, FineScorer, PooledScorer, RelevanceScorer, Scorer
+from mm_sparse.scorers import PooledScorer, Scorer, scorer_class
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
 _SHAPE = ("num_query_heads", "num_kv_heads", "head_dim")
@@ -41,13 +40,7 @@ def write_scorers(
             stored = value.to(dtype if value.is_floating_point() else None)
             tensors[f"{name}:{key}"] = stored.detach().cpu().contiguous()
         entries[name] = {"scorer": type(scorer).__name__}
-        if isinstance(scorer, RelevanceScorer):
-            entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "rank")}
-        elif isinstance(scorer, FineScorer):
-            entries[name] |= {field: getattr(scorer, field) for field in (*_SHAPE, "parts")}
-            own = scorer.modalities
-            kinds = None if own is None else [m.name for m in own]
-            entries[name] |= {"modalities": kinds, "pairs": scorer.pairs}
+        entries[name] |= scorer.init_args()
     save_file(tensors, folder / WEIGHTS)
     record = {"format": 1, "config": json.loads(config.to_json()), "layers": entries}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -100,19 +93,17 @@ class StoredScorers:
         kind = entry.pop("scorer")
         if kind == "PooledScorer":
             return None
-        scorer = layer.scorer
-        made = {cls.__name__: cls for cls in SCORERS.values()}
-        if kind in made:
-            want, got = scorer_shape(layer.module), tuple(entry[field] for field in _SHAPE)
+        scorer, cls = layer.scorer, scorer_class(kind)
+        if cls is not None:
+            want = scorer_shape(layer.module)
+            got = tuple(entry.get(field, size) for field, size in zip(_SHAPE, want, strict=True))
             if want != got:
                 raise ValueError(
                     f"folder must hold a scorer for {want} query heads, KV heads and head dim "
                     f"of {name}, got {got}"
                 )
             weight = next(layer.module.parameters(), None)
-            if entry.get("modalities") is not None:
-                entry["modalities"] = [Modality[name] for name in entry["modalities"]]
-            scorer = made[kind](**entry).to("cpu" if weight is None else weight.device)
+            scorer = cls.from_init_args(**entry).to("cpu" if weight is None else weight.device)
         elif scorer is None or type(scorer).__name__ != kind:
             raise ValueError(
                 f"model must be sparsified with a {kind} at {name} before loading, "

@@ -23,3 +23,5 @@ from .state import (
     sparse_config as sparse_config,
     state_of as state_of,
 )
+from .tower_tokens import TowerTokens as TowerTokens
+from .towers.adapters import TowerAdapter as TowerAdapter, register_adapter as register_adapter

@@ -65,6 +65,9 @@ class SparseLayer(ABC):
     def detach(self) -> None:
         """Undo `attach`."""
 
+    def check_detachable(self) -> None:  # noqa: B027 - most layers can always be detached
+        """Raise where `detach` cannot restore the module."""
+
     @property
     def index(self) -> int | None:
         """Number of the layer in its decoder, None elsewhere."""

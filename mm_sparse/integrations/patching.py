@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,9 +23,10 @@ from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.integrations.state import STATE, State, state_of
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.adapter import TowerLayer
+from mm_sparse.integrations.towers.adapters import ModuleAdapter, TowerAdapter
 from mm_sparse.integrations.towers.discovery import TowerAttentionModule, find_towers
 from mm_sparse.integrations.towers.patch_order import find_ordered_blocks
-from mm_sparse.scorers import SCORERS, Scorer
+from mm_sparse.scorers import Scorer, registered_scorers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,6 +37,7 @@ def sparsify(
     *,
     strict: bool = True,
     scorer: str | Callable[..., Scorer] | None = None,
+    modules: Sequence[type[nn.Module]] = (),
 ) -> M:
     """Make a model attend sparsely; its weights and their names stay as they are.
 
@@ -49,7 +51,10 @@ def sparsify(
         strict: refuse a layer that cannot be served; else it runs as before and `report` says so.
         scorer: None for the training-free score, "relevance" or "fine" for a `RelevanceScorer` or
             `FineScorer` per layer, or a class or function called with num_query_heads, num_kv_heads
-            and head_dim. On a sparsified model None keeps the scorers that are there.
+            and head_dim, or a name given to `register_scorer`. On a sparsified model None keeps the
+            scorers that are there.
+        modules: classes of your own whose forward calls `scaled_dot_product_attention`; a whole
+            library of them is served by a `TowerAdapter`.
     Returns:
         The model itself.
     Raises:
@@ -60,8 +65,9 @@ def sparsify(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, SparseConfig):
         raise TypeError(f"config must be a SparseConfig, got {type(config).__name__}")
-    if not (scorer is None or scorer in SCORERS or callable(scorer)):
-        raise ValueError(f"scorer must be None, one of {(*SCORERS,)} or a callable, got {scorer!r}")
+    names = (*registered_scorers(),)
+    if not (scorer is None or scorer in names or callable(scorer)):
+        raise ValueError(f"scorer must be None, one of {names} or a callable, got {scorer!r}")
     kept = {}
     if STATE in vars(model):
         kept = {name: layer.scorer for name, layer in state_of(model).layers.items()}
@@ -69,11 +75,11 @@ def sparsify(
     if previous is not None:
         densify(model)
     try:
-        state = _prepare(model, config, strict)
+        state = _prepare(model, config, strict, modules)
         for name, layer in state.layers.items():
             if layer.known_mode()[0] == "sparse":
                 layer.scorer = make_scorer(layer, scorer, kept.get(name), strict)
-    except ValueError:
+    except BaseException:
         if previous is not None:
             _attach(model, previous)
         raise
@@ -86,6 +92,8 @@ def densify(model: M) -> M:
     state = vars(model).get(STATE)
     if state is None:
         return model
+    for layer in state.layers.values():
+        layer.check_detachable()
     for handle in state.handles:
         handle.remove()
     state.handles.clear()
@@ -112,23 +120,29 @@ def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iter
             _attach(model, previous)
 
 
-def find_all(model: nn.Module) -> list[AttentionModule]:
+def find_all(model: nn.Module, adapters: Sequence[TowerAdapter] = ()) -> list[AttentionModule]:
     """Attention layers of all libraries, in the order of the model's modules."""
     found: dict[str, AttentionModule] = {f.name: f for f in find_layers(model)}
     # To transformers, a tower that one of its models wraps has attention that does not dispatch.
-    found.update((f.name, f) for f in find_towers(model))
+    found.update((f.name, f) for f in find_towers(model, adapters))
     return [found[name] for name, _ in model.named_modules() if name in found]
 
 
-def _prepare(model: nn.Module, config: SparseConfig, strict: bool) -> State:
+def _prepare(
+    model: nn.Module,
+    config: SparseConfig,
+    strict: bool,
+    modules: Sequence[type[nn.Module]] = (),
+) -> State:
     """Find the layers and check them; changes nothing."""
-    found = find_all(model)
+    found = find_all(model, (ModuleAdapter(modules),) if modules else ())
     name = type(model).__name__
     refused = [f for f in found if f.refusal is not None]
     if not found:
         raise ValueError(
             "model must have attention layers of transformers, timm, open_clip or torchaudio, "
-            f"got {name}"
+            f"got {name}; name classes of your own with modules=[...], or call "
+            "mms.sparse_attention yourself"
         )
     if strict and refused:
         first = refused[0]

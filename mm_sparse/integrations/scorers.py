@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mm_sparse.integrations.discovery import scorer_shape
 from mm_sparse.integrations.layer import SparseLayer
-from mm_sparse.scorers import SCORERS, Scorer
+from mm_sparse.scorers import Scorer, registered_scorers
 
 
 def make_scorer(
@@ -18,8 +19,8 @@ def make_scorer(
     """The scorer that `sparsify` was asked for; `kept` if it asks for that kind or for nothing."""
     if scorer is None:
         return kept
-    make = SCORERS[scorer] if isinstance(scorer, str) else scorer
-    if isinstance(scorer, str) and isinstance(kept, SCORERS[scorer]):
+    make: Any = registered_scorers()[scorer] if isinstance(scorer, str) else scorer
+    if isinstance(scorer, str) and isinstance(kept, make):
         return kept
     try:
         heads, kv_heads, dim = scorer_shape(layer.module)

@@ -8,10 +8,12 @@ from .descriptors import gather_pieces as gather_pieces
 from .fine import FineScorer as FineScorer
 from .patterns import (
     BigBird as BigBird,
-    Nearest as Nearest,
-    NearestAndRandom as NearestAndRandom,
     SlidingWindow as SlidingWindow,
 )
 from .pooled import PooledScorer as PooledScorer
-from .registry import SCORERS as SCORERS
+from .registry import (
+    register_scorer as register_scorer,
+    registered_scorers as registered_scorers,
+    scorer_class as scorer_class,
+)
 from .relevance import RelevanceScorer as RelevanceScorer

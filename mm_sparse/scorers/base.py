@@ -6,6 +6,7 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,3 +115,15 @@ class Scorer(nn.Module):
         `cached_descriptors(k, plan, describe_units, cache)`, decoding that describes new keys only.
         """
         return None
+
+    def init_args(self) -> dict[str, Any]:
+        """Keyword arguments of `__init__` that JSON can hold, for files of scorers.
+
+        A scorer with `register_scorer` is made anew of them when it is loaded.
+        """
+        return {}
+
+    @classmethod
+    def from_init_args(cls, **args: Any) -> Scorer:
+        """A scorer of what `init_args` gave."""
+        return cls(**args)

@@ -7,6 +7,7 @@ of a unit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, block_
 from mm_sparse.scorers.descriptor_cache import DescriptorCache, cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features
 from mm_sparse.scorers.modality_maps import WeightCache, describe
+from mm_sparse.scorers.registry import register_scorer
 
 
+@register_scorer("fine")
 class FineScorer(Scorer):
     """Query pools of a tile against parts of units, both moved in the space of queries and keys.
 
@@ -72,6 +75,23 @@ class FineScorer(Scorer):
         place[[int(m) for m in own or ()]] = torch.arange(len(own or ()))
         self.register_buffer("map_of", place, persistent=False)
         self._kept = WeightCache()
+
+    def init_args(self) -> dict[str, Any]:
+        own = self.modalities
+        return {
+            "num_query_heads": self.num_query_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "parts": self.parts,
+            "modalities": None if own is None else [m.name for m in own],
+            "pairs": self.pairs,
+        }
+
+    @classmethod
+    def from_init_args(cls, **args: Any) -> FineScorer:
+        if args.get("modalities") is not None:
+            args["modalities"] = [Modality[name] for name in args["modalities"]]
+        return cls(**args)
 
     query_size: Tensor
     """(H, 3 D): root mean squares that features are divided by before they are mapped."""

@@ -78,22 +78,3 @@ class BigBird(Pattern):
         ).to(plan.distance.device)
         distance = plan.distance.abs()
         return torch.where(distance <= near, 2 - distance / (plan.layout.length + 1), draw)
-
-
-class Nearest(Scorer):
-    """A sliding window: the nearest units."""
-
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        near = -plan.distance.abs().float()[:, None]
-        return near.expand(-1, k.shape[1], -1, -1).contiguous()
-
-
-class NearestAndRandom(Scorer):
-    """As BigBird (Zaheer et al., 2020): window and sinks, half of the budget at random."""
-
-    def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
-        shape = (len(q), k.shape[1], *plan.distance.shape[1:])
-        generator = torch.Generator(q.device).manual_seed(plan.num_queries)
-        chance = torch.rand(shape, generator=generator, device=q.device)
-        near = plan.distance.abs()[:, None] < plan.budget[:, None, :, None] // 2
-        return chance + near

@@ -7,6 +7,7 @@ R rank of the learned score space
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors
 from mm_sparse.scorers.descriptor_cache import DescriptorCache, cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features, tile_descriptors, unit_descriptors
 from mm_sparse.scorers.modality_maps import WeightCache, describe
+from mm_sparse.scorers.registry import register_scorer
 
 
+@register_scorer("relevance")
 class RelevanceScorer(Scorer):
     """The pooled score plus a learned one: a tower per modality into one score space, and biases.
 
@@ -48,6 +51,14 @@ class RelevanceScorer(Scorer):
         nn.init.normal_(self.query_tower, std=1 / math.sqrt(head_dim))
         self.register_buffer("map_of", torch.arange(kinds), persistent=False)
         self._kept = WeightCache()
+
+    def init_args(self) -> dict[str, Any]:
+        return {
+            "num_query_heads": self.num_query_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rank": self.rank,
+        }
 
     map_of: Tensor
     """(modalities,): each has a tower of its own."""

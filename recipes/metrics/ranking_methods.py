@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mm_sparse import PooledScorer, Scorer
-from mm_sparse.scorers import Nearest, NearestAndRandom, OracleScorer
+from mm_sparse.scorers import BigBird, OracleScorer, SlidingWindow
 
 METHODS: dict[str, Callable[[], Scorer] | None] = {
-    "window": Nearest,
-    "bigbird": NearestAndRandom,
+    "window": SlidingWindow,
+    "bigbird": BigBird,
     "pooled": PooledScorer,
     "scorers": None,
     "one ratio": None,
-    "perfect": OracleScorer,
+    "oracle": OracleScorer,
 }
 """None stands for the model's own scorers, with its budgets of layers and heads or without."""

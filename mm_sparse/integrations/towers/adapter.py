@@ -45,15 +45,25 @@ class TowerLayer(SparseLayer):
         own = vars(self.module)
         if LAYER not in own:
             return
-        forward: Any = own.get("forward")
-        if getattr(forward, "layer", None) is not self:
+        self.check_detachable()
+        forward: Any = own["forward"]
+        del own["forward"], own[LAYER]
+        if forward.before is not None:
+            own["forward"] = forward.before
+
+    def check_detachable(self) -> None:
+        """Raise where others replaced the forward that `attach` set.
+
+        Raises:
+            ValueError: they did; the message names the module.
+        """
+        own = vars(self.module)
+        forward = own.get("forward")
+        if LAYER in own and getattr(forward, "layer", None) is not self:
             raise ValueError(
                 f"{self.name}.forward must be as `sparsify` left it, got {forward!r}: undo what "
                 "replaced it first"
             )
-        del own["forward"], own[LAYER]
-        if forward.before is not None:
-            own["forward"] = forward.before
 
     def place_in_order(self, tokens: Tensor) -> CallLayout | None:
         """Where (B, N, C) tokens would be in patch order, if the module may be given them so.

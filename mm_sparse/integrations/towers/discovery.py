@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,12 +18,10 @@ from mm_sparse.integrations.discovery import (
     prefixes,
 )
 from mm_sparse.integrations.tower_tokens import TowerTokens
+from mm_sparse.integrations.towers.adapters import FUSED, TowerAdapter, registered_adapters
 from mm_sparse.modality import Modality
 
 LIBRARIES = ("timm", "open_clip", "torchaudio")
-
-
-FUSED = "scaled_dot_product_attention"
 
 
 # Attributes of modules that say what the arguments of the call do not say before it is made.
@@ -42,16 +41,30 @@ class TowerAttentionModule(AttentionModule):
     tower: TowerTokens
 
 
-def find_towers(model: nn.Module) -> list[TowerAttentionModule]:
-    """Every module of `model` that is attention of one of the `LIBRARIES`, in order."""
+def find_towers(
+    model: nn.Module, adapters: Sequence[TowerAdapter] = ()
+) -> list[TowerAttentionModule]:
+    """Every module of `model` that is attention of a tower, in order.
+
+    Args:
+        adapters: asked first, then the registered ones, then the `LIBRARIES` of this package.
+    """
     modules = dict(model.named_modules())
     towers: dict[Any, TowerTokens] = {}
     found: list[TowerAttentionModule] = []
+    asked = (*adapters, *registered_adapters())
     for name, module in modules.items():
         around = [modules[p] for p in prefixes(name) if modules[p] is not module]
+        if any(f.module is owner for f in found for owner in around):
+            continue
+        adapter = next((a for a in asked if a.matches(name, module, around)), None)
+        if adapter is not None:
+            tower = adapter.tokens(name, module, around)
+            refusal = adapter.refusal(module)
+            found.append(TowerAttentionModule(name, module, tower.modality, refusal, False, tower))
+            continue
         home = _library(module, around)
-        inside = any(f.module is owner for f in found for owner in around)
-        if home is None or inside or not _computes_attention(type(module)):
+        if home is None or not _computes_attention(type(module)):
             continue
         key, tower = _tower(home, name, around)
         tower = towers.setdefault(key, tower)
