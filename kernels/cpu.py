@@ -106,10 +106,10 @@ def _scores(q: Tensor, k: Tensor, chunk: _Chunk, group: int) -> Tensor:
     return scores
 
 
-def attend_forward(
+def gathered_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `forward.attend_forward`; sums in float32 (float64 for float64 inputs)."""
+    """As `block_sparse_attention_fwd`; sums in float32 (float64 for float64 inputs)."""
     batch, heads, num_queries, dim = q.shape
     group = heads // k.shape[1]
     out = new_output(q)
@@ -134,11 +134,11 @@ def attend_forward(
     return out, lse
 
 
-def attend_backward(
+def gathered_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `backward.attend_backward`; tiles add up in ascending order, so it repeats."""
+    """As `block_sparse_attention_bwd`; tiles add up in ascending order, so it repeats."""
     dim, group = q.shape[-1], q.shape[1] // k.shape[1]
     wide = _compute_dtype(q)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

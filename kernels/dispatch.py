@@ -42,17 +42,17 @@ def forward(
     rows = _rows(q, k, lists.tile_tokens)
     if rows <= attention_decode.MOST_ROWS:
         count = num_tiles * batch * kv_heads
-        splits = attention_decode.parts_of_lists(
+        splits = attention_decode.splits_of_lists(
             count, list_length * lists.unit, multiprocessors(q)
         )
         if splits > 1:
-            return attention_decode.attend_forward(q, k, v, lists, scale, splits)
+            return attention_decode.block_sparse_attention_split_kv(q, k, v, lists, scale, splits)
     if on_hopper(q, k, v, rows):
         # Imported here: other releases of Triton may lack what it needs.
         from mm_sparse.kernels.hopper import forward as hopper
 
-        return hopper.attend_forward(q, k, v, lists, scale)
-    return attention_forward.attend_forward(q, k, v, lists, scale)
+        return hopper.block_sparse_attention_fwd_hopper(q, k, v, lists, scale)
+    return attention_forward.block_sparse_attention_fwd(q, k, v, lists, scale)
 
 
 def backward(
@@ -65,8 +65,8 @@ def backward(
     if not twice and on_hopper(q, k, v, _rows(q, k, lists.tile_tokens)):
         from mm_sparse.kernels.hopper import backward as hopper
 
-        return hopper.attend_backward(dout, q, k, v, out, lse, lists, scale)
-    return attention_backward.attend_backward(dout, q, k, v, out, lse, lists, scale)
+        return hopper.block_sparse_attention_bwd_hopper(dout, q, k, v, out, lse, lists, scale)
+    return attention_backward.block_sparse_attention_bwd(dout, q, k, v, out, lse, lists, scale)
 
 
 def _rows(q: Tensor, k: Tensor, tile_tokens: int) -> int:

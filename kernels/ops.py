@@ -59,7 +59,7 @@ def _run(
 
         return dispatch.forward(q, k, v, lists, scale)
     with torch.autocast(q.device.type, enabled=False):
-        return cpu.attend_forward(q, k, v, lists, scale)
+        return cpu.gathered_attention_fwd(q, k, v, lists, scale)
 
 
 def _attend(
@@ -119,7 +119,7 @@ def attend_backward_op(
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         return dispatch.backward(dout, q, k, v, out, lse, lists, scale, deterministic)
     with torch.autocast(q.device.type, enabled=False):
-        return cpu.attend_backward(dout, q, k, v, out, lse, lists, scale)
+        return cpu.gathered_attention_bwd(dout, q, k, v, out, lse, lists, scale)
 
 
 @attend_op.register_fake

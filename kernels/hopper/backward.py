@@ -97,7 +97,7 @@ def _add(
 
 
 @gluon.jit
-def _consume(
+def _consume_bwd(
     w: gl.constexpr, queue, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr,
@@ -282,7 +282,7 @@ def _collect(
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def _backward(
+def _block_sparse_attention_bwd_hopper(
     Q, Kd, Vd, Out, Dout, Lse, Dq, Dkd, Dvd, Tiles, Units, Span, Order, Inner, Count, Begun, scale,
     items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
     stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn, stride_ob, stride_oh,
@@ -338,11 +338,11 @@ def _backward(
     # Arguments are written out: constants kept in a tuple of their own would become numbers.
     gl.warp_specialize(
         [
-            (_consume, (
+            (_consume_bwd, (
                 0, queue, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides,
                 GROUP, TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
             )),
-            (_consume, (
+            (_consume_bwd, (
                 1, queue, Q, Dout, Out, Lse, Dq, buffers, barriers, tables, sizes, scale, strides,
                 GROUP, TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
             )),
@@ -367,11 +367,11 @@ def _backward(
     )  # fmt: skip
 
 
-def attend_backward(
+def block_sparse_attention_bwd_hopper(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `backward.attend_backward` but for the order of sums, where `launch.on_hopper` says so."""
+    """As `block_sparse_attention_bwd` but for the order of sums; see `dispatch.on_hopper`."""
     tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
@@ -390,7 +390,7 @@ def attend_backward(
     ]
     items = num_tiles * batch * kv_heads
     launch(
-        _backward, (min(items, multiprocessors(q)),),
+        _block_sparse_attention_bwd_hopper, (min(items, multiprocessors(q)),),
         q, *(boxes(x, min(unit, cols)) for x in (k, v)), out, dout, lse, dq, *added, tiles, units,
         span, order, inner, count, begun, scale, items, num_queries, num_keys, num_tiles, num_units,
         list_length, kv_heads, lead, tile_lead, *q.stride()[:3], *dout.stride()[:3],

@@ -69,7 +69,7 @@ def _masked(
 
 
 @gluon.jit
-def _consume(
+def _consume_fwd(
     w: gl.constexpr, queue, Q, Out, Lse, buffers, tables, sizes, scale2, strides,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr,
@@ -244,7 +244,7 @@ def _buffers(
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def _forward(
+def _block_sparse_attention_fwd_hopper(
     Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, Begun, scale, items, num_queries,
     num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb, stride_qh,
     stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
@@ -265,11 +265,11 @@ def _forward(
     if D == 128:
         gl.warp_specialize(
             [
-                (_consume, (
+                (_consume_fwd, (
                     0, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
                     TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
-                (_consume, (
+                (_consume_fwd, (
                     1, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
                     TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
@@ -292,19 +292,19 @@ def _forward(
         tiles_of_two = make_queue(3)
         gl.warp_specialize(
             [
-                (_consume, (
+                (_consume_fwd, (
                     0, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
                     TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
-                (_consume, (
+                (_consume_fwd, (
                     1, tiles_of_one, Q, Out, Lse, one, tables, sizes, scale2, strides, GROUP,
                     TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
-                (_consume, (
+                (_consume_fwd, (
                     0, tiles_of_two, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP,
                     TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
-                (_consume, (
+                (_consume_fwd, (
                     1, tiles_of_two, Q, Out, Lse, two, tables, sizes, scale2, strides, GROUP,
                     TOKENS, UNIT, COLS, D, STAGES, EVEN, EVEN_TILES,
                 )),
@@ -330,10 +330,10 @@ def _forward(
         )  # fmt: skip
 
 
-def attend_forward(
+def block_sparse_attention_fwd_hopper(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `forward.attend_forward`, where `launch.on_hopper` says so."""
+    """As `block_sparse_attention_fwd`, where `dispatch.on_hopper` says so."""
     tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
@@ -348,7 +348,7 @@ def attend_forward(
     described = [boxes(x, min(unit, cols)) for x in (k, v)]
     items = num_tiles * batch * kv_heads
     launch(
-        _forward, (min(cdiv(items, workers), multiprocessors(q)),),
+        _block_sparse_attention_fwd_hopper, (min(cdiv(items, workers), multiprocessors(q)),),
         q, *described, out, lse, tiles, units, span, order, inner, count, begun, scale, items,
         num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
         *q.stride()[:3], *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, EVEN=lead >= 0,

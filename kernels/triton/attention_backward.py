@@ -64,7 +64,7 @@ def _query_step(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _backward_queries(
+def _block_sparse_attention_bwd_dq(
     Q, K, V, Kd, Vd, Out, Dout, Lse, Delta, Dq, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -202,7 +202,7 @@ def _store_keys(Dk, Dv, dk, dv, row, in_unit, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _add_pieces(
+def _add_list_chunks(
     SumsK, SumsV, Dk, Dv, Units, num_units, num_keys, kv_heads, pieces, UNIT: tl.constexpr,
     COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +212,7 @@ def _add_pieces(
     unit = Units + (group // kv_heads * num_units + place // PARTS) * 2
     offset = place % PARTS * COLS + tl.arange(0, COLS)
     in_unit = offset < tl.load(unit + 1)
-    # Where the programs of this place and group were, piece by piece, in `_backward_keys`.
+    # Where the programs of this place and group wrote, chunk by chunk.
     row = (place * tl.num_programs(1) + group) * pieces * COLS + tl.arange(0, COLS)
     dim = tl.arange(0, BLOCK_D)
     pointer, mask = row[:, None] * D + dim[None, :], in_unit[:, None] & (dim < D)[None, :]
@@ -226,7 +226,7 @@ def _add_pieces(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _backward_keys(
+def _block_sparse_attention_bwd_dkv(
     Q, K, V, Qd, Dd, Dout, Lse, Delta, Dk, Dv, SumsK, SumsV, Tiles, Units, Span, TileIds, Edges,
     chunks, scale, num_queries, num_keys, num_tiles, num_units, kv_heads, groups, pieces,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -314,11 +314,11 @@ def key_blocks(
     return min(rows, most), min(unit, 64), 4 if unit > 16 else 2, 2
 
 
-def attend_backward(
+def block_sparse_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch the backward kernels; arguments as in `forward.attend_forward`.
+    """Launch the backward kernels; arguments as in `block_sparse_attention_fwd`.
 
     Returns:
         dq, dk, dv, contiguous, in the dtypes of q, k, v; keys that belong to no unit get zeros.
@@ -345,7 +345,7 @@ def attend_backward(
         "REGULAR_TILES": regular_tiles, "D": head_dim, "BLOCK_D": block_d,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    _backward_queries[(num_tiles * (all_rows // rows), batch * kv_heads)](
+    _block_sparse_attention_bwd_dq[(num_tiles * (all_rows // rows), batch * kv_heads)](
         q, k, v, *(describe(x, cols, block_d) if whole else None for x in (k, v)),
         out, dout, lse, delta, dq, tiles, units, span, index, count,
         scale, num_queries, num_tiles, num_units, index.shape[-1], kv_heads, *strides,
@@ -365,14 +365,14 @@ def attend_backward(
     first, sums = min(early, num_units) * parts, (delta, delta)
     if pieces > 1:
         sums = q.new_empty(2, first, groups, pieces, cols, head_dim, dtype=torch.float32)
-    _backward_keys[((num_units * parts + first * (pieces - 1)) * groups,)](
+    _block_sparse_attention_bwd_dkv[((num_units * parts + first * (pieces - 1)) * groups,)](
         q, k, v, *described, dout, lse, delta, dk, dv, *sums, tiles, units, span, *lists,
         scale, num_queries, num_keys, num_tiles, num_units, kv_heads, groups, pieces, *strides,
         ROWS=rows, COLS=cols, SPLITS=all_rows // rows, EARLY=early, num_warps=warps,
         num_stages=stages, **constants,
     )  # fmt: skip
     if pieces > 1:
-        _add_pieces[(first, groups)](
+        _add_list_chunks[(first, groups)](
             *sums, dk, dv, units, num_units, num_keys, kv_heads, pieces, UNIT=unit, COLS=cols,
             D=head_dim, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

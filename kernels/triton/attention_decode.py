@@ -34,9 +34,9 @@ MOST_ROWS = 64
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _part(
+def _block_sparse_attention_split_kv(
     Q, K, V, Part, Weight, Tiles, Units, Span, Index, Count,
-    scale, num_queries, num_tiles, num_units, list_length, kv_heads, parts, keys_of_part,
+    scale, num_queries, num_tiles, num_units, list_length, kv_heads, splits, keys_of_part,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -44,8 +44,8 @@ def _part(
     REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile on one part of its list, and the log-sum-exp that weighs it."""
-    t = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    t = (tl.program_id(0) // splits).to(tl.int64)
+    part = tl.program_id(0) % splits
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     head = (tl.program_id(1) % kv_heads).to(tl.int64)
     token, g, exists = tile_rows(
@@ -74,7 +74,7 @@ def _part(
     seen = total != 0
     total = tl.where(seen, total, 1.0)
     heads = (batch * kv_heads + head) * GROUP + g
-    place = (heads * num_queries + token) * parts + part
+    place = (heads * num_queries + token) * splits + part
     weight = tl.where(seen, top / LOG2E + tl.log(total), -float("inf"))
     tl.store(Weight + place, weight, mask=exists)
     dim = tl.arange(0, BLOCK_D)
@@ -85,8 +85,8 @@ def _part(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _merge(
-    Part, Weight, Out, Lse, parts, heads, num_queries, stride_ob, stride_oh, stride_on,
+def _merge_splits(
+    Part, Weight, Out, Lse, splits, heads, num_queries, stride_ob, stride_oh, stride_on,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One query of one head: the parts' mean by their weights, always in the same order."""
@@ -95,16 +95,16 @@ def _merge(
     top = -float("inf")
     total = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, parts, WIDTH):
+    for first in range(0, splits, WIDTH):
         part = first + tl.arange(0, WIDTH)
-        there = part < parts
-        weight = tl.load(Weight + row * parts + part, mask=there, other=-float("inf"))
+        there = part < splits
+        weight = tl.load(Weight + row * splits + part, mask=there, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(weight, 0))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         share = tl.exp(weight - shift)
         decay = tl.exp(top - shift)
         found = tl.load(
-            Part + (row * parts + part)[:, None] * D + dim[None, :],
+            Part + (row * splits + part)[:, None] * D + dim[None, :],
             mask=there[:, None] & (dim < D)[None, :], other=0.0,
         )  # fmt: skip
         acc = acc * decay + tl.sum(found * share[:, None], 0)
@@ -118,17 +118,17 @@ def _merge(
     tl.store(pointer + dim, (acc / total).to(Out.dtype.element_ty), mask=dim < D)
 
 
-def parts_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
+def splits_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
     """Parts that lists of up to `keys` keys are cut into, 1 if `programs` fill the GPU anyway."""
     if programs * 2 > multiprocessors:
         return 1
     return max(1, min(3 * multiprocessors // programs, keys // LEAST_KEYS))
 
 
-def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, parts: int,
+def block_sparse_attention_split_kv(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `forward.attend_forward`, every list in `parts`."""
+    """As `block_sparse_attention_fwd`, every list in `splits`."""
     tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_tiles, list_length = k.shape[1], tiles.shape[1], index.shape[-1]
@@ -137,16 +137,16 @@ def attend_forward(
     block_d = max(next_power_of_2(head_dim), 16)
     wide = q.element_size() == 4 or block_d > 128
     cols = 32 if wide else 64
-    keys_of_part = cdiv(cdiv(list_length * unit, parts), cols) * cols
-    parts = cdiv(list_length * unit, keys_of_part)
+    keys_of_part = cdiv(cdiv(list_length * unit, splits), cols) * cols
+    splits = cdiv(list_length * unit, keys_of_part)
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    part = q.new_empty(batch, heads, num_queries, parts, head_dim, dtype=torch.float32)
-    weight = q.new_empty(batch, heads, num_queries, parts, dtype=torch.float32)
+    part = q.new_empty(batch, heads, num_queries, splits, head_dim, dtype=torch.float32)
+    weight = q.new_empty(batch, heads, num_queries, splits, dtype=torch.float32)
     launch(
-        _part, (num_tiles * parts, batch * kv_heads),
+        _block_sparse_attention_split_kv, (num_tiles * splits, batch * kv_heads),
         q, k, v, part, weight, tiles, units, span, index, count,
-        scale, num_queries, num_tiles, units.shape[1], list_length, kv_heads, parts, keys_of_part,
+        scale, num_queries, num_tiles, units.shape[1], list_length, kv_heads, splits, keys_of_part,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, UNIT=unit, D=head_dim,
         BLOCK_D=block_d, REGULAR=all_whole(lead, unit, k.shape[2]),
@@ -155,9 +155,9 @@ def attend_forward(
         num_warps=4, num_stages=1 if q.element_size() == 4 else 2 if wide else 3,
     )  # fmt: skip
     launch(
-        _merge, (batch * heads * num_queries,),
-        part, weight, out, lse, parts, heads, num_queries, *out.stride()[:3], D=head_dim,
+        _merge_splits, (batch * heads * num_queries,),
+        part, weight, out, lse, splits, heads, num_queries, *out.stride()[:3], D=head_dim,
         BLOCK_D=block_d,
-        WIDTH=min(next_power_of_2(parts), 16), num_warps=4,
+        WIDTH=min(next_power_of_2(splits), 16), num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -32,7 +32,7 @@ from mm_sparse.kernels.triton.primitives import (
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _forward(
+def _block_sparse_attention_fwd(
     Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -115,7 +115,7 @@ def forward_blocks(
     return rows, cols, 8 if rows >= 64 else 4, stages
 
 
-def attend_forward(
+def block_sparse_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; arguments as in `reference.dense_mask`.
@@ -136,7 +136,7 @@ def attend_forward(
     regular = all_whole(lead, unit, k.shape[2])
     whole = regular and cols <= unit
     launch(
-        _forward, (num_tiles * (all_rows // rows), batch * kv_heads),
+        _block_sparse_attention_fwd, (num_tiles * (all_rows // rows), batch * kv_heads),
         q, k, v, *(describe(x, cols, block_d) if whole else None for x in (k, v)),
         out, lse, tiles, units, span, index, count,
         scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads,

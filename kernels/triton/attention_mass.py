@@ -24,7 +24,7 @@ from mm_sparse.kernels.triton.primitives import (
 
 
 @triton.jit
-def _scores(
+def _attention_mass_logits(
     q, Kb, Ub, first, num_units, low, high, scale2, stride_kn,
     UNIT: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -53,7 +53,7 @@ def _in_view(Ub, first, num_units, lowest, highest, STEP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _mass(
+def _attention_mass(
     Q, K, Out, Tiles, Units, Span, scale, num_queries, num_tiles, num_units, kv_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
@@ -83,7 +83,7 @@ def _mass(
     highest = tl.max(tl.where(exists, high, 0), 0)
     for first in range(0, num_units, STEP):
         if _in_view(Ub, first, num_units, lowest, highest, STEP):
-            score = _scores(
+            score = _attention_mass_logits(
                 q, Kb, Ub, first, num_units, low, high, scale2, stride_kn, UNIT, COLS, D, BLOCK_D,
                 PRECISION,
             )  # fmt: skip
@@ -97,7 +97,7 @@ def _mass(
     for first in range(0, num_units, STEP):
         value = tl.zeros([STEP], tl.float32)
         if _in_view(Ub, first, num_units, lowest, highest, STEP):
-            score = _scores(
+            score = _attention_mass_logits(
                 q, Kb, Ub, first, num_units, low, high, scale2, stride_kn, UNIT, COLS, D, BLOCK_D,
                 PRECISION,
             )  # fmt: skip
@@ -132,7 +132,7 @@ def unit_mass(
     splits = all_rows // rows
     out = q.new_empty(batch, kv_heads, num_tiles, splits, num_units, dtype=torch.float32)
     if out.numel():
-        _mass[(num_tiles * splits, batch * kv_heads)](
+        _attention_mass[(num_tiles * splits, batch * kv_heads)](
             q, k, out, tiles, units, span, scale, num_queries, num_tiles, num_units, kv_heads,
             *q.stride()[:3], *k.stride()[:3],
             GROUP=group, TOKENS=tile_tokens, ROWS=rows, SPLITS=splits, COLS=max(block, unit),

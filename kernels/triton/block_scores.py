@@ -155,7 +155,7 @@ def _kept_logits(Logits, at, stop, exists, row_length, ROWS: tl.constexpr, COLS:
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _log_sums(
+def _block_scores_lse(
     Rows, Keys, Exists, Hull, Units, Sums, Logits, num_tiles, num_units, kv_heads, splits, chunk,
     num_keys, lead, stride_k, row_length, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
     ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -261,7 +261,7 @@ def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _share(
+def _block_scores(
     Rows, Keys, Exists, Hull, Units, Sums, Logits, Parts, Out, Bias, TileKind, UnitKind, Tiles,
     num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length, stride_p,
     query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr,
@@ -421,7 +421,7 @@ def by_heads(x: Tensor) -> tuple[Tensor, int]:
 
 
 def of_shares(parts: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
-    """Constants of `_share`, which needs more registers than the sums: fewer units a step."""
+    """Constants of `_block_scores`: more registers than the sums, so fewer units a step."""
     count = 1 if parts.dim() == 4 else parts.shape[3]
     fewer = max(constants["COLS"] // 2, 16) if count > 1 else min(constants["COLS"], 32)
     return {**constants, "PARTS": count, "COLS": fewer, "ALIGN": fewer}
@@ -485,9 +485,9 @@ def block_scores(
     shares = of_shares(parts, constants)
     if logits is not None:
         shares |= {"COLS": KEPT_COLS, "ALIGN": cols}
-    launch(_log_sums, grid, *inputs, *counts, **constants)
+    launch(_block_scores_lse, grid, *inputs, *counts, **constants)
     launch(
-        _share, grid, *inputs, parts, out, table,
+        _block_scores, grid, *inputs, parts, out, table,
         units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
         tiles, *counts, stride_p, query_offset,
         KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],

@@ -16,7 +16,7 @@ from mm_sparse.kernels.triton.primitives import COUNTS
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _merge(
+def _merge_outputs(
     Out, Other, Log, OtherLog, Weight, Whole, rows, heads, queries,
     stride_b, stride_h, stride_n, other_b, other_h, other_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -63,7 +63,7 @@ def merge_outputs(
     grid = (cdiv(log.numel(), block_r),)
     logs = (log.contiguous(), other_log.contiguous(), weight.contiguous(), whole)
     launch(
-        _merge, grid,
+        _merge_outputs, grid,
         out, other, *logs, log.numel(), *log.shape[1:], *out.stride()[:3], *other.stride()[:3],
         D=dim, BLOCK_D=block_d, BLOCK_R=block_r,
     )  # fmt: skip

@@ -84,7 +84,7 @@ def _pool_parts(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _pool(
+def _pool_means(
     X, Table, Out, scale, pieces, parts, heads, stride_b, stride_h, stride_n,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
     BLOCK_W: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, EXTREMES: tl.constexpr,
@@ -97,7 +97,7 @@ def _pool(
 
 
 @triton.jit(do_not_specialize=(*COUNTS, "q_blocks", "k_blocks", "queries_end"))
-def _pool_both(
+def _pool_queries_and_keys(
     Q, Tiles, OutQ, K, Units, OutK, scale, queries_end, q_blocks, k_blocks, num_tiles, num_units,
     q_heads, k_heads, query_pools, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     TILE: tl.constexpr, WIDTH: tl.constexpr, Q_TOGETHER: tl.constexpr, Q_BLOCK: tl.constexpr,
@@ -155,7 +155,7 @@ def pool(
     if out.numel():
         together, block, steps, warps = pool_blocks(width, dim, x.element_size())
         launch(
-            _pool, (cdiv(pieces * parts, together), batch * heads),
+            _pool_means, (cdiv(pieces * parts, together), batch * heads),
             x, table, out, scale, pieces, parts, heads, *x.stride()[:3],
             SIZE=size, WIDTH=width, TOGETHER=together, D=dim,
             BLOCK_W=block, STEPS=steps, BLOCK_D=next_power_of_2(dim),
@@ -186,7 +186,7 @@ def pool_both(
     q_blocks, k_blocks = cdiv(num_tiles * query_pools, q_together), cdiv(num_units, k_together)
     queries_end = q_blocks * batch * q_heads
     launch(
-        _pool_both, (queries_end + k_blocks * batch * k_heads,),
+        _pool_queries_and_keys, (queries_end + k_blocks * batch * k_heads,),
         q, tiles, of_tiles, k, units, of_units, scale, queries_end, q_blocks, k_blocks, num_tiles,
         num_units, q_heads, k_heads, query_pools, *q.stride()[:3], *k.stride()[:3],
         TILE=tile, WIDTH=width, Q_TOGETHER=q_together, Q_BLOCK=q_block, Q_STEPS=q_steps,

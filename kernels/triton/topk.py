@@ -227,9 +227,9 @@ def _every_nth(others, size, other_1, size_1, tile, head, left, unit):
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
-def _keep(
+def _topk_registers(
     Values, Near, Sinks, Hull, Units, UnitKind, Runs, RunCount, Budget, Floor, Index, Count,
-    WholeBudget, Drawn, DrawnCount, All, AllCount, Weight, drawn_length, all_length,
+    WholeBudget, SampledLists, DrawnCount, All, AllCount, Weight, drawn_length, all_length,
     num_tiles, num_units, num_keys, lead, list_length, kv_heads, budgets, row_length, run_length,
     KINDS: tl.constexpr, SAMPLED: tl.constexpr, COARSE: tl.constexpr,
     BLOCK_U: tl.constexpr, FILL: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
@@ -292,8 +292,8 @@ def _keep(
         chosen, chosen_1, weight = _every_nth(
             seen & ~kept, size, seen_1 & ~kept_1, size_1, tile, head, left, UNIT
         )
-        Drawn += list_ * drawn_length
-        _list(chosen, unit, chosen_1, unit_1, Drawn, DrawnCount + list_, drawn_length, FILL)
+        SampledLists += list_ * drawn_length
+        _list(chosen, unit, chosen_1, unit_1, SampledLists, DrawnCount + list_, drawn_length, FILL)
         kept, kept_1 = chosen | kept, chosen_1 | kept_1
         _list(
             kept, unit, kept_1, unit_1, All + list_ * all_length, AllCount + list_, all_length, FILL
@@ -302,7 +302,7 @@ def _keep(
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
-def _keep_long(
+def _topk_chunked(
     Values, Near, Sinks, Hull, Units, Runs, RunCount, Budget, Index, Count,
     num_tiles, num_units, num_keys, lead, list_length, kv_heads, budgets, row_length, run_length,
     CHUNK: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, COARSE: tl.constexpr,
@@ -385,7 +385,7 @@ def _keep_long(
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingBudget:
     """What `topk_blocks` shall draw of the units that it does not keep."""
 
     budget: Tensor
@@ -397,7 +397,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledLists:
     """What it drew: lists of the sample, of both, and logs of keys that a key stands for."""
 
     index: Tensor
@@ -411,9 +411,9 @@ class Drawn:
 def topk_blocks(
     values: Tensor, near: Tensor, sinks: Tensor, hull: Tensor, units: Tensor, budget: Tensor,
     width: int, *, unit_kind: Tensor | None = None, floors: Tensor | None = None,
-    unit: int, lead: int = -1, num_keys: int = 0, drawing: Drawing | None = None,
+    unit: int, lead: int = -1, num_keys: int = 0, drawing: SamplingBudget | None = None,
     runs: tuple[Tensor, Tensor, int] | None = None,
-) -> tuple[Tensor, Tensor, Drawn | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, SampledLists | None]:  # fmt: skip
     """Lists of the kept units, as `mm_sparse.selection.selection` defines them; ties go to the
     lowest id.
 
@@ -458,7 +458,7 @@ def topk_blocks(
             what = "floors" if drawing is None else "a sample"
             raise ValueError(f"units must be at most {IN_REGISTERS + 1} with {what}, got {row}")
         launch(
-            _keep_long, grid, *inputs, listed, number, budget, index, count, *counts,
+            _topk_chunked, grid, *inputs, listed, number, budget, index, count, *counts,
             CHUNK=CHUNK, **even, num_warps=8,
         )  # fmt: skip
         return index, count, None
@@ -466,10 +466,11 @@ def topk_blocks(
     if drawing is not None:
         tables = [index.new_empty(*count.shape, length) for length in lists[1:]]
         tables = [x for table in tables for x in (table, torch.empty_like(count))]
-        drawn = Drawn(*tables, torch.empty_like(count, dtype=torch.float32))
+        drawn = SampledLists(*tables, torch.empty_like(count, dtype=torch.float32))
         sample = (drawing.budget, *tables, drawn.weight, *lists[1:])
     launch(
-        _keep, grid, *inputs, units if unit_kind is None else unit_kind, listed, number, budget,
+        _topk_registers, grid, *inputs, units if unit_kind is None else unit_kind, listed, number,
+        budget,
         values if floors is None else floors, index, count, *sample, *counts,
         KINDS=0 if floors is None else len(floors), SAMPLED=drawing is not None,
         BLOCK_U=block, FILL=next_power_of_2(max(lists)), **even,

@@ -18,7 +18,7 @@ IN_TURN = 8
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _count(
+def _transpose_count(
     Slot, Counts, Tiles, Units, Span, Index, Count, num_queries, num_tiles, num_units, list_length,
     kv_heads, chunks, chunk, UNIT: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _count(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scatter(
+def _transpose_scatter(
     Slot, Counts, Edges, Tile, Count, num_tiles, list_length, chunk, WIDTH: tl.constexpr
 ):  # fmt: skip
     """Write the tiles of a chunk, ascending, to the lists of their units; uses `Counts` up."""
@@ -92,13 +92,13 @@ def transpose_lists(
     slot = torch.empty(total, dtype=torch.int32 if slots < 2**31 else torch.int64, device=device)
     tile = torch.empty(total, dtype=torch.int32, device=device)
     width = min(next_power_of_2(length), 512)
-    _count[(num_tiles, batch * heads)](
+    _transpose_count[(num_tiles, batch * heads)](
         slot, counts[1:], tiles, units, span, index, count, span.shape[1], num_tiles, num_units,
         length, heads, chunks, chunk, UNIT=unit, TOKENS=next_power_of_2(tile_tokens),
         WIDTH=width, num_warps=4,
     )  # fmt: skip
     edges = counts.cumsum(0, dtype=torch.int32)
-    _scatter[(chunks, batch * heads)](
+    _transpose_scatter[(chunks, batch * heads)](
         slot, counts[1:], edges, tile, count, num_tiles, length, chunk, WIDTH=width, num_warps=4
     )
     return tile, edges, chunks

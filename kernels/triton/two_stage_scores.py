@@ -60,7 +60,7 @@ def _products(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _share_of_runs(
+def _two_stage_block_scores(
     Rows, Keys, Exists, Hull, Units, Parts, Out, Bias, TileKind, UnitKind, Tiles, Runs, Count,
     num_tiles, num_units, kv_heads, run_length, num_keys, lead, stride_k, stride_p, query_offset,
     GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -116,7 +116,7 @@ def _share_of_runs(
             Runs, at, count, Units, num_units, num_keys, lead, low, high, COLS, UNIT, EVEN, COARSE
         )
         if PARTS > 1:
-            # As in `score._share`: what is under 2^-126 of the attention counts as nothing.
+            # As in `_block_scores`: what is under 2^-126 of the attention counts as nothing.
             given = tl.zeros([ROWS, COLS], tl.float32)
             for part in tl.static_range(PARTS):
                 logits = _products(
@@ -179,7 +179,7 @@ def share_of_runs(
     keys, stride_k = by_heads(keys)
     parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
     launch(
-        _share_of_runs, (num_tiles, batch * kv_heads),
+        _two_stage_block_scores, (num_tiles, batch * kv_heads),
         rows.contiguous(), keys, exists.contiguous(), hull, units, parts, out,
         out if bias is None else bias.contiguous(), units if tile_kind is None else tile_kind,
         units if unit_kind is None else unit_kind, tiles, index, count, num_tiles, num_units,

@@ -17,7 +17,7 @@ from mm_sparse.layout import Plan
 from mm_sparse.selection.sampling import list_lengths
 
 if TYPE_CHECKING:
-    from mm_sparse.kernels.triton.topk import Drawn
+    from mm_sparse.kernels.triton.topk import SampledLists
     from mm_sparse.selection.scores import Runs
 
 # Units of a row that the kernel's registers hold and one behind them, which floors need.
@@ -68,14 +68,14 @@ def topk_lists(values: Tensor, plan: Plan, runs: Runs | None = None) -> tuple[Te
 
 def topk_kernel(
     values: Tensor, plan: Plan, runs: Runs | None = None
-) -> tuple[Tensor, Tensor, Drawn | None]:
+) -> tuple[Tensor, Tensor, SampledLists | None]:
     """The same by a kernel, ties to the lowest id, and with it what `sampling.draw` draws."""
-    from mm_sparse.kernels.triton.topk import Drawing, topk_blocks
+    from mm_sparse.kernels.triton.topk import SamplingBudget, topk_blocks
 
     best, drawing = plan.without_sample, None
     if best is not plan:
         width, whole = list_lengths(best.max_kept, plan)
-        drawing = Drawing(plan.head_budget, width, whole)
+        drawing = SamplingBudget(plan.head_budget, width, whole)
     return topk_blocks(
         values.float(),
         plan.window_span,

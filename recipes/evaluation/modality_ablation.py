@@ -49,7 +49,7 @@ from mm_sparse.recipes.metrics import densities, machine
 from mm_sparse.recipes.models import AnswerLogits, MultimodalTraining
 from mm_sparse.recipes.run import on_device, prepare, validation_of
 from mm_sparse.recipes.training import OptimizerConfig
-from mm_sparse.scorers import Nearest, OracleScorer
+from mm_sparse.scorers import SlidingWindow, OracleScorer
 
 LEARNED: dict[str, dict[str, Any]] = {
     "blind": {"modalities": None, "pairs": False},
@@ -74,7 +74,7 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "sliding window": Variant(Nearest),
+    "sliding window": Variant(SlidingWindow),
     "pooled, untrained": Variant(PooledScorer),
     "parts, untrained": Variant(),
     "blind": Variant(learned="blind"),

@@ -6,12 +6,12 @@ from typing import Any
 
 from mm_sparse import FineScorer
 from mm_sparse.layout import Plan
-from mm_sparse.scorers import Nearest, OracleScorer
+from mm_sparse.scorers import SlidingWindow, OracleScorer
 
 
 def scoring_cost(scorer: Any, plan: Plan, heads: int, dim: int) -> float:
     """FLOPs of a layer's scoring in % of those of dense attention on the same tokens."""
-    if isinstance(scorer, Nearest):
+    if isinstance(scorer, SlidingWindow):
         return 0.0
     kv_heads = heads // plan.group
     tokens = plan.num_queries, plan.layout.length

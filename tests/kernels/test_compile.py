@@ -26,6 +26,9 @@ def test_kernels_compile_within_shared_memory(target: str) -> None:
         # All parts of the kernel run at once, and more code than a multiprocessor keeps is fetched
         # anew at every tile with masked blocks (docs/kernel-notes.md has what that costs).
         for dim, most in ((64, 99), (128, 104)):
-            code = re.findall(rf"_forward D{dim} unit \d+ even: .* code ([\d.]+) KiB", done.stdout)
+            code = re.findall(
+                rf"_block_sparse_attention_fwd_hopper D{dim} unit \d+ even: .* code ([\d.]+) KiB",
+                done.stdout,
+            )
             assert len(code) == 3, done.stdout
             assert max(map(float, code)) <= most, done.stdout

@@ -53,11 +53,13 @@ def test_which_backward_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     asked, q = [], torch.empty(1, group, 256, dim)
-    other = types.SimpleNamespace(attend_backward=lambda *a: "any order")
+    other = types.SimpleNamespace(block_sparse_attention_bwd_hopper=lambda *a: "any order")
     monkeypatch.setitem(sys.modules, "mm_sparse.kernels.hopper.backward", other)
     monkeypatch.setattr("mm_sparse.kernels.hopper.backward", other, raising=False)
     monkeypatch.setattr(dispatch, "on_hopper", lambda *a: asked.append(a[-1]) or True)
-    monkeypatch.setattr(dispatch.attention_backward, "attend_backward", lambda *a: "in order")
+    monkeypatch.setattr(
+        dispatch.attention_backward, "block_sparse_attention_bwd", lambda *a: "in order"
+    )
     lists = BlockLists(*(q,) * 5, 128 // group, unit, 0, 0)
     args = (q, q, q[:, :1], q[:, :1], q, q[..., 0], lists, 0.2)
     found = dispatch.backward(*args, deterministic)

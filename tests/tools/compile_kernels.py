@@ -55,8 +55,12 @@ FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
 FLOATS |= {"Log", "OtherLog", "Whole", "Logits", "SumsK", "SumsV"}
 NARROW = {"Exists": "i1", "Sinks": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
 NARROW |= {"WholeBudget": "i64", "Index": "i16", "Order": "i16", "Runs": "i16"}
-NARROW |= dict.fromkeys(("Drawn", "All"), "i16")
-WIDE = (attention_mass._mass, block_scores._share, two_stage_scores._share_of_runs)
+NARROW |= dict.fromkeys(("SampledLists", "All"), "i16")
+WIDE = (
+    attention_mass._attention_mass,
+    block_scores._block_scores,
+    two_stage_scores._two_stage_block_scores,
+)
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
 SUMS = ("Dkd", "Dvd")
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -164,20 +168,21 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     merged = {"BLOCK_R": 32}
     aligned = {**kept, "COLS": block_scores.KEPT_COLS, "ALIGN": kept["COLS"]}
     return [
-        (pooling._pool, pooled, warps, 2), (pooling._pool_both, both, warps, 2),
-        (block_scores._log_sums, share, 4, stages),
-        (block_scores._share, {**share, "COLS": min(share["COLS"], 32)}, 4, stages),
-        (block_scores._share, own, 4, fine_stages),
-        (block_scores._log_sums, kept, 4, stages),
-        (block_scores._share, aligned, 4, stages),
-        (attention_mass._mass, true_mass, 4, 2),
-        (topk._keep, keep, topk.keep_warps(4096), 2),
-        (topk._keep, drawn, topk.keep_warps(4096), 2), (merge_outputs._merge, merged, 4, 2),
-        (topk._keep, of_runs, topk.keep_warps(4096), 2),
-        (topk._keep_long, {"CHUNK": topk.CHUNK, "COARSE": 1}, 8, 2),
-        (topk._keep_long, {"CHUNK": topk.CHUNK, "COARSE": 16}, 8, 2),
-        (two_stage_scores._share_of_runs, {**share, **some}, few, 2),
-        (two_stage_scores._share_of_runs, {**own, **some}, few, 2),
+        (pooling._pool_means, pooled, warps, 2), (pooling._pool_queries_and_keys, both, warps, 2),
+        (block_scores._block_scores_lse, share, 4, stages),
+        (block_scores._block_scores, {**share, "COLS": min(share["COLS"], 32)}, 4, stages),
+        (block_scores._block_scores, own, 4, fine_stages),
+        (block_scores._block_scores_lse, kept, 4, stages),
+        (block_scores._block_scores, aligned, 4, stages),
+        (attention_mass._attention_mass, true_mass, 4, 2),
+        (topk._topk_registers, keep, topk.keep_warps(4096), 2),
+        (topk._topk_registers, drawn, topk.keep_warps(4096), 2),
+        (merge_outputs._merge_outputs, merged, 4, 2),
+        (topk._topk_registers, of_runs, topk.keep_warps(4096), 2),
+        (topk._topk_chunked, {"CHUNK": topk.CHUNK, "COARSE": 1}, 8, 2),
+        (topk._topk_chunked, {"CHUNK": topk.CHUNK, "COARSE": 16}, 8, 2),
+        (two_stage_scores._two_stage_block_scores, {**share, **some}, few, 2),
+        (two_stage_scores._two_stage_block_scores, {**own, **some}, few, 2),
     ]  # fmt: skip
 
 
@@ -187,23 +192,34 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
     part = {"ROWS": 16, "COLS": 32 if wide else 64}
     stages = 1 if wide else 3
     found = [
-        (attention_decode._part, part, 4, stages),
-        (attention_decode._merge, {"WIDTH": 16}, 4, 2),
+        (attention_decode._block_sparse_attention_split_kv, part, 4, stages),
+        (attention_decode._merge_splits, {"WIDTH": 16}, 4, 2),
     ]
     found.append((pipeline.sort_lists, {"LENGTH": 128, "WIDTH": 1024}, 4, 2))
-    found.append((attention_backward._add_pieces, {"COLS": min(constants["UNIT"], 64)}, 4, 2))
+    found.append((attention_backward._add_list_chunks, {"COLS": min(constants["UNIT"], 64)}, 4, 2))
     if target == 90 and not wide and rows == 128:
         for dim, (cols, stages, _) in forward.BLOCKS.items():
             for unit in (16, 64, 128):
                 more = {"D": dim, "COLS": cols, "STAGES": stages, "UNIT": unit}
-                found.append((forward._forward, more, 4, 2))
-                found.append((forward._forward, {**more, "EVEN": False}, 4, 2))
-                found.append((forward._forward, {**more, "EVEN_TILES": False}, 4, 2))
+                found.append((forward._block_sparse_attention_fwd_hopper, more, 4, 2))
+                found.append(
+                    (forward._block_sparse_attention_fwd_hopper, {**more, "EVEN": False}, 4, 2)
+                )
+                found.append(
+                    (
+                        forward._block_sparse_attention_fwd_hopper,
+                        {**more, "EVEN_TILES": False},
+                        4,
+                        2,
+                    )
+                )
         for dim, (cols, stages) in backward.BLOCKS.items():
             for unit in (16, 128):
                 more = {"D": dim, "COLS": cols, "STAGES": stages, "UNIT": unit}
-                found.append((backward._backward, more, 4, 2))
-                found.append((backward._backward, {**more, "EVEN": False}, 4, 2))
+                found.append((backward._block_sparse_attention_bwd_hopper, more, 4, 2))
+                found.append(
+                    (backward._block_sparse_attention_bwd_hopper, {**more, "EVEN": False}, 4, 2)
+                )
     return found
 
 
@@ -223,15 +239,15 @@ def main(targets: list[int]) -> None:
             }  # fmt: skip
             for kernel, (r, c, warps, stages) in (
                 (
-                    attention_forward._forward,
+                    attention_forward._block_sparse_attention_fwd,
                     attention_forward.forward_blocks(rows, unit, dim, size, target // 10),
                 ),
                 (
-                    attention_backward._backward_queries,
+                    attention_backward._block_sparse_attention_bwd_dq,
                     attention_backward.query_chunks(rows, dim, size, target // 10),
                 ),
                 (
-                    attention_backward._backward_keys,
+                    attention_backward._block_sparse_attention_bwd_dkv,
                     attention_backward.key_blocks(rows, unit, dim, size, target // 10),
                 ),
             ):

@@ -19,9 +19,11 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills up with the unit of each call of the backward that adds in any order."""
     need_hopper()
     hopper_backward = pytest.importorskip("mm_sparse.kernels.hopper.backward")
-    found, run = [], hopper_backward.attend_backward
+    found, run = [], hopper_backward.block_sparse_attention_bwd_hopper
     monkeypatch.setattr(
-        hopper_backward, "attend_backward", lambda *a: found.append(a[6].unit) or run(*a)
+        hopper_backward,
+        "block_sparse_attention_bwd_hopper",
+        lambda *a: found.append(a[6].unit) or run(*a),
     )
     monkeypatch.setattr(dispatch, "WIDE_UNIT", 256)
     poison_empty(monkeypatch)

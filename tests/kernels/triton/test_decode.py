@@ -31,9 +31,9 @@ SHAPES = [
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills up with the parts that each call cuts its lists into."""
-    found, asked = [], attention_decode.parts_of_lists
+    found, asked = [], attention_decode.splits_of_lists
     monkeypatch.setattr(
-        attention_decode, "parts_of_lists", lambda *a: found.append(asked(*a)) or found[-1]
+        attention_decode, "splits_of_lists", lambda *a: found.append(asked(*a)) or found[-1]
     )
     return found
 
@@ -70,10 +70,10 @@ def test_gpu_a_long_cache(dim: int, parts: list[int]) -> None:
 
 
 def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
-    assert attention_decode.parts_of_lists(64, 16384, 132) == 6
-    assert attention_decode.parts_of_lists(64, 512, 132) == 2
-    assert attention_decode.parts_of_lists(8, 100, 132) == 1
-    assert attention_decode.parts_of_lists(128, 16384, 132) == 1
+    assert attention_decode.splits_of_lists(64, 16384, 132) == 6
+    assert attention_decode.splits_of_lists(64, 512, 132) == 2
+    assert attention_decode.splits_of_lists(8, 100, 132) == 1
+    assert attention_decode.splits_of_lists(128, 16384, 132) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -14,7 +14,12 @@ import mm_sparse as mms
 FIXED = {"scale", "heads", "q_heads", "k_heads", "kv_heads", "budgets", "query_pools"}
 FIXED |= {"other_b", "other_h", "other_n"}
 ROWS = ("num_units", "row_length")
-ALIGNED = {"_share": ROWS[1:], "_log_sums": ROWS[1:], "_keep": ROWS, "_keep_long": ROWS}
+ALIGNED = {
+    "_block_scores": ROWS[1:],
+    "_block_scores_lse": ROWS[1:],
+    "_topk_registers": ROWS,
+    "_topk_chunked": ROWS,
+}
 # The interpreter knows nothing of how kernels are compiled, so this runs without it.
 LOOK = """
 import importlib, json, pkgutil
@@ -53,9 +58,9 @@ def test_twenty_lengths_compile_attention_four_times_at_most():
     from mm_sparse.kernels.triton import attention_backward
 
     attention = (
-        forward._forward,
-        attention_backward._backward_queries,
-        attention_backward._backward_keys,
+        forward._block_sparse_attention_fwd_hopper,
+        attention_backward._block_sparse_attention_bwd_dq,
+        attention_backward._block_sparse_attention_bwd_dkv,
     )
     before = [len(kernel.device_caches[0][0]) for kernel in attention]
     config = mms.SparseConfig(ratio=0.3, unit=16, tile=128, sinks=16, window=32, dense_below=0)
