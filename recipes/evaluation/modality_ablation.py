@@ -49,7 +49,7 @@ from mm_sparse.recipes.metrics import densities, machine
 from mm_sparse.recipes.models import AnswerLogits, MultimodalTraining
 from mm_sparse.recipes.run import on_device, prepare, validation_of
 from mm_sparse.recipes.training import OptimizerConfig
-from mm_sparse.scorers import SlidingWindow, OracleScorer
+from mm_sparse.scorers import OracleScorer, SlidingWindow
 
 LEARNED: dict[str, dict[str, Any]] = {
     "blind": {"modalities": None, "pairs": False},

@@ -6,7 +6,7 @@ from typing import Any
 
 from mm_sparse import FineScorer
 from mm_sparse.layout import Plan
-from mm_sparse.scorers import SlidingWindow, OracleScorer
+from mm_sparse.scorers import OracleScorer, SlidingWindow
 
 
 def scoring_cost(scorer: Any, plan: Plan, heads: int, dim: int) -> float:
