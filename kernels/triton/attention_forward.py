@@ -97,7 +97,7 @@ def _block_sparse_attention_fwd(
 def forward_blocks(
     rows: int, unit: int, head_dim: int, itemsize: int, major: int
 ) -> tuple[int, int, int, int]:
-    """(rows, keys) of a block, warps and stages, as measured (docs/kernel-notes.md).
+    """(rows, keys) of a block, warps and stages, as measured (docs/development/kernel-log.md).
 
     q, k, v fit in the shared memory of the GPU's generation.
     """

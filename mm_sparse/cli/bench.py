@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,9 @@ def bench_parser() -> argparse.ArgumentParser:
     mode.add_argument("--decode", action="store_true", help="one step with a long context")
     mode.add_argument("--lengths", action="store_true", help="from which length the whole pays")
     mode.add_argument("--long", action="store_true", help="a fixed budget up to 1048576 tokens")
+    mode.add_argument(
+        "--overhead", action="store_true", help="Python time of a call, kernels replaced by nothing"
+    )
     mode.add_argument("--memory", action="store_true", help="peak memory; needs a CUDA GPU")
     return parser
 
@@ -52,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Time attention beside dense and sparse baselines on this machine."""
     parser = bench_parser()
     args = parser.parse_args(argv)
+    if args.overhead:
+        _overhead(args.out)
+        return
     # Imported behind the parser: help and wrong options need no torch.
     import torch
 
@@ -132,3 +140,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report.summary(content, session))
         if args.plot and session.records:
             report.plot(args.plot, session.records)
+
+
+def _overhead(out: Path | None) -> None:
+    """`--overhead`: a table, and a JSON file."""
+    # Triton reads it when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from mm_sparse.bench import overhead
+    from mm_sparse.bench.results import machine
+
+    rows = overhead.measure()
+    print(overhead.table(rows))
+    if out:
+        content = {"machine": machine("cpu", torch.float32), "rows": rows}
+        out.write_text(json.dumps(content, indent=1) + "\n")
