@@ -30,7 +30,7 @@ RUN_KEYS = 256
 """Keys of the runs that are ranked first."""
 TOPIC_TOKENS = 2048
 # With 0.4 tiles of 128 tokens share two thirds to three quarters of 8192 keys with the next. On
-# 8192 tokens of code SmolLM2's, 128 tokens apart, share 0.72 of an eighth (docs/development/kernel-log.md).
+# 8192 tokens of code SmolLM2's, 128 tokens apart, share 0.72 of an eighth (kernel-log.md).
 TOPIC_STRENGTH = 0.4
 
 

@@ -48,7 +48,7 @@ def registered_scorers() -> dict[str, type[Scorer]]:
     """Every registered scorer by name."""
     for module in _BUILT_IN:
         import_module(f"mm_sparse.scorers.{module}")
-    return dict(_SCORERS)
+    return dict(sorted(_SCORERS.items()))
 
 
 def scorer_class(name: str) -> type[Scorer] | None:

@@ -24,7 +24,7 @@ def test_kernels_compile_within_shared_memory(target: str) -> None:
     assert max(stacks) <= 640, done.stdout
     if target == "90":
         # All parts of the kernel run at once, and more code than a multiprocessor keeps is fetched
-        # anew at every tile with masked blocks (docs/development/kernel-log.md has what that costs).
+        # anew at every tile with masked blocks (kernel-log.md has what that costs).
         for dim, most in ((64, 99), (128, 104)):
             code = re.findall(
                 rf"_block_sparse_attention_fwd_hopper D{dim} unit \d+ even: .* code ([\d.]+) KiB",

@@ -7,6 +7,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.integrations import state
+from mm_sparse.integrations.hf.attention import attention_forward
 from tests.support.hf_models import (
     ATTENTION,
     SPARSE,
@@ -106,7 +107,7 @@ def test_meaningful_arguments_of_a_call_are_refused(option: str) -> None:
     layer = state.attention_layers(case.model)[ATTENTION]
     q, k = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8)
     with pytest.raises(ValueError, match=rf"layers.0.self_attn \(LlamaAttention\).*`{option}`"):
-        layer(q, k, k, None, {option: torch.ones(1)})
+        attention_forward(layer.module, q, k, k, None, **{option: torch.ones(1)})
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_meaningful_arguments_of_a_call_are_refused(option: str) -> None:
         (
             {"scorer": "best"},
             ValueError,
-            "scorer must be None, one of .'relevance', 'fine'. or a callable",
+            "scorer must be None, one of .'fine', 'relevance'. or a callable",
         ),
     ],
     ids=["config", "scorer"],

@@ -74,7 +74,7 @@ def options_of(model: Omni) -> dict[str, dict[str, Any]]:
 
 def permuted(layout: TokenLayout) -> TokenLayout:
     """Every token called by the name of another modality; segments stay."""
-    return replace(layout, modality=(layout.modality + 1) % len(Modality), made={})
+    return replace(layout, modality=(layout.modality + 1) % len(Modality), memo={})
 
 
 def test_only_the_aware_scorers_see_modalities() -> None:

@@ -176,7 +176,9 @@ def test_scorers_train_and_go_through_files(name: str, tmp_path: Path) -> None:
     calls: list[Any] = []
     with context.capture_attention(case.model, calls.append):
         case.run(case.model)
-    sum(c.scores.values.clamp(min=-20).square().mean() for c in calls).backward()
+    layers = state.attention_layers(case.model)
+    values = [layers[c.name].ranks.score_plan(c.q, c.k, c.plan(), c.scale).values for c in calls]
+    sum(x.clamp(min=-20).square().mean() for x in values).backward()
     parameters = list(state.scorer_parameters(case.model))
     assert all(p.grad is not None for p in parameters)
     with torch.no_grad():
