@@ -99,8 +99,8 @@ def main() -> None:
     start = time.perf_counter()
     pretrain_vision_tower.main(["--config", CONFIG])
     rows = {}
-    for name, extra in RUNS.items():
-        cli, seconds = finetune(name, [*extra, *more])
+    for name in RUNS:
+        cli, seconds = finetune(name, more)
         rows[name] = {"seconds": seconds, **held_out(cli, options.canvases)}
         if name == "sparse":
             question = draw(cli, options.out / "kept_patches.png")

@@ -54,7 +54,7 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     speaker = ""
     for name in [options.only] if options.only else RUNS:
-        cli = prepare(name, CONFIG, [*RUNS[name], *more])
+        cli = prepare(name, CONFIG, more)
         speaker = cli.datamodule.train.speaker
         before = held_out(cli, options.clips)
         print(f"training with {name} attention", flush=True)

@@ -109,7 +109,7 @@ def look(
         features = scorer.features(call.q, call.k, plan)
         weight = truth(call, plan)
         own = plan if call.config == plan.config else replace(plan, config=call.config)
-        found.append((*features, weight, own.best.head_budget.expand(weight.shape[:-1])))
+        found.append((*features, weight, own.without_sample.head_budget.expand(weight.shape[:-1])))
 
     with override_config(model, backend="dense"), capture_attention(model, keep):
         run()

@@ -2,11 +2,18 @@ from .audio import (
     HOP as HOP,
     AudioConfig as AudioConfig,
     FrameClassifier as FrameClassifier,
+    FrameProjectorConfig as FrameProjectorConfig,
     LogMel as LogMel,
 )
 from .language import LanguageConfig as LanguageConfig, LoraConfig as LoraConfig
+from .multimodal import MultimodalLM as MultimodalLM
 from .multimodal_training import (
     AnswerLogits as AnswerLogits,
+    AnswerLoss as AnswerLoss,
     MultimodalTraining as MultimodalTraining,
 )
-from .vision import PatchClassifier as PatchClassifier, VisionConfig as VisionConfig
+from .vision import (
+    PatchClassifier as PatchClassifier,
+    ProjectorConfig as ProjectorConfig,
+    VisionConfig as VisionConfig,
+)

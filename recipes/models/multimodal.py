@@ -1,279 +1,174 @@
-"""A causal language model that reads text, pictures and sounds, sparse where it is told to be.
+"""A language model that reads images, audio or both, with sparse attention, as a LightningModule.
 
-Pictures and sounds go through towers and projectors, and take the places of their tokens among the
-text. Each part of `sparse` runs sparse with its own config; parts without one run dense.
+    python -m mm_sparse.recipes.run.lightning_cli fit --config recipes/configs/vlm/digits.yaml
 
-B rows, L tokens, E width of the language model
+Images and audio go through a tower and a projector each, and take the places of their tokens among
+the text. Towers and language model run sparse, each with a config of its own, or dense without one.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import lightning as L
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse.checkpoints import read_scorers, scorers_folder
-from mm_sparse.integrations import find_all, scorers_of, set_modality
-from mm_sparse.modality import Modality
-from mm_sparse.recipes.data import IGNORED, Batch, Tokenizer
-from mm_sparse.recipes.models.language import LoraConfig
-from mm_sparse.recipes.training import Objectives, OptimizerConfig, shard
+from mm_sparse.recipes.data import Batch, Tokenizer
+from mm_sparse.recipes.metrics import ErrorCounts, plain
+from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
+from mm_sparse.recipes.models.ctc_alignment import alignment_loss
+from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
+from mm_sparse.recipes.models.multimodal_base import ScorerName
+from mm_sparse.recipes.models.multimodal_training import MultimodalTraining
+from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
+from mm_sparse.recipes.training import Objectives, OptimizerConfig
 
-ScorerName = Literal["pooled", "relevance", "fine"]
+Part = Literal["vision", "projector", "audio", "audio_projector", "language", "scorers"]
 
 
-class MultimodalLM(L.LightningModule):
-    """Towers, projectors and language model, put together; it embeds, runs and generates.
+class MultimodalLM(MultimodalTraining):
+    """Towers, projectors and a language model: VLM, speech-language model, or both in one.
 
-    A subclass builds the parts that it has: `vision` with `projector`, `audio` with
-    `audio_projector`, and `language`; then it calls `assemble`.
+    Where there is audio and no vision, validation also measures word and character error rates of
+    what the model writes.
     """
-
-    parts: tuple[str, ...] = ()
-    """Names that `freeze` may hold."""
-    language: Any
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        sparse: Mapping[str, mms.SparseConfig | None],
-        scorer: ScorerName,
-        objectives: Objectives | None,
-        optimizer: OptimizerConfig | None,
-        freeze: tuple[Any, ...],
-        checkpointing: bool,
+        vision: VisionConfig | None = None,
+        audio: AudioConfig | None = None,
+        language: LanguageConfig | None = None,
+        projector: ProjectorConfig | None = None,
+        audio_projector: FrameProjectorConfig | None = None,
+        sparse: mms.SparseConfig | None = None,
+        sparse_vision: mms.SparseConfig | None = None,
+        sparse_audio: mms.SparseConfig | None = None,
+        scorer: ScorerName = "relevance",
+        objectives: Objectives | None = None,
+        optimizer: OptimizerConfig | None = None,
+        freeze: tuple[Part, ...] = (),
+        lora: LoraConfig | None = None,
+        checkpointing: bool = False,
+        max_new_tokens: int = 64,
+        weights: str | None = None,
+        scorers_from: dict[str, str] | None = None,
+        alignment: float = 0.0,
     ) -> None:
-        """`sparse` has the configs of the parts that can run sparse."""
-        super().__init__()
-        unknown = [part for part in freeze if part not in self.parts]
-        if unknown:
-            raise ValueError(f"freeze must name parts among {self.parts}, got {unknown[0]!r}")
-        self.sparse_configs = {name: c for name, c in sparse.items() if c is not None}
-        self.objectives = objectives or Objectives()
-        if self.objectives.scorers and (not self.sparse_configs or scorer == "pooled"):
-            raise ValueError(
-                "objectives.scorers must be 0 unless the model is sparse and its scorer learns, "
-                f"got {self.objectives.scorers}"
-            )
-        if checkpointing and (self.objectives.scorers or self.objectives.changing_steps):
-            raise ValueError(
-                "checkpointing must be off while scorers learn or the ratio changes, got True"
-            )
-        self.vision: Any = None
-        self.projector: Any = None
-        self.audio: Any = None
-        self.audio_projector: Any = None
-        self.tokenizer = tokenizer
-        self.image_id, self.audio_id = tokenizer.image_id, tokenizer.audio_id
-        self.pad_id, self.eos_id = tokenizer.pad_id, tokenizer.eos_id
-        self.scorer, self.freeze_names, self.checkpointing = scorer, freeze, checkpointing
-        self.optimizer_part = optimizer or OptimizerConfig()
-
-    def assemble(
-        self,
-        lora: LoraConfig | None,
-        weights: str | None,
-        scorers_from: Mapping[str, str] | None = None,
-    ) -> None:
-        """Freeze, adapt, make sparse and load, once all parts are there."""
-        trained = dict(scorers_from or {})
-        unknown = sorted(set(trained) - set(self.sparse_configs))
-        if unknown:
-            raise ValueError(
-                f"scorers_from must name parts that run sparse, {tuple(self.sparse_configs)}, "
-                f"got {unknown[0]!r}"
-            )
-        if trained and self.objectives.narrowing_steps:
-            raise ValueError(
-                "objectives.narrowing_steps must be 0 with scorers_from, whose layers have ratios "
-                f"of their own, got {self.objectives.narrowing_steps}"
-            )
-        self.frozen = tuple(part for part in self.freeze_names if part != "scorers")
-        for part in self.frozen:
-            getattr(self, part).requires_grad_(False)
-        if lora is not None:
-            self.language.requires_grad_(False)
-            lora.apply(self.language)
-        if self.checkpointing:
-            self.language.gradient_checkpointing_enable({"use_reentrant": False})
-        self.scorers = nn.ModuleDict()
-        for name, config in list(self.sparse_configs.items()):
-            learned = None if self.scorer == "pooled" else self.scorer
-            part = getattr(self, name)
-            if name in trained:
-                stored = read_scorers(scorers_folder(trained[name]))
-                own = stored.named_as([found.name for found in find_all(part)]).config.layer_ratio
-                config = replace(config, layer_ratio=own)
-            self.sparse_configs[name] = config
-            mms.sparsify(part, config, scorer=learned)
-            if name in trained:
-                mms.load_scorers(part, trained[name])
-            prefix = "" if name == "language" else f"{name}/"
-            found = scorers_of(getattr(self, name)).items()
-            self.scorers.update({prefix + layer: scorer for layer, scorer in found})
-        # Only a distillation loss gives scorers a gradient: selection itself passes none.
-        learns = self.objectives.scorers > 0 and "scorers" not in self.freeze_names
-        self.scorers.requires_grad_(learns)
-        if weights is not None:
-            load_weights(self, weights)
-
-    def configure_model(self) -> None:
-        """Under Lightning's `ModelParallelStrategy`: shard every part (FSDP2)."""
-        if self.device_mesh is None:
-            return
-        if self.device_mesh["data_parallel"].size() != self.trainer.world_size:
-            raise ValueError(
-                f"data_parallel_size must be the {self.trainer.world_size} processes, nothing runs "
-                f"tensor-parallel, got {self.device_mesh['data_parallel'].size()}"
-            )
-        shard(self, self.device_mesh["data_parallel"])
-
-    def modality(self, batch: Batch) -> Tensor:
-        """(B, L) int8 of `Modality`."""
-        ids = batch["input_ids"]
-        kinds = (ids == self.image_id) * int(Modality.IMAGE)
-        return (kinds + (ids == self.audio_id) * int(Modality.AUDIO)).to(torch.int8)
-
-    def tokens(self, batch: Batch) -> dict[Modality, Tensor]:
-        """(tokens, E) of all pictures and of all sounds, in the order of the batch."""
-        found: dict[Modality, Tensor] = {}
-        kinds = self.modality(batch)
-        if len(batch["pixel_values"]):
-            if self.vision is None:
-                raise ValueError(f"batch must hold no pictures for a {type(self).__name__}")
-            tokens, _ = self.projector(*self.vision(batch["pixel_values"]))
-            places = int((kinds == Modality.IMAGE).sum())
-            if tokens.shape[0] * tokens.shape[1] != places:
-                raise ValueError(
-                    f"batch must have an image token per patch, {tokens.shape[0]} pictures of "
-                    f"{tokens.shape[1]}, got {places}"
-                )
-            found[Modality.IMAGE] = tokens.flatten(0, 1)
-        if len(batch["waveforms"]):
-            if self.audio is None:
-                raise ValueError(f"batch must hold no sounds for a {type(self).__name__}")
-            lengths = batch["sound_lengths"]
-            frames = self.audio(batch["waveforms"], lengths)
-            tokens = self.audio_projector(frames, lengths)
-            places = int((kinds == Modality.AUDIO).sum())
-            if len(tokens) != places:
-                raise ValueError(
-                    f"batch must have an audio token per {self.audio_projector.samples_per_token} "
-                    f"samples, {len(tokens)} for its sounds, got {places}: set samples_per_token"
-                )
-            found[Modality.AUDIO] = tokens
-        return found
-
-    def embed(self, batch: Batch) -> Tensor:
-        """(B, L, E): embeddings of the text, pictures and sounds in place of their tokens."""
-        kinds = self.modality(batch)
-        # Their ids may lie behind the table; their own rows are never used.
-        ids = batch["input_ids"].masked_fill(kinds != Modality.TEXT, self.pad_id)
-        embedded = self.language.get_input_embeddings()(ids)
-        found = self.tokens(batch)
-        for kind, tokens in found.items():
-            places = (kinds == kind)[..., None]
-            embedded = embedded.masked_scatter(places, tokens.to(embedded.dtype))
-        for kind, part in (
-            (Modality.IMAGE, self.projector),
-            (Modality.AUDIO, self.audio_projector),
-        ):
-            if part is not None and kind not in found:
-                embedded = embedded + 0 * sum(p.sum() for p in part.parameters())
-        return embedded
-
-    @contextmanager
-    def context(self, modality: Tensor) -> Iterator[None]:
-        """The language model runs inside: its layers learn there what its tokens are."""
-        with ExitStack() as stack:
-            if "language" in self.sparse_configs:
-                stack.enter_context(set_modality(self.language, modality))
-            yield
-
-    def run(self, batch: Batch, **options: Any) -> Any:
-        """The language model's output on a batch, padded on the right."""
-        mask, places = batch["attention_mask"], batch["position_ids"]
-        # No token that counts sees padding behind it: without a mask dense attention is fastest.
-        behind = bool((mask[:, 1:] <= mask[:, :-1]).all())
-        if bool((places[:, 1:] == 0).any()):
-            # Positions that start anew keep packed samples apart, where there is no other mask.
-            if not behind:
-                raise ValueError("attention_mask must pad packed rows on the right only")
-            options["position_ids"] = places
-        with self.context(self.modality(batch)):
-            return self.language(
-                inputs_embeds=self.embed(batch),
-                attention_mask=None if behind else mask.long(),
-                use_cache=False,
-                **options,
-            )
-
-    @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int = 64, *, last: bool = False) -> list[str]:
-        """The model's own first answer to every row, greedy, from what stands before the true one.
-
-        Of rows with several it can give the `last`. The rows must not be packed.
         """
-        places, learned = batch["position_ids"], batch["labels"] != IGNORED
-        if last and learned.numel():
-            number = batch["answer_index"]
-            learned = learned & (number == number.amax(1, keepdim=True))
-        if bool((places[:, 1:] == 0).any()):
-            raise ValueError("batch must have one sample per row to generate, got packed rows")
-        if not len(learned):
-            return []
-        if not bool(learned.any(1).all()):
-            raise ValueError("batch must have an answer in every row, got a row without")
-        starts = learned.int().argmax(1).tolist()
-        embedded, kinds = self.embed(batch), self.modality(batch)
-        longest, width = max(starts), embedded.shape[-1]
-        prompt = embedded.new_zeros(len(starts), longest, width)
-        given = kinds.new_zeros(len(starts), longest)
-        mask = torch.zeros(len(starts), longest, dtype=torch.long, device=embedded.device)
-        for row, start in enumerate(starts):
-            prompt[row, longest - start :] = embedded[row, :start]
-            given[row, longest - start :] = kinds[row, :start]
-            mask[row, longest - start :] = 1
-        with self.context(given):
-            ids = self.language.generate(
-                inputs_embeds=prompt,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=self.eos_id,
-                pad_token_id=self.pad_id,
-            )
-        return [self.tokenizer.decode(_until(row, self.eos_id)) for row in ids.tolist()]
-
-    def train(self, mode: bool = True) -> "MultimodalLM":
-        """Frozen parts stay as in evaluation: their statistics must not drift either."""
-        super().train(mode)
-        for part in self.frozen:
-            getattr(self, part).eval()
-        return self
-
-
-def load_weights(model: MultimodalLM, path: str) -> None:
-    """Weights of a checkpoint of the same model; scorers that it lacks stay as they are."""
-    if not Path(path).is_file():
-        raise ValueError(f"weights must be a checkpoint, got {path!r}, which is no file")
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    if not model.scorers:
-        found = {name: value for name, value in found.items() if not name.startswith("scorers.")}
-    missing, unknown = model.load_state_dict(found, strict=False)
-    missing = [name for name in missing if not name.startswith("scorers.")]
-    if missing or unknown:
-        raise ValueError(
-            f"weights must be of a model with the same parts, {path} lacks {missing[:3]} "
-            f"and has {unknown[:3]} beside"
+        Args:
+            tokenizer: size of the vocabulary and ids of the image and audio tokens.
+            vision: tower of images; None for a model without them.
+            audio: tower of audio; None for a model without it. One of both must be given.
+            language: the language model.
+            projector: from features of images to embeddings.
+            audio_projector: from features of audio to embeddings; it stacks frames.
+            sparse: what the language model's layers keep; None runs them dense.
+            sparse_vision, sparse_audio: the same for the towers.
+            scorer: what ranks the keys: the training-free score, or one that learns.
+            freeze: parts that are not trained.
+            lora: adapters on the language model, whose own weights are then frozen.
+            checkpointing: recompute the language model's layers in the backward pass.
+            max_new_tokens: tokens after which an answer is cut off when error rates are measured.
+            weights: checkpoint of an earlier run to start from, dense or sparse; step, optimizer
+                and, where it has none, scorers start anew.
+            scorers_from: trained scorers and their ratios per layer for "language", "vision" or
+                "audio": a folder of `mms.save_scorers`, or the name of shipped ones.
+            alignment: weight of the alignment loss of the audio projector. For transcripts: it
+                needs an answer for each clip, in the order of what is heard.
+        Raises:
+            ValueError: neither vision nor audio is given, or a part that is not there is named.
+        """
+        if vision is None and audio is None:
+            raise ValueError("vision or audio must be given, got neither")
+        for name, config, tower in (
+            ("sparse_vision", sparse_vision, vision),
+            ("sparse_audio", sparse_audio, audio),
+        ):
+            if config is not None and tower is None:
+                raise ValueError(f"{name} must be None for a model without that tower")
+        if alignment and audio is None:
+            raise ValueError(f"alignment must be 0 for a model without audio, got {alignment}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if alignment < 0:
+            raise ValueError(f"alignment must be at least 0, got {alignment}")
+        parts = (
+            *(("vision", "projector") if vision is not None else ()),
+            *(("audio", "audio_projector") if audio is not None else ()),
+            "language",
+            "scorers",
         )
+        configs = {"language": sparse, "vision": sparse_vision, "audio": sparse_audio}
+        super().__init__(
+            tokenizer, configs, scorer, objectives, optimizer, freeze, checkpointing, parts
+        )
+        self.max_new_tokens, self.alignment = max_new_tokens, alignment
+        # In this order: the random numbers of a seed belong to it.
+        if vision is not None:
+            self.vision = vision.build()
+        if audio is not None:
+            self.audio = audio.build()
+        self.language = (language or LanguageConfig()).build(tokenizer.size)
+        width = self.language.get_input_embeddings().embedding_dim
+        if vision is not None:
+            self.projector = (projector or ProjectorConfig()).build(self.vision.width, width)
+        if audio is not None:
+            self.audio_projector = (audio_projector or FrameProjectorConfig()).build(
+                self.audio.width, width
+            )
+        self.measures_errors = audio is not None and vision is None
+        self.counts = ErrorCounts()
+        self.assemble(lora, weights, scorers_from)
 
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        if not self.alignment or not len(batch["waveforms"]):
+            return super().training_step(batch, index)
+        heard: list[Tensor] = []
+        hook = self.audio_projector.register_forward_hook(lambda *call: heard.append(call[-1]))
+        with hook:
+            loss = super().training_step(batch, index)
+        alignment_term = self.aligned(heard[0], batch)
+        self.log("train/alignment", alignment_term.detach(), prog_bar=True)
+        return loss + self.alignment * alignment_term
 
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+    def aligned(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """`alignment_loss` of the (N, E) audio tokens of a batch."""
+        number, ids = batch["answer_index"], batch["input_ids"]
+        answers = [ids[number == i][:-1] for i in range(len(batch["answers"]))]
+        counts = -(-batch["sound_lengths"] // self.audio_projector.samples_per_token)
+        table = self.language.get_input_embeddings().weight
+        return alignment_loss(tokens, counts.tolist(), answers, table, self.pad_id)
+
+    def score(self, stage: str, batch: Batch) -> None:
+        """Error rates of the last answers where they are measured, then loss and densities."""
+        if self.measures_errors:
+            said = self.generate(batch, self.max_new_tokens, last=True)
+            last = batch["answer_index"].amax(1).tolist() if said else []
+            texts = [batch["answers"][number] for number in last]
+            wanted = [self.tokenizer.decode(self.tokenizer.encode(text)) for text in texts]
+            self.counts.add([plain(text) for text in wanted], [plain(text) for text in said])
+        self.log_all(stage, self(batch), batch)
+
+    def finish(self, stage: str) -> None:
+        """Error rates over all processes."""
+        if not self.measures_errors:
+            return
+        totals = self.counts.totals().to(self.device)
+        if self.trainer.world_size > 1:
+            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        self.counts = ErrorCounts()
+        word_errors, words, character_errors, characters = totals.tolist()
+        if words:
+            self.log(f"{stage}/wer", word_errors / words, prog_bar=True, rank_zero_only=True)
+            self.log(f"{stage}/cer", character_errors / max(characters, 1), rank_zero_only=True)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self.score("validation", batch)
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        self.score("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.finish("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self.finish("test")

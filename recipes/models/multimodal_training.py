@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import mm_sparse as mms
 from mm_sparse.distillation import distillation_losses
 from mm_sparse.recipes.data import IGNORED, Batch
-from mm_sparse.recipes.models.multimodal import MultimodalLM
+from mm_sparse.recipes.models.multimodal_base import MultimodalBase
 from mm_sparse.recipes.training import average, optimize
 
 
@@ -49,8 +49,8 @@ class AnswerLogits:
         return found.scatter_reduce(0, self.answer, right, "amin").bool()
 
 
-class MultimodalTraining(MultimodalLM):
-    """A `MultimodalLM` that learns to give the answers of its batches."""
+class MultimodalTraining(MultimodalBase):
+    """A `MultimodalBase` that learns to give the answers of its batches."""
 
     def forward(self, batch: Batch) -> AnswerLoss:
         """Teacher forcing: every token of an answer is predicted from the true ones before it."""

@@ -40,7 +40,7 @@ class FinetuneLM(L.LightningModule):
         lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         scorer_loss: float = 1.0,
-        lessons_every: int = 4,
+        scorers_every: int = 4,
         temperature: float = 0.2,
         out: str | None = None,
     ) -> None:
@@ -50,17 +50,20 @@ class FinetuneLM(L.LightningModule):
             scorers_from: folder of `save_scorers` to start from; untrained ones if None.
             lora: adapters, the model's own weights frozen; None trains all of it.
             distillation loss: weight of the attention that the soft top-k drops, 0 for none.
-            lessons_every: steps between two distillation losses.
+            scorers_every: steps between two distillation losses.
             temperature: of that choice.
             out: folder that the scorers are written to at the end.
         """
         super().__init__()
-        for name, value, low in (("lesson", scorer_loss, 0), ("lessons_every", lessons_every, 1)):
+        for name, value, low in (
+            ("scorer_loss", scorer_loss, 0),
+            ("scorers_every", scorers_every, 1),
+        ):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         self.language: Any = language.build(0)
         self.optimizer_part = optimizer or OptimizerConfig()
-        self.scorer_loss, self.lessons_every, self.out = scorer_loss, lessons_every, out
+        self.scorer_loss, self.scorers_every, self.out = scorer_loss, scorers_every, out
         self.scorers = nn.ModuleDict()
         if sparse is not None or scorers_from is not None:
             if sparse is not None:
@@ -84,7 +87,7 @@ class FinetuneLM(L.LightningModule):
         due = (
             self.scorer_loss > 0
             and len(self.scorers)
-            and self.global_step % self.lessons_every == 0
+            and self.global_step % self.scorers_every == 0
         )
         teach: Any = distillation_losses(self.language, self.taught) if due else nullcontext()
         with teach as learned:

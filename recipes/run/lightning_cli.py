@@ -1,22 +1,25 @@
-"""`python -m mm_sparse.recipes.NAME fit --config FILE.yaml`: LightningCLI on model and data."""
+"""LightningCLI on a model that a YAML file names, and data made of samples.
 
-import importlib
+    python -m mm_sparse.recipes.run.lightning_cli fit --config recipes/configs/vlm/digits.yaml
+
+`model.class_path` is any LightningModule that takes a `tokenizer`, of this package or of yours; the
+file may have any name.
+"""
+
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.run.callbacks import progress_bar
-
-MODELS = {"vlm": "VLM", "speech": "Speech", "omni": "Omni"}
-"""Class of the module that has the name of a recipe."""
 
 
 class RecipeCLI(LightningCLI):
     """The data's tokenizer is the model's; a progress bar that suits where the output goes."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
+        parser.link_arguments("data.tokenizer", "model.init_args.tokenizer", apply_on="instantiate")
         parser.set_defaults({"seed_everything": 0})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -27,16 +30,17 @@ class RecipeCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def main(recipe: str, args: Any = None, run: bool = True) -> RecipeCLI:
-    """Parse `args` (the command line if None) for a recipe and, if `run`, do what they say."""
-    if recipe not in MODELS:
-        raise ValueError(f"recipe must be one of {', '.join(MODELS)}, got {recipe!r}")
-    # Not by what runs as __main__: its classes would be others than those of the imports.
-    module = importlib.import_module(f"mm_sparse.recipes.models.{recipe}")
+def main(args: Any = None, run: bool = True) -> RecipeCLI:
+    """Parse `args` (the command line if None) and, if `run`, do what they say."""
     return RecipeCLI(
-        getattr(module, MODELS[recipe]),
+        L.LightningModule,
         SampleData,
+        subclass_mode_model=True,
         args=args,
         run=run,
         save_config_kwargs={"overwrite": True},
     )
+
+
+if __name__ == "__main__":
+    main()

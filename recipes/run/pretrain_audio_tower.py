@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args(arguments)
     recipe: dict[str, Any] = yaml.safe_load(Path(options.config).read_text())
-    audio = dict(recipe["model"]["audio"])
+    audio = dict(recipe["model"]["init_args"]["audio"])
     path = Path(audio.pop("weights"))
     torch.manual_seed(recipe.get("seed_everything") or 0)
     tower = AudioConfig(**audio).build()

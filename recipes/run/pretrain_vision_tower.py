@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args(arguments)
     recipe: dict[str, Any] = yaml.safe_load(Path(options.config).read_text())
-    vision = dict(recipe["model"]["vision"])
+    vision = dict(recipe["model"]["init_args"]["vision"])
     path = Path(vision.pop("weights"))
     torch.manual_seed(recipe.get("seed_everything") or 0)
     tower = VisionConfig(**vision).build()

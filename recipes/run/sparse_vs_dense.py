@@ -15,23 +15,33 @@ by side:
 """
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 from mm_sparse.recipes.metrics import machine
 
-DENSE = ["--model.sparse=null", "--model.objectives.scorers=0"]
-RUNS: dict[str, list[str]] = {"sparse": [], "dense": DENSE}
+RUNS = ("sparse", "dense")
+# What a run without sparse attention sets, where its model has the argument.
+DENSE = {
+    "sparse": "null",
+    "sparse_vision": "null",
+    "sparse_audio": "null",
+    "scorers_from": "null",
+    "objectives": '{"scorers": 0}',
+}
 
 
 class StepTimes(Callback):
@@ -58,19 +68,21 @@ class StepTimes(Callback):
         self._since = now
 
 
-def options_of(name: str, config: str) -> list[str]:
-    """What a recipe adds to a run of `RUNS`: dense is its tower as well."""
-    if name != "dense":
-        return []
-    return {
-        "speech": ["--model.sparse_audio=null", "--model.scorers_from=null"],
-        "omni": ["--model.sparse_audio=null"],
-    }.get(recipe_of(config), [])
+def dense_options(config: str) -> list[str]:
+    """Options that run the model of a config file dense.
 
-
-def recipe_of(config: str) -> str:
-    """Name of the recipe that a file is for: its folder."""
-    return Path(config).parent.name
+    Raises:
+        ValueError: the file names no class of a model.
+    """
+    record = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    model = record.get("model") if isinstance(record, dict) else None
+    path = model.get("class_path") if isinstance(model, dict) else None
+    if not isinstance(path, str):
+        raise ValueError(f"model.class_path of {config} must name a class, got {path!r}")
+    module, _, name = path.rpartition(".")
+    arguments = inspect.signature(getattr(import_module(module), name)).parameters
+    options = [f"--model.{key}={value}" for key, value in DENSE.items() if key in arguments]
+    return [o.replace('objectives={"scorers": 0}', "objectives.scorers=0") for o in options]
 
 
 def prepare(name: str, config: str, options: list[str]) -> Any:
@@ -81,8 +93,8 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
     from mm_sparse.recipes.run.lightning_cli import main as recipe
 
     options = [option.replace("{run}", name) for option in options]
-    given = [f"--config={config}", *options, *options_of(name, config)]
-    cli = recipe(recipe_of(config), given, run=False)
+    given = [f"--config={config}", *options, *(dense_options(config) if name == "dense" else [])]
+    cli = recipe(given, run=False)
     for checkpoint in cli.trainer.checkpoint_callbacks:
         own: Any = checkpoint
         own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)
@@ -173,7 +185,7 @@ def main() -> None:
     sys.argv = sys.argv[:1]
     record: dict[str, Any] = {"machine": machine(), "config": args.config, "options": more}
     for name in [args.only] if args.only else RUNS:
-        record[name] = run(name, args.config, [*RUNS[name], *more])
+        record[name] = run(name, args.config, more)
         print(name, json.dumps(record[name]), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")

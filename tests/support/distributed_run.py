@@ -20,11 +20,10 @@ import mm_sparse as mms
 from mm_sparse.recipes.data.datamodule import SampleData
 from mm_sparse.recipes.datasets.digit_dictation import DictationTokenizer, SpokenWords
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
+from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.audio import AudioConfig
 from mm_sparse.recipes.models.language import LanguageConfig
-from mm_sparse.recipes.models.speech import Speech
 from mm_sparse.recipes.models.vision import VisionConfig
-from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.training.objectives import Objectives
 
 SPARSE = mms.SparseConfig(
@@ -68,14 +67,15 @@ def parts(recipe, batch):
         tokenizer, vision = DigitTokenizer(), VisionConfig(image_size=36, options=tower)
         samples = DigitCanvases("train", 24, rows=3, columns=3, questions=2)
         options = {"patch_size": 4}
-        model = VLM(tokenizer, vision, LM, **COMMON)
+        model = MultimodalLM(tokenizer, vision=vision, language=LM, **COMMON)
     else:
         tokenizer = DictationTokenizer()
         samples = SpokenWords("train", 24, words=3, speaker="tones")
         options = {"samples_per_token": 640}
-        model = Speech(
-            tokenizer, AudioConfig("whisper", options=WHISPER), LM, sparse_audio=HEARS, **COMMON
-        )
+        model = MultimodalLM(
+            tokenizer, audio=AudioConfig("whisper", options=WHISPER), language=LM,
+            sparse_audio=HEARS, **COMMON,
+        )  # fmt: skip
     return model, SampleData(samples, tokenizer, batch_size=batch, shuffle=False, **options)
 
 

@@ -18,9 +18,9 @@ from mm_sparse.recipes.distillation.language import DistillationConfig
 from mm_sparse.recipes.evaluation import modality_ablation
 from mm_sparse.recipes.evaluation.attention_by_modality import AttentionByModality, kl_by_row
 from mm_sparse.recipes.evaluation.modality_ablation_report import pair_table, summary, table
+from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
 from mm_sparse.recipes.models.language import LanguageConfig
-from mm_sparse.recipes.models.omni import Omni
 from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
 from mm_sparse.recipes.training.optimizer import OptimizerConfig
 from tests.support.tiny_recipes import sharpen
@@ -44,12 +44,14 @@ SPARSE = mms.SparseConfig(
 )
 
 
-def omni(sparse: mms.SparseConfig | None = SPARSE, **options: Any) -> Omni:
+def omni(sparse: mms.SparseConfig | None = SPARSE, **options: Any) -> MultimodalLM:
     torch.manual_seed(0)
-    model = Omni(
-        TOKENIZER, VisionConfig(image_size=32, options=TOWER),
-        AudioConfig(options={"width": 16, "depth": 1, "heads": 2}), LanguageConfig(options=LM),
-        ProjectorConfig(), FrameProjectorConfig(), sparse=sparse, **options,
+    model = MultimodalLM(
+        TOKENIZER, vision=VisionConfig(image_size=32, options=TOWER),
+        audio=AudioConfig(options={"width": 16, "depth": 1, "heads": 2}),
+        language=LanguageConfig(options=LM),
+        projector=ProjectorConfig(), audio_projector=FrameProjectorConfig(),
+        sparse=sparse, **options,
     )  # fmt: skip
     sharpen(model.language)
     return model
@@ -65,7 +67,7 @@ def batch(seed: int) -> Any:
     return COLLATOR([Sample(tuple(turns))] * 2)
 
 
-def options_of(model: Omni) -> dict[str, dict[str, Any]]:
+def options_of(model: MultimodalLM) -> dict[str, dict[str, Any]]:
     return {
         name: {"modalities": tuple(Modality), **own}
         for name, own in modality_ablation.LEARNED.items()

@@ -13,9 +13,9 @@ from mm_sparse.integrations.state import attention_layers, sparse_config
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
 from mm_sparse.recipes.evaluation import vlm_quality
+from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.language import LanguageConfig
 from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
-from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.run.sparse_vs_dense import prepare
 from tests.recipes.models.test_vlm import SPARSE, TINY_LM, TINY_TOWER
 from tests.support.tiny_recipes import sharpen
@@ -23,11 +23,12 @@ from tests.support.tiny_recipes import sharpen
 DIGITS = str(Path(__file__).resolve().parents[3] / "recipes" / "configs" / "vlm" / "digits.yaml")
 
 
-def model(sparse: mms.SparseConfig | None = SPARSE, **options: Any) -> VLM:
+def model(sparse: mms.SparseConfig | None = SPARSE, **options: Any) -> MultimodalLM:
     torch.manual_seed(0)
-    made = VLM(
-        DigitTokenizer(), VisionConfig(image_size=72, options=TINY_TOWER),
-        LanguageConfig(options=TINY_LM), ProjectorConfig(positions=18), sparse=sparse, **options,
+    made = MultimodalLM(
+        DigitTokenizer(), vision=VisionConfig(image_size=72, options=TINY_TOWER),
+        language=LanguageConfig(options=TINY_LM), projector=ProjectorConfig(positions=18),
+        sparse=sparse, **options,
     )  # fmt: skip
     sharpen(made.language)
     return made
@@ -157,13 +158,13 @@ def test_the_program_runs_where_its_trainer_would(
 ) -> None:
     pytest.importorskip("jsonargparse")
     monkeypatch.setattr(sys, "argv", ["recipe"])
-    devices, answers = set(), VLM.answers
+    devices, answers = set(), MultimodalLM.answers
 
-    def spied(self: VLM, batch: Any) -> Any:
+    def spied(self: MultimodalLM, batch: Any) -> Any:
         devices.update({self.device.type, batch["input_ids"].device.type})
         return answers(self, batch)
 
-    monkeypatch.setattr(VLM, "answers", spied)
+    monkeypatch.setattr(MultimodalLM, "answers", spied)
     quiet = [
         "--trainer.logger=false",
         "--trainer.enable_progress_bar=false",

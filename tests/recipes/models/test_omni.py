@@ -13,9 +13,9 @@ from mm_sparse.recipes.data.samples import RATE, Sample, Turn
 from mm_sparse.recipes.data.splits import split_of
 from mm_sparse.recipes.datasets.spoken_stamps import SpokenStamps, YesNoTokenizer
 from mm_sparse.recipes.metrics.density import densities
+from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
 from mm_sparse.recipes.models.language import LanguageConfig
-from mm_sparse.recipes.models.omni import Omni
 from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
 from mm_sparse.recipes.run.inspection import scene
 from mm_sparse.recipes.training.objectives import Objectives
@@ -43,13 +43,13 @@ def config(**options):
 
 def model(sparse=None, **options):
     torch.manual_seed(0)
-    return Omni(
+    return MultimodalLM(
         TOKENIZER,
-        VisionConfig(image_size=32, options=TOWER),
-        AudioConfig(options={"width": 16, "depth": 1, "heads": 2}),
-        LanguageConfig(options=LM),
-        ProjectorConfig(),
-        FrameProjectorConfig(),
+        vision=VisionConfig(image_size=32, options=TOWER),
+        audio=AudioConfig(options={"width": 16, "depth": 1, "heads": 2}),
+        language=LanguageConfig(options=LM),
+        projector=ProjectorConfig(),
+        audio_projector=FrameProjectorConfig(),
         sparse=sparse,
         **options,
     )

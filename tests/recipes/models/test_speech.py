@@ -11,6 +11,7 @@ from mm_sparse.recipes.data.samples import Sample, Turn
 from mm_sparse.recipes.datasets.digit_dictation import DictationTokenizer, SpokenWords
 from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.metrics.word_error_rate import ErrorCounts, plain
+from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.audio import (
     HOP,
     AudioConfig,
@@ -19,7 +20,6 @@ from mm_sparse.recipes.models.audio import (
     LogMel,
 )
 from mm_sparse.recipes.models.language import LanguageConfig
-from mm_sparse.recipes.models.speech import Speech
 from mm_sparse.recipes.training.objectives import Objectives
 
 TOKENIZER = DictationTokenizer()
@@ -64,11 +64,11 @@ PACKER = Collator(TOKENIZER, samples_per_token=2 * HOP, max_length=600, pack=Tru
 
 def model(sparse=None, sparse_audio=None, kind="conformer", **options):
     torch.manual_seed(0)
-    return Speech(
+    return MultimodalLM(
         TOKENIZER,
-        AudioConfig(kind, options=TOWERS[kind]),
-        LanguageConfig(options=TINY_LM),
-        FrameProjectorConfig(stack=2, positions=4),
+        audio=AudioConfig(kind, options=TOWERS[kind]),
+        language=LanguageConfig(options=TINY_LM),
+        audio_projector=FrameProjectorConfig(stack=2, positions=4),
         sparse=sparse,
         sparse_audio=sparse_audio,
         **options,
@@ -236,7 +236,7 @@ def test_wrong_input_is_named():
         model()(Collator(TOKENIZER, samples_per_token=HOP, max_length=600)(clips(1)))
     picture = Sample((Turn((torch.rand(3, 4, 4),)), Turn(("nine",), answer=True)))
     batch = Collator(TOKENIZER, patch_size=4, max_length=600)([picture])
-    with pytest.raises(ValueError, match="batch must hold no pictures for a Speech"):
+    with pytest.raises(ValueError, match="batch must hold no images for a model without vision"):
         model()(batch)
     with pytest.raises(ValueError, match=r"must have up to 80000 samples \(5 s\), got 153600"):
         model(kind="whisper")(COLLATOR(clips(1, words=12)))

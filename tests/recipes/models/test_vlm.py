@@ -8,9 +8,9 @@ from mm_sparse.distillation.losses import distillation_losses, scorer_loss
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import Sample, Turn
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
+from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.language import LanguageConfig, LoraConfig
 from mm_sparse.recipes.models.vision import Projector, ProjectorConfig, VisionConfig
-from mm_sparse.recipes.models.vlm import VLM
 from mm_sparse.recipes.training.objectives import Objectives
 from mm_sparse.recipes.training.optimizer import OptimizerConfig
 
@@ -37,11 +37,11 @@ COLLATOR = Collator(DigitTokenizer(), patch_size=4, max_length=512)
 
 def model(sparse=None, **options):
     torch.manual_seed(0)
-    return VLM(
+    return MultimodalLM(
         DigitTokenizer(),
-        VisionConfig(image_size=36, options=TINY_TOWER),
-        LanguageConfig(options=TINY_LM),
-        ProjectorConfig(positions=9),
+        vision=VisionConfig(image_size=36, options=TINY_TOWER),
+        language=LanguageConfig(options=TINY_LM),
+        projector=ProjectorConfig(positions=9),
         sparse=sparse,
         **options,
     )

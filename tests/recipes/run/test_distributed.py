@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = Path(__file__).with_name("distributed_run.py")
+SCRIPT = ROOT / "tests" / "support" / "distributed_run.py"
 DDP = "ddp_find_unused_parameters_true"
 CASES = [("vlm", DDP), ("speech", DDP), ("vlm", "fsdp2"), ("speech", "fsdp2")]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -65,7 +65,7 @@ def test_adapters_and_scorers_learn_and_nothing_else(npz: str) -> None:
     assert any(name.startswith("scorers.") for name in moved)
 
 
-def test_without_lessons_scorers_stay(npz: str) -> None:
+def test_without_distillation_losses_scorers_stay(npz: str) -> None:
     module = FinetuneLM(tiny(), SPARSE, scorer_loss=0.0, **PARTS)
     fit(module, npz, 2)
     assert not any(p.any() for p in module.scorers.parameters())
@@ -102,8 +102,8 @@ def test_the_shipped_config_is_one_that_the_recipe_takes(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lesson": -1.0}, "lesson must be at least 0, got -1.0"),
-        ({"lessons_every": 0}, "lessons_every must be at least 1, got 0"),
+        ({"scorer_loss": -1.0}, "scorer_loss must be at least 0, got -1.0"),
+        ({"scorers_every": 0}, "scorers_every must be at least 1, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(given: dict, message: str) -> None:

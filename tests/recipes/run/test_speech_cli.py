@@ -43,7 +43,6 @@ def _no_arguments_of_pytest(monkeypatch):
 def fit(folder, *more):
     callbacks = "mm_sparse.recipes.run.callbacks"
     return main(
-        "speech",
         [
             "fit",
             f"--config={DIGITS}",
@@ -53,7 +52,7 @@ def fit(folder, *more):
             f"--trainer.logger.save_dir={folder}",
             "--trainer.logger+=lightning.pytorch.loggers.TensorBoardLogger",
             f"--trainer.logger.save_dir={folder}",
-            f"--trainer.callbacks={callbacks}.Speed",
+            f"--trainer.callbacks={callbacks}.Throughput",
             f"--trainer.callbacks+={callbacks}.Density",
             f"--trainer.callbacks+={callbacks}.Pictures",
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
@@ -118,22 +117,24 @@ def test_inspect_writes_a_page_for_a_checkpoint(run_folder, tmp_path, capsys):
 
 
 def test_a_dense_model_cannot_be_inspected():
-    options = [*sparse_vs_dense.DENSE, *sparse_vs_dense.options_of("dense", DIGITS)]
-    cli = main("speech", [f"--config={DIGITS}", *FEW, *options], run=False)
+    options = sparse_vs_dense.dense_options(DIGITS)
+    cli = main([f"--config={DIGITS}", *FEW, *options], run=False)
     assert cli.model.sparse_configs == {}
     with pytest.raises(ValueError, match="model must run sparse to be inspected, got a dense one"):
         scene(cli.model, cli.datamodule.collator, cli.datamodule.validation[0])
 
 
-def test_an_unknown_recipe_is_refused():
-    with pytest.raises(ValueError, match="recipe must be one of vlm, speech, omni, got 'video'"):
-        main("video", [])
+def test_a_file_without_a_class_is_refused(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: {width: 3}")
+    with pytest.raises(ValueError, match="model.class_path of .*mine.yaml must name a class"):
+        sparse_vs_dense.dense_options(str(config))
 
 
 def test_a_tower_learns_to_name_what_it_hears(tmp_path):
     record = yaml.safe_load(Path(DIGITS).read_text())
     weights = str(tmp_path / "tower.safetensors")
-    record["model"]["audio"]["weights"] = weights
+    record["model"]["init_args"]["audio"]["weights"] = weights
     for split in ("train", "validation"):
         record["data"][split]["init_args"] |= {"speaker": "tones", "words": 4}
     recipe = tmp_path / "recipe.yaml"

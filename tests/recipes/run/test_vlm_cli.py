@@ -14,7 +14,7 @@ import mm_sparse as mms
 from mm_sparse.analysis.overlays import kept_patches, kept_share
 from mm_sparse.recipes.datasets.stamps import STAMPS
 from mm_sparse.recipes.metrics.density import densities
-from mm_sparse.recipes.models.vlm import VLM
+from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.pretrained import wheels
 from mm_sparse.recipes.run import pretrain_vision_tower, sparse_vs_dense
 from mm_sparse.recipes.run.lightning_cli import main
@@ -43,7 +43,6 @@ def _no_arguments_of_pytest(monkeypatch):
 def fit(folder, *more):
     checkpoints = "lightning.pytorch.callbacks.ModelCheckpoint"
     return main(
-        "vlm",
         [
             "fit",
             f"--config={DIGITS}",
@@ -51,7 +50,7 @@ def fit(folder, *more):
             f"--trainer.default_root_dir={folder}",
             "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
             f"--trainer.logger.save_dir={folder}",
-            "--trainer.callbacks=mm_sparse.recipes.run.callbacks.Speed",
+            "--trainer.callbacks=mm_sparse.recipes.run.callbacks.Throughput",
             "--trainer.callbacks+=mm_sparse.recipes.run.callbacks.Density",
             "--trainer.callbacks.every=2",
             f"--trainer.callbacks+={checkpoints}",
@@ -70,7 +69,7 @@ def test_a_recipe_says_its_command_and_what_it_needs_first(path):
         "distill/whisper": "distillation.towers",
         "distill/smollm2": "distillation.language",
         "finetune/smollm2": "run.finetune_language",
-    }.get(f"{path.parent.name}/{path.stem}", f"models.{path.parent.name}")
+    }.get(f"{path.parent.name}/{path.stem}", "run.lightning_cli")
     config = path.relative_to(ROOT).as_posix()
     assert lines[0] == f"# python -m mm_sparse.recipes.{program} fit --config {config}"
     head = " ".join(line for line in lines[:8] if line.startswith("#"))
@@ -93,7 +92,13 @@ def test_settings_of_a_recipe_are_known(path):
 
 
 def test_print_config_shows_a_config_that_can_be_read_back():
-    command = [sys.executable, "-m", "mm_sparse.recipes.models.vlm", "fit", f"--config={DIGITS}"]
+    command = [
+        sys.executable,
+        "-m",
+        "mm_sparse.recipes.run.lightning_cli",
+        "fit",
+        f"--config={DIGITS}",
+    ]
     done = subprocess.run(
         [*command, "--print_config"],
         capture_output=True,
@@ -112,7 +117,7 @@ def test_print_config_shows_a_config_that_can_be_read_back():
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_run_logs_what_the_recipe_promises_and_resumes(tmp_path):
     cli = fit(tmp_path)
-    assert isinstance(cli.model, VLM)
+    assert isinstance(cli.model, MultimodalLM)
     log = next(tmp_path.rglob("metrics.csv"))
     columns = set(log.read_text().splitlines()[0].split(","))
     assert columns >= {
@@ -134,7 +139,7 @@ def test_a_run_logs_what_the_recipe_promises_and_resumes(tmp_path):
 
 def test_callbacks_of_a_recipe_run_beside_the_progress_bar():
     bar = FEW.index("--trainer.enable_progress_bar=false")
-    cli = main("vlm", [f"--config={DIGITS}", *FEW[:bar], *FEW[bar + 1 :]], run=False)
+    cli = main([f"--config={DIGITS}", *FEW[:bar], *FEW[bar + 1 :]], run=False)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     for name in ("ModelCheckpoint", "Throughput", "Density", "TQDMProgressBar"):
         assert names.count(name) == 1
@@ -159,7 +164,7 @@ def test_compare_writes_figures_of_both_runs(tmp_path, monkeypatch):
 
 
 def test_density_is_that_of_the_layers_that_ran_sparse():
-    cli = main("vlm", [f"--config={DIGITS}", *FEW], run=False)
+    cli = main([f"--config={DIGITS}", *FEW], run=False)
     batch = next(iter(cli.datamodule.train_dataloader()))
     cli.model(batch)
     rows = [r for r in mms.report(cli.model.language).rows if r.mode == "sparse"]
@@ -170,12 +175,12 @@ def test_density_is_that_of_the_layers_that_ran_sparse():
 
 def test_a_tower_learns_to_name_what_it_sees(tmp_path):
     record = yaml.safe_load(Path(DIGITS).read_text())
-    record["model"]["vision"]["weights"] = str(tmp_path / "tower.safetensors")
+    record["model"]["init_args"]["vision"]["weights"] = str(tmp_path / "tower.safetensors")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(record))
     pretrain_vision_tower.main([f"--config={recipe}", "--steps=2"])
-    weights = record["model"]["vision"]["weights"]
-    cli = main("vlm", [f"--config={DIGITS}", *FEW, f"--model.vision.weights={weights}"], run=False)
+    weights = record["model"]["init_args"]["vision"]["weights"]
+    cli = main([f"--config={DIGITS}", *FEW, f"--model.vision.weights={weights}"], run=False)
     size = cli.config.model.vision.image_size
     names, grid = cli.model.vision(torch.rand(2, 3, size, size))
     assert names.shape == (2, grid[0] * grid[1], 10)
