@@ -80,7 +80,7 @@ def inspect_parser() -> argparse.ArgumentParser:
         prog="mm-sparse inspect",
         description="Write one HTML page for a model and a sample: what its layers kept, over "
         "pictures and sounds, by modality and by head.",
-        epilog="mm-sparse inspect mm_sparse.recipes.run.inspection:recipe --config FILE.yaml shows "
+        epilog="mm-sparse inspect mm_sparse.recipes.run.inspect_recipe:recipe --config FILE.yaml shows "
         "a sample of a recipe's validation data; other options go to the function.",
     )
     add = parser.add_argument

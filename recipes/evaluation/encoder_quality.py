@@ -53,7 +53,7 @@ METHODS: dict[str, Callable[..., Any] | None] = {
     "window": lambda **_: SlidingWindow(),
     "random": lambda **_: BigBird(window=0.0),
     "bigbird": lambda **_: BigBird(),
-    "perfect": lambda **_: OracleScorer(),
+    "oracle": lambda **_: OracleScorer(),
     "trained": None,
     "one ratio": None,
     "linformer": None,

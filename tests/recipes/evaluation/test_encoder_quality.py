@@ -52,7 +52,7 @@ def test_methods_keep_equally_much_and_leave_the_model_dense() -> None:
         "window",
         "random",
         "bigbird",
-        "perfect",
+        "oracle",
     ]
     assert [row["order"] for row in rows] == ["", *orders * 5]
     pairs = zip(rows[1::2], rows[2::2], strict=True)

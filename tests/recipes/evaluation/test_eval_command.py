@@ -63,7 +63,12 @@ def test_a_card_is_measured_again_beside_its_figures(
     mms.sparsify(model, SPARSE, scorer="fine")
     mms.save_scorers(model, tmp_path / "tiny", dtype=torch.float16)
     old = {"text": "a", "method": "window", "ratio": 0.3, "kl": 7.25}
-    table = {"program": "quality", "about": "KL", "rows": [old], "options": ["--methods", "window"]}
+    table = {
+        "program": "evaluation.language_quality",
+        "about": "KL",
+        "rows": [old],
+        "options": ["--methods", "window"],
+    }
     card = {"model": "m", "tables": {"text": table, "other": table | {"program": "none"}}}
     (tmp_path / "tiny" / "card.json").write_text(json.dumps(card))
     monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path)

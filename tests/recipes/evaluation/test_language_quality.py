@@ -41,7 +41,7 @@ def test_the_table_has_every_method_beside_dense() -> None:
     sharpen(model)
     mms.sparsify(model, SPARSE, scorer="fine")
     rows = {"a": torch.randint(0, 40, (2, TOKENS))}
-    methods = ["window", "bigbird", "scorers", "perfect"]
+    methods = ["window", "bigbird", "scorers", "oracle"]
     *_, before, found = language_quality.tables(model, rows, methods, [0.3], [1.0])
     assert len(before) == len(found) == 8
     assert {len(row["kls"]) for row in before} == {1}

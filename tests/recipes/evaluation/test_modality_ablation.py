@@ -162,11 +162,11 @@ def test_every_variant_stands_at_one_density(outcome: dict[str, Any]) -> None:
         seeds = 2 if modality_ablation.VARIANTS[name].learned else 1
         assert len(row["kl_by_seed"]) == len(row["ratios"]) == seeds
         assert {"AUDIO>IMAGE", "TEXT>AUDIO", "IMAGE>IMAGE"} <= set(row["density_by_pair"])
-    assert rows["perfect"]["overlap"] == 1.0
+    assert rows["oracle"]["overlap"] == 1.0
     assert rows["blind"]["kl_change"] == 0
     sizes = {name: row["parameters"] for name, row in rows.items()}
     assert sizes["blind"] < sizes["bias"] < sizes["maps"] < sizes["maps and bias"]
-    assert sizes["pooled, untrained"] == sizes["parts, untrained"] == sizes["perfect"] == 0
+    assert sizes["pooled, untrained"] == sizes["parts, untrained"] == sizes["oracle"] == 0
 
 
 def test_attention_of_a_query_adds_up_to_one(outcome: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def test_the_outcome_is_json_and_tables(outcome: dict[str, Any]) -> None:
 def test_the_model_stays_as_it_was() -> None:
     model = omni()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    some = {name: modality_ablation.VARIANTS[name] for name in ("blind", "perfect")}
+    some = {name: modality_ablation.VARIANTS[name] for name in ("blind", "oracle")}
     modality_ablation.run(model, lambda seed: [batch(0)], [batch(1)], seeds=(0,), variants=some)
     after = model.state_dict()
     assert set(before) == set(after)

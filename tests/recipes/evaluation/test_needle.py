@@ -86,8 +86,8 @@ def test_only_what_dense_recalls_counts(monkeypatch: pytest.MonkeyPatch) -> None
             model.depth = trial.depth
             yield trial
 
-    monkeypatch.setattr(needle, "keeping", override_config)
-    monkeypatch.setattr(needle, "ranked_by", override_scorers)
+    monkeypatch.setattr(needle, "override_config", override_config)
+    monkeypatch.setattr(needle, "override_scorers", override_scorers)
     settings = {"good": ("window", {"mode": "good"}), "bad": ("window", {"mode": "bad"})}
     *_, (good, bad) = needle.recall(model, marked(), settings, count=6)
     assert (good["trials"], good["tried"]) == (6, 8)

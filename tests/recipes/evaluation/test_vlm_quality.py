@@ -40,9 +40,9 @@ def batch(seed: int = 0) -> Any:
     return Collator(DigitTokenizer(), patch_size=4, max_length=512)([data[0], data[1]])
 
 
-def test_perfect_is_dense_where_everything_is_kept() -> None:
-    perfect = {"perfect": vlm_quality.METHODS["perfect"]}
-    dense, whole = vlm_quality.table(model(), [batch()], [1.0], perfect)
+def test_the_oracle_is_dense_where_everything_is_kept() -> None:
+    oracle = {"oracle": vlm_quality.METHODS["oracle"]}
+    dense, whole = vlm_quality.table(model(), [batch()], [1.0], oracle)
     assert dense["answers"] == 8
     assert dense["density"] == whole["density"] == whole["ratio"] == whole["as_dense"] == 1.0
     assert whole["exact_match"] == dense["exact_match"]
@@ -65,8 +65,8 @@ def test_every_method_has_its_row_at_the_density_asked_for() -> None:
         assert row["kl"] > 0
         assert row["loss"] != dense["loss"]
     found = {row["method"]: row for row in rows[:6]}
-    assert len({found[name]["overlap"] for name in ("window", "bigbird", "pooled", "perfect")}) == 4
-    assert found["perfect"]["overlap"] == 1.0
+    assert len({found[name]["overlap"] for name in ("window", "bigbird", "pooled", "oracle")}) == 4
+    assert found["oracle"]["overlap"] == 1.0
     # Untrained, a model's own scorers rank as the pooled score does.
     assert found["scorers"]["overlap"] == pytest.approx(found["pooled"]["overlap"], abs=1e-4)
     assert json.loads(json.dumps(rows)) == rows

@@ -105,7 +105,7 @@ def test_inspect_writes_a_page_for_a_checkpoint(run_folder, tmp_path, capsys):
     checkpoint = next(run_folder.rglob("last*.ckpt"))
     command = [
         "inspect",
-        "mm_sparse.recipes.run.inspection:recipe",
+        "mm_sparse.recipes.run.inspect_recipe:recipe",
         f"--config={DIGITS}",
         "--sample=1",
     ]
@@ -127,7 +127,7 @@ def test_a_dense_model_cannot_be_inspected():
 def test_a_file_without_a_class_is_refused(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("model: {width: 3}")
-    with pytest.raises(ValueError, match="model.class_path of .*mine.yaml must name a class"):
+    with pytest.raises(ValueError, match=r"model.class_path of .*mine.yaml must name a class"):
         sparse_vs_dense.dense_options(str(config))
 
 
@@ -140,9 +140,7 @@ def test_a_tower_learns_to_name_what_it_hears(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(record))
     pretrain_audio_tower.main([f"--config={recipe}", "--steps=2"])
-    cli = main(
-        "speech", [f"--config={DIGITS}", *FEW, f"--model.audio.weights={weights}"], run=False
-    )
+    cli = main([f"--config={DIGITS}", *FEW, f"--model.audio.weights={weights}"], run=False)
     names = cli.model.audio(torch.randn(1, 3200), torch.tensor([3200]))
     assert names.shape == (1, 10, 11)
     assert torch.allclose(names.sum(-1), torch.ones(1, 10))

@@ -80,13 +80,14 @@ def test_a_recipe_says_its_command_and_what_it_needs_first(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_settings_of_a_recipe_are_known(path):
     record = yaml.safe_load(path.read_text())
-    if isinstance(record["model"].get("scorers_from"), str):  # their config is beside them
-        assert record["model"]["sparse"] is None
+    model = record["model"].get("init_args", record["model"])
+    if isinstance(model.get("scorers_from"), str):  # their config is beside them
+        assert model["sparse"] is None
         return
-    if record["model"]["sparse"] is None:  # a dense start, for the sparse recipe of its name
+    if model["sparse"] is None:  # a dense start, for the sparse recipe of its name
         assert path.with_name(path.name.replace("_warm", "")) in set(RECIPES) - {path}
         return
-    sparse = dict(record["model"]["sparse"])
+    sparse = dict(model["sparse"])
     sparse["bidirectional"] = tuple(sparse.get("bidirectional", ()))
     assert mms.SparseConfig(**sparse).ratio < 0.5
 
@@ -108,9 +109,7 @@ def test_print_config_shows_a_config_that_can_be_read_back():
     )
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
-    assert shown["model"]["sparse"]["ratio"] == yaml.safe_load(Path(DIGITS).read_text())["model"][
-        "sparse"
-    ].get("ratio", 0.2)
+    assert shown["model"]["init_args"]["sparse"]["ratio"] == 0.25
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
@@ -181,7 +180,7 @@ def test_a_tower_learns_to_name_what_it_sees(tmp_path):
     pretrain_vision_tower.main([f"--config={recipe}", "--steps=2"])
     weights = record["model"]["init_args"]["vision"]["weights"]
     cli = main([f"--config={DIGITS}", *FEW, f"--model.vision.weights={weights}"], run=False)
-    size = cli.config.model.vision.image_size
+    size = cli.config.model.init_args.vision.image_size
     names, grid = cli.model.vision(torch.rand(2, 3, size, size))
     assert names.shape == (2, grid[0] * grid[1], 10)
     assert torch.allclose(names.sum(-1), torch.ones(names.shape[:2]))
