@@ -80,8 +80,8 @@ def inspect_parser() -> argparse.ArgumentParser:
         prog="mm-sparse inspect",
         description="Write one HTML page for a model and a sample: what its layers kept, over "
         "pictures and sounds, by modality and by head.",
-        epilog="mm-sparse inspect mm_sparse.recipes.run.inspect_recipe:recipe --config FILE.yaml shows "
-        "a sample of a recipe's validation data; other options go to the function.",
+        epilog="mm-sparse inspect mm_sparse.recipes.run.inspect_recipe:recipe --config F.yaml "
+        "shows a sample of a recipe's validation data; other options go to the function.",
     )
     add = parser.add_argument
     add("target", help="folder of a transformers model, or MODULE:FUNCTION that returns a Scene")

@@ -111,7 +111,7 @@ def test_inspect_writes_a_page_for_a_checkpoint(run_folder, tmp_path, capsys):
     ]
     mm_sparse_main([*command, f"--out={out}", f"--ckpt={checkpoint}", *FEW])
     page = out.read_text()
-    assert "Speech: dictation/validation/1" in page
+    assert "MultimodalLM: dictation/validation/1" in page
     assert "Sound 1" in page
     assert page.count("data:image/png;base64,") == 5
 
