@@ -77,7 +77,7 @@ class Plan:
     def sharing(self, **changes: Any) -> Plan:
         """The same pieces with another budget; what is memoised is shared."""
         made = replace(self, **changes)
-        object.__setattr__(made, "known", self.memo)
+        object.__setattr__(made, "memo", self.memo)
         return made
 
     def block_lists(self, index: Tensor, count: Tensor) -> BlockLists:
