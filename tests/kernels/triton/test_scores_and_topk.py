@@ -337,7 +337,7 @@ def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -
 
 
 @pytest.mark.parametrize(("length", "prefix"), [(257, 1), (513, 0)])
-@pytest.mark.parametrize("changes", [{"sampled": 0.5}, {"modality_floor": 0.3}], ids=str)
+@pytest.mark.parametrize("changes", [{"sample_ratio": 0.5}, {"modality_floor": 0.3}], ids=str)
 def test_the_unit_behind_the_block_counts_like_others(
     length: int, prefix: int, changes: dict
 ) -> None:

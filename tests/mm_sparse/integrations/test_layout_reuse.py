@@ -34,8 +34,8 @@ def listened(monkeypatch):
     heard: list[str] = []
 
     class Counting(sdpa_redirect._Redirect):
-        def __init__(self, layer: Any) -> None:
-            super().__init__(layer)
+        def __init__(self, layer: Any, ordered: Any) -> None:
+            super().__init__(layer, ordered)
             heard.append(layer.name)
 
     monkeypatch.setattr(sdpa_redirect, "_Redirect", Counting)

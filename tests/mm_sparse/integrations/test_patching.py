@@ -20,6 +20,7 @@ from tests.support.hf_models import (
     build,
     long_ids,
 )
+from tests.support.selections import scored_again
 
 tf: Any = pytest.importorskip("transformers")
 
@@ -91,8 +92,10 @@ def test_untrained_scorers_change_nothing_and_train() -> None:
     with context.capture_attention(case.model, calls.append):
         case.model(ids)
     assert [call.name for call in calls] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    loss = sum(call.scores.values.clamp(min=-20).square().mean() for call in calls)
-    loss.backward()
+    assert not any(call.scores.values.requires_grad for call in calls)
+    again = [scored_again(case.model, call).values for call in calls]
+    torch.testing.assert_close(again, [call.scores.values for call in calls])
+    sum(values.clamp(min=-20).square().mean() for values in again).backward()
     assert all(p.grad is not None for p in state.scorers_of(case.model)[
         "model/layers/0/self_attn"
     ].parameters())  # fmt: skip

@@ -142,7 +142,7 @@ def test_tokens_without_a_map_count_with_their_means() -> None:
 
 def test_one_map_and_one_bias_for_all_know_no_modality() -> None:
     layout = TokenLayout.from_rows([MIXED])
-    other = replace(layout, modality=(layout.modality + 1) % len(Modality), made={})
+    other = replace(layout, modality=(layout.modality + 1) % len(Modality), memo={})
     q, k = random_qk(layout, 6, 2)
     config = small_config(bidirectional=())  # what is visible must not change
     blind, some = trained(modalities=None, pairs=False), trained(modalities=None)

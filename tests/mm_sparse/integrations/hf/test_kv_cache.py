@@ -135,7 +135,7 @@ def test_another_scorer_describes_for_itself(model: Any, described: list[int]) -
     cache = DynamicCache(config=model.config)
     model(prompt(1, 90), past_key_values=cache)
     described.clear()
-    layer = next(iter(mms.layers(model).values()))
+    layer = next(iter(mms.attention_layers(model).values()))
     layer.scorer = mms.RelevanceScorer(num_query_heads=4, num_kv_heads=2, head_dim=8)
     model(prompt(1, 1), past_key_values=cache)
     assert described == [6, 1]
