@@ -126,9 +126,10 @@ def imports(module: str, source: str | None = None) -> Iterator[Import]:
                 yield Import(node.lineno, ".".join(base), alias.name, runs)
     for node in ast.walk(tree):
         # mms.Name is an import of that name.
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in root_names and node.attr in STUBS["mm_sparse"]:
-                yield Import(node.lineno, "mm_sparse", node.attr, id(node) not in typed)
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            continue
+        if node.value.id in root_names and node.attr in STUBS["mm_sparse"]:
+            yield Import(node.lineno, "mm_sparse", node.attr, id(node) not in typed)
 
 
 def home(module: str, name: str | None) -> str | None:
