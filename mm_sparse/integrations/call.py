@@ -16,8 +16,8 @@ class AttentionCall:
     """What a layer was given and what it made of it, as `capture_attention` hands it out.
 
     Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if
-    `layout.order` is set. `grid_order.restore(call.q, call.layout, call.first)` is as the model
-    has them.
+    `layout.order` is set. `mm_sparse.layout.restore(call.q, call.layout, call.first)` is as the
+    model has them.
     """
 
     name: str

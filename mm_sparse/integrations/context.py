@@ -71,9 +71,10 @@ def capture_attention(
     """Call `watcher` after every attention call, with q, k, v, scores and selection.
 
     All of a call is in one order, that of `call.layout`: a picture with a known grid is in patch
-    order (`AttentionCall` says how to get the model's order back). Scores carry no graph: a loss
-    scores again (`distillation_losses`). A layer under gradient checkpointing is called once more
-    in the backward pass: losses gathered there count double.
+    order (`AttentionCall` says how to get the model's order back). Scores carry no graph: call the
+    scorer on `call.q` and `call.k` for one (`distillation_losses` does).
+    A layer under gradient checkpointing is called once more in the backward pass: losses gathered
+    there count double.
     """
     shared = state_of(model).shared
     shared.watchers.append(watcher)

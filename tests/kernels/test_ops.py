@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import mm_sparse as mms
-from mm_sparse.kernels import dispatch
+from mm_sparse.kernels import dispatch, ops
 from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.ops import attend_op
 from mm_sparse.kernels.reference import transpose_lists
@@ -180,7 +180,7 @@ def test_refuses_with_the_name_of_the_argument(change, error, words) -> None:
 
 
 def test_refuses_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_sparse.kernels.ops.interpreted", lambda: False)
+    monkeypatch.setattr(ops, "interpreted", lambda: False)
     q, k, v, selection = CASE.make(torch.float32, backend="triton")
     with pytest.raises(ValueError, match="backend 'triton' needs a CUDA GPU"):
         mms.attend(q, k, v, selection)

@@ -6,10 +6,10 @@ B batch, K KV heads, T tiles, U units
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse import Scores, Selection, SparseConfig, TokenLayout
+from mm_sparse import AttentionCall, Scores, Selection, SparseConfig, TokenLayout, attention_layers
 from tests.support.layouts import Row
 
 Batch = tuple[list[Row], str]
@@ -44,3 +44,9 @@ def kept_units(selection: Selection) -> Tensor:
     for b, h, t in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
         kept[b, h, t, index[b, h, t, : selection.count[b, h, t]].long()] = True
     return kept
+
+
+def scored_again(model: nn.Module, call: AttentionCall) -> Scores:
+    """Scores of a captured call, with their graph."""
+    layer = attention_layers(model)[call.name]
+    return layer.ranks.score_plan(call.q, call.k, call.plan(), call.scale)

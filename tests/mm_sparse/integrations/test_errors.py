@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations import state
 from mm_sparse.integrations.hf.attention import attention_forward
 from tests.support.hf_models import (
     ATTENTION,
@@ -104,10 +103,10 @@ def test_dropout_while_training_is_refused_where_the_layer_runs_sparse() -> None
 def test_meaningful_arguments_of_a_call_are_refused(option: str) -> None:
     case = build("llama")
     mms.sparsify(case.model, SPARSE)
-    layer = state.attention_layers(case.model)[ATTENTION]
+    module = case.model.get_submodule(ATTENTION)
     q, k = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8)
     with pytest.raises(ValueError, match=rf"layers.0.self_attn \(LlamaAttention\).*`{option}`"):
-        attention_forward(layer.module, q, k, k, None, **{option: torch.ones(1)})
+        attention_forward(module, q, k, k, None, **{option: torch.ones(1)})
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_meaningful_arguments_of_a_call_are_refused(option: str) -> None:
         (
             {"scorer": "best"},
             ValueError,
-            "scorer must be None, one of .'fine', 'relevance'. or a callable",
+            "scorer must be None, one of .'relevance', 'fine'. or a callable",
         ),
     ],
     ids=["config", "scorer"],

@@ -20,6 +20,7 @@ from tests.support.hf_models import (
     build,
     long_ids,
 )
+from tests.support.selections import scored_again
 
 tf: Any = pytest.importorskip("transformers")
 
@@ -78,12 +79,6 @@ def test_sparse_context_puts_back_what_was_there() -> None:
     assert state.scorers_of(case.model)["model/layers/0/self_attn"] is held
 
 
-def scored(model: torch.nn.Module, call: mms.AttentionCall) -> torch.Tensor:
-    """Scores of a call with a graph to the scorer of its layer."""
-    scorer = state.attention_layers(model)[call.name].ranks
-    return scorer.score_plan(call.q, call.k, call.plan(), call.scale).values
-
-
 def test_untrained_scorers_change_nothing_and_train() -> None:
     case = build("llama")
     ids = long_ids(200)
@@ -97,8 +92,10 @@ def test_untrained_scorers_change_nothing_and_train() -> None:
     with context.capture_attention(case.model, calls.append):
         case.model(ids)
     assert [call.name for call in calls] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    loss = sum(scored(case.model, call).clamp(min=-20).square().mean() for call in calls)
-    loss.backward()
+    assert not any(call.scores.values.requires_grad for call in calls)
+    again = [scored_again(case.model, call).values for call in calls]
+    torch.testing.assert_close(again, [call.scores.values for call in calls])
+    sum(values.clamp(min=-20).square().mean() for values in again).backward()
     assert all(p.grad is not None for p in state.scorers_of(case.model)[
         "model/layers/0/self_attn"
     ].parameters())  # fmt: skip

@@ -13,6 +13,7 @@ from torch import nn
 
 import mm_sparse as mms
 from mm_sparse.integrations import context, state
+from tests.support.selections import scored_again
 from tests.support.tower_models import SPARSE, TOWERS, WHOLE, build, random
 
 for needed in ("timm", "open_clip", "torchaudio"):
@@ -176,9 +177,8 @@ def test_scorers_train_and_go_through_files(name: str, tmp_path: Path) -> None:
     calls: list[Any] = []
     with context.capture_attention(case.model, calls.append):
         case.run(case.model)
-    layers = state.attention_layers(case.model)
-    values = [layers[c.name].ranks.score_plan(c.q, c.k, c.plan(), c.scale).values for c in calls]
-    sum(x.clamp(min=-20).square().mean() for x in values).backward()
+    again = [scored_again(case.model, call).values for call in calls]
+    sum(values.clamp(min=-20).square().mean() for values in again).backward()
     parameters = list(state.scorer_parameters(case.model))
     assert all(p.grad is not None for p in parameters)
     with torch.no_grad():
