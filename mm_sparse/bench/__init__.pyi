@@ -1,4 +1,5 @@
 from .baselines import Shape as Shape
+from .overhead import measure_overhead as measure_overhead, overhead_table as overhead_table
 from .results import (
     FAMILIES as FAMILIES,
     Session as Session,

@@ -96,7 +96,7 @@ def _is_ours(file: str) -> bool:
     return file.startswith((PACKAGE, beside))
 
 
-def measure() -> list[dict[str, Any]]:
+def measure_overhead() -> list[dict[str, Any]]:
     """One row a subject: microseconds of a call, functions entered, functions open at most.
 
     Needs transformers for the row of a Llama layer; without it that row is missing.
@@ -163,7 +163,7 @@ def _llama(config: SparseConfig) -> list[dict[str, Any]]:
     return [_row("attention of a Llama layer, prefill", lambda: attend(*args, **options))]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def overhead_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
     width = max(len(row["what"]) for row in rows)
     lines = [f"{'':{width}}  {'us':>8}  {'functions':>9}  {'depth':>5}"]

@@ -148,11 +148,10 @@ def _overhead(out: Path | None) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from mm_sparse.bench import overhead
-    from mm_sparse.bench.results import machine
+    from mm_sparse.bench import machine, measure_overhead, overhead_table
 
-    rows = overhead.measure()
-    print(overhead.table(rows))
+    rows = measure_overhead()
+    print(overhead_table(rows))
     if out:
         content = {"machine": machine("cpu", torch.float32), "rows": rows}
         out.write_text(json.dumps(content, indent=1) + "\n")

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mm_sparse.recipes.data import read_text, write_packed
-from mm_sparse.recipes.data.text_corpus import CORPUS_SPLITS, file_split
+from mm_sparse.recipes.data import CORPUS_SPLITS, file_split, read_text, write_packed
 
 FONTS = "/usr/share/fonts/truetype/dejavu"
 FACES = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSans-Bold.ttf")

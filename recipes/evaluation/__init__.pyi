@@ -1,0 +1,1 @@
+from .linformer import Linformer as Linformer
