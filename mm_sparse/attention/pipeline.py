@@ -72,7 +72,6 @@ def score_select_attend(
     return torch.cat(outs, 2) if out is None else out
 
 
-@torch.no_grad()
 def _select(
     q: Tensor,
     k: Tensor,
@@ -83,6 +82,9 @@ def _select(
     note: Callable[[Scores, Selection], None] | None,
 ) -> Selection:
     """Scores and selection of one chunk; selection passes no gradient."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _select(q, k, plan, scorer, scale, cache, note)
     hooked = scorer._forward_hooks or scorer._forward_pre_hooks
     if type(scorer).forward is Scorer.forward and not hooked:
         scores = scorer.score_plan(q, k, plan, scale, cache)

@@ -110,7 +110,7 @@ def measure_overhead() -> list[dict[str, Any]]:
             q = torch.randn(1, HEADS, TOKENS, DIM)
             k, v = torch.randn(2, 1, KV_HEADS, TOKENS, DIM)
             layout = TokenLayout.text(1, TOKENS)
-            sizes = {"num_query_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
+            sizes: Any = {"num_query_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
             for name, scorer in (("pooled", PooledScorer()), ("fine", FineScorer(**sizes))):
 
                 def call(scorer: Any = scorer) -> Any:

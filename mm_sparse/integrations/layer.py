@@ -124,7 +124,7 @@ class SparseLayer(ABC):
             ordered: layout of a call whose tokens come, and go back, in patch order.
         """
         shared = self.shared
-        start = self._clock(q)
+        start = self._clock(q) if shared.timed else None
         call, kept, shown = None, None, (None, None)
         mode, reason = self.early_mode(self._in_view(q, k, mask, options), q.device)
         if mode == "sparse":
@@ -183,9 +183,10 @@ class SparseLayer(ABC):
             )  # fmt: skip
             return override(given).transpose(1, 2), None, (None, None)
         scorer = self.ranks
-        weight = next(scorer.parameters(), None)
-        if weight is not None and weight.device != q.device:
-            scorer.to(q.device)
+        if scorer is not _POOLED:
+            weight = next(scorer.parameters(), None)
+            if weight is not None and weight.device != q.device:
+                scorer.to(q.device)
         width = v.shape[-1]
         if width < k.shape[-1]:
             v = pad(v, (0, k.shape[-1] - width))

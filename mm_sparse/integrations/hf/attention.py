@@ -107,10 +107,9 @@ class HFLayer(SparseLayer):
 def options_of(given: dict[str, Any]) -> AttentionOptions:
     """The keyword arguments with which transformers calls attention functions."""
     unsupported = None
-    for argument, meaning in UNSERVED.items():
-        if given.get(argument) is not None:
-            unsupported = f"{meaning} (`{argument}`)"
-            break
+    if not UNSERVED.keys().isdisjoint(given):
+        named = [f"{UNSERVED[n]} (`{n}`)" for n in UNSERVED if given.get(n) is not None]
+        unsupported = named[0] if named else None
     return AttentionOptions(
         scale=given.get("scaling"),
         is_causal=given.get("is_causal"),
