@@ -175,3 +175,24 @@ def test_adapters_are_objects_with_a_name() -> None:
     mms.register_adapter(first)
     mms.register_adapter(second)
     assert adapters.registered_adapters() == (second,)
+
+
+@torch.no_grad()
+def test_scorers_of_own_attention_go_through_files(model: Own, x: Tensor, tmp_path) -> None:
+    other = copy.deepcopy(model)
+    mms.sparsify(model, SPARSE, modules=[OwnAttention], scorer="relevance")
+    for parameter in mms.scorer_parameters(model):
+        parameter.normal_(std=0.3)
+    mms.save_scorers(model, tmp_path)
+    mms.sparsify(other, SPARSE, modules=[OwnAttention])
+    mms.load_scorers(other, tmp_path)
+    assert other(x).equal(model(x))
+
+
+def test_what_cannot_be_found_again_stays_sparse(model: Own, x: Tensor) -> None:
+    mms.sparsify(model, SPARSE, modules=[OwnAttention])
+    want = model(x)
+    with pytest.raises(ValueError, match=r"modules="):
+        mms.sparsify(model, WHOLE)
+    assert mms.sparse_config(model) == SPARSE
+    assert model(x).equal(want)
