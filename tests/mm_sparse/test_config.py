@@ -229,3 +229,41 @@ def test_a_hash_that_was_found_is_not_taken_to_another_process() -> None:
     assert done.stdout.strip() == b"1"
     assert hash(pickle.loads(pickle.dumps(config))) == before == hash(copy.deepcopy(config))
     assert hash(dataclasses.replace(config, ratio=0.2)) != before
+
+
+@pytest.mark.parametrize(
+    ("former", "name", "value"),
+    [
+        ("mass", "top_p", 0.9),
+        ("sampled", "sample_ratio", 0.25),
+        ("coarse", "coarse_factor", 4),
+        ("subpools", "query_pools", 2),
+        ("grid_order", "patch_order", False),
+    ],
+)
+def test_former_names_of_fields_load_from_json_only(former: str, name: str, value: Any) -> None:
+    want = SparseConfig(**{name: value})
+    assert SparseConfig.from_json(json.dumps({former: value})) == want
+    record = json.loads(want.to_json())
+    assert former not in record
+    record[former] = record.pop(name)
+    assert SparseConfig.from_json(json.dumps(record)) == want
+    with pytest.raises(TypeError, match=former):
+        SparseConfig(**{former: value})
+
+
+@pytest.mark.parametrize("kind", ["text", "vision", "audio"])
+def test_presets_are_configs_with_changes(kind: str) -> None:
+    preset = SparseConfig.preset(kind)
+    assert isinstance(preset, SparseConfig)
+    assert preset.causal == (kind == "text")
+    other = SparseConfig.preset(kind, ratio=0.05, dense_below=7)
+    assert other == dataclasses.replace(preset, ratio=0.05, dense_below=7)
+    assert SparseConfig.from_json(preset.to_json()) == preset
+
+
+def test_a_preset_that_is_none_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"kind must be one of .*'vision'.*, got 'video'"):
+        SparseConfig.preset("video")
+    with pytest.raises(TypeError, match="ratoi"):
+        SparseConfig.preset("text", ratoi=1)

@@ -8,6 +8,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse import TokenLayout
+from mm_sparse.attention.selected import attend_selection
 from tests.support.layouts import (
     inputs,
     members,
@@ -203,3 +204,18 @@ def test_a_layout_or_config_of_another_kind_is_refused() -> None:
         mms.sparse_attention(q, k, v, layout=None, config=small_config())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="config must be a SparseConfig, got dict"):
         mms.sparse_attention(q, k, v, layout=layout, config={})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_queries_without_keys_get_zeros_whatever_they_hold(bad: float) -> None:
+    layout = TokenLayout.text(1, 64)
+    config = mms.SparseConfig(dense_below=0)
+    q, k = torch.full((1, 2, 64, 8), bad), torch.randn(1, 2, 64, 8)
+    selection = mms.select(mms.PooledScorer()(k, k, layout=layout, config=config), layout, config)
+    q, none = q.requires_grad_(), k[:, :, :0].clone().requires_grad_()
+    out = attend_selection(q, none, none, selection)
+    assert out.shape == q.shape
+    assert out.eq(0).all()
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.eq(0).all()

@@ -2,6 +2,7 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
@@ -212,3 +213,31 @@ def test_plot_is_refused_without_matplotlib(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main.main(["bench", "--plot", "x.png"])
     assert "argument --plot: needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Another package adds a command that cannot be imported."""
+    entry = EntryPoint(name="broken", value="no_such_module:main", group=main.GROUP)
+    hijack = EntryPoint(name="bench", value="no_such_module:main", group=main.GROUP)
+    monkeypatch.setattr(main, "entry_points", lambda group: EntryPoints([entry, hijack]))
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_broken_plugin_breaks_no_other_command(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "  broken    From no_such_module." in out
+    assert "  bench     Time attention" in out
+    seen = []
+    monkeypatch.setattr(bench_command, "main", seen.append)
+    assert main.main(["bench"]) == 0
+    assert seen == [[]]
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_broken_plugin_says_what_is_missing():
+    with pytest.raises(SystemExit, match=r"mm-sparse broken cannot start: .*no_such_module"):
+        main.main(["broken"])
