@@ -42,7 +42,14 @@ from .integrations import (
     sparse_config as sparse_config,
     sparsify as sparsify,
 )
-from .layout import CallLayout as CallLayout, Plan as Plan, TokenLayout as TokenLayout
+from .layout import (
+    CallLayout as CallLayout,
+    Plan as Plan,
+    TokenLayout as TokenLayout,
+    arrange as arrange,
+    ordered_layout as ordered_layout,
+    restore as restore,
+)
 from .modality import Modality as Modality
 from .scorers import (
     BigBird as BigBird,
