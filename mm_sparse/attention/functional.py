@@ -47,7 +47,16 @@ def sparse_attention(
         scorer: `PooledScorer()` if None.
         descriptors: of the keys that earlier calls for this layer and sequence had, for decoding.
     Returns:
-        (B, H, N, D).
+        (B, H, N, D); a query that sees no kept key gets zeros.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit each other, the layout or
+            the backend; the message names the argument.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 8, 4096, 64).unbind()
+        >>> layout = mms.TokenLayout.text(1, 4096)
+        >>> config = mms.SparseConfig(ratio=0.2, dense_below=0)
+        >>> out = mms.sparse_attention(q, k, v, layout=layout, config=config)
     """
     q, k, v = autocast_inputs(q, k, v)
     check_heads(q, k, v, layout)

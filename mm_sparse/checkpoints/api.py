@@ -20,6 +20,11 @@ def save_scorers(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
 
     Args:
         dtype: of the weights in the file, theirs if None.
+    Raises:
+        ValueError: the model is not sparsified.
+
+    Example:
+        >>> mms.save_scorers(model, "scorers")
     """
     state = state_of(model)
     write_scorers(state.layers, state.shared.config, Path(folder), dtype)
@@ -32,7 +37,11 @@ def load_scorers(model: M, folder: str | Path) -> M:
         folder: of `save_scorers`, or the name of scorers that come with the package
             (`mms.list_pretrained()`).
     Raises:
-        ValueError: the files are missing, or are of another model's layers.
+        ValueError: the files are missing, or are of another model's layers; the model is then as
+            it was.
+
+    Example:
+        >>> mms.load_scorers(model, "smollm2-135m")
     """
     stored = read_scorers(scorers_folder(folder))
     was_sparse = STATE in vars(model)

@@ -59,6 +59,14 @@ def sparsify(
         The model itself.
     Raises:
         ValueError: a layer cannot be served; the message names it, its class and what is missing.
+        TypeError: model or config is of another type.
+
+    Whatever is raised, the model is as it was before the call.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/a/model")
+        >>> mms.sparsify(model, mms.SparseConfig.preset("text"))
+        >>> print(mms.report(model))
     """
     config = SparseConfig() if config is None else config
     if not isinstance(model, nn.Module):
@@ -88,7 +96,11 @@ def sparsify(
 
 
 def densify(model: M) -> M:
-    """Undo `sparsify`: the model is as it was, and its scorers are gone unless they were saved."""
+    """Undo `sparsify`: the model is as it was, and its scorers are gone unless they were saved.
+
+    Raises:
+        ValueError: somebody replaced the forward of a layer after `sparsify`; nothing changes then.
+    """
     state = vars(model).get(STATE)
     if state is None:
         return model

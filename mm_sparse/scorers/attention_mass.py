@@ -1,4 +1,4 @@
-"""True attention mass of every unit: what scorers learn, and what a perfect one would rank by.
+"""True attention mass of every unit: what scorers learn, and what an oracle ranks by.
 
 B batch, H query heads, K KV heads, G = H / K, N query tokens, M key tokens, D head dim,
 T tiles, U units
@@ -83,7 +83,10 @@ def _unit_mass_fused(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
 
 
 class OracleScorer(Scorer):
-    """The true mass, which costs as much as dense attention: what no scorer can beat by it."""
+    """The log of the true attention mass: an upper reference, which costs a dense pass.
+
+    s(t, u) = log of the mean over the tile's rows of the softmax mass on unit u (`unit_mass`).
+    """
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
         return unit_mass(q, k, plan, scale).clamp(min=1e-20).log()

@@ -47,14 +47,19 @@ class Pattern(Scorer):
 
 
 class SlidingWindow(Pattern):
-    """The nearest units, after the sinks of the config (StreamingLLM, Xiao et al., 2023)."""
+    """The nearest units, after the sinks of the config: s(t, u) = -|distance(t, u)|.
+
+    "Efficient Streaming Language Models with Attention Sinks" (https://arxiv.org/abs/2309.17453).
+    """
 
     def rank(self, plan: Plan) -> Tensor:
         return -plan.distance.abs().float()
 
 
 class BigBird(Pattern):
-    """Window, global and random units (Zaheer et al., 2020).
+    """Window, global and random units.
+
+    "Big Bird: Transformers for Longer Sequences" (https://arxiv.org/abs/2007.14062).
 
     Args:
         window: share of the budget for the nearest units; random ones fill the rest. The global

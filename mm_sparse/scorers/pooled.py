@@ -16,11 +16,14 @@ from mm_sparse.scorers.descriptors import means, tile_descriptors, unit_descript
 
 
 class PooledScorer(Scorer):
-    """Training-free: every query pool of a tile spreads a softmax over the mean keys of the units.
+    """Training-free: each query pool of a tile spreads a softmax over the mean keys of the units.
 
-    The score is the log of the mean (or maximum, `SparseConfig.reduce`) over query pools and query
-    heads of the group; a unit counts with its number of keys. Mean-pooled block scores follow
-    MInference (Jiang et al., 2024).
+        s(t, u) = log mean_hs [ n_u exp(scale q_hs . k_u) / sum_u' n_u' exp(scale q_hs . k_u') ]
+
+    with mean queries q_hs of the pools s and the query heads h of a group, mean keys k_u and n_u
+    keys in unit u; `SparseConfig.reduce` "max" takes the largest instead of the mean. Mean-pooled
+    block scores follow "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic
+    Sparse Attention" (https://arxiv.org/abs/2407.02490); pools and the size of units are added.
     """
 
     def describe(

@@ -32,6 +32,11 @@ class RelevanceScorer(Scorer):
     rank R is added to the pooled one. The unit towers and the biases, per pair of modalities and
     distance, start at zero: untrained, it equals `PooledScorer`.
 
+        logit(t, s, u) = scale q_s . k_u + (A^m(t) q_s) . (B^m(u) [mean; max; min of u]) + log n_u
+        s(t, u) = log mean_s softmax_u logit(t, s, u) + bias[m(t), m(u), distance(t, u)]
+
+    with the modality m of a tile or unit. A method of this project.
+
     Args:
         num_query_heads, num_kv_heads, head_dim: H, K, D of the layer.
         rank: R.

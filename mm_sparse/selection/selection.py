@@ -152,6 +152,13 @@ def select(
     Args:
         scores: what a scorer returned, or (B, K, T, U) values with `num_query_heads` (K if None),
             `num_queries` and `query_offset` as in `TokenLayout.plan`.
+    Raises:
+        ValueError, TypeError: scores that are not those of layout and config; the message says how.
+
+    Example:
+        >>> scores = mms.PooledScorer()(q, k, layout=layout, config=config)
+        >>> selection = mms.select(scores, layout, config)
+        >>> out = mms.attend(q, k, v, selection)
     """
     if isinstance(scores, Tensor):
         if scores.dim() != 4:
