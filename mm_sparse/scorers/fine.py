@@ -32,8 +32,8 @@ class FineScorer(Scorer):
     key, a map for each modality and head; queries alike. Maps start at zero: untrained, it is the
     pooled score of the parts.
 
-        s(t, u) = log mean_s [ sum_c n_uc exp(scale q_s . k_uc) / sum_u' n_u' exp(scale q_s . k_u') ]
-                  + bias[m(t), m(u), distance(t, u)]
+        s(t, u) = bias[m(t), m(u), distance(t, u)]
+            + log mean_s [ sum_c n_uc exp(scale q_s . k_uc) / sum_u' n_u' exp(scale q_s . k_u') ]
 
     with moved means q_s of query pools and k_uc of the C parts of a unit, and k_u their mean. A
     method of this project.
