@@ -14,7 +14,21 @@ import numpy as np
 import torch
 
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
+LINE = re.compile(r"^([\w/.-]+):\s*(.+)$")
+# Remarks are not spoken.
+UNSPOKEN = re.compile(r"\[[^]]*\]|\([^)]*\)|<[^>]*>")
 WORDS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+
+
+def listed_prompts(listing: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of every prompt of Asterisk's list, without remarks in brackets.
+
+    A prompt that is nothing but a remark, such as a tone, has an empty text.
+    """
+    for line in gzip.decompress(listing.read_bytes()).decode(errors="replace").splitlines():
+        match = LINE.match(line.strip())
+        if match:
+            yield match[1], " ".join(UNSPOKEN.sub(" ", match[2]).split())
 
 
 def prompts(root: Path) -> Iterator[tuple[np.ndarray, str]]:
@@ -27,18 +41,19 @@ def prompts(root: Path) -> Iterator[tuple[np.ndarray, str]]:
             f"root must hold Asterisk's prompts, found no {root / WORDS}: `apt-get install "
             "asterisk-core-sounds-en asterisk-core-sounds-en-wav`"
         )
-    with gzip.open(root / WORDS, "rt", encoding="utf-8", errors="replace") as lines:
-        found = [re.match(r"([\w/.-]+):\s*([^\[\s].*)", line) for line in lines]
-    for match in found:
-        path = root / SOUNDS / f"{match[1]}.wav" if match else None
-        if match is None or path is None or not path.is_file() or len(match[2].split()) < 5:
+    for name, text in listed_prompts(root / WORDS):
+        path = root / SOUNDS / f"{name}.wav"
+        if not path.is_file() or len(text.split()) < 5:
             continue
         samples, rate = soundfile.read(path, dtype="float32")
-        yield resample(torch.from_numpy(samples), rate, 16000).numpy(), match[2].strip()
+        yield resample(torch.from_numpy(samples), rate, 16000).numpy(), text
 
 
 def packed(clips: Iterator[tuple[np.ndarray, str]]) -> Iterator[tuple[np.ndarray, str]]:
-    """Prompts one behind another, with pauses, in windows of up to 28 s."""
+    """Prompts one behind another, with pauses, in windows of up to 28 s.
+
+    The last window is left out: it is seldom full, and windows are to be alike.
+    """
     pause = np.zeros(6400, np.float32)
     samples: list[np.ndarray] = []
     words: list[str] = []

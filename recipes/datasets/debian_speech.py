@@ -12,7 +12,6 @@ audio_filepath, duration, text, language, and for dialogue translation.
 """
 
 import argparse
-import gzip
 import json
 import re
 import subprocess
@@ -20,16 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mm_sparse.recipes.datasets.asterisk_prompts import listed_prompts
+
 SETS = {
     "prompts": ("asterisk-core-sounds-en", "asterisk-core-sounds-en-wav"),
     "dialogue": ("fillets-ng-data", "fillets-ng-data-cs", "fillets-ng-data-nl"),
     "captions": ("tuxpaint-stamps-default",),
 }
-AttentionModule = tuple[Path, dict[str, str]]
-LINE = re.compile(r"^([\w/.-]+):\s*(.+)$")
-# [tones], (10 seconds of silence), <beep ascending>: what nobody says
-UNSPOKEN = re.compile(r"\[[^]]*\]|\([^)]*\)|<[^>]*>")
-# dialogId("name", "font", "English") dialogStr("the other language")
+Clip = tuple[Path, dict[str, str]]
 DIALOGUE = re.compile(
     r'dialogId\(\s*"([^"]+)"\s*,\s*"[^"]*"\s*,\s*"((?:\\.|[^"\\])*)"\s*\)'
     r'\s*dialogStr\(\s*"((?:\\.|[^"\\])*)"\s*\)'
@@ -47,18 +44,15 @@ def fetch(packages: tuple[str, ...], root: Path) -> None:
         subprocess.run(["dpkg-deb", "-x", str(file), str(root)], check=True)
 
 
-def prompts(root: Path) -> Iterator[AttentionModule]:
+def prompts(root: Path) -> Iterator[Clip]:
     """The list beside the sounds names each and says its text; remarks stand in brackets."""
     listing = root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
     sounds = root / "usr/share/asterisk/sounds/en_US_f_Allison"
-    for line in gzip.decompress(listing.read_bytes()).decode(errors="replace").splitlines():
-        match = LINE.match(line.strip())
-        if match:
-            text = " ".join(UNSPOKEN.sub(" ", match[2]).split())
-            yield sounds / f"{match[1]}.wav", {"text": text, "language": "en"}
+    for name, text in listed_prompts(listing):
+        yield sounds / f"{name}.wav", {"text": text, "language": "en"}
 
 
-def dialogue(root: Path) -> Iterator[AttentionModule]:
+def dialogue(root: Path) -> Iterator[Clip]:
     """Subtitles in Lua, one file per level and language, and a sound for each."""
     game = root / "usr/share/games/fillets-ng"
     for language in ("cs", "nl"):
@@ -69,7 +63,7 @@ def dialogue(root: Path) -> Iterator[AttentionModule]:
                 yield sound, {"text": text, "translation": english, "language": language}
 
 
-def captions(root: Path) -> Iterator[AttentionModule]:
+def captions(root: Path) -> Iterator[Clip]:
     """The first line of a stamp's text, and NAME_desc.ogg that speaks it."""
     for text in sorted((root / "usr/share/tuxpaint/stamps").rglob("*.txt")):
         lines = text.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -6,7 +6,7 @@ A answers
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -105,10 +105,11 @@ class MultimodalTraining(MultimodalBase):
 
     @contextmanager
     def running(self, configs: dict[str, mms.SparseConfig]) -> Iterator[None]:
-        """The named parts with these configs."""
+        """The named parts with these configs; layers and scorers stay attached."""
         with ExitStack() as stack:
             for name, config in configs.items():
-                stack.enter_context(mms.sparse(getattr(self, name), config))
+                changes = {f.name: getattr(config, f.name) for f in fields(config)}
+                stack.enter_context(mms.override_config(getattr(self, name), **changes))
             yield
 
     @contextmanager
