@@ -73,7 +73,7 @@ def sparsify(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, SparseConfig):
         raise TypeError(f"config must be a SparseConfig, got {type(config).__name__}")
-    names = (*registered_scorers(),)
+    names = (*sorted(registered_scorers()),)
     if not (scorer is None or scorer in names or callable(scorer)):
         raise ValueError(f"scorer must be None, one of {names} or a callable, got {scorer!r}")
     kept = {}

@@ -133,7 +133,11 @@ LONG = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize(("heads", "reduce"), [(1, "mean"), (2, "max"), (6, "mean")], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "reduce"),
+    [(1, "mean"), (2, "max"), pytest.param(6, "mean", marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_scores_over_many_blocks_equal_the_law(
     heads: int, reduce: str, name: str, causal: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +340,9 @@ def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -
                 assert torch.equal(tied[1], long[1])
 
 
-@pytest.mark.parametrize(("length", "prefix"), [(257, 1), (513, 0)])
+@pytest.mark.parametrize(
+    ("length", "prefix"), [(257, 1), pytest.param(513, 0, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("changes", [{"sample_ratio": 0.5}, {"modality_floor": 0.3}], ids=str)
 def test_the_unit_behind_the_block_counts_like_others(
     length: int, prefix: int, changes: dict

@@ -42,6 +42,7 @@ def test_other_caches_equal_stock(cache: str) -> None:
     assert case.model.generate(**inputs, **options).equal(tokens)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model_equals_stock() -> None:
     case = build("gemma3")

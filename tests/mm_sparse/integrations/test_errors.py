@@ -116,7 +116,7 @@ def test_meaningful_arguments_of_a_call_are_refused(option: str) -> None:
         (
             {"scorer": "best"},
             ValueError,
-            "scorer must be None, one of .'relevance', 'fine'. or a callable",
+            "scorer must be None, one of .'fine', 'relevance'. or a callable",
         ),
     ],
     ids=["config", "scorer"],

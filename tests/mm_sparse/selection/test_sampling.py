@@ -82,7 +82,7 @@ def test_low_precision_stays_near(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("name", ["mixed", "packed"])
+@pytest.mark.parametrize("name", [pytest.param("mixed", marks=pytest.mark.slow), "packed"])
 def test_kernels_give_what_the_gathers_give(name: str) -> None:
     found = []
     for backend in ("torch", "triton"):
@@ -196,6 +196,7 @@ def test_a_block_mask_cannot_weigh_keys() -> None:
         chosen("text").to_block_mask()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 @given(batches(), configs(top_p=None), st.sampled_from([0.25, 0.5, 0.9]), st.booleans())
 @FEW
