@@ -98,7 +98,7 @@ def quality(path: Path) -> None:
     data = read("smollm2-quality-h100.json")
     rows = [r for part in ("text", "density") for r in data[part]["rows"] if r["text"] == "text"]
     names = {
-        "window": ("sliding window\n+ sinks (older\nbaseline)", GREY, 1.15),
+        "window": ("sliding window\n+ sinks", GREY, 1.15),
         "pooled": ("untrained\nscores", ORANGE, 0.93),
         "one ratio": ("trained scorers,\none ratio", GREEN, 1.0),
         "scorers": ("trained scorers,\nbudgets by head", BLUE, 1.0),
