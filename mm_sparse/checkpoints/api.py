@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from mm_sparse.checkpoints.format import read_scorers, write_scorers
 from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations import STATE, densify, find_all, sparsify, state_of
+from mm_sparse.integrations import STATE, ModuleAdapter, densify, find_all, sparsify, state_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,12 +31,13 @@ def save_scorers(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
     write_scorers(state.layers, state.shared.config, Path(folder), dtype)
 
 
-def load_scorers(model: M, folder: str | Path) -> M:
+def load_scorers(model: M, folder: str | Path, *, modules: Sequence[type[nn.Module]] = ()) -> M:
     """Read what `save_scorers` wrote; a model that is not sparsified is, with the stored config.
 
     Args:
         folder: of `save_scorers`, or the name of scorers that come with the package
             (`mms.list_pretrained()`).
+        modules: as in `sparsify`, for a model that is not sparsified.
     Raises:
         ValueError: the files are missing, or are of another model's layers; the model is then as
             it was.
@@ -46,8 +48,9 @@ def load_scorers(model: M, folder: str | Path) -> M:
     stored = read_scorers(scorers_folder(folder))
     was_sparse = STATE in vars(model)
     if not was_sparse:
-        stored = stored.named_as([found.name for found in find_all(model)])
-        sparsify(model, stored.config)
+        adapters = (ModuleAdapter(modules),) if modules else ()
+        stored = stored.named_as([found.name for found in find_all(model, adapters)])
+        sparsify(model, stored.config, modules=modules)
     known = state_of(model).layers
     try:
         stored.named_as(list(known)).install(known)

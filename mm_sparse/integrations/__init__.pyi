@@ -24,4 +24,8 @@ from .state import (
     state_of as state_of,
 )
 from .tower_tokens import TowerTokens as TowerTokens
-from .towers.adapters import TowerAdapter as TowerAdapter, register_adapter as register_adapter
+from .towers.adapters import (
+    ModuleAdapter as ModuleAdapter,
+    TowerAdapter as TowerAdapter,
+    register_adapter as register_adapter,
+)

@@ -54,7 +54,8 @@ def sparsify(
             and head_dim, or a name given to `register_scorer`. On a sparsified model None keeps the
             scorers that are there.
         modules: classes of your own whose forward calls `scaled_dot_product_attention`; a whole
-            library of them is served by a `TowerAdapter`.
+            library of them is served by a `TowerAdapter`. On a sparsified model () keeps those
+            that were named before.
     Returns:
         The model itself.
     Raises:
@@ -81,6 +82,7 @@ def sparsify(
         kept = {name: layer.scorer for name, layer in state_of(model).layers.items()}
     previous = vars(model).get(STATE)
     if previous is not None:
+        modules = modules or previous.modules
         densify(model)
     try:
         state = _prepare(model, config, strict, modules)
@@ -190,7 +192,7 @@ def _prepare(
             before += _configs(item, [config for config, _ in before])
     blocks = find_ordered_blocks(model, served.values())
     parts = list(trackers.values()), list(towers.values()), blocks
-    return State(shared, served, *parts, before=before)
+    return State(shared, served, *parts, modules=tuple(modules), before=before)
 
 
 def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str]]:

@@ -28,6 +28,8 @@ class State:
     towers: list[TowerTokens]
     blocks: list[OrderedBlocks]
     handles: list[Any] = field(default_factory=list)
+    modules: tuple[type[nn.Module], ...] = ()
+    """Classes that `sparsify(modules=...)` named."""
     before: list[tuple[Any, str]] = field(default_factory=list)
     """Configs and the attention implementation that each named."""
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +197,19 @@ def test_what_cannot_be_found_again_stays_sparse(model: Own, x: Tensor) -> None:
         mms.sparsify(model, WHOLE)
     assert mms.sparse_config(model) == SPARSE
     assert model(x).equal(want)
+
+
+def test_modules_are_remembered_and_their_scorers_load(
+    model: Own, x: Tensor, tmp_path: Path
+) -> None:
+    mms.sparsify(model, SPARSE, modules=[OwnAttention], scorer="relevance")
+    mms.sparsify(model, dataclasses.replace(SPARSE, ratio=0.4))
+    assert {row.mode for row in mms.report(model, x).rows} == {"sparse"}
+    mms.save_scorers(model, tmp_path)
+    want = model(x)
+    other = Own()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="model must have attention layers"):
+        mms.load_scorers(other, tmp_path)
+    mms.load_scorers(other, tmp_path, modules=[OwnAttention])
+    assert other(x).equal(want)
