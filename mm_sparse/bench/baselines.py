@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mm_sparse.attention import attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
-from mm_sparse.selection import Selection, select
+from mm_sparse.selection import Selection, lists_to_mask, select
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,8 @@ def block_masks(selection: Selection, heads: int) -> tuple[Tensor, Tensor]:
     plan = selection.plan
     if not (plan.regular and plan.regular_tiles):
         raise ValueError(f"tokens must be a multiple of {plan.tile_tokens}, got {plan.num_queries}")
-    units = plan.units.shape[1]
-    slot = torch.arange(selection.index.shape[-1], device=selection.index.device)
-    ids = torch.where(slot < selection.count[..., None], selection.index, units).long()
-    kept = torch.zeros(*ids.shape[:3], units + 1, dtype=torch.bool, device=ids.device)
-    kept.scatter_(-1, ids, True)
-    kept = kept[..., :units].repeat_interleave(heads // kept.shape[1], 1)
+    kept = lists_to_mask(selection.index, selection.count, plan.units.shape[1])
+    kept = kept.repeat_interleave(heads // kept.shape[1], 1)
     low = plan.tiles[:, None, :, :1]
     last = (plan.units[..., 0] + plan.unit - 1)[:, None, None]
     clear = (last <= low) if plan.config.causal else torch.ones_like(kept)

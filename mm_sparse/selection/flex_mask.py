@@ -5,33 +5,29 @@ B batch, K KV heads, N query tokens, M key tokens, T tiles, U units
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-if TYPE_CHECKING:
-    from mm_sparse.selection.selection import Selection
+from mm_sparse.layout import Plan
+from mm_sparse.selection.block_lists import lists_to_mask
 
 
-def block_mask(selection: Selection, block_size: int = 128) -> Any:
-    """BlockMask with the same visible pairs; blocks with any kept pair are listed, elements decide.
+def block_mask(index: Tensor, count: Tensor, plan: Plan, block_size: int = 128) -> Any:
+    """BlockMask of lists of units: blocks with any kept pair are listed, elements decide.
 
     Memory is that of tiles x units, never of queries x keys.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    plan = selection.plan
     num_queries, num_keys = plan.num_queries, plan.layout.length
     num_units = plan.units.shape[1]
     tile_of = _piece_of(plan.tiles, num_queries)
     unit_of = _piece_of(plan.units, num_keys)
-    slot = torch.arange(selection.index.shape[-1], device=selection.index.device)
-    ids = torch.where(slot < selection.count[..., None], selection.index, num_units).long()
-    kept = torch.zeros(*ids.shape[:3], num_units + 1, dtype=torch.bool, device=ids.device).scatter_(
-        -1, ids, True
-    )
-    kept[..., num_units] = False
+    # Behind the units is what stands for tokens of none.
+    kept = pad(lists_to_mask(index, count, num_units), (0, 1))
     low, high = (x.contiguous() for x in plan.span.unbind(-1))
     group = plan.group
 

@@ -109,7 +109,7 @@ class Selection:
 
         if self.sample is not None:
             raise ValueError("to_block_mask cannot weigh keys, config.sample_ratio must be 0")
-        return block_mask(self, block_size)
+        return block_mask(self.index, self.count, self.plan, block_size)
 
     def transpose(self) -> tuple[Tensor, Tensor]:
         """Tiles that keep each unit, as `kernels.transpose.transpose_lists` returns them."""
