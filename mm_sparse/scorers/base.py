@@ -71,12 +71,7 @@ class Scorer(nn.Module):
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if type(self).score is not Scorer.score:
             return Scores(self.score(q, k, plan, scale), plan)
-        features = self.describe(q, k, plan, scale, cache)
-        if features is None:
-            raise NotImplementedError(
-                f"{type(self).__name__} must write score(q, k, plan, scale) or "
-                "describe(q, k, plan, scale, cache)"
-            )
+        features = self._descriptors(q, k, plan, scale, cache)
         if plan.config.coarse_factor > 1 and not torch.is_grad_enabled():
             found = two_stage_scores(features, plan)
             return Scores(found.values, plan, found.runs)
@@ -93,13 +88,7 @@ class Scorer(nn.Module):
         Returns:
             (B, K, T, U), higher is kept first; what `plan.visible` denies may hold anything.
         """
-        features = self.describe(q, k, plan, scale)
-        if features is None:
-            raise NotImplementedError(
-                f"{type(self).__name__} must write score(q, k, plan, scale) or "
-                "describe(q, k, plan, scale, cache)"
-            )
-        return block_scores(features, plan)
+        return block_scores(self._descriptors(q, k, plan, scale, None), plan)
 
     def describe(
         self,
@@ -115,6 +104,18 @@ class Scorer(nn.Module):
         `cached_descriptors(k, plan, describe_units, cache)`, decoding that describes new keys only.
         """
         return None
+
+    def _descriptors(
+        self, q: Tensor, k: Tensor, plan: Plan, scale: float, cache: DescriptorCache | None
+    ) -> Descriptors:
+        """What `describe` gives, or an error that says what a subclass must write."""
+        features = self.describe(q, k, plan, scale, cache)
+        if features is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must write score(q, k, plan, scale) or "
+                "describe(q, k, plan, scale, cache)"
+            )
+        return features
 
     def init_args(self) -> dict[str, Any]:
         """Keyword arguments of `__init__` that JSON can hold, for files of scorers.
