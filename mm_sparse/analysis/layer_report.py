@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.config import SparseConfig
 from mm_sparse.integrations import AttentionCall, SparseLayer, attention_layers, capture_attention
 from mm_sparse.modality import Modality
 from mm_sparse.scorers import unit_mass
@@ -29,7 +30,7 @@ class Row:
     mode: str
     """"sparse", "dense", or "refused": it cannot be served and runs as it did before."""
     reason: str
-    """Why it is not sparse."""
+    """Why it is not sparse, or keeps clearly more than was asked for."""
     queries: int | None = None
     keys: int | None = None
     density: float | None = None
@@ -75,7 +76,7 @@ class Report:
         return json.dumps(records)
 
     def plot(self, path: str | Path) -> None:
-        """Save a picture: density of every layer, in all and by pair of modalities."""
+        """Save a figure: density of every layer, in all and by pair of modalities."""
         from matplotlib.figure import Figure
 
         pairs = sorted({p for row in self.rows for p in row.pair_density or {}})
@@ -108,7 +109,7 @@ def report(
     kept: dict[str, float] = {}
 
     def watcher(call: AttentionCall) -> None:
-        # A tower may call a layer once per picture: its time adds up, its mass is the last one's.
+        # A tower may call a layer once per image: its time adds up, its mass is the last one's.
         seconds[call.name] = seconds.get(call.name, 0.0) + (call.seconds or 0.0)
         if mass and call.selection is not None:
             kept[call.name] = kept_mass(call.q, call.k, call.selection, call.scale)
@@ -116,11 +117,10 @@ def report(
     if inputs is not None:
         with capture_attention(model, watcher, timed=True), torch.no_grad():
             model(**inputs)
-    rows = [_row(layer) for layer in attention_layers(model).values()]
     return Report(
         tuple(
-            Row(**{**vars(row), "mass": kept.get(row.name), "seconds": seconds.get(row.name)})
-            for row in rows
+            replace(_row(name, layer), mass=kept.get(layer.name), seconds=seconds.get(layer.name))
+            for name, layer in attention_layers(model).items()
         )
     )
 
@@ -139,9 +139,11 @@ def kept_mass(q: Tensor, k: Tensor, selection: Selection, scale: float | None = 
     return float((picked.sum(-1) * live).sum() / live.sum().clamp(min=1))
 
 
-def _row(layer: SparseLayer) -> Row:
-    name, cls = layer.name, type(layer.module).__name__
-    record = layer.record
+def _row(name: str, layer: SparseLayer) -> Row:
+    """Name of the layer in the model that is asked for, which may wrap the sparsified one."""
+    cls, record, replaced = type(layer.module).__name__, layer.record, layer.taken_away()
+    if replaced:
+        return Row(name, cls, "dense", replaced)
     if record is None:
         mode, reason = layer.known_mode()
         return Row(name, cls, mode, reason)
@@ -149,6 +151,7 @@ def _row(layer: SparseLayer) -> Row:
     selection = record.selection
     if selection is None:
         return row
+    density = selection.density()
     heads = [
         Selection(
             selection.index[:, h : h + 1], selection.count[:, h : h + 1], selection.plan
@@ -158,11 +161,20 @@ def _row(layer: SparseLayer) -> Row:
     return Row(
         **{
             **vars(row),
-            "density": selection.density(),
+            "density": density,
+            "reason": _why_more(density, selection.plan.config),
             "head_density": tuple(heads),
             "pair_density": selection.density_by_modality(),
         }
     )
+
+
+def _why_more(density: float, config: SparseConfig) -> str:
+    """What keeps clearly more keys than were asked for: they are kept whatever the scores say."""
+    if density <= 1.25 * config.ratio or config.tokens is not None or config.top_p is not None:
+        return ""
+    least = f"sinks {config.sinks} and window {config.window}"
+    return f"{least} keep more than ratio {config.ratio:g}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -11,7 +11,14 @@ from torch import nn
 
 from mm_sparse.checkpoints.format import read_scorers, write_scorers
 from mm_sparse.checkpoints.pretrained import scorers_folder
-from mm_sparse.integrations import STATE, ModuleAdapter, densify, find_all, sparsify, state_of
+from mm_sparse.integrations import (
+    ModuleAdapter,
+    densify,
+    find_all,
+    is_sparsified,
+    sparsify,
+    state_of,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,7 +53,7 @@ def load_scorers(model: M, folder: str | Path, *, modules: Sequence[type[nn.Modu
         >>> mms.load_scorers(model, "smollm2-135m")
     """
     stored = read_scorers(scorers_folder(folder))
-    was_sparse = STATE in vars(model)
+    was_sparse = is_sparsified(model)
     if not was_sparse:
         adapters = (ModuleAdapter(modules),) if modules else ()
         stored = stored.named_as([found.name for found in find_all(model, adapters)])

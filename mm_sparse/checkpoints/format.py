@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations import SparseLayer, scorer_shape
+from mm_sparse.integrations import SparseLayer, device_of, scorer_shape
 from mm_sparse.scorers import PooledScorer, Scorer, scorer_class
 
 WEIGHTS, RECORD = "scorers.safetensors", "scorers.json"
@@ -102,8 +102,7 @@ class StoredScorers:
                     f"folder must hold a scorer for {want} query heads, KV heads and head dim "
                     f"of {name}, got {got}"
                 )
-            weight = next(layer.module.parameters(), None)
-            scorer = cls.from_init_args(**entry).to("cpu" if weight is None else weight.device)
+            scorer = cls.from_init_args(**entry).to(device_of(layer))
         elif scorer is None or type(scorer).__name__ != kind:
             raise ValueError(
                 f"model must be sparsified with a {kind} at {name} before loading, "

@@ -73,10 +73,12 @@ def distillation_losses(
 
     The truth is the full attention of each layer's own queries and keys, computed tile by tile.
     """
-    found, served = DistillationLosses(), attention_layers(model)
+    found = DistillationLosses()
+    # A model that wraps the sparsified one has other names for its layers.
+    layers = {layer.name: layer for layer in attention_layers(model).values()}
 
     def learn(call: AttentionCall) -> None:
-        scorer = served[call.name].scorer
+        scorer = layers[call.name].scorer
         if scorer is None or call.scores is None or next(scorer.parameters(), None) is None:
             return
         found.losses[call.name] = _layer_loss(call, call.scores.plan, scorer, loss)

@@ -14,10 +14,10 @@ from .patching import (
     sparse as sparse,
     sparsify as sparsify,
 )
-from .scorers import make_scorer as make_scorer
+from .scorers import device_of as device_of, make_scorer as make_scorer
 from .state import (
-    STATE as STATE,
     attention_layers as attention_layers,
+    is_sparsified as is_sparsified,
     scorer_parameters as scorer_parameters,
     scorers_of as scorers_of,
     sparse_config as sparse_config,

@@ -1,15 +1,20 @@
-"""Other attention in the place of a sparsified model's own."""
+"""Other attention, settings, scorers or modality in a sparsified model, around a block of code.
+
+All of them hold for the thread, or the asyncio task, that entered the block. A checkpoint that
+computes a block of the model again, in the backward pass, attends as in its forward pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.forward_context import assigned
 from mm_sparse.integrations.state import attention_layers, state_of
 from mm_sparse.scorers import Scorer
 
@@ -23,23 +28,27 @@ def override_attention(
     It gets a call without scores and selection, and gives (B, H, N, D) in the order of
     `call.layout`. Gradients pass.
     """
-    shared = next(iter(attention_layers(model).values())).shared
-    before, shared.attention_override = shared.attention_override, attention_override
-    try:
+    with state_of(model).shared.changed(attention_override=attention_override):
         yield
-    finally:
-        shared.attention_override = before
 
 
 @contextmanager
 def override_config(model: nn.Module, **changes: Any) -> Iterator[None]:
-    """The same layers and scorers with other fields of their config, around a block."""
+    """The same layers and scorers with other fields of their config, around a block.
+
+    Another `ratio` scales the budgets of `layer_ratio` and `head_ratio` alike, unless these are
+    given as well.
+
+    Example:
+        >>> with mms.override_config(model, ratio=0.1):
+        ...     logits = model(ids).logits
+    """
     shared = state_of(model).shared
-    before, shared.config = shared.config, replace(shared.config, **changes)
-    try:
+    config = shared.config
+    if "ratio" in changes and not {"layer_ratio", "head_ratio"} & set(changes):
+        config = config.scaled(changes["ratio"])
+    with shared.changed(config=replace(config, **changes)):
         yield
-    finally:
-        shared.config = before
 
 
 @contextmanager
@@ -55,13 +64,10 @@ def set_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
     trackers = state_of(model).trackers
     if not trackers:
         raise ValueError(f"model must hold a transformers model, got {type(model).__name__}")
-    for tracker in trackers:
-        tracker.given = modality
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for tracker in trackers:
-            tracker.given = None
+            stack.enter_context(assigned(tracker, replace(tracker.running, given=modality)))
+        yield
 
 
 @contextmanager
@@ -70,20 +76,15 @@ def capture_attention(
 ) -> Iterator[None]:
     """Call `watcher` after every attention call, with q, k, v, scores and selection.
 
-    All of a call is in one order, that of `call.layout`: a picture with a known grid is in patch
+    All of a call is in one order, that of `call.layout`: an image with a known grid is in patch
     order (`AttentionCall` says how to get the model's order back). Scores carry no graph: call the
     scorer on `call.q` and `call.k` for one (`distillation_losses` does).
-    A layer under gradient checkpointing is called once more in the backward pass: losses gathered
-    there count double.
+    Each call is shown once: not again where a checkpoint computes it again in the backward pass.
     """
     shared = state_of(model).shared
-    shared.watchers.append(watcher)
-    before, shared.timed = shared.timed, timed or shared.timed
-    try:
+    now = shared.settings
+    with shared.changed(watchers=(*now.watchers, watcher), timed=timed or now.timed):
         yield
-    finally:
-        shared.watchers.remove(watcher)
-        shared.timed = before
 
 
 @contextmanager
@@ -95,16 +96,11 @@ def override_scorers(
     Args:
         make: called once a layer, or scorers by name of the layer; None changes nothing.
     """
-    served = attention_layers(model)
-    before = {name: layer.scorer for name, layer in served.items()}
-    try:
-        if isinstance(make, Mapping):
-            for name, scorer in make.items():
-                served[name].scorer = scorer
-        elif make is not None:
-            for layer in served.values():
-                layer.scorer = make()
+    shared, layers = state_of(model).shared, attention_layers(model)
+    scorers = dict(shared.settings.scorers)
+    if isinstance(make, Mapping):
+        scorers |= {layers[name].name: scorer for name, scorer in make.items()}
+    elif make is not None:
+        scorers |= {layer.name: make() for layer in layers.values()}
+    with shared.changed(scorers=scorers):
         yield
-    finally:
-        for name, layer in served.items():
-            layer.scorer = before[name]

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 
 from mm_sparse._checks import autocast_inputs
@@ -54,7 +55,9 @@ class SparseLayer(ABC):
         self.name, self.module, self.modality = found.name, found.module, found.modality
         self.refusal, self.cross = found.refusal, found.cross
         self.shared, self.source = shared, source
-        self.scorer: Scorer | None = None
+        self.state: Any = None
+        """What `sparsify` did to the model that the layer is of; set there."""
+        self._scorer: Scorer | None = None
         self.record: LastCall | None = None
 
     @abstractmethod
@@ -65,8 +68,21 @@ class SparseLayer(ABC):
     def detach(self) -> None:
         """Undo `attach`."""
 
+    @property
+    def scorer(self) -> Scorer | None:
+        """Of its own, or what `override_scorers` says; None for the score without training."""
+        return self.shared.settings.scorers.get(self.name, self._scorer)
+
+    @scorer.setter
+    def scorer(self, scorer: Scorer | None) -> None:
+        self._scorer = scorer
+
     def check_detachable(self) -> None:  # noqa: B027 - most layers can always be detached
         """Raise where `detach` cannot restore the module."""
+
+    def taken_away(self) -> str:
+        """Who else decides what the module attends with, after `sparsify`; empty if nobody."""
+        return ""
 
     @property
     def index(self) -> int | None:
@@ -75,12 +91,12 @@ class SparseLayer(ABC):
 
     def known_mode(self) -> tuple[str, str]:
         """Mode and reason as far as they are known before a call."""
+        if not {self.index, self.name}.isdisjoint(self.shared.config.dense_layers):
+            return "dense", "in dense_layers"
         if self.refusal is not None:
             return "refused", self.refusal
         if self.cross:
             return "dense", "cross-attention"
-        if not {self.index, self.name}.isdisjoint(self.shared.config.dense_layers):
-            return "dense", "in dense_layers"
         if self.shared.config.backend == "dense":
             return "dense", 'backend is "dense"'
         return "sparse", ""
@@ -115,8 +131,10 @@ class SparseLayer(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions,
         original: Callable[[], R], format_output: Callable[[Tensor], R],
         ordered: CallLayout | None = None,
-    ) -> R:  # fmt: skip
+    ) -> tuple[R, LastCall]:  # fmt: skip
         """One attention call: sparse where it can be, else as the model computes it.
+
+        Gives also what is remembered of the call: another thread may change `record`.
 
         Args:
             original: computes the call as without `sparsify`.
@@ -124,7 +142,8 @@ class SparseLayer(ABC):
             ordered: layout of a call whose tokens come, and go back, in patch order.
         """
         shared = self.shared
-        start = self._clock(q) if shared.timed else None
+        settings = shared.settings
+        start = _clock(q) if settings.timed else None
         call, kept, shown = None, None, (None, None)
         mode, reason = self.early_mode(self._in_view(q, k, mask, options), q.device)
         if mode == "sparse":
@@ -139,7 +158,7 @@ class SparseLayer(ABC):
         scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
         if call is None:
             result = original()
-            if shared.watchers and shared.config.backend == "dense" and not self.cross:
+            if settings.watchers and settings.config.backend == "dense" and not self.cross:
                 call = self._place_dense(q, k, v, mask, options)
                 if call is not None:
                     config = shared.layer_config(self.index, self.name, call.prefix)
@@ -147,7 +166,7 @@ class SparseLayer(ABC):
         else:
             config = shared.layer_config(self.index, self.name, call.prefix)
             # Before the tokens move: the cache knows its keys by their very tensor.
-            alone = not shared.watchers and shared.attention_override is None
+            alone = not settings.watchers and settings.attention_override is None
             cache = self._descriptors(k) if alone else None
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
@@ -156,10 +175,12 @@ class SparseLayer(ABC):
             if ordered is None:
                 out = restore(out, call.layout, call.first, dim=1)
             result = format_output(out.contiguous())
-        self.record = LastCall(mode, reason, q.shape[-2], k.shape[-2], kept)
-        if shared.watchers:
-            self._notify(q, k, v, scale, call, shown, reason, start)
-        return result
+        record = self.record = LastCall(mode, reason, q.shape[-2], k.shape[-2], kept)
+        if settings.watchers and not settings.recomputed:
+            # What watchers compute is none of the saved tensors of a checkpoint around the layer.
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                self._notify(q, k, v, scale, call, shown, reason, start)
+        return result, record
 
     @property
     def ranks(self) -> Scorer:
@@ -175,7 +196,8 @@ class SparseLayer(ABC):
         scale: float, cache: DescriptorCache | None,
     ) -> tuple[Tensor, SelectionSnapshot | None, Shown]:  # fmt: skip
         """(B, N, H, D), what to remember, and what watchers are shown."""
-        override = self.shared.attention_override
+        settings = self.shared.settings
+        override = settings.attention_override
         if override is not None:
             given = AttentionCall(
                 name=self.name, module=self.module, q=q, k=k, v=v, scale=scale, config=config,
@@ -192,7 +214,7 @@ class SparseLayer(ABC):
             v = pad(v, (0, k.shape[-1] - width))
         parts: list[SelectionSnapshot] = []
         shown: Shown = (None, None)
-        watched = bool(self.shared.watchers)
+        watched = bool(settings.watchers)
 
         def note(scores: Scores, selection: Selection) -> None:
             nonlocal shown
@@ -216,10 +238,10 @@ class SparseLayer(ABC):
         given = AttentionCall(
             name=self.name, module=self.module, q=q, k=k, v=v, scale=scale, scores=shown[0],
             selection=shown[1], reason=reason,
-            seconds=None if start is None else self._clock(q) - start, config=config,
+            seconds=None if start is None else _clock(q) - start, config=config,
             layout=None if call is None else call.layout, first=0 if call is None else call.first,
         )  # fmt: skip
-        for watcher in shared.watchers:
+        for watcher in shared.settings.watchers:
             watcher(given)
 
     def _place_dense(
@@ -251,9 +273,12 @@ class SparseLayer(ABC):
         # A watcher of a dense run asks what could run sparse.
         return supports(q, k, config.unit, "auto" if config.backend == "dense" else config.backend)
 
-    def _clock(self, q: Tensor) -> Any:
-        if not self.shared.timed:
-            return None
-        if q.device.type == "cuda":
-            torch.cuda.synchronize(q.device)
-        return time.perf_counter()
+
+def _clock(q: Tensor) -> float:
+    if q.device.type == "cuda":
+        torch.cuda.synchronize(q.device)
+    return time.perf_counter()
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x

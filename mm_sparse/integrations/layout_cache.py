@@ -20,12 +20,16 @@ COMPARED = 1 << 20
 
 
 class LayoutCache:
-    """Layouts that were made of the masks that came last, so that a forward makes each once."""
+    """Layouts that were made of the masks that came last, so that a forward makes each once.
+
+    Threads may use it at the same time: what is stored is replaced as a whole.
+    """
 
     def __init__(self) -> None:
-        self._of: list[tuple[weakref.ref[Tensor], int]] = []
-        self._rows: list[Tensor] = []
-        self._made: dict[Any, CallLayout] = {}
+        self._last: tuple[list[tuple[weakref.ref[Tensor], int]], dict[Any, CallLayout]] = [], {}
+        """The masks that came last with their versions, and the layouts made of them."""
+        self._last_entries: tuple[list[Tensor], dict[Any, CallLayout]] = [], {}
+        """The same for masks without a version, by their entries."""
 
     def __reduce__(self) -> Any:
         return LayoutCache, ()
@@ -34,29 +38,31 @@ class LayoutCache:
         """What was made of these very masks, unless they were written to since."""
         if any(mask.is_inference() for mask in masks):
             return self._of_equal(masks)
-        same = len(masks) == len(self._of) and all(
+        last, layouts = self._last
+        same = len(masks) == len(last) and all(
             ref() is mask and version == mask._version
-            for mask, (ref, version) in zip(masks, self._of, strict=True)
+            for mask, (ref, version) in zip(masks, last, strict=True)
         )
         if not same:
-            self._of, self._rows = [(weakref.ref(mask), mask._version) for mask in masks], []
-            self._made = {}
-        return self._made
+            layouts = {}
+            self._last = [(weakref.ref(mask), mask._version) for mask in masks], layouts
+        return layouts
 
     def _of_equal(self, masks: tuple[Tensor, ...]) -> dict[Any, CallLayout]:
         """The same of masks that do not count what is written to them: those of equal entries."""
         rows = [one_for_all(mask) for mask in masks]
         if any(row.numel() > COMPARED for row in rows):
             return {}
-        same = len(rows) == len(self._rows) and all(
-            (row.shape, row.dtype, row.device) == (kept.shape, kept.dtype, kept.device)
-            and torch.equal(row, kept)
-            for row, kept in zip(rows, self._rows, strict=True)
+        last, layouts = self._last_entries
+        same = len(rows) == len(last) and all(
+            (row.shape, row.dtype, row.device) == (before.shape, before.dtype, before.device)
+            and torch.equal(row, before)
+            for row, before in zip(rows, last, strict=True)
         )
         if not same:
-            self._of, self._rows = [], [row.clone() for row in rows]
-            self._made = {}
-        return self._made
+            layouts = {}
+            self._last_entries = [row.clone() for row in rows], layouts
+        return layouts
 
 
 def one_for_all(mask: Tensor) -> Tensor:
@@ -67,5 +73,5 @@ def one_for_all(mask: Tensor) -> Tensor:
 
 def make_room(plain: dict[Any, CallLayout]) -> None:
     """Forget the oldest of more layouts than are kept."""
-    while len(plain) > PLAIN_LAYOUTS:
-        plain.pop(next(iter(plain)))
+    for key in list(plain)[:-PLAIN_LAYOUTS]:
+        plain.pop(key, None)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations.discovery import AttentionModule
+from mm_sparse.integrations.discovery import AttentionModule, prefixes, scorer_shape
+from mm_sparse.integrations.forward_context import ForwardMemory
 from mm_sparse.integrations.hf.attention import NAME, HFLayer, register
 from mm_sparse.integrations.hf.discovery import (
     HFAttentionModule,
@@ -19,8 +20,8 @@ from mm_sparse.integrations.hf.discovery import (
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.scorers import make_scorer
-from mm_sparse.integrations.shared_state import Shared
-from mm_sparse.integrations.state import STATE, State, state_of
+from mm_sparse.integrations.shared_state import Settings, Shared
+from mm_sparse.integrations.state import State, part_of, states_in
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.adapter import TowerLayer
 from mm_sparse.integrations.towers.adapters import ModuleAdapter, TowerAdapter
@@ -77,23 +78,28 @@ def sparsify(
     names = (*sorted(registered_scorers()),)
     if not (scorer is None or scorer in names or callable(scorer)):
         raise ValueError(f"scorer must be None, one of {names} or a callable, got {scorer!r}")
-    kept = {}
-    if STATE in vars(model):
-        kept = {name: layer.scorer for name, layer in state_of(model).layers.items()}
-    previous = vars(model).get(STATE)
-    if previous is not None:
-        modules = modules or previous.modules
-        densify(model)
+    previous = states_in(model)
+    for state in previous:
+        if part_of(model, state):
+            raise ValueError(
+                f"model must not be a part of a sparsified model, got a {type(model).__name__} of "
+                f"a {state.root}: sparsify that one again, or densify it first"
+            )
+    scorers = {id(la.module): la.scorer for state in previous for la in state.layers.values()}
+    named = [cls for state in previous for cls in state.modules]
+    modules = modules or tuple(dict.fromkeys(named))
+    _take_out(previous)
     try:
         state = _prepare(model, config, strict, modules)
-        for name, layer in state.layers.items():
+        for layer in state.layers.values():
             if layer.known_mode()[0] == "sparse":
-                layer.scorer = make_scorer(layer, scorer, kept.get(name), strict)
+                layer.scorer = make_scorer(layer, scorer, scorers.get(id(layer.module)), strict)
+        _check_budgets(state)
     except BaseException:
-        if previous is not None:
-            _attach(model, previous)
+        for state in previous:
+            _put_in(state)
         raise
-    _attach(model, state)
+    _put_in(state)
     return model
 
 
@@ -101,37 +107,31 @@ def densify(model: M) -> M:
     """Undo `sparsify`: the model is as it was, and its scorers are gone unless they were saved.
 
     Raises:
-        ValueError: somebody replaced the forward of a layer after `sparsify`; nothing changes then.
+        ValueError: the model is a part of a sparsified one, or somebody replaced the forward of a
+            layer after `sparsify`; nothing changes then.
     """
-    state = vars(model).get(STATE)
-    if state is None:
-        return model
-    for layer in state.layers.values():
-        layer.check_detachable()
-    for handle in state.handles:
-        handle.remove()
-    state.handles.clear()
-    for config, name in state.before:
-        config._attn_implementation_internal = name
-    for blocks in state.blocks:
-        blocks.detach()
-    for layer in state.layers.values():
-        layer.detach()
-    del vars(model)[STATE]
+    states = states_in(model)
+    for state in states:
+        if part_of(model, state):
+            raise ValueError(
+                f"model must be a whole sparsified model, got a {type(model).__name__} of a "
+                f"{state.root}: densify that one"
+            )
+    _take_out(states)
     return model
 
 
 @contextmanager
 def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iterator[M]:
     """`sparsify` around a block; afterwards the model is as before, sparse or not."""
-    previous = vars(model).get(STATE)
+    previous = states_in(model)
     sparsify(model, config, **options)
     try:
         yield model
     finally:
         densify(model)
-        if previous is not None:
-            _attach(model, previous)
+        for state in previous:
+            _put_in(state)
 
 
 def find_all(model: nn.Module, adapters: Sequence[TowerAdapter] = ()) -> list[AttentionModule]:
@@ -151,7 +151,12 @@ def _prepare(
     """Find the layers and check them; changes nothing."""
     found = find_all(model, (ModuleAdapter(modules),) if modules else ())
     name = type(model).__name__
-    refused = [f for f in found if f.refusal is not None]
+    named_dense = set(config.dense_layers)
+    refused = [
+        item
+        for item in found
+        if item.refusal is not None and named_dense.isdisjoint((item.name, _number_of(item)))
+    ]
     if not found:
         raise ValueError(
             "model must have attention layers of transformers, timm, open_clip or torchaudio, "
@@ -170,10 +175,8 @@ def _prepare(
         raise ValueError(
             f"config must name layers of {name}, such as {found[0].name!r}, got {unknown[0]!r}"
         )
-    taken = [f.name for f in found if LAYER in vars(f.module)]
-    if taken:
-        raise ValueError(f"model must not be sparsified already as a part of another: {taken[0]}")
-    shared = Shared(config, strict)
+    memory = ForwardMemory(_blocks_around(model, found))
+    shared = Shared(Settings(config), strict, memory)
     trackers: dict[int, ModalityTracker] = {}
     towers: dict[int, TowerTokens] = {}
     served: dict[str, SparseLayer] = {}
@@ -187,12 +190,52 @@ def _prepare(
                 towers[id(item.tower)] = item.tower
             tracker = trackers.setdefault(id(item.root), ModalityTracker(item.root))
             served[item.name] = HFLayer(item, shared, tracker)
-            if item.modality is None:
-                tracker.follow(item.owners)
-            before += _configs(item, [config for config, _ in before])
+            tracker.follow(item.owners if item.modality is None else item.owners[:1])
+            if item.refusal is None:
+                before += _configs(item, [config for config, _ in before])
+    for part in (*trackers.values(), *towers.values()):
+        part.memory = memory
     blocks = find_ordered_blocks(model, served.values())
-    parts = list(trackers.values()), list(towers.values()), blocks
-    return State(shared, served, *parts, modules=tuple(modules), before=before)
+    parts = list(trackers.values()), list(towers.values()), blocks, memory
+    return State(shared, served, *parts, root=name, modules=tuple(modules), before=before)
+
+
+def _check_budgets(state: State) -> None:
+    """Refuse budgets for layers or heads that the model does not have."""
+    config = state.shared.config
+    sparse = [layer for layer in state.layers.values() if layer.known_mode()[0] == "sparse"]
+    numbers = {layer.index for layer in state.layers.values() if layer.index is not None}
+    for field in ("dense_layers", "layer_ratio"):
+        unknown = [x for x in getattr(config, field) if isinstance(x, int) and x not in numbers]
+        if unknown:
+            had = f"0 to {max(numbers)}" if numbers else "no numbers, only names"
+            raise ValueError(
+                f"config.{field} must have layers of {state.root}, which have {had}; "
+                f"got {unknown[0]}"
+            )
+    for layer in sparse:
+        ratios = config.of_layer(layer.index, layer.name).head_ratio
+        try:
+            kv_heads = scorer_shape(layer.module)[1] if ratios else 0
+        except ValueError:
+            continue
+        if len(ratios) != kv_heads:
+            raise ValueError(
+                f"config must have a ratio for each of {kv_heads} KV heads of {layer.name}, "
+                f"got {len(ratios)}"
+            )
+
+
+def _blocks_around(model: nn.Module, found: Sequence[AttentionModule]) -> Iterator[nn.Module]:
+    """Modules inside the model that a checkpoint may compute again: what holds attention."""
+    parts = dict(model.named_modules())
+    for item in found:
+        yield from (parts[name] for name in prefixes(item.name) if name)
+
+
+def _number_of(item: AttentionModule) -> int | None:
+    number = getattr(item.module, "layer_idx", None)
+    return number if isinstance(number, int) and item.modality is None else None
 
 
 def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str]]:
@@ -206,15 +249,33 @@ def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str]]
     return configs
 
 
-def _attach(model: nn.Module, state: State) -> None:
+def _put_in(state: State) -> None:
     if state.before:
         register()
-    for layer in state.layers.values():
-        layer.attach()
     for config, _ in state.before:
         config._attn_implementation_internal = NAME
+    for layer in state.layers.values():
+        vars(layer.module)[LAYER] = layer
+        layer.attach()
     for part in (*state.trackers, *state.towers):
         state.handles += part.attach()
     for blocks in state.blocks:
         blocks.attach()
-    setattr(model, STATE, state)
+
+
+def _take_out(states: Sequence[State]) -> None:
+    for state in states:
+        for layer in state.layers.values():
+            layer.check_detachable()
+    for state in states:
+        for handle in state.handles:
+            handle.remove()
+        state.handles.clear()
+        state.memory.detach()
+        for blocks in state.blocks:
+            blocks.detach()
+        for layer in state.layers.values():
+            layer.detach()
+            vars(layer.module).pop(LAYER, None)
+        for config, name in state.before:
+            config._attn_implementation_internal = name

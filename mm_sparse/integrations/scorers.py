@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mm_sparse.integrations.discovery import scorer_shape
 from mm_sparse.integrations.layer import SparseLayer
 from mm_sparse.scorers import Scorer, registered_scorers
@@ -29,5 +31,14 @@ def make_scorer(
             raise layer.error(error) from None
         return None
     made = make(num_query_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+    return made.to(device_of(layer))
+
+
+def device_of(layer: SparseLayer) -> torch.device:
+    """Where the scorer of a layer begins; it follows the queries of the first call.
+
+    Weights that are kept elsewhere and fetched for a call stand on "meta": the scorer's are few.
+    """
     weight = next(layer.module.parameters(), None)
-    return made if weight is None else made.to(weight.device)
+    known = weight is not None and weight.device.type != "meta"
+    return weight.device if known and weight is not None else torch.device("cpu")

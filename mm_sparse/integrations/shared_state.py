@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,32 +11,69 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import AttentionCall
+from mm_sparse.integrations.forward_context import ForwardMemory, assigned, current
 from mm_sparse.integrations.layout_cache import LayoutCache
 from mm_sparse.layout import CallLayout
+from mm_sparse.scorers import Scorer
 
 
-@dataclass
-class Shared:
-    """What the layers of a sparsified model have in common."""
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """How layers attend now; `override_config` and its kin change them around a block."""
 
     config: SparseConfig
-    strict: bool
-    watchers: list[Callable[[AttentionCall], None]] = field(default_factory=list)
+    watchers: tuple[Callable[[AttentionCall], None], ...] = ()
     attention_override: Callable[[AttentionCall], Tensor] | None = None
     """Computes the attention of a sparse layer in place of score, select, attend."""
     timed: bool = False
+    scorers: Mapping[str, Scorer | None] = field(default_factory=dict)
+    """Scorers by name of the layer, in place of the layers' own."""
+    recomputed: bool = False
+    """Whether a checkpoint computes a block again: watchers have seen its calls already."""
+
+    def when_recomputed(self) -> Settings:
+        """The same for a block that a checkpoint computes again."""
+        return replace(self, recomputed=True)
+
+
+@dataclass(eq=False)
+class Shared:
+    """What the layers of a sparsified model have in common."""
+
+    base: Settings
+    """Outside of all blocks that change them."""
+    strict: bool
+    memory: ForwardMemory | None = None
     plain: dict[Any, CallLayout] = field(default_factory=dict)
     """Layouts of calls without a mask."""
     own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
     """By name of a layer and prefix: `config` as it was, and the layer's own."""
     masked: LayoutCache = field(default_factory=LayoutCache)
 
+    @property
+    def settings(self) -> Settings:
+        """How layers attend now, in this thread."""
+        return current(self, self.base)
+
+    @property
+    def config(self) -> SparseConfig:
+        return self.settings.config
+
+    @contextmanager
+    def changed(self, **changes: Any) -> Iterator[None]:
+        """Other settings around a block, in this thread, also where blocks are recomputed later."""
+        if self.memory is not None:
+            self.memory.attach()
+        with assigned(self, replace(self.settings, **changes)):
+            yield
+
     def layer_config(self, index: int | None, name: str, prefix: int) -> SparseConfig:
         """The config of a layer whose first `prefix` tokens are always kept; checked once."""
+        now = self.config
         config, made = self.own.get((name, prefix), (None, None))
-        if made is None or config is not self.config:
-            made = self.config.of_layer(index, name)
+        if made is None or config is not now:
+            made = now.of_layer(index, name)
             if prefix > made.sinks:
                 made = replace(made, sinks=prefix)
-            self.own[name, prefix] = self.config, made
+            self.own[name, prefix] = now, made
         return made

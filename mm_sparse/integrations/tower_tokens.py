@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mm_sparse.integrations.forward_context import (
+    NO_GRAPH,
+    ForwardMemory,
+    assign,
+    current,
+    refuse_export,
+)
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
+
+
+@dataclass(frozen=True)
+class _Image:
+    """The image of the running forward of a tower."""
+
+    grid: tuple[int, int] | None = None
+    outer: _Image | None = None
+    """That of the forward around it."""
 
 
 @dataclass(eq=False)
@@ -20,37 +37,65 @@ class TowerTokens:
     prefix: int = 0
     """Class and register tokens in front."""
     grid: tuple[int, int] | None = None
-    """Height and width of the picture that is looked at, in tokens."""
+    """Height and width of every image in tokens; None where images differ or it is unknown."""
     embed: Any = None
-    """The module that gets pictures and cuts them into patches."""
+    """The module that gets images and cuts them into patches; it tells the grid of each."""
     patch: tuple[int, int] | None = None
     """Height and width of a patch in pixels; None where `embed` tells the grid of any size."""
+    owner: Any = None
+    """The tower, if `embed` is given: with its forward ends what is known of an image."""
+    memory: ForwardMemory | None = None
+    """Finds the grid of an image again where a checkpoint computes blocks again."""
 
     def attach(self) -> list[Any]:
-        """Set the hook that keeps `grid` up to date; returns its handle."""
-        return [] if self.embed is None else [self.embed.register_forward_pre_hook(self.look)]
+        """Set the hooks that note the grid of the image of a forward; returns their handles."""
+        if self.embed is None:
+            return []
+        handles = [self.embed.register_forward_pre_hook(self.look)]
+        if self.owner is not None:
+            handles.append(self.owner.register_forward_pre_hook(self.enter))
+            handles.append(self.owner.register_forward_hook(self.leave, always_call=True))
+        return handles
 
+    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    def enter(self, owner: Any, args: Any) -> None:
+        """Forward pre-hook of the tower: a forward inside another has an image of its own."""
+        assign(self, _Image(outer=current(self)))
+
+    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    def leave(self, owner: Any, args: Any, output: Any) -> None:
+        """Forward hook of the tower."""
+        image = current(self)
+        assign(self, None if image is None else image.outer)
+
+    @partial(torch.compiler.disable, reason=NO_GRAPH)
     def look(self, embed: Any, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
-        picture = args[0] if args else None
-        self.grid = None
-        if isinstance(picture, Tensor) and picture.dim() == 4:
-            height, width = picture.shape[-2:]
+        refuse_export()
+        pixels, grid = args[0] if args else None, None
+        if isinstance(pixels, Tensor) and pixels.dim() == 4:
+            height, width = pixels.shape[-2:]
             if self.patch is not None:
-                self.grid = height // self.patch[0], width // self.patch[1]
+                grid = height // self.patch[0], width // self.patch[1]
             else:
                 height, width = embed.dynamic_feat_size((height, width))
-                self.grid = int(height), int(width)
+                grid = int(height), int(width)
+        image = current(self)
+        assign(self, _Image(grid, None if image is None else image.outer))
+        if self.memory is not None and torch.is_grad_enabled():
+            self.memory.attach()
 
     def grid_of(self, tokens: int) -> tuple[int, int] | None:
-        """The grid, if it is that of a sequence of so many tokens."""
-        if self.grid is None or self.grid[0] * self.grid[1] != tokens - self.prefix:
+        """The grid of the running forward's image, if it is that of so many tokens."""
+        image = current(self)
+        grid = self.grid if image is None else image.grid
+        if grid is None or grid[0] * grid[1] != tokens - self.prefix:
             return None
-        return self.grid
+        return grid
 
 
-def part_of_picture(layout: TokenLayout, prefix: int, grid: tuple[int, int] | None) -> TokenLayout:
-    """Make the prefix a segment of its own, and write down the grid of a whole picture."""
+def with_image_grid(layout: TokenLayout, prefix: int, grid: tuple[int, int] | None) -> TokenLayout:
+    """Make the prefix a segment of its own, and note the grid of a whole image."""
     behind = torch.arange(layout.length, device=layout.device) >= prefix
     segment = layout.segment + behind.to(torch.int32) if prefix else layout.segment
     grids = layout.grids

@@ -5,22 +5,25 @@ B batch, H query heads, N query tokens, D head dim
 
 from __future__ import annotations
 
+import warnings
+from copy import copy
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mm_sparse.attention import dense_attention
 from mm_sparse.integrations.discovery import defining_class
+from mm_sparse.integrations.forward_context import NO_GRAPH
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
 from mm_sparse.integrations.hf.discovery import (
     DISPATCH,
     UNSERVED,
     HFAttentionModule,
-    uses_attention_interface,
 )
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
@@ -49,6 +52,8 @@ class HFLayer(SparseLayer):
         config = getattr(self.module, "config", None)
         self.original = getattr(config, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""
+        self._unserved: Any = None
+        """Config and hook of a module that keeps its own attention."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A process that unpickles the model may never have sparsified one.
@@ -57,21 +62,51 @@ class HFLayer(SparseLayer):
 
     @property
     def index(self) -> int | None:
-        return getattr(self.module, "layer_idx", None) if self.modality is None else None
+        # Hybrid models number layers without keys and values of their own by -1.
+        number = getattr(self.module, "layer_idx", None) if self.modality is None else None
+        return None if number is None or number < 0 else number
 
     def attach(self) -> None:
-        if uses_attention_interface(type(self.module)):
-            setattr(self.module, LAYER, self)
+        """Nothing for most: transformers asks `attention_forward`, which finds a module's layer.
+
+        A module that cannot be served, in a model where others are, keeps its own name for its
+        attention and gets its own masks: it may do more with them than attend.
+        """
+        config = getattr(self.module, "config", None)
+        if self.refusal is None or getattr(config, "_attn_implementation", None) != NAME:
+            return
+        own: Any = copy(config)
+        own._attn_implementation_internal = self.original
+        self._unserved = (
+            config,
+            self.module.register_forward_pre_hook(self._give_own_mask, with_kwargs=True),
+        )
+        self.module.config = own
 
     def detach(self) -> None:
-        vars(self.module).pop(LAYER, None)
+        if self._unserved is not None:
+            self.module.config, handle = self._unserved
+            handle.remove()
+            self._unserved = None
+
+    def _give_own_mask(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook of a module that is left as it was."""
+        return tree_map_only(LazyMask, lambda m: m.recipe.original(self.original), (args, kwargs))
+
+    def taken_away(self) -> str:
+        """Who else decides what the module attends with, after `sparsify`; empty if nobody."""
+        name = getattr(getattr(self.module, "config", None), "_attn_implementation", NAME)
+        if self.refusal is not None or name == NAME:
+            return ""
+        return f"set_attn_implementation({name!r}) replaced it, sparsify again"
 
     def run_dense(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """A call as the model computes it by itself, with the arguments that transformers gives."""
         name = self.original
-        if options.get("cu_seq_lens_q") is not None and "flash" not in name and not self.cross:
+        packed = options.get("cu_seq_lens_q") is not None and not self.source.takes_bounds_of_text
+        if packed and "flash" not in name and not self.cross:
             # The original functions would let packed sequences see each other.
             placed = self.source.place(self.module, q, k, mask, options_of(options))
             out = dense_attention(
@@ -82,7 +117,8 @@ class HFLayer(SparseLayer):
         return run_original(self.module, name, q, k, v, mask, options)
 
     def _descriptors(self, k: Tensor) -> DescriptorCache | None:
-        return kv_cache.descriptors_for(self.source.tracker.cache, self.index, k, self.ranks)
+        cache = self.source.tracker.running.cache
+        return kv_cache.descriptors_for(cache, self.index, k, self.ranks)
 
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions) -> int | None:
         queries, keys = q.shape[2], k.shape[2]
@@ -95,6 +131,8 @@ class HFLayer(SparseLayer):
     def _problem(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> str | None:
+        if self.source.tracker.running.wants_weights:
+            return "it is asked for the attention weights (`output_attentions`)"
         if mask is None and options.sliding_window and not is_causal(self.module, options):
             return "it came with a `sliding_window` to both sides and without a mask"
         if isinstance(mask, LazyMask):
@@ -127,13 +165,24 @@ def attention_forward(
     """What transformers calls under the name "mm_sparse": (B, N, H, D) and None."""
     layer = getattr(module, LAYER, None)
     if layer is None:
-        # Another model that was built with the very config object of a sparsified one.
+        _warn_of_dense(type(module))
         return run_original(module, "sdpa", query, key, value, attention_mask, options)
-    return layer.run(
+    out, _ = layer.run(
         query, key, value, attention_mask, options_of(options),
         original=lambda: layer.run_dense(query, key, value, attention_mask, options),
         format_output=_with_no_weights,
     )  # fmt: skip
+    return out
+
+
+@cache
+def _warn_of_dense(cls: type) -> None:
+    # The name was asked for, or came with the config object of a sparsified model.
+    warnings.warn(
+        f'{cls.__name__} has attention implementation "{NAME}" and was not sparsified: it runs '
+        "dense; call `mms.sparsify(model)`",
+        stacklevel=3,
+    )
 
 
 def _with_no_weights(out: Tensor) -> tuple[Tensor, None]:
@@ -170,5 +219,5 @@ def register() -> None:
     """Make transformers know the name "mm_sparse"; again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
-    AttentionMaskInterface.register(NAME, torch.compiler.disable(lazy_mask))
+    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward, reason=NO_GRAPH))
+    AttentionMaskInterface.register(NAME, torch.compiler.disable(lazy_mask, reason=NO_GRAPH))

@@ -16,7 +16,7 @@ from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import make_room
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
 from mm_sparse.integrations.options import AttentionOptions
-from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
+from mm_sparse.integrations.tower_tokens import TowerTokens, with_image_grid
 from mm_sparse.layout import CallLayout
 from mm_sparse.modality import Modality
 
@@ -40,7 +40,7 @@ class HFLayoutSource:
         Raises:
             ValueError: the mask is not one range of keys per query, or does not fit.
         """
-        packed = options.cu_seqlens
+        packed = None if self.takes_bounds_of_text else options.cu_seqlens
         cuts = None if packed is None else tuple(packed.tolist())
         causal, window = is_causal(module, options), options.sliding_window
         tokens, prefix, grid = k.shape[2], 0, None
@@ -52,7 +52,8 @@ class HFLayoutSource:
         if mask is None:
             key += (q.shape[2], k.shape[2], causal, window)
         memo = self._memo(mask)
-        if key not in memo:
+        call = memo.get(key)
+        if call is None:
             rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
             start = 0
             if isinstance(mask, LazyMask):
@@ -69,18 +70,26 @@ class HFLayoutSource:
                 span = _cut(span, cuts, keys)
             kinds = self._kinds(rows, start, keys, first + queries, q.device)
             layout = layout_from_spans(span, valid, first, kinds)
-            layout = part_of_picture(layout, prefix, grid)
-            memo[key] = CallLayout(layout, first, prefix)
-        return memo[key]
+            layout = with_image_grid(layout, prefix, grid)
+            call = memo[key] = CallLayout(layout, first, prefix)
+        return call
+
+    @property
+    def takes_bounds_of_text(self) -> bool:
+        """Whether bounds of sequences that reach a call are those of texts, not of its tokens.
+
+        transformers hands the arguments of the whole model on to its towers.
+        """
+        return self.modality is not None and self.tracker.running.bounds is not None
 
     def _memo(self, mask: Any) -> dict[Any, CallLayout]:
         if isinstance(mask, LazyMask):
             return mask.recipe.layouts
-        now = self.tracker.current
+        now = self.tracker.running.modality
         if mask is None:
             make_room(self.plain)
             return self.plain if now is None or self.modality is not None else {}
-        # When a checkpoint computes again, the forward is over and the tracker says nothing.
+        # A layer that is called by itself, outside of a forward, finds what the forward made.
         held = getattr(mask, "_mm_sparse_layouts", None)
         version = 0 if mask.is_inference() else mask._version
         if held is None or held[0] != version or (now is not None and held[1] is not now):
@@ -94,14 +103,20 @@ class HFLayoutSource:
         if self.modality is not None:
             return torch.full((rows, keys), int(self.modality), dtype=torch.int8, device=device)
         kinds = torch.zeros(rows, keys, dtype=torch.int8, device=device)
-        known = self.tracker.current
+        running = self.tracker.running
+        known = running.modality
         if known is None:
             return kinds
         if len(known) != rows or known.shape[1] < start + written:
-            raise ValueError(
-                f"the modality of {rows} rows of {start + written} tokens must be known, it is of "
-                f"{tuple(known.shape)}; give it with `mms.set_modality`"
-            )
+            wants = f"the modality of {rows} rows of {start + written} tokens"
+            if running.given is not None:
+                raise ValueError(
+                    f"{wants} must be known, it is of {tuple(known.shape)}; give it with "
+                    "`mms.set_modality`"
+                )
+            # Tokens of a projector or a prefix are none of those that have ids.
+            self.tracker.warn_of_text(f"{wants} is not known, it is of {tuple(known.shape)}")
+            return kinds
         known = known[:, start : start + keys]
         kinds[:, : known.shape[1]] = known
         return kinds

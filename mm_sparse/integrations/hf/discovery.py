@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import AttentionModule, forward_source, prefixes
+from mm_sparse.integrations.hf.known_classes import known_refusal
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.modality import Modality
 
@@ -25,6 +26,8 @@ UNSERVED = {
     "indices": "a selection of keys of the model's own",
     "block_indices": "a selection of keys of the model's own",
 }
+# Those of them that a forward hands over in every call if it hands them over at all.
+ALWAYS = ("position_bias", "indices", "block_indices")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ def _tower(owners: list[Any]) -> TowerTokens | None:
         if isinstance(embeddings, nn.Module) and patch is not None:
             height, width = (patch, patch) if isinstance(patch, int) else patch
             prefix = prefix_tokens(embeddings)
-            return TowerTokens(Modality.IMAGE, prefix, None, embeddings, (height, width))
+            return TowerTokens(
+                Modality.IMAGE, prefix, None, embeddings, (height, width), owner=owner
+            )
     return None
 
 
@@ -117,15 +122,21 @@ def _refusal(module: nn.Module) -> str | None:
         return None
     if not uses_attention_interface(cls):
         return "it does not dispatch through transformers' attention interface"
-    source = forward_source(cls)
+    return known_refusal(module) or _refusal_by_source(module)
+
+
+def _refusal_by_source(module: nn.Module) -> str | None:
+    """What the call of attention in a module's forward hands over that is not honoured."""
+    source = forward_source(type(module))
     for argument, meaning in UNSERVED.items():
-        given = re.search(rf"\b{argument}=(self\.(\w+)|\w+)", source)
-        if given is None or given[1] == "None" or argument in ("indices", "attention_bias"):
-            continue
-        if given[2] is None and argument != "position_bias":
-            continue
-        if given[2] is None or getattr(module, given[2], None) is not None:
-            return f"it needs {meaning} (`{argument}`)"
+        for given in re.finditer(rf"\b{argument}=(self\.(\w+)|\w+)", source):
+            if given[1] == "None" or argument == "attention_bias":
+                continue
+            # Of the others, a local name may hold None: a call says then what it needs.
+            if given[2] is None and argument not in ALWAYS:
+                continue
+            if given[2] is None or getattr(module, given[2], None) is not None:
+                return f"it needs {meaning} (`{argument}`)"
     return None
 
 

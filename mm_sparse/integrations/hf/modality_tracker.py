@@ -6,12 +6,22 @@ B batch, N new tokens, M tokens so far
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.integrations.forward_context import (
+    NO_GRAPH,
+    ForwardMemory,
+    assign,
+    current,
+    refuse_export,
+)
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.modality import Modality
 
@@ -40,22 +50,51 @@ def special_tokens(config: Any) -> dict[int, Modality]:
     return tokens
 
 
+@dataclass(frozen=True)
+class RunningForward:
+    """What is known of the forward that runs now."""
+
+    modality: Tensor | None = None
+    """(B, M) int8, of all tokens so far; None if nothing tells."""
+    given: Tensor | None = None
+    """What the caller said instead."""
+    cache: Any = None
+    """The KV cache that the forward was given."""
+    depth: int = 0
+    """Models that are entered: the root and others inside it."""
+    from_ids: bool = False
+    """Whether `modality` is known of ids."""
+    bounds: Any = None
+    """Bounds of the texts of packed rows, as they were given to the whole model."""
+    wants_weights: bool = False
+    """Whether attention weights are asked for."""
+    outer: RunningForward | None = None
+    """The forward of the same model around this one."""
+
+    def when_recomputed(self) -> RunningForward:
+        """What a block knows that a checkpoint computes again."""
+        return replace(self, cache=None, depth=0, outer=None)
+
+
+NO_FORWARD = RunningForward()
+
+
 class ModalityTracker:
     """Hooks on a model that know the modality of every position of the running forward."""
 
     def __init__(self, root: Any) -> None:
-        self.name = type(root).__name__
+        self.root, self.name = root, type(root).__name__
         self.tokens = special_tokens(root.config)
-        self.current: Tensor | None = None
-        """(B, M) int8 while a forward runs that knows it."""
-        self.given: Tensor | None = None
-        """What the caller said instead."""
-        self.cache: Any = None
-        """The KV cache that the running forward was given."""
+        self.memory: ForwardMemory | None = None
+        """Finds the modality again where a checkpoint computes blocks again."""
         self._models: list[nn.Module] = []
         self._parameters: dict[type, list[str]] = {}
-        self._depth = 0
-        self._from_ids = False
+        self._warned = False
+
+    @property
+    def running(self) -> RunningForward:
+        """What is known of the forward that runs now, in this thread."""
+        return current(self, NO_FORWARD)
 
     def follow(self, models: Iterable[nn.Module]) -> None:
         """Also know what goes on when these, inside the root or itself, are called alone."""
@@ -75,43 +114,84 @@ class ModalityTracker:
             )
         return handles
 
+    @partial(torch.compiler.disable, reason=NO_GRAPH)
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        self._depth += 1
-        if self._depth == 1:
-            self.current, self.cache, self._from_ids = None, None, False
-        if self.cache is None:
-            self.cache = self._argument(module, args, kwargs, "past_key_values")
-            kv_cache.check_unchanged(self.cache)
-        if not self.tokens and self.given is None:
-            return
+        refuse_export()
+        running = self.running
+        if running.depth == 0 or module is self.root:
+            outer = running if running.depth else None
+            running = RunningForward(given=running.given, outer=outer)
+        running = replace(running, depth=running.depth + 1)
+        # Before anything can fail: `after` is called for this forward in any case.
+        assign(self, running)
+        if running.cache is None:
+            cache = self._argument(module, args, kwargs, "past_key_values")
+            kv_cache.check_unchanged(cache)
+            running = replace(running, cache=cache)
+        bounds = self._argument(module, args, kwargs, "cu_seq_lens_q")
+        weights = self._argument(module, args, kwargs, "output_attentions")
+        if weights is None:
+            weights = getattr(getattr(module, "config", None), "output_attentions", False)
+        running = replace(
+            running,
+            bounds=running.bounds if bounds is None else bounds,
+            wants_weights=running.wants_weights or bool(weights),
+        )
+        assign(self, self._with_modality(running, module, args, kwargs))
+        knows = self.tokens or running.given is not None
+        if knows and self.memory is not None and torch.is_grad_enabled():
+            self.memory.attach()
+
+    def _with_modality(
+        self, running: RunningForward, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> RunningForward:
         ids = self._argument(module, args, kwargs, "input_ids")
         embeds = self._argument(module, args, kwargs, "inputs_embeds")
-        if self._from_ids or (ids is None and (embeds is None or self.current is not None)):
-            return
+        if not self.tokens and running.given is None:
+            if ids is None and embeds is not None and running.depth == 1:
+                self.warn_of_text(f"{self.name} was given inputs_embeds")
+            return running
+        known = running.modality is not None
+        if running.from_ids or (ids is None and (embeds is None or known)):
+            return running
         cached = self._argument(module, args, kwargs, "past_key_values")
         past = int(cached.get_seq_length()) if hasattr(cached, "get_seq_length") else 0
-        self._from_ids = ids is not None
+        if ids is None and running.given is None and not past:
+            self.warn_of_text(f"{self.name} was given inputs_embeds and no input_ids")
         fresh = self._look_up(ids, embeds)
-        if self.given is not None:
-            known = self.given.to(fresh.device, torch.int8)
-            known = self._match_rows(known, len(fresh))[:, past : past + fresh.shape[1]]
-            fresh = torch.cat([known, fresh[:, known.shape[1] :]], 1)
+        if running.given is not None:
+            given = running.given.to(fresh.device, torch.int8)
+            given = self._match_rows(given, len(fresh))[:, past : past + fresh.shape[1]]
+            fresh = torch.cat([given, fresh[:, given.shape[1] :]], 1)
         if past:
-            fresh = torch.cat([self._past(cached, past, fresh), fresh], 1)
-        self.current = fresh
+            fresh = torch.cat([self._past(running.given, cached, past, fresh), fresh], 1)
         if cached is not None:
             setattr(cached, CARRIED, fresh)
+        return replace(running, modality=fresh, from_ids=ids is not None)
 
+    @partial(torch.compiler.disable, reason=NO_GRAPH)
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook: a cache that the model made itself carries the modality from here on."""
-        self._depth = max(self._depth - 1, 0)
-        if self._depth:
+        running = self.running
+        if running.depth > 1:
+            assign(self, replace(running, depth=running.depth - 1))
             return
         cached = getattr(output, "past_key_values", None)
-        if cached is not None and self.current is not None:
-            setattr(cached, CARRIED, self.current)
-        self.current = self.cache = None
+        if cached is not None and running.modality is not None:
+            setattr(cached, CARRIED, running.modality)
+        given = None if running.given is None else RunningForward(given=running.given)
+        assign(self, given if running.outer is None else running.outer)
+
+    def warn_of_text(self, why: str) -> None:
+        """Say once that tokens of which nothing is known count as text."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{why}: what is not known to be an image or audio counts as text; say what the "
+                "tokens are with `mms.set_modality`",
+                stacklevel=2,
+            )
 
     def _argument(self, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
         if name in kwargs:
@@ -128,10 +208,10 @@ class ModalityTracker:
             kinds.masked_fill_(ids == token, int(kind))
         return kinds
 
-    def _past(self, cached: Any, past: int, fresh: Tensor) -> Tensor:
+    def _past(self, given: Tensor | None, cached: Any, past: int, fresh: Tensor) -> Tensor:
         before = getattr(cached, CARRIED, None)
-        if self.given is not None and self.given.shape[1] >= past:
-            before = self.given
+        if given is not None and given.shape[1] >= past:
+            before = given
         if before is None or before.shape[1] < past:
             raise ValueError(
                 f"past_key_values must come from a call of the sparsified {self.name}, or the "

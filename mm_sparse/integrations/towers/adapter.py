@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mm_sparse.integrations.discovery import (
     is_one_of,
 )
-from mm_sparse.integrations.layer import LAYER, SparseLayer
+from mm_sparse.integrations.layer import SparseLayer
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.integrations.towers.call_layout import TowerLayoutSource
@@ -28,6 +28,8 @@ class TowerLayer(SparseLayer):
 
     def __init__(self, found: TowerAttentionModule, shared: Shared) -> None:
         super().__init__(found, shared, TowerLayoutSource(found.tower, shared.plain, shared.masked))
+        self._forward: Any = None
+        """What stands before the forward of the module."""
 
     def attach(self) -> None:
         if self.refusal is not None or self.cross:
@@ -37,19 +39,19 @@ class TowerLayer(SparseLayer):
         from mm_sparse.integrations.towers.sdpa_redirect import RedirectedForward
 
         multihead = isinstance(self.module, nn.MultiheadAttention)
-        forward = MultiheadForward if multihead else RedirectedForward
+        make = MultiheadForward if multihead else RedirectedForward
         own = vars(self.module)
-        own[LAYER], own["forward"] = self, forward(self, own.get("forward"))
+        self._forward = own["forward"] = make(self, own.get("forward"))
 
     def detach(self) -> None:
-        own = vars(self.module)
-        if LAYER not in own:
+        if self._forward is None:
             return
         self.check_detachable()
-        forward: Any = own["forward"]
-        del own["forward"], own[LAYER]
-        if forward.before is not None:
-            own["forward"] = forward.before
+        own, before = vars(self.module), self._forward.before
+        del own["forward"]
+        self._forward = None
+        if before is not None:
+            own["forward"] = before
 
     def check_detachable(self) -> None:
         """Raise where others replaced the forward that `attach` set.
@@ -57,9 +59,8 @@ class TowerLayer(SparseLayer):
         Raises:
             ValueError: they did; the message names the module.
         """
-        own = vars(self.module)
-        forward = own.get("forward")
-        if LAYER in own and getattr(forward, "layer", None) is not self:
+        forward = vars(self.module).get("forward")
+        if self._forward is not None and forward is not self._forward:
             raise ValueError(
                 f"{self.name}.forward must be as `sparsify` left it, got {forward!r}: undo what "
                 "replaced it first"
@@ -72,7 +73,8 @@ class TowerLayer(SparseLayer):
         four. Nobody must look on: what is inside of the module is in patch order, too.
         """
         shared, module = self.shared, self.module
-        if tokens.dim() != 3 or shared.watchers or shared.attention_override:
+        settings = shared.settings
+        if tokens.dim() != 3 or settings.watchers or settings.attention_override:
             return None
         if not is_one_of(type(module), EQUIVARIANT):
             return None

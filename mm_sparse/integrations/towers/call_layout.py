@@ -19,7 +19,7 @@ from mm_sparse.integrations.mask_spans import (
     visible_from_mask,
 )
 from mm_sparse.integrations.options import AttentionOptions
-from mm_sparse.integrations.tower_tokens import TowerTokens, part_of_picture
+from mm_sparse.integrations.tower_tokens import TowerTokens, with_image_grid
 from mm_sparse.layout import CallLayout
 
 # Numbers down from here hide a key: torchaudio writes -10000, which bfloat16 rounds.
@@ -75,7 +75,8 @@ class TowerLayoutSource:
         where = q.device, torch.is_inference_mode_enabled()
         key = (self.tower.modality, prefix, grid, rows, heads, tokens, causal, form, where)
         memo = self._memo(mask)
-        if key not in memo:
+        call = memo.get(key)
+        if call is None:
             if mask is None:
                 span, valid, first = spans_without_mask(tokens, tokens, causal, None)
             else:
@@ -84,9 +85,9 @@ class TowerLayoutSource:
             span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
             kinds = torch.full_like(valid, int(self.tower.modality), dtype=torch.int8)
             layout = layout_from_spans(span, valid, first, kinds)
-            layout = part_of_picture(layout, prefix, grid)
-            memo[key] = CallLayout(layout, first, prefix)
-        return memo[key]
+            layout = with_image_grid(layout, prefix, grid)
+            call = memo[key] = CallLayout(layout, first, prefix)
+        return call
 
     def _memo(self, mask: Any) -> dict[Any, CallLayout]:
         if mask is None:

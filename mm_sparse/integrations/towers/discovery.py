@@ -141,7 +141,7 @@ def _tower(home: str, name: str, around: list[nn.Module]) -> tuple[Any, TowerTok
         if home == "timm" and isinstance(prefix, int):
             embed = getattr(owner, "patch_embed", None) or getattr(owner, "embeds", None)
             embed = embed if hasattr(embed, "dynamic_feat_size") else None
-            return id(owner), TowerTokens(Modality.IMAGE, prefix, embed=embed)
+            return id(owner), TowerTokens(Modality.IMAGE, prefix, embed=embed, owner=owner)
         if home == "open_clip" and hasattr(owner, "class_embedding"):
             return id(owner), TowerTokens(Modality.IMAGE, 1, getattr(owner, "grid_size", None))
     other = Modality.AUDIO if home == "torchaudio" else Modality.TEXT

@@ -7,12 +7,14 @@ B batch, H heads, N query tokens, M key tokens, E width, D head dim
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mm_sparse.integrations.forward_context import NO_GRAPH, refuse_export
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.towers.call_layout import MultiheadMasks
 from mm_sparse.integrations.towers.forward import Forward
@@ -21,12 +23,13 @@ from mm_sparse.integrations.towers.forward import Forward
 class MultiheadForward(Forward):
     """Stands before the forward of an `nn.MultiheadAttention`."""
 
-    @torch.compiler.disable
+    @partial(torch.compiler.disable, reason=NO_GRAPH)
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
         need_weights: bool = True, attn_mask: Tensor | None = None,
         average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        refuse_export()
         layer = self.layer
         module: Any = layer.module
 
@@ -43,7 +46,7 @@ class MultiheadForward(Forward):
         time = 1 if batched and module.batch_first else 0
         own = query is key and key is value
         early = layer.early_mode(key.shape[time] if own else None, query.device)
-        if early[0] != "sparse" and not (batched and layer.shared.watchers):
+        if early[0] != "sparse" and not (batched and layer.shared.settings.watchers):
             layer.note(early, query.shape[time], key.shape[time])
             return original()
         if not batched:
@@ -58,9 +61,10 @@ class MultiheadForward(Forward):
             out = linear(out.flatten(2), module.out_proj.weight, module.out_proj.bias)  # (B, N, E)
             return out if module.batch_first else out.transpose(0, 1), None
 
-        return layer.run(
+        out, _ = layer.run(
             q, k, v, masks if masks.parts() else None, options, original, format_output
         )
+        return out
 
 
 def _heads(module: Any, *states: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import is_one_of, prefixes
+from mm_sparse.integrations.forward_context import is_memory_hook
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.towers.adapter import EQUIVARIANT, TowerLayer
 from mm_sparse.layout import CallLayout, arrange, restore
@@ -123,7 +124,7 @@ def _plain(blocks: nn.Module) -> bool:
             return False
         if "forward" in vars(part) and not _served(part):
             return False
-        if part._forward_hooks or part._forward_pre_hooks:
+        if part._forward_hooks or not all(map(is_memory_hook, part._forward_pre_hooks.values())):
             return False
         if part._backward_hooks or part._backward_pre_hooks:
             return False

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from mm_sparse.integrations.forward_context import NO_GRAPH, refuse_export
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.towers.forward import Forward
 from mm_sparse.layout import CallLayout, arrange, restore
@@ -40,26 +41,29 @@ class RedirectedForward(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._uncompiled(*args, **kwargs)
+        refuse_export()
         layer = self.layer
-        form = None if layer.shared.watchers else _form(args, kwargs)
-        given = None if form is None else (layer.shared.config, form)
-        if given is not None and given == self._dense[0]:
+        settings = layer.shared.settings
+        form = None if settings.watchers else _form(args, kwargs)
+        given = None if form is None else (settings.config, form)
+        known, record = self._dense
+        if given is not None and given == known:
             # Listening to every function of the forward takes longer than a short call itself.
-            layer.record = self._dense[1]
+            layer.record = record
             return self.original(*args, **kwargs)
         calls_in_order = CALLS_IN_PATCH_ORDER.get()
         call = None if calls_in_order is None else calls_in_order.get(id(layer))
         if call is not None:
-            out, calls = self._listened(call, *args, **kwargs)
+            out, record = self._listened(call, *args, **kwargs)
         else:
-            out, calls = self._ordered(*args, **kwargs)
-        short = calls == 1 and layer.record is not None and layer.record.mode == "dense"
-        self._dense = (given, layer.record) if short else (None, None)
+            out, record = self._ordered(*args, **kwargs)
+        short = record is not None and record.mode == "dense"
+        self._dense = (given, record) if short else (None, None)
         return out
 
-    _uncompiled = torch.compiler.disable(__call__)
+    _uncompiled = torch.compiler.disable(__call__, reason=NO_GRAPH)
 
-    def _ordered(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+    def _ordered(self, *args: Any, **kwargs: Any) -> tuple[Any, LastCall | None]:
         """`_listened`, with tokens in patch order inside of it where that may be."""
         layer, placed = self.layer, None
         alone = len(args) == 1 and isinstance(args[0], Tensor)
@@ -68,11 +72,13 @@ class RedirectedForward(Forward):
         if placed is None:
             return self._listened(None, *args, **kwargs)
         tokens = arrange(args[0], placed.layout, placed.first, dim=1)
-        out, calls = self._listened(placed, tokens)
-        return restore(out, placed.layout, placed.first, dim=1), calls
+        out, record = self._listened(placed, tokens)
+        return restore(out, placed.layout, placed.first, dim=1), record
 
-    def _listened(self, ordered: CallLayout | None, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        """What the forward gives, and how often it called for attention.
+    def _listened(
+        self, ordered: CallLayout | None, *args: Any, **kwargs: Any
+    ) -> tuple[Any, LastCall | None]:
+        """What the forward gives, and the record of its call for attention if it was one call.
 
         Args:
             ordered: layout of tokens that are in patch order already.
@@ -82,7 +88,7 @@ class RedirectedForward(Forward):
         if not redirect.calls:
             problem = "its forward did not call scaled_dot_product_attention"
             self.layer.note(self.layer.refuse(problem), 0, 0)
-        return out, redirect.calls
+        return out, redirect.record if redirect.calls == 1 else None
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -105,6 +111,7 @@ class _Redirect(TorchFunctionMode):
     def __init__(self, layer: SparseLayer, ordered: CallLayout | None) -> None:
         super().__init__()
         self.layer, self.ordered, self.calls = layer, ordered, 0
+        self.record: LastCall | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -121,8 +128,9 @@ class _Redirect(TorchFunctionMode):
         scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         options = AttentionOptions(scale=scale, is_causal=is_causal, dropout=dropout_p)
-        return self.layer.run(
+        out, self.record = self.layer.run(
             query, key, value, attn_mask, options,
             original=original, format_output=lambda out: out.transpose(1, 2),
             ordered=self.ordered,
         )  # fmt: skip
+        return out

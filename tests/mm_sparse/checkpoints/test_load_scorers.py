@@ -8,7 +8,7 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse.checkpoints.format import RECORD
-from mm_sparse.integrations import STATE
+from mm_sparse.integrations import is_sparsified
 from tests.support.hf_models import SPARSE, WHOLE, build, long_ids
 
 pytest.importorskip("transformers")
@@ -32,7 +32,7 @@ def test_a_dense_model_stays_dense(folder: Path) -> None:
     want, named = model(ids).logits, model.config._attn_implementation
     with pytest.raises(ValueError, match=r"folder must hold a scorer for .* KV heads"):
         mms.load_scorers(model, folder)
-    assert STATE not in vars(model)
+    assert not is_sparsified(model)
     assert model.config._attn_implementation == named
     assert model(ids).logits.equal(want)
 

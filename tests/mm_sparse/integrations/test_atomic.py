@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.integrations import STATE
+from mm_sparse.integrations import is_sparsified
 from tests.support import hf_models, tower_models
 
 pytest.importorskip("transformers")
@@ -50,7 +50,7 @@ def test_a_scorer_that_cannot_be_made_leaves_a_dense_model_dense(factory: Any, e
         want = case.run(case.model)
         with pytest.raises(error):
             mms.sparsify(case.model, tower_models.SPARSE, scorer=factory)
-        assert STATE not in vars(case.model)
+        assert not is_sparsified(case.model)
         assert all("forward" not in vars(module) for module in case.model.modules())
         assert all(a.equal(b) for a, b in zip(case.run(case.model), want, strict=True))
 

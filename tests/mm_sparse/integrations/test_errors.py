@@ -131,5 +131,9 @@ def test_bad_arguments_are_named(arguments: Any, error: Any, message: str) -> No
 def test_part_of_a_sparsified_model_is_refused() -> None:
     case = build("llama")
     mms.sparsify(case.model, SPARSE)
-    with pytest.raises(ValueError, match="must not be sparsified already as a part of another"):
-        mms.sparsify(case.model.model, SPARSE)
+    part = case.model.model.layers[0]
+    with pytest.raises(ValueError, match="must not be a part of a sparsified model"):
+        mms.sparsify(part, SPARSE)
+    with pytest.raises(ValueError, match="must be a whole sparsified model"):
+        mms.densify(part)
+    assert [row.name for row in mms.report(part).rows] == ["self_attn"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
-from mm_sparse.integrations import STATE
+from mm_sparse.integrations import is_sparsified
 from mm_sparse.scorers import registered_scorers, registry, scorer_class
 from tests.support.hf_models import SPARSE, build, long_ids
 
@@ -106,7 +106,7 @@ def test_a_name_that_nobody_registered_is_refused_with_those_that_are() -> None:
     model = build("llama").model
     with pytest.raises(ValueError, match=r"one of .*'norm'.* or a callable, got 'nrom'"):
         mms.sparsify(model, SPARSE, scorer="nrom")
-    assert STATE not in vars(model)
+    assert not is_sparsified(model)
 
 
 def test_a_scorer_that_writes_neither_score_nor_describe_is_named() -> None:

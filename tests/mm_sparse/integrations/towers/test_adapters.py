@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import mm_sparse as mms
-from mm_sparse.integrations import STATE, TowerTokens
+from mm_sparse.integrations import TowerTokens, is_sparsified
 from mm_sparse.integrations.towers import adapters
 
 WHOLE = mms.SparseConfig(ratio=1.0, dense_below=0, causal=False)
@@ -154,7 +154,7 @@ def test_what_calls_no_fused_attention_is_refused(x: Tensor) -> None:
     model = Own(Unfused)
     with pytest.raises(ValueError, match=r"layers.0 \(Unfused\) cannot run sparse: .*not call"):
         mms.sparsify(model, SPARSE, modules=[Unfused])
-    assert STATE not in vars(model)
+    assert not is_sparsified(model)
     mms.sparsify(model, SPARSE, modules=[Unfused], strict=False)
     model(x)
     assert {row.mode for row in mms.report(model).rows} == {"refused"}

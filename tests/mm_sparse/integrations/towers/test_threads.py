@@ -1,6 +1,5 @@
 """Several threads that run one sparsified tower."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 import mm_sparse as mms
-from mm_sparse.integrations import TowerTokens
 
 timm: Any = pytest.importorskip("timm")
 GRID = mms.SparseConfig(ratio=0.3, tile=64, unit=16, dense_below=0, sinks=0, window=0)
@@ -54,15 +52,5 @@ def test_threads_with_pictures_of_one_size_get_what_one_thread_gets() -> None:
     check([(160, 160), (160, 160)])
 
 
-@pytest.mark.xfail(reason="TowerTokens.grid is shared: the last picture of any thread sets it")
-def test_threads_with_pictures_of_two_sizes_get_what_one_thread_gets() -> None:
-    check([(160, 160), (128, 224)])
-
-
-def test_nothing_but_the_grid_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = threading.local()
-    grid = property(
-        lambda tower: getattr(own, "grid", None), lambda _, to: setattr(own, "grid", to)
-    )
-    monkeypatch.setattr(TowerTokens, "grid", grid)
+def test_threads_with_images_of_two_sizes_get_what_one_thread_gets() -> None:
     check([(160, 160), (128, 224)])

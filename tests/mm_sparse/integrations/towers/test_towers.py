@@ -235,7 +235,7 @@ def test_towers_inside_a_bigger_module() -> None:
     assert [(row.name, row.mode) for row in found.rows] == [(name, "sparse") for name in names]
     assert all(row.seconds is not None and row.mass is not None for row in found.rows)
     assert "eyes.blocks.0.attn" in str(found)
-    with pytest.raises(ValueError, match="must not be sparsified already as a part of another"):
+    with pytest.raises(ValueError, match="must not be a part of a sparsified model"):
         mms.sparsify(model.eyes, WHOLE)
     message = "model must hold a transformers model, got Both"
     kinds = torch.zeros(1, 1, dtype=torch.long)
