@@ -233,6 +233,14 @@ class SparseConfig:
         heads = scale(self.head_ratio)
         return replace(self, ratio=ratio, layer_ratio=layers, head_ratio=heads)
 
+    def with_layers_renamed(self, renamed: Mapping[str, str]) -> SparseConfig:
+        """The config of a model whose layers have other names: old names to new ones."""
+        return replace(
+            self,
+            dense_layers=tuple(renamed.get(str(x), x) for x in self.dense_layers),
+            layer_ratio={renamed.get(str(x), x): own for x, own in self.layer_ratio.items()},
+        )
+
     @property
     def named_layers(self) -> frozenset[str]:
         """Layers that `dense_layers` and `layer_ratio` name."""

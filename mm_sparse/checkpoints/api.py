@@ -35,7 +35,10 @@ def save_scorers(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
         >>> mms.save_scorers(model, "scorers")
     """
     state = state_of(model)
-    write_scorers(state.layers, state.shared.config, Path(folder), dtype)
+    # A model that wraps the sparsified one has other names for its layers.
+    renamed = {layer.name: name for name, layer in state.layers.items()}
+    config = state.shared.config.with_layers_renamed(renamed)
+    write_scorers(state.layers, config, Path(folder), dtype)
 
 
 def load_scorers(model: M, folder: str | Path, *, modules: Sequence[type[nn.Module]] = ()) -> M:

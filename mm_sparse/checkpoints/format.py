@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -59,24 +59,18 @@ class StoredScorers:
 
         So scorers of a tower serve it bare and wrapped.
         """
-        if not self.entries or set(self.entries) <= set(names):
+        own = [*self.entries, *self.config.named_layers]
+        if not self.entries or set(own) <= set(names):
             return self
-        old, new = _stem(list(self.entries)), _stem(names)
-        if not {new + name[len(old) :] for name in self.entries} <= set(names):
+        old, new = _stem(own), _stem(names)
+        renamed = {name: new + name[len(old) :] for name in own}
+        if not set(renamed.values()) <= set(names):
             return self
-
-        def renamed(name: Any) -> Any:
-            return new + name[len(old) :] if name in self.entries else name
-
-        config = replace(
-            self.config,
-            dense_layers=tuple(map(renamed, self.config.dense_layers)),
-            layer_ratio={renamed(name): r for name, r in self.config.layer_ratio.items()},
-        )
-        entries = {renamed(name): entry for name, entry in self.entries.items()}
+        config = self.config.with_layers_renamed(renamed)
+        entries = {renamed[name]: entry for name, entry in self.entries.items()}
         parts = ((key.partition(":"), value) for key, value in self.tensors.items())
         return StoredScorers(
-            config, entries, {f"{renamed(n)}:{key}": v for (n, _, key), v in parts}
+            config, entries, {f"{renamed[n]}:{key}": v for (n, _, key), v in parts}
         )
 
     def install(self, layers: dict[str, SparseLayer]) -> None:

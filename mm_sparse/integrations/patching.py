@@ -278,4 +278,6 @@ def _take_out(states: Sequence[State]) -> None:
             layer.detach()
             vars(layer.module).pop(LAYER, None)
         for config, name in state.before:
-            config._attn_implementation_internal = name
+            # Unless `set_attn_implementation` named another one since.
+            if config._attn_implementation == NAME:
+                config._attn_implementation_internal = name
