@@ -63,7 +63,7 @@ def caption_of(question: str, said: str | None, wanted: str) -> str:
     """A figure's title; `said` is None where the model was not asked to answer."""
     answers = [] if said is None else [f"model: {said or 'nothing'}"]
     answers += [f"true: {wanted}"] if wanted else []
-    lines = [textwrap.shorten(question, 90), textwrap.shorten("   ".join(answers), 110)]
+    lines = [textwrap.shorten(question, 90), textwrap.shorten("; ".join(answers), 110)]
     return "\n".join(line for line in lines if line)
 
 
