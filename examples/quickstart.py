@@ -7,7 +7,7 @@
 The model is that of recipes/configs/vlm/digits.yaml. Its tower learns first to tell digits apart
 (recipes/run/pretrain_vision_tower.py); projector and language model start untrained. The trained
 model answers twice, with sparse attention and with dense. At its 800 tokens sparse attention saves
-no time: the last step shows a picture of 5476 patches, where it does.
+no time: the last step shows a picture of 10000 patches, where it does.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def draw(cli: Any, path: Path) -> str:
 
 
 @torch.no_grad()
-def many_patches(size: int = 1036, depth: int = 4) -> dict[str, float]:
+def many_patches(size: int = 1400, depth: int = 3) -> dict[str, float]:
     """Seconds of layers of a ViT-S/14 with random weights, dense and sparse: the faster of two."""
     torch.manual_seed(0)
     tower: Any = VisionConfig(
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--canvases", type=int, default=64, help="held-out canvases to score")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
     parser.add_argument("--dense", action="store_true", help="train with dense attention as well")
-    parser.add_argument("--size", type=int, default=1036, help="pixels of the last step's picture")
+    parser.add_argument("--size", type=int, default=1400, help="pixels of the last step's picture")
     options = parser.parse_args()
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
