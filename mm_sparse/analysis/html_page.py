@@ -137,11 +137,13 @@ def _figures(scene: InspectionSample, chosen: Mapping[str, Selection]) -> dict[s
     for name, part in scene.parts.items():
         own = report(part)
         ran = [row for row in own.rows if row.mode == "sparse" and row.density is not None]
-        # A map of one colour says nothing that the table of layers does not say.
-        if any(len(row.pair_density or {}) > 1 for row in ran):
+        if not ran:
+            continue
+        # Of a text, a map of one colour says nothing that the table of layers does not say.
+        if not scene.words or any(len(row.pair_density or {}) > 1 for row in ran):
             found[f"{name}-modalities"] = draw_modalities(own)
         heads = [density for row in ran for density in row.head_density]
-        if heads and max(heads) - min(heads) > 0.005:
+        if not scene.words or max(heads) - min(heads) > 0.005:
             found[f"{name}-heads"] = draw_heads(own)
     return found
 

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from mm_sparse.analysis import AudioView, ImageView, InspectionSample, draw_scene
-from mm_sparse.recipes.data import IGNORED, RATE, Batch, Sample
+from mm_sparse.recipes.data import IGNORED, RATE, Batch, Sample, Turn
 from mm_sparse.recipes.models import LogMel
 
 
 def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -> InspectionSample:
-    """What a recipe's model makes of a sample: of its first question, where it has several."""
+    """What a recipe's model makes of a sample: of one question, where it has several.
+
+    Of questions about the same things it is the first, else the last: that sees all things.
+    """
     if not model.sparse_configs:
         raise ValueError("model must run sparse to be inspected, got a dense one")
     sample = first_question(sample)
@@ -25,14 +28,17 @@ def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -
     if not len(batch["input_ids"]):
         raise ValueError(f"sample must fit into {collator.max_length} tokens, got {sample.name}")
     kinds, learned = model.modality(batch)[0], batch["labels"][0] != IGNORED
-    said = model.generate(batch, 64)[0] if generate and bool(learned.any()) else ""
+    can_say = generate and bool(learned.any())
+    said = model.generate(batch, 64, last=True)[0] if can_say else ""
     regions = [turn.asked for turn in sample.turns if turn.asked is not None]
     sights, sounds = things(model, batch, regions[-1] if regions else None)
-    asked = [piece for turn in sample.turns if not turn.answer for piece in turn.pieces]
+    asked = [piece for turn in last_question(sample) for piece in turn.pieces]
     question = " ".join(piece for piece in asked if isinstance(piece, str))
-    wanted = batch["answers"][0] if batch["answers"] else ""
+    wanted = batch["answers"][-1] if batch["answers"] else ""
     asks = (kinds == 0) & batch["attention_mask"][0]
     # Tokens that predict an answer are those before its own.
+    number = batch["answer_index"][0]
+    learned = learned & (number == number.max())
     before = asks & torch.cat([learned[1:], learned.new_zeros(1)])
     queries = (before if bool(before.any()) else asks).nonzero().flatten().tolist()
     parts = {name: getattr(model, name) for name in model.sparse_configs}
@@ -45,7 +51,7 @@ def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -
             "Question": question,
             "Answer wanted": wanted,
             "Answer generated": said,
-            "Tokens": f"{len(kinds)}, shown are keys of the {len(queries)} that predict answers",
+            "Tokens": f"{len(kinds)}, shown are keys of the {len(queries)} that predict the answer",
         },
         sights=sights,
         sounds=sounds,
@@ -54,9 +60,21 @@ def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -
 
 
 def first_question(sample: Sample) -> Sample:
-    """The sample up to its first answer."""
+    """The sample up to its first answer, if what is behind has no picture and no sound."""
     ends = [place for place, turn in enumerate(sample.turns) if turn.answer]
-    return replace(sample, turns=sample.turns[: ends[0] + 1]) if ends else sample
+    if not ends:
+        return sample
+    first = replace(sample, turns=sample.turns[: ends[0] + 1])
+    things = [len(s.pictures) + len(s.sounds) for s in (first, sample)]
+    return first if things[0] == things[1] else sample
+
+
+def last_question(sample: Sample) -> list[Turn]:
+    """Turns between the last answer and the one before; all that are no answers without one."""
+    ends = [place for place, turn in enumerate(sample.turns) if turn.answer]
+    first = ends[-2] + 1 if len(ends) > 1 else 0
+    last = ends[-1] if ends else len(sample.turns)
+    return list(sample.turns[first:last])
 
 
 def caption_of(question: str, said: str | None, wanted: str) -> str:

@@ -132,8 +132,7 @@ def test_a_page_holds_pictures_and_a_row_for_every_layer(tmp_path, model):
     page = write_page(scene, tmp_path / "new" / "page.html").read_text()
     assert "A &lt;title&gt;" in page
     assert "1 &lt; 2?" in page
-    # A sound and modalities; heads all keep the same and have no map.
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     for row in mms.report(model).rows:
         assert f"<td>{row.name}</td>" in page
         assert f"{row.density:.3f}" in page
