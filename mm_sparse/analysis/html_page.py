@@ -7,6 +7,7 @@ import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ from torch import Tensor, nn
 
 from mm_sparse.analysis.heatmaps import draw_heads, draw_modalities
 from mm_sparse.analysis.layer_report import Report, report
-from mm_sparse.analysis.overlays import draw_frames, draw_patches, kept_frames, kept_patches
+from mm_sparse.analysis.overlays import (
+    Box,
+    draw_frames,
+    draw_patches,
+    kept_frames,
+    kept_patches,
+    kept_share,
+    query_boxes,
+)
 from mm_sparse.integrations import AttentionCall, capture_attention
 from mm_sparse.selection import Selection
 
 LAYERS = 4
 """Layers that are drawn over a picture or a sound, spread evenly over the model."""
+EDGE = 12
+"""Tokens that are shown at either end of a long run that no head kept."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1b1f }
@@ -28,6 +39,9 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 img { max-width: 100% } table { border-collapse: collapse; font-size: 0.85rem }
 td, th { padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
+p.tokens { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; max-height: 26rem;
+           overflow: auto; border: 1px solid #ddd; padding: 0.4rem }
+p.tokens mark { background: none; outline: 2px solid #d6246e }
 dt { font-weight: 600 } dd { margin: 0 0 0.6rem 0; white-space: pre-wrap }
 """
 
@@ -36,6 +50,7 @@ NOTES = {
     "kept": "What the queries kept: shares of heads and of query tokens, layer by layer.",
     "modalities": "Kept over visible query-key pairs, mean over the layers that ran sparse.",
     "heads": "Kept over visible query-key pairs of each layer and KV head.",
+    "tokens": "The darker a token, the more heads kept it. The query is outlined.",
 }
 
 
@@ -47,6 +62,8 @@ class ImageView:
     """(3, height, width) in [0, 1]."""
     start: int
     grid: tuple[int, int]
+    asked: Box | None = None
+    """Pixels (top, left, bottom, right) of what a question asks for: outlined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +92,19 @@ class InspectionSample:
     """Headings and texts that stand on top."""
     sights: Sequence[ImageView] = ()
     sounds: Sequence[AudioView] = ()
+    caption: str = ""
+    """Title of the figures: question, the model's answer and the true one, for one."""
+    words: Sequence[str] = ()
+    """Every token of the row as text: the page shows which of them were kept."""
 
 
 def draw_scene(scene: InspectionSample) -> dict[str, Any]:
     """Run the scene once, without gradients; matplotlib figures by name."""
+    return _figures(scene, _run(scene))
+
+
+def _run(scene: InspectionSample) -> dict[str, Selection]:
+    """What layers kept, by name: of `LAYERS` layers that ran sparse."""
     if not scene.parts:
         raise ValueError("parts must hold a sparsified model, got none")
     reader = "language" if "language" in scene.parts else next(iter(scene.parts))
@@ -90,19 +116,34 @@ def draw_scene(scene: InspectionSample) -> dict[str, Any]:
 
     with torch.no_grad(), capture_attention(scene.parts[reader], keep):
         scene.run()
-    chosen = {name: kept[name] for name in _spread(list(kept), LAYERS)}
+    return {name: kept[name] for name in _spread(list(kept), LAYERS)}
+
+
+def _figures(scene: InspectionSample, chosen: Mapping[str, Selection]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, sight in enumerate(scene.sights if chosen else ()):
         shares = kept_patches(chosen, scene.queries, sight.pixels, sight.grid, start=sight.start)
-        found[f"picture-{number + 1}"] = draw_patches(shares, sight.pixels)
+        found[f"picture-{number + 1}"] = draw_patches(
+            shares, sight.pixels, scene.caption, asked=sight.asked,
+            queries=query_boxes(scene.queries, sight.start, sight.grid, sight.pixels),
+        )  # fmt: skip
     for number, sound in enumerate(scene.sounds if chosen else ()):
         mel = sound.spectrogram
         shares = kept_frames(chosen, scene.queries, mel, sound.count, start=sound.start)
-        found[f"sound-{number + 1}"] = draw_frames(shares, mel, sound.seconds)
+        own = [q - sound.start for q in scene.queries if 0 <= q - sound.start < sound.count]
+        found[f"sound-{number + 1}"] = draw_frames(
+            shares, mel, sound.seconds, scene.caption, queries=own
+        )
     for name, part in scene.parts.items():
         own = report(part)
-        if any(row.mode == "sparse" and row.density is not None for row in own.rows):
+        ran = [row for row in own.rows if row.mode == "sparse" and row.density is not None]
+        if not ran:
+            continue
+        # Of a text, a map of one colour says nothing that the table of layers does not say.
+        if not scene.words or any(len(row.pair_density or {}) > 1 for row in ran):
             found[f"{name}-modalities"] = draw_modalities(own)
+        heads = [density for row in ran for density in row.head_density]
+        if not scene.words or max(heads) - min(heads) > 0.005:
             found[f"{name}-heads"] = draw_heads(own)
     return found
 
@@ -110,7 +151,11 @@ def draw_scene(scene: InspectionSample) -> dict[str, Any]:
 def write_page(scene: InspectionSample, path: str | Path) -> Path:
     """Draw the scene into one HTML file; its pictures lie inside it."""
     body = [f"<h1>{html.escape(scene.title)}</h1>", _texts(scene.texts)]
-    for name, figure in draw_scene(scene).items():
+    chosen = _run(scene)
+    if scene.words and chosen:
+        body.append(f"<h2>Kept tokens</h2><p>{NOTES['tokens']}</p>")
+        body += [_shaded(name, selection, scene) for name, selection in chosen.items()]
+    for name, figure in _figures(scene, chosen).items():
         title, _, kind = name.replace("-", " ", 1).partition(" ")
         note = NOTES.get(kind, NOTES["kept"])
         body.append(f"<h2>{html.escape(title.capitalize())} {kind}</h2><p>{note}</p>")
@@ -134,6 +179,34 @@ def _spread(names: list[str], count: int) -> list[str]:
 def _texts(texts: Mapping[str, str]) -> str:
     lines = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in texts.items())
     return f"<dl>{''.join(lines)}</dl>"
+
+
+def _shaded(name: str, selection: Selection, scene: InspectionSample) -> str:
+    """The tokens that a layer's queries see, shaded by the share of heads that kept each."""
+    shares = kept_share(selection, scene.queries).tolist()
+    if len(scene.words) != len(shares):
+        raise ValueError(
+            f"words must hold the {len(shares)} tokens of the row, got {len(scene.words)}"
+        )
+    seen = max(scene.queries) + 1
+    kept = sum(shares[:seen]) / seen
+    pieces: list[str] = []
+    # Neighbours of one share are one element: units are kept or dropped as a whole.
+    for share, run in groupby(range(seen), key=shares.__getitem__):
+        places = list(run)
+        words = [_word(scene.words[place], place in scene.queries) for place in places]
+        hidden = len(words) - 2 * EDGE
+        if share == 0 and hidden > EDGE and not set(places) & set(scene.queries):
+            note = f"<i> [{hidden} more that no head kept] </i>"
+            words = [*words[:EDGE], note, *words[-EDGE:]]
+        dark = ";color:#fff" if share > 0.6 else ""
+        style = f"background:rgba(30,80,160,{0.85 * share:.2f}){dark}"
+        pieces.append(f'<span title="{share:.0%}" style="{style}">{"".join(words)}</span>')
+    return f'<h3>{html.escape(name)}: {kept:.0%} kept</h3><p class="tokens">{"".join(pieces)}</p>'
+
+
+def _word(word: str, outlined: bool) -> str:
+    return f"<mark>{html.escape(word)}</mark>" if outlined else html.escape(word)
 
 
 def _picture(figure: Any) -> str:

@@ -17,6 +17,9 @@ from torch import Tensor
 from mm_sparse.modality import Modality
 from mm_sparse.selection import Selection
 
+Box = tuple[float, float, float, float]
+"""Pixels (top, left, bottom, right) of a picture."""
+
 
 def kept_share(selection: Selection, tokens: Sequence[int], row: int = 0) -> Tensor:
     """Share of heads and of the query `tokens` that keep each key: (M,) float32 in [0, 1].
@@ -62,8 +65,11 @@ def kept_patches(
     row: int = 0,
     start: int | None = None,
     title: str = "",
+    asked: Box | None = None,
 ) -> dict[str, Tensor]:
     """Which patches of a picture the query `tokens` kept, layer by layer, as a PNG.
+
+    Queries that are patches of the picture are outlined, and so is what was asked for.
 
     Args:
         selections: of one layer, or of several by name.
@@ -73,18 +79,30 @@ def kept_patches(
         path: where the drawing goes; None draws nothing.
         row: row of the batch.
         start: position of the picture's first token; the row's first image token if None.
-        title: text above.
+        title: text above: the question, what the model answers and what is true, for one.
+        asked: pixels (top, left, bottom, right) of what a question asks for.
     Returns:
         By layer, (h, w): share of heads and of the given tokens that kept a patch.
     """
     if picture.dim() != 3 or picture.shape[0] != 3:
         raise ValueError(f"picture must be (3, height, width), got {tuple(picture.shape)}")
     h, w = grid
-    kept = _kept_of(selections, tokens, Modality.IMAGE, h * w, row, start, "grid")
+    kept, first = _kept_of(selections, tokens, Modality.IMAGE, h * w, row, start, "grid")
     shares = {name: share.view(h, w) for name, share in kept.items()}
     if path is not None:
-        save(draw_patches(shares, picture, title), path)
+        own = query_boxes(tokens, first, grid, picture)
+        save(draw_patches(shares, picture, title, queries=own, asked=asked), path)
     return shares
+
+
+def query_boxes(
+    tokens: Sequence[int], first: int, grid: tuple[int, int], picture: Tensor
+) -> list[Box]:
+    """Pixels of those `tokens` that are patches of a picture whose tokens begin at `first`."""
+    h, w = grid
+    high, wide = picture.shape[-2] / h, picture.shape[-1] / w
+    places = [divmod(token - first, w) for token in tokens if 0 <= token - first < h * w]
+    return [(r * high, c * wide, (r + 1) * high, (c + 1) * wide) for r, c in places]
 
 
 def kept_frames(
@@ -101,6 +119,8 @@ def kept_frames(
 ) -> dict[str, Tensor]:
     """Which audio tokens of a sound the query `tokens` kept, layer by layer, as a PNG.
 
+    Queries that are tokens of the sound are marked by a line.
+
     Args:
         spectrogram: (bins, frames) of the sound, low notes first.
         count: A, audio tokens of the sound.
@@ -113,26 +133,29 @@ def kept_frames(
     """
     if spectrogram.dim() != 2:
         raise ValueError(f"spectrogram must be (bins, frames), got {tuple(spectrogram.shape)}")
-    shares = _kept_of(selections, tokens, Modality.AUDIO, count, row, start, "count")
+    shares, first = _kept_of(selections, tokens, Modality.AUDIO, count, row, start, "count")
     if path is not None:
-        save(draw_frames(shares, spectrogram, seconds, title), path)
+        own = [token - first for token in tokens if 0 <= token - first < count]
+        save(draw_frames(shares, spectrogram, seconds, title, queries=own), path)
     return shares
 
 
 def _kept_of(
     selections: Mapping[str, Selection] | Selection, tokens: Sequence[int], kind: Modality,
     count: int, row: int, start: int | None, what: str,
-) -> dict[str, Tensor]:  # fmt: skip
-    """By layer, the shares of the `count` tokens of a picture or sound."""
+) -> tuple[dict[str, Tensor], int]:  # fmt: skip
+    """By layer, the shares of the `count` tokens of a picture or sound; where these begin."""
     if isinstance(selections, Selection):
         selections = {"attention": selections}
     if not selections:
         raise ValueError("selections must hold at least one layer, got none")
     shares: dict[str, Tensor] = {}
+    first = 0
     for name, selection in selections.items():
         layout = selection.plan.layout
-        first = start
-        if first is None:
+        if start is not None:
+            first = start
+        else:
             found = (layout.modality[row] == int(kind)).nonzero()
             if not len(found):
                 thing = "picture" if kind == Modality.IMAGE else "sound"
@@ -143,7 +166,7 @@ def _kept_of(
                 f"start and {what} must lie in {layout.length} tokens, got {first} and {count}"
             )
         shares[name] = kept_share(selection, tokens, row)[first : first + count]
-    return shares
+    return shares, first
 
 
 def save(figure: Any, path: str | Path) -> None:
@@ -153,16 +176,30 @@ def save(figure: Any, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_patches(shares: Mapping[str, Tensor], picture: Tensor, title: str = "") -> Any:
-    """A matplotlib figure of the shares (h, w) over the picture."""
+def draw_patches(
+    shares: Mapping[str, Tensor], picture: Tensor, title: str = "", *,
+    queries: Sequence[Box] = (), asked: Box | None = None,
+) -> Any:  # fmt: skip
+    """A matplotlib figure of the shares (h, w) over the picture.
+
+    Args:
+        queries: pixels of query patches: outlined in cyan.
+        asked: pixels of what a question asks for: outlined in green.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     pixels: Any = picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     figure = Figure(figsize=(3.2 * (len(shares) + 1), 3.8), layout="constrained")
     axes = figure.subplots(1, len(shares) + 1, squeeze=False)[0]
     axes[0].imshow(pixels)
-    axes[0].set_title("picture", fontsize="small")
+    notes = [
+        "picture",
+        *(["cyan: the query"] if queries else []),
+        *(["green: asked for"] if asked is not None else []),
+    ]
+    axes[0].set_title("; ".join(notes), fontsize="small")
     for axis, (name, share) in zip(axes[1:], shares.items(), strict=True):
         axis.imshow(pixels)
         shade = axis.imshow(
@@ -172,17 +209,32 @@ def draw_patches(shares: Mapping[str, Tensor], picture: Tensor, title: str = "")
         axis.set_title(f"{name}: {float(share.mean()):.0%} kept", fontsize="small")
         if axis is axes[-1]:
             figure.colorbar(shade, ax=axis, shrink=0.7, label="share of heads and tokens")
+    outlines = [(box, "cyan") for box in queries]
+    outlines += [] if asked is None else [(asked, "lime")]
     for axis in axes:
         axis.set_axis_off()
+        # A dark line below the bright one: seen on any picture.
+        for (top, left, bottom, right), color in outlines:
+            for width, shade in ((4.0, "black"), (2.0, color)):
+                axis.add_patch(
+                    Rectangle(
+                        (left - 0.5, top - 0.5), right - left, bottom - top, fill=False,
+                        edgecolor=shade, linewidth=width, clip_on=False,
+                    )
+                )  # fmt: skip
     if title:
         figure.suptitle(title, fontsize="medium")
     return figure
 
 
 def draw_frames(
-    shares: Mapping[str, Tensor], spectrogram: Tensor, seconds: float | None = None, title: str = ""
-) -> Any:
-    """A matplotlib figure of the shares (A,) over the spectrogram, a strip for every layer."""
+    shares: Mapping[str, Tensor], spectrogram: Tensor, seconds: float | None = None,
+    title: str = "", *, queries: Sequence[int] = (),
+) -> Any:  # fmt: skip
+    """A matplotlib figure of the shares (A,) over the spectrogram, a strip for every layer.
+
+    `queries` are audio tokens of the sound that asked: a cyan line marks each.
+    """
     from matplotlib.figure import Figure
 
     sound: Any = spectrogram.detach().float().cpu().numpy()
@@ -201,6 +253,10 @@ def draw_frames(
         )  # fmt: skip
         axis.set_yticks([])
         axis.set_title(f"{name}: {float(share.mean()):.0%} kept", fontsize="small", loc="left")
+        for query in queries:
+            axis.axvline((query + 0.5) * end / len(share), color="cyan", linewidth=1.5)
+    if queries:
+        axes[0].set_title("cyan line: the query", fontsize="small", loc="left")
     axes[-1].set_xlabel("frames" if seconds is None else "seconds")
     if shade is not None:
         figure.colorbar(shade, ax=list(axes[1:]), label="share of heads\nand tokens")

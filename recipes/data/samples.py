@@ -26,6 +26,8 @@ class Turn:
     """Text, pictures (3, height, width) in [0, 1], and sounds (samples,) of 16 kHz in [-1, 1]."""
     answer: bool = False
     """Whether the model learns to say this turn."""
+    asked: tuple[int, int, int, int] | None = None
+    """Pixels (top, left, bottom, right) of the picture that the question is about, if known."""
 
     def __post_init__(self) -> None:
         for piece in self.pieces:

@@ -89,13 +89,15 @@ class DigitCanvases(Samples):
         return pixels, self.labels[chosen], asked
 
     def __getitem__(self, index: int) -> Sample:
-        pixels, digits, asked = self.canvas(index)
+        pixels, digits, cells = self.canvas(index)
         pixels = pixels.repeat(self.scale, 0).repeat(self.scale, 1)
         picture = torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
         turns: list[Turn] = []
-        for cell in asked:
+        for cell in cells:
             r, c = divmod(int(cell), self.columns)
             question = f"which digit is in row {r + 1}, column {c + 1}?"
-            turns.append(Turn((question,) if turns else (picture, question)))
+            side = self.cell * self.scale
+            asked = (r * side, c * side, (r + 1) * side, (c + 1) * side)
+            turns.append(Turn((question,) if turns else (picture, question), asked=asked))
             turns.append(Turn((str(digits[r, c]),), answer=True))
         return Sample(tuple(turns), f"digits/{self.split}/{index}")

@@ -149,7 +149,13 @@ class StampGrids(Samples):
         for place in rng.permutation(n * n)[: self.questions]:
             row, column = ORDINALS[place // n], ORDINALS[place % n]
             question = f"What is in the {row} row, {column} column?"
-            turns.append(Turn((question,) if turns else (to_tensor(pixels), question)))
+            top, left = place // n * cell, place % n * cell
+            turns.append(
+                Turn(
+                    (question,) if turns else (to_tensor(pixels), question),
+                    asked=(int(top), int(left), int(top) + cell, int(left) + cell),
+                )
+            )
             turns.append(Turn((self.stamps[chosen[place]].caption,), answer=True))
         return Sample(tuple(turns), f"stamps/{self.split}/{index}")
 

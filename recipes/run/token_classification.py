@@ -37,4 +37,6 @@ def train_token_classifier(
         schedule.step()
         known = labels != IGNORED
         right = (logits.argmax(-1) == labels)[known].float().mean().item()
+        if (step + 1) % 50 == 0:
+            print(f"  tower: step {step + 1} of {steps}, {right:.0%} of tokens right", flush=True)
     return right

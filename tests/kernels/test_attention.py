@@ -199,6 +199,7 @@ def test_chunks_equal_the_whole_at_full_density(queries: int) -> None:
     torch.testing.assert_close(middle, whole[:, :, 30 : 30 + queries])
 
 
+@pytest.mark.slow
 def test_float64_gradcheck() -> None:
     case = Case("x", [[("text", 20), ("image", 20)]], 2, 1, 8, config={"ratio": 0.5})
     q, k, v, selection = case.make(torch.float64)
@@ -209,7 +210,7 @@ def test_float64_gradcheck() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("regular", [True, False])
-@pytest.mark.parametrize("dim", [32, 128])
+@pytest.mark.parametrize("dim", [32, pytest.param(128, marks=pytest.mark.slow)])
 def test_lists_of_32_bits_give_what_those_of_16_give(dim: int, regular: bool, device: str) -> None:
     rows = [[("text", 256)]] if regular else [MIXED]
     backend = "auto" if torch.cuda.is_available() and device == "cpu" else "triton"

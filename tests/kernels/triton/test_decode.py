@@ -39,7 +39,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_equals_dense_attention_under_its_mask(
     case: Case, dtype: torch.dtype, parts: list[int]
 ) -> None:
@@ -78,7 +80,10 @@ def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("cols", [16, 32, 64, 256])
+@pytest.mark.parametrize(
+    "cols",
+    [16, pytest.param(32, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow), 256],
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "queries", "kept"), [(1, 1, 1, True), (8, 2, 3, True), (2, 1, 200, False)]
 )

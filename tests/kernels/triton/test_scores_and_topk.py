@@ -307,7 +307,16 @@ def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, 
 
 
 @pytest.mark.parametrize(
-    ("length", "prefix"), [(640, 0), (645, 0), (643, 1), (640, 11), (257, 1), (257, 0), (513, 1)]
+    ("length", "prefix"),
+    [
+        (640, 0),
+        (257, 1),
+        (257, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(645, 0), (643, 1), (640, 11), (513, 1)]
+        ),
+    ],
 )
 def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -> None:
     """Log shares as scorers give them, -1e30 where nothing is seen, and few distinct ones."""

@@ -7,8 +7,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mm_sparse as mms
 from mm_sparse.analysis.heatmaps import draw_heads, draw_modalities, modality_densities
 from mm_sparse.analysis.html_page import AudioView, InspectionSample, write_page
-from mm_sparse.analysis.overlays import kept_frames, kept_share, save
-from mm_sparse.cli.inspect import scene_of
+from mm_sparse.analysis.overlays import (
+    draw_frames,
+    draw_patches,
+    kept_frames,
+    kept_share,
+    query_boxes,
+    save,
+)
+from mm_sparse.cli.inspect import scene_of, text_scene
 from mm_sparse.cli.main import main
 from mm_sparse.integrations.context import set_modality
 from mm_sparse.modality import Modality
@@ -65,6 +72,32 @@ def test_kept_frames_names_what_is_wrong():
         kept_frames({}, [60], torch.rand(4, 5), 40)
 
 
+def test_the_query_patch_and_what_is_asked_for_are_outlined():
+    picture = torch.rand(3, 40, 80)
+    # Tokens 8 to 15 are the picture, 2 rows of 4: token 13 is row 1, column 1; 3 is text.
+    (own,) = boxes = query_boxes([3, 13], 8, (2, 4), picture)
+    assert own == (20, 20, 40, 40)
+    shares = {"one": torch.zeros(2, 4), "two": torch.ones(2, 4)}
+    figure = draw_patches(shares, picture, "Why?\nmodel: a", queries=boxes, asked=(0, 40, 20, 80))
+    for axis in figure.axes[:3]:
+        bright = [p for p in axis.patches if p.get_linewidth() == 2]
+        assert [p.get_bbox().bounds for p in bright] == [
+            (19.5, 19.5, 20, 20), (39.5, -0.5, 40, 20),
+        ]  # fmt: skip
+    assert figure.axes[0].get_title() == "picture; cyan: the query; green: asked for"
+    assert figure.get_suptitle() == "Why?\nmodel: a"
+    plain = draw_patches(shares, picture)
+    assert plain.axes[0].get_title() == "picture"
+    assert not plain.axes[0].patches
+
+
+def test_a_query_frame_is_a_line():
+    figure = draw_frames({"one": torch.rand(40)}, torch.rand(20, 80), 2.0, queries=[10])
+    (line,) = figure.axes[1].lines
+    assert line.get_xdata()[0] == pytest.approx(10.5 / 40 * 2)
+    assert not draw_frames({"one": torch.rand(40)}, torch.rand(20, 80)).axes[1].lines
+
+
 def test_maps_show_what_the_report_says(tmp_path, model):
     with pytest.raises(ValueError, match="report must hold a layer that ran sparse, got none"):
         draw_heads(mms.report(model))
@@ -116,13 +149,39 @@ def test_inspect_reads_a_model_from_a_folder(tmp_path, model, capsys):
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
     mms.densify(model).save_pretrained(tmp_path / "model")
-    text = "a b " * 40
+    text = "a b " * 300
     out = tmp_path / "page.html"
     assert main(["inspect", str(tmp_path / "model"), "--text", text, "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     page = out.read_text()
-    assert "model, 80 tokens, ratio 0.2" in page
+    assert "model, 600 tokens, untrained scores, ratio 0.2" in page
+    assert "token 599, &#x27;b&#x27;" in page
+    assert "sparse says" in page
+    assert "the text goes on with" not in page
     assert page.count("<td>sparse</td>") == 2
+    assert page.count('<p class="tokens">') == 2
+    assert page.count("<mark>b</mark>") == 2
+    assert 'title="0%"' in page
+    assert 'title="100%"' in page
+    # One kind of token: a map of one square is no picture.
+    assert "modalities" not in page
+    assert "more that no head kept" in page
+    folder, options = str(tmp_path / "model"), ["--text", text, "--out", str(out)]
+    assert main(["inspect", folder, *options, "--query", "20"]) == 0
+    assert "the text goes on with &#x27;b&#x27;" in out.read_text()
+    with pytest.raises(ValueError, match=r"query must be a token in \[0, 600\), got 600"):
+        text_scene(folder, text, query=600)
+    with pytest.raises(SystemExit):
+        main(["inspect", folder, *options, "--ratio", "0.3", "--scorers", "smollm2-135m"])
+    assert "--ratio must not be given with --scorers" in capsys.readouterr().err
+
+
+def test_words_must_be_those_of_the_row(tmp_path, model):
+    scene = InspectionSample(
+        "t", {"language": model}, lambda: run(model), [9], words=["a", "b"]
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="words must hold the 64 tokens of the row, got 2"):
+        write_page(scene, tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +192,7 @@ def test_inspect_reads_a_model_from_a_folder(tmp_path, model, capsys):
             "mm_sparse.cli.main:nothing",
             "target must be MODULE:FUNCTION, got 'mm_sparse.cli.main:nothing'",
         ),
-        ("builtins:list", "builtins:list must return a Scene, got list"),
+        ("builtins:list", "builtins:list must return an InspectionSample, got list"),
     ],
 )
 def test_a_wrong_target_is_named(target, wanted):

@@ -12,7 +12,7 @@ GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("padding", ["none", "left", pytest.param("right", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_whole_ratio_equals_stock(name: str, padding: str) -> None:
     case = build(name)

@@ -174,6 +174,7 @@ def test_a_run_that_breaks_off_leaves_its_scorers(npz: str, tmp_path: Path) -> N
         SaveScorers("x", every=0)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_both_sequences(npz: str, tmp_path: Path) -> None:
     """DDP with gloo: after a step both ranks hold the same scorers, and not the untrained ones."""
     module = make(goal=DistillationConfig(tiles=4))

@@ -148,6 +148,7 @@ def outcome() -> dict[str, Any]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_variant_stands_at_one_density(outcome: dict[str, Any]) -> None:
     rows = outcome["rows"]
     assert list(rows) == list(modality_ablation.VARIANTS)
@@ -169,6 +170,7 @@ def test_every_variant_stands_at_one_density(outcome: dict[str, Any]) -> None:
     assert sizes["pooled, untrained"] == sizes["parts, untrained"] == sizes["oracle"] == 0
 
 
+@pytest.mark.slow
 def test_attention_of_a_query_adds_up_to_one(outcome: dict[str, Any]) -> None:
     found = outcome["dense"]["attention_by_pair"]
     for kind in Modality:
@@ -177,6 +179,7 @@ def test_attention_of_a_query_adds_up_to_one(outcome: dict[str, Any]) -> None:
     assert 0.99 < sum(outcome["budgets"].values()) <= 1
 
 
+@pytest.mark.slow
 def test_the_outcome_is_json_and_tables(outcome: dict[str, Any]) -> None:
     assert json.loads(json.dumps(outcome)) == outcome
     rows = outcome["rows"]

@@ -128,6 +128,9 @@ def test_a_scene_shows_pictures_and_sounds_at_their_places():
     shown = scene(model(config()).eval(), COLLATOR, sample())
     assert [sight.start for sight in shown.sights] == [0, 120]
     assert [(s.start, s.count) for s in shown.sounds] == [(64, 50), (184, 50)]
+    # The last question, which sees all of them.
+    assert len(shown.queries) >= 1
+    assert min(shown.queries) > 184 + 50
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from mm_sparse.recipes.datasets.stamps import STAMPS
 from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.pretrained import wheels
-from mm_sparse.recipes.run import pretrain_vision_tower, sparse_vs_dense
+from mm_sparse.recipes.run import pretrain_vision_tower, scene, sparse_vs_dense
 from mm_sparse.recipes.run.lightning_cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -201,6 +202,24 @@ def test_kept_share_counts_the_dense_mask():
     for tokens in ([63], [5, 41, 62]):
         wanted = mask[:, tokens].float().mean((0, 1))
         assert torch.allclose(kept_share(chosen, tokens), wanted)
+
+
+def test_a_scene_shows_the_first_question_its_cell_and_both_answers():
+    cli = main([f"--config={DIGITS}", *FEW], run=False)
+    data = cli.datamodule.validation
+    shown = scene(cli.model.eval(), cli.datamodule.collator, data[0])
+    question, answer = data[0].turns[:2]
+    row, column = (int(n) - 1 for n in re.findall(r"\d", question.pieces[-1]))
+    (sight,) = shown.sights
+    assert question.asked == sight.asked
+    assert sight.asked == (row * 24, column * 24, row * 24 + 24, column * 24 + 24)
+    first, second = shown.caption.split("\n")
+    assert first == question.pieces[-1] == shown.texts["Question"]
+    assert second.startswith("model: ")
+    assert second.endswith(f"true: {answer.pieces[0]}")
+    # Without an answer of the model the title does not claim one.
+    silent = scene(cli.model, cli.datamodule.collator, data[0], generate=False)
+    assert silent.caption == f"{question.pieces[-1]}\ntrue: {answer.pieces[0]}"
 
 
 def test_kept_patches_writes_a_picture(tmp_path):

@@ -54,7 +54,7 @@ def without(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Any:
         return run()
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_generated_tokens_are_those_without(
     beams: int, model: Any, described: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
