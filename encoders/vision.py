@@ -1,6 +1,6 @@
-"""Vision encoders by name: pictures in, tokens and their grid out, attention sparse if wanted.
+"""Vision encoders by name: images in, tokens and their grid out, attention sparse if wanted.
 
-B pictures, P patches, C width, h x w grid of patches (P = h * w, row by row)
+B images, P patches, C width, h x w grid of patches (P = h * w, row by row)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def create_vision_encoder(
     scorer: str | Callable[..., Scorer] | None = None,
     **options: Any,
 ) -> VisionEncoder:
-    """A vision transformer whose forward takes (B, 3, H, W) in [0, 1] and gives tokens and piece.
+    """A vision transformer whose forward takes (B, 3, H, W) in [0, 1] and gives tokens and spec.
 
     It comes in evaluation mode.
 
@@ -59,8 +59,8 @@ def create_vision_encoder(
     """
     make = choose("source", source, {"timm": _timm, "open_clip": _open_clip,
                                      "transformers": _transformers})  # fmt: skip
-    kind, backbone, known = make(name, pretrained, image_size, options)
-    mean, std = (known[0] if mean is None else mean), (known[1] if std is None else std)
+    kind, backbone, statistics = make(name, pretrained, image_size, options)
+    mean, std = (statistics[0] if mean is None else mean), (statistics[1] if std is None else std)
     made = kind(backbone, keep_prefix=keep_prefix, mean=mean, std=std)
     return made_sparse(made.eval(), sparse, strict=strict, scorer=scorer)
 
@@ -73,7 +73,7 @@ def _timm(name: str, pretrained: bool | str, image_size: Any, options: dict[str,
 
 
 def timm_model(name: str, pretrained: bool, image_size: Any, **options: Any) -> Any:
-    """A timm model without a head that takes pictures of any size, where its architecture can."""
+    """A timm model without a head that takes images of any size, where its architecture can."""
     import timm
 
     if image_size is not None:
@@ -109,10 +109,10 @@ def _open_clip(name: str, pretrained: bool | str, image_size: Any, options: Any)
         force_custom_text=True, **changes,
     )  # fmt: skip
     visual = model.visual
-    known = (getattr(visual, "image_mean", None), getattr(visual, "image_std", None))
+    statistics = (getattr(visual, "image_mean", None), getattr(visual, "image_std", None))
     if hasattr(visual, "trunk"):
-        return TimmVision, visual.trunk, known
-    return OpenClipVision, visual, known
+        return TimmVision, visual.trunk, statistics
+    return OpenClipVision, visual, statistics
 
 
 def _transformers(name: str, pretrained: bool | str, image_size: Any, options: Any) -> Made:
@@ -120,13 +120,13 @@ def _transformers(name: str, pretrained: bool | str, image_size: Any, options: A
 
     if image_size is not None:
         options["image_size"] = image_size
-    model, known = load_model(name, bool(pretrained), options), (None, None)
+    model, statistics = load_model(name, bool(pretrained), options), (None, None)
     if pretrained:
         from transformers import AutoImageProcessor
 
         processor: Any = AutoImageProcessor.from_pretrained(name)
-        known = (processor.image_mean, processor.image_std)
-    return TransformersVision, model, known
+        statistics = (processor.image_mean, processor.image_std)
+    return TransformersVision, model, statistics
 
 
 class VisionTower(TimmVision):
@@ -135,16 +135,16 @@ class VisionTower(TimmVision):
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone, keep_prefix=False)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:  # pyright: ignore
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:  # pyright: ignore
         """(B, 3, H, W) in [0, 1] -> tokens (B, P, C) and their grid (h, w)."""
-        tokens, grid = self.encode(pictures)
+        tokens, grid = self.encode(images)
         return tokens[:, self.prefix :], grid
 
 
 def create_vision_tower(
     name: str, *, pretrained: bool = False, image_size: int | None = None, **kwargs: Any
 ) -> VisionTower:
-    """A timm model by name, for pictures of any size where the architecture allows it.
+    """A timm model by name, for images of any size where the architecture allows it.
 
     `kwargs` go to the architecture: `patch_size`, `embed_dim`, `depth`, `num_heads`, ...
     """

@@ -48,13 +48,13 @@ def held_out(cli: Any, length: int) -> dict[str, float]:
         questions=settings.questions,
     )
     model = cli.model.eval()
-    right, found = [], {}
+    right, by_name = [], {}
     with torch.no_grad():
         for batch in cli.datamodule.loader(data):
             right.append(model(batch).exact)
             for name, value in densities(model).items():
-                found.setdefault(name, []).append(value)
-    means = {name: sum(values) / len(values) for name, values in found.items()}
+                by_name.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in by_name.items()}
     return {"exact_match": torch.cat(right).float().mean().item(), **means}
 
 
@@ -76,20 +76,20 @@ def draw(cli: Any, path: Path) -> str:
     with torch.no_grad(), capture_attention(model.language, keep):
         model(batch)
     text = (batch["input_ids"][0] != model.image_id) & (batch["labels"][0] < 0)
-    question = str(canvas.turns[0].pieces[-1])
+    question = str(canvas.turns[0].content[-1])
     kept_patches(
         selections,
         text.nonzero().flatten().tolist(),
-        canvas.pictures[0],
+        canvas.images[0],
         batch["image_grids"][0],
         path,
-        title=f"{question} {canvas.turns[1].pieces[0]}",
+        title=f"{question} {canvas.turns[1].content[0]}",
     )
     return question
 
 
 def main() -> None:
-    """Both runs, one table, one picture, one JSON."""
+    """Both runs, one table, one image, one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
     parser.add_argument("--canvases", type=int, default=512, help="held-out canvases to score")

@@ -2,7 +2,7 @@
 
     SampleData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test"), patch_size=4)
 
-Any `Samples` can be read: of `digits`, `pictures`, `llava`, `spoken`, `manifests`,
+Any `Samples` can be read: of `digits`, `images`, `llava`, `spoken`, `manifests`,
 `ConcatSamples` (sets one after the other), or your own. In YAML each is a `class_path` with
 `init_args`.
 """
@@ -43,9 +43,9 @@ class SampleData(L.LightningDataModule):
         Args:
             train: what is learned from.
             tokenizer: words to ids; the model takes its size and special ids from here.
-            patch_size: pixels that one image token covers, each way; None: there are no pictures.
-            samples_per_token: samples of sound that one audio token covers: 320 times the frames
-                that the projector stacks; None: there are no sounds.
+            patch_size: pixels that one image token covers, each way; None: there are no images.
+            samples_per_token: samples of audio that one audio token covers: 320 times the frames
+                that the projector stacks; None: there is no audio.
             validation: what is scored after an epoch.
             test: what is scored at the end.
             template: text around the turns.

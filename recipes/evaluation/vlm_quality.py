@@ -82,22 +82,22 @@ def table(
     own, few = sparse_config(model.language).sinks, held_out[:looked_at]
     for density in densities:
         for name, make in rankers.items():
-            kept = max(own, sinks) if name in PATTERNS else own
+            sink_count = max(own, sinks) if name in PATTERNS else own
             with (
-                override_config(model.language, sinks=kept),
+                override_config(model.language, sinks=sink_count),
                 override_scorers(model.language, make),
             ):
                 ratio = matched_ratio(model, few, density, density)
                 with override_config(model.language, ratio=ratio):
-                    found = summary([measure(model, held_out, dense, len(few))])
-            if abs(found["density"] / density - 1) > 0.05:
+                    figures = summary([measure(model, held_out, dense, len(few))])
+            if abs(figures["density"] / density - 1) > 0.05:
                 raise ValueError(
-                    f"densities must be in reach of {name}, with {kept} sinks it comes to "
-                    f"{found['density']}, got {density}"
+                    f"densities must be in reach of {name}, with {sink_count} sinks it comes to "
+                    f"{figures['density']}, got {density}"
                 )
             yield {
-                "method": name, "asked": density, "density": found["density"],
-                "ratio": round(ratio, 5), **{figure: found[figure] for figure in FIGURES},
+                "method": name, "asked": density, "density": figures["density"],
+                "ratio": round(ratio, 5), **{figure: figures[figure] for figure in FIGURES},
             }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The parts of the vision-language model, each described by a frozen record that YAML can hold.
 
-B pictures, P patches, C width of the tower, E width of the language model, h x w grid
+B images, P patches, C width of the tower, E width of the language model, h x w grid
 """
 
 from dataclasses import dataclass, field
@@ -70,14 +70,14 @@ class PatchClassifier(nn.Module):
         """Channels of a patch token."""
         return self.tower.backbone.num_classes
 
-    def name(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def logits(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Logits instead of probabilities."""
-        tokens, grid = self.tower(pictures)
+        tokens, grid = self.tower(images)
         return self.tower.backbone.head(tokens), grid
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, 3, H, W) -> (B, P, classes) and the grid."""
-        logits, grid = self.name(pictures)
+        logits, grid = self.logits(images)
         return logits.softmax(-1), grid
 
 

@@ -14,7 +14,9 @@ from mm_sparse.recipes.data import IGNORED, RATE, Batch, Sample
 from mm_sparse.recipes.models import LogMel
 
 
-def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -> InspectionSample:
+def inspection_sample(
+    model: Any, collator: Any, sample: Sample, *, generate: bool = True
+) -> InspectionSample:
     """What a recipe's model makes of a sample."""
     if not model.sparse_configs:
         raise ValueError("model must run sparse to be inspected, got a dense one")
@@ -23,9 +25,9 @@ def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -
         raise ValueError(f"sample must fit into {collator.max_length} tokens, got {sample.name}")
     kinds, learned = model.modality(batch)[0], batch["labels"][0] != IGNORED
     said = model.generate(batch, 64)[0] if generate and bool(learned.any()) else ""
-    sights, sounds = things(model, batch)
-    asked = [piece for turn in sample.turns if not turn.answer for piece in turn.pieces]
-    question = " ".join(piece for piece in asked if isinstance(piece, str))
+    sights, sounds = media_views(model, batch)
+    asked = [part for turn in sample.turns if not turn.answer for part in turn.content]
+    question = " ".join(part for part in asked if isinstance(part, str))
     asks = (kinds == 0) & batch["attention_mask"][0]
     # Tokens that predict an answer are those before its own.
     before = asks & torch.cat([learned[1:], learned.new_zeros(1)])
@@ -52,13 +54,13 @@ def figures(model: Any, collator: Any, sample: Sample) -> dict[str, Any]:
     training = model.training
     model.eval()
     try:
-        return draw_scene(scene(model, collator, sample, generate=False))
+        return draw_scene(inspection_sample(model, collator, sample, generate=False))
     finally:
         model.train(training)
 
 
-def things(model: Any, batch: Batch) -> tuple[list[ImageView], list[AudioView]]:
-    """Pictures and sounds of a batch of one row, and where their tokens are."""
+def media_views(model: Any, batch: Batch) -> tuple[list[ImageView], list[AudioView]]:
+    """Images and audio of a batch of one row, and where their tokens are."""
     kinds = model.modality(batch)[0]
     images = (kinds == 1).nonzero().flatten().tolist()
     heard = (kinds == 2).nonzero().flatten().tolist()
@@ -67,7 +69,7 @@ def things(model: Any, batch: Batch) -> tuple[list[ImageView], list[AudioView]]:
         sights.append(ImageView(pixels, images[at], grid))
         at += grid[0] * grid[1]
     at = 0
-    for wave, length in zip(batch["waveforms"], batch["sound_lengths"].tolist(), strict=True):
+    for wave, length in zip(batch["waveforms"], batch["audio_lengths"].tolist(), strict=True):
         count = -(-length // model.audio_projector.samples_per_token)
         mel = LogMel(64)(wave[None, :length].cpu())[0]
         sounds.append(AudioView(mel, heard[at], count, length / RATE))

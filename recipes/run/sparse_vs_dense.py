@@ -165,8 +165,8 @@ def join(paths: list[Path]) -> dict[str, Any]:
                 raise ValueError(
                     f"{path}: {key} must be {value} as in the first, got {record[key]}"
                 )
-    found = {name: record[name] for name in RUNS for record in records if name in record}
-    return {**first, **found}
+    runs_by_name = {name: record[name] for name in RUNS for record in records if name in record}
+    return {**first, **runs_by_name}
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 )
 def test_patches_come_without_prefix_tokens(name, prefix):
     tower = create_vision_tower(name, image_size=16, **SMALL).eval()
-    pictures = torch.rand(2, 3, 16, 24)
-    tokens, grid = tower(pictures)
+    images = torch.rand(2, 3, 16, 24)
+    tokens, grid = tower(images)
     assert (tower.width, tower.prefix, grid, tokens.shape) == (32, prefix, (4, 6), (2, 24, 32))
-    inner = tower.backbone.forward_features((pictures - tower.mean) / tower.std)
+    inner = tower.backbone.forward_features((images - tower.mean) / tower.std)
     assert torch.equal(tokens, inner[:, prefix:])
 
 
@@ -28,11 +28,9 @@ def test_tower_keeps_the_backbones_keys_and_normalisation():
     assert tower.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
-def test_pictures_of_another_rank_are_refused():
+def test_images_of_another_rank_are_refused():
     tower = create_vision_tower("vit_tiny_patch16_224", image_size=16, **SMALL)
-    with pytest.raises(
-        ValueError, match=r"pictures must be \(B, 3, H, W\), got shape \(3, 16, 16\)"
-    ):
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got shape \(3, 16, 16\)"):
         tower(torch.rand(3, 16, 16))
 
 

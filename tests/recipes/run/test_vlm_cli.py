@@ -1,4 +1,4 @@
-"""The command line of the recipe, its YAML files, logs and pictures."""
+"""The command line of the recipe, its YAML files, logs and images."""
 
 import json
 import os
@@ -203,7 +203,7 @@ def test_kept_share_counts_the_dense_mask():
         assert torch.allclose(kept_share(chosen, tokens), wanted)
 
 
-def test_kept_patches_writes_a_picture(tmp_path):
+def test_kept_patches_writes_an_image(tmp_path):
     path = tmp_path / "new" / "kept.png"
     shares = kept_patches({"one": selection()}, [62, 63], torch.rand(3, 16, 32), (4, 8), path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -215,7 +215,7 @@ def test_kept_patches_names_what_is_wrong():
         kept_share(selection(), [64])
     with pytest.raises(ValueError, match="row must be in"):
         kept_share(selection(), [0], row=1)
-    with pytest.raises(ValueError, match="picture must be"):
+    with pytest.raises(ValueError, match="image must be"):
         kept_patches(selection(), [0], torch.rand(16, 32), (4, 8))
     with pytest.raises(ValueError, match="start and grid must lie in 64 tokens"):
         kept_patches(selection(), [0], torch.rand(3, 16, 32), (4, 8), start=40)
