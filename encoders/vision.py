@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from mm_sparse.config import SparseConfig
 from mm_sparse.encoders.backbones.vision import (
     OpenClipVision,
@@ -20,7 +18,7 @@ from mm_sparse.encoders.backbones.vision import (
 from mm_sparse.encoders.base import choose, made_sparse
 from mm_sparse.scorers import Scorer
 
-__all__ = ["VisionEncoder", "VisionTower", "create_vision_encoder", "create_vision_tower"]
+__all__ = ["VisionEncoder", "create_vision_encoder"]
 
 
 def create_vision_encoder(
@@ -50,11 +48,13 @@ def create_vision_encoder(
             tag of the weights or a file.
         image_size: pixels of a side that positions are made for; the architecture's own if None.
             timm and most transformers models take other sizes too, open_clip's do not.
-        keep_prefix: hand over class and register tokens too, in front of the patches.
+        keep_prefix: hand over class and register tokens too, in front of the patches; False for
+            patches alone, as a language model reads them.
         mean, std: of the three colours; what the library says of the weights, or 0.5, if None.
         strict, scorer: as in `mm_sparse.sparsify`.
         options: further arguments of the architecture.
     Raises:
+        TypeError: the backbone is no vision transformer.
         ValueError: `sparse` is given and a layer cannot be served; the message names it.
     """
     make = choose("source", source, {"timm": _timm, "open_clip": _open_clip,
@@ -69,10 +69,10 @@ Made = tuple[type[VisionEncoder], Any, tuple[Any, Any]]
 
 
 def _timm(name: str, pretrained: bool | str, image_size: Any, options: dict[str, Any]) -> Made:
-    return TimmVision, timm_model(name, bool(pretrained), image_size, **options), (None, None)
+    return TimmVision, _timm_model(name, bool(pretrained), image_size, **options), (None, None)
 
 
-def timm_model(name: str, pretrained: bool, image_size: Any, **options: Any) -> Any:
+def _timm_model(name: str, pretrained: bool, image_size: Any, **options: Any) -> Any:
     """A timm model without a head that takes images of any size, where its architecture can."""
     import timm
 
@@ -127,25 +127,3 @@ def _transformers(name: str, pretrained: bool | str, image_size: Any, options: A
         processor: Any = AutoImageProcessor.from_pretrained(name)
         statistics = (processor.image_mean, processor.image_std)
     return TransformersVision, model, statistics
-
-
-class VisionTower(TimmVision):
-    """A timm transformer for a language model: it gives patches alone, and their grid."""
-
-    def __init__(self, backbone: Any) -> None:
-        super().__init__(backbone, keep_prefix=False)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:  # pyright: ignore
-        """(B, 3, H, W) in [0, 1] -> tokens (B, P, C) and their grid (h, w)."""
-        tokens, grid = self.encode(images)
-        return tokens[:, self.prefix :], grid
-
-
-def create_vision_tower(
-    name: str, *, pretrained: bool = False, image_size: int | None = None, **kwargs: Any
-) -> VisionTower:
-    """A timm model by name, for images of any size where the architecture allows it.
-
-    `kwargs` go to the architecture: `patch_size`, `embed_dim`, `depth`, `num_heads`, ...
-    """
-    return VisionTower(timm_model(name, pretrained, image_size, **kwargs))

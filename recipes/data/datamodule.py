@@ -7,7 +7,7 @@ Any `Samples` can be read: of `digits`, `images`, `llava`, `spoken`, `manifests`
 `init_args`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samplers import LengthBuckets, ResumableLoader, ShardedOrder
-from mm_sparse.recipes.data.samples import Batch, Samples, Template
+from mm_sparse.recipes.data.samples import CHATML, Batch, Samples, Template
 from mm_sparse.recipes.data.tokenizers import Tokenizer
 
 
@@ -31,7 +31,7 @@ class SampleData(L.LightningDataModule):
         samples_per_token: int | None = None,
         validation: Samples | None = None,
         test: Samples | None = None,
-        template: Template | None = None,
+        template: Template | Literal["chatml"] | None = None,
         max_length: int = 2048,
         batch_size: int = 16,
         workers: int = 0,
@@ -48,7 +48,7 @@ class SampleData(L.LightningDataModule):
                 that the projector stacks; None: there is no audio.
             validation: what is scored after an epoch.
             test: what is scored at the end.
-            template: text around the turns.
+            template: text around the turns; "chatml" for the chat format of SmolLM2 and Qwen.
             max_length: a sample with more tokens is dropped whole, counted and logged.
             batch_size: samples of a step.
             workers: processes that prepare batches.
@@ -67,6 +67,10 @@ class SampleData(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if buckets > 1 and not shuffle:
             raise ValueError(f"buckets must be 1 without shuffle, got {buckets}")
+        if isinstance(template, str):
+            if template != "chatml":
+                raise ValueError(f"template must be a Template or 'chatml', got {template!r}")
+            template = CHATML
         self.train, self.validation, self.test = train, validation, test
         self.tokenizer = tokenizer
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle

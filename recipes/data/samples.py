@@ -140,6 +140,7 @@ class Template:
 
 
 CHATML = Template(("<|im_start|>user\n", "<|im_end|>\n"), ("<|im_start|>assistant\n", "\n"))
+"""The chat format of SmolLM2 and Qwen, for a tokenizer whose end of text is `<|im_end|>`."""
 
 
 class Batch(TypedDict):

@@ -7,7 +7,7 @@ QUESTIONS = ("What is in the picture?", "What is in the row, column?", " ".join(
 
 
 class StampTokenizer(WordTokenizer):
-    """Every word of every caption below `root`, and of the questions that `images` asks."""
+    """Every word of every caption below `root`, and of questions about stamps."""
 
     def __init__(self, root: str = STAMPS, max_words: int | None = None) -> None:
         texts = [*QUESTIONS, *(stamp.caption for stamp in find_stamps(root, max_words))]

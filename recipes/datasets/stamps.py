@@ -1,4 +1,4 @@
-"""Real images with captions: the stamps of Tux Paint, alone and as grids with a question.
+"""Real images with captions: the stamps of Tux Paint, as grids with a question.
 
 They come from the Debian package tuxpaint-stamps-default (GPL-2), and are read where it puts them.
 Grids are procedural: real images, composed places and questions.
@@ -50,37 +50,6 @@ def find_stamps(root: str | Path = STAMPS, max_words: int | None = None) -> tupl
             "`apt-get install tuxpaint-stamps-default`"
         )
     return tuple(stamps)
-
-
-class StampCaptions(Samples):
-    """One stamp and its caption. A tenth of the distinct captions is held out for validation."""
-
-    def __init__(
-        self,
-        split: Split = "train",
-        *,
-        root: str = STAMPS,
-        image_size: int = 224,
-        max_words: int | None = None,
-        question: str = "What is in the picture?",
-    ) -> None:
-        check_split(split)
-        stamps = find_stamps(root, max_words)
-        captions = sorted({stamp.caption for stamp in stamps})
-        np.random.default_rng(0).shuffle(captions)
-        held_out = set(captions[: max(1, len(captions) // 10)])
-        wanted = split == "validation"
-        self.stamps = [stamp for stamp in stamps if (stamp.caption in held_out) == wanted]
-        self.image_size, self.question = image_size, question
-
-    def __len__(self) -> int:
-        return len(self.stamps)
-
-    def __getitem__(self, index: int) -> Sample:
-        stamp = self.stamps[index]
-        image = to_tensor(on_white(stamp.path, self.image_size, self.image_size))
-        turns = (Turn((image, self.question)), Turn((stamp.caption,), answer=True))
-        return Sample(turns, str(stamp.path))
 
 
 class StampGrids(Samples):

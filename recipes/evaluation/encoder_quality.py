@@ -41,7 +41,6 @@ from mm_sparse.integrations import override_attention
 from mm_sparse.recipes.data import PackedData
 from mm_sparse.recipes.evaluation.encoder_tasks import ImageTask, SpeechTask
 from mm_sparse.recipes.evaluation.linformer import Linformers, train_linformers
-from mm_sparse.recipes.metrics import scaled_budgets
 from mm_sparse.recipes.pretrained import FILES
 from mm_sparse.scorers import BigBird, OracleScorer, SlidingWindow
 
@@ -89,7 +88,7 @@ def compare(
     for ratio, method, order, share in product(ratios, methods, orders, sampled):
         own = config(ratio, order, share, query_pools)
         if method == "trained" and stored is not None:
-            own = replace(own, **scaled_budgets(stored, ratio))
+            own = replace(own, layer_ratio=stored.scaled(ratio).layer_ratio)
         with mms.sparse(subject.model, own, scorer=METHODS[method]), ExitStack() as stack:
             if method in STORED and scorers is not None:
                 mms.load_scorers(subject.model, scorers)

@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Modality, PooledScorer, Scorer
+from mm_sparse.bench import machine
 from mm_sparse.integrations import (
     attention_layers,
     capture_attention,
@@ -45,7 +46,7 @@ from mm_sparse.recipes.evaluation.modality_ablation_report import (
     summary,
     table,
 )
-from mm_sparse.recipes.metrics import densities, machine
+from mm_sparse.recipes.metrics import densities
 from mm_sparse.recipes.models import AnswerLogits, MultimodalTraining
 from mm_sparse.recipes.run import on_device, prepare, validation_of
 from mm_sparse.recipes.training import OptimizerConfig
@@ -296,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimizer=OptimizerConfig(lr=args.lr, warmup=10, final=0.0),
         )  # fmt: skip
     given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
-    record = {"machine": machine(), "threads": torch.get_num_threads(), **given, "options": more,
+    facts = machine("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    record = {"machine": facts, "threads": torch.get_num_threads(), **given, "options": more,
               "seconds": round(time.perf_counter() - start), **outcome}  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import mm_sparse as mms
 from mm_sparse import FineScorer, select
 from mm_sparse.attention import attend
-from mm_sparse.bench import median_ms
+from mm_sparse.bench import machine, median_ms
 from mm_sparse.encoders.bench import spent
 from mm_sparse.integrations import (
     AttentionCall,
@@ -37,7 +37,6 @@ from mm_sparse.integrations import (
     sparse_config,
 )
 from mm_sparse.layout import Plan
-from mm_sparse.recipes.metrics import machine
 from mm_sparse.scorers import PooledScorer, Scorer
 
 SECONDS = 0.03
@@ -162,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"argument 1: must be one of {kinds}, got {words[:1]}"
         )
     given, model, run, out = language(words[1:]) if words[0] == "language" else tower(words)
-    record = {"machine": machine(), **given, **costs(model, run)}
+    weight = next(model.parameters())
+    record = {"machine": machine(weight.device.type, weight.dtype), **given, **costs(model, run)}
     out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:
         print(json.dumps(row))

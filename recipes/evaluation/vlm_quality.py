@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Scorer
+from mm_sparse.bench import machine
 from mm_sparse.integrations import override_config, override_scorers, sparse_config
 from mm_sparse.recipes.data import Batch
 from mm_sparse.recipes.distillation import DistillationConfig, train_jointly
@@ -31,7 +32,7 @@ from mm_sparse.recipes.evaluation.modality_ablation import (
     measure,
 )
 from mm_sparse.recipes.evaluation.modality_ablation_report import summary
-from mm_sparse.recipes.metrics import machine, ranking_methods
+from mm_sparse.recipes.metrics import ranking_methods
 from mm_sparse.recipes.models import MultimodalTraining
 from mm_sparse.recipes.run import on_device, prepare, validation_of
 from mm_sparse.recipes.training import OptimizerConfig
@@ -141,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
     given = {k: v for k, v in vars(args).items() if k not in ("out", "methods")}
-    record = {"machine": machine(), "threads": torch.get_num_threads(), **given, "options": more,
+    facts = machine("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    record = {"machine": facts, "threads": torch.get_num_threads(), **given, "options": more,
               "rows": []}  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = {weights: rankers_for(weights, args.methods) for weights in args.weights}

@@ -151,7 +151,7 @@ class FrameClassifier(AudioTower):
         return self.tower.backbone
 
     def logits(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """Logits instead of probabilities."""
+        """(A, S) waveforms and their (A,) lengths to logits (A, F, classes)."""
         return self.head(self.tower(waveforms, lengths))
 
     def frames(self, waveforms: Tensor, lengths: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ class MultimodalBase(L.LightningModule):
         if len(batch["pixel_values"]):
             if self.vision is None:
                 raise ValueError("batch must hold no images for a model without vision")
-            tokens, _ = self.projector(*self.vision(batch["pixel_values"]))
+            patches, spec = self.vision(batch["pixel_values"])
+            tokens, _ = self.projector(patches, spec.grid)
             places = int((kinds == Modality.IMAGE).sum())
             if tokens.shape[0] * tokens.shape[1] != places:
                 raise ValueError(

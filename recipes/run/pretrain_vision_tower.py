@@ -4,7 +4,8 @@
     python -m mm_sparse.recipes.run.pretrain_vision_tower --config recipes/configs/vlm/digits.yaml
 
 A vision-language model starts from a tower that has learned elsewhere. With nothing to download,
-this one learns to classify the digit whose cell each patch lies in. It sees the training split only.
+this one learns to classify the digit whose cell each patch lies in. It sees the training split
+only.
 """
 
 import argparse

@@ -149,8 +149,10 @@ def test_a_tower_learns_to_name_what_it_hears(tmp_path):
 def test_records_of_single_runs_become_one(tmp_path):
     same = {"machine": {"device": "a"}, "config": "c.yaml", "options": []}
     paths = [tmp_path / f"{name}.json" for name in ("dense", "sparse")]
-    for path in paths:
-        path.write_text(json.dumps({**same, path.stem: {"steps": 2}}))
+    for speed, path in enumerate(paths):
+        own = {**same, "machine": {"device": "a", "matmul_tflops": speed}}
+        path.write_text(json.dumps({**own, path.stem: {"steps": 2}}))
+    same = {**same, "machine": {"device": "a", "matmul_tflops": 0}}
     assert sparse_vs_dense.join(paths) == {**same, "sparse": {"steps": 2}, "dense": {"steps": 2}}
     paths[1].write_text(json.dumps({**same, "machine": {"device": "b"}, "sparse": {}}))
     with pytest.raises(ValueError, match=r"sparse.json: machine must be .* as in the first"):

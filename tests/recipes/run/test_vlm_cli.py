@@ -181,8 +181,8 @@ def test_a_tower_learns_to_name_what_it_sees(tmp_path):
     weights = record["model"]["init_args"]["vision"]["weights"]
     cli = main([f"--config={DIGITS}", *FEW, f"--model.vision.weights={weights}"], run=False)
     size = cli.config.model.init_args.vision.image_size
-    names, grid = cli.model.vision(torch.rand(2, 3, size, size))
-    assert names.shape == (2, grid[0] * grid[1], 10)
+    names, spec = cli.model.vision(torch.rand(2, 3, size, size))
+    assert names.shape == (2, spec.grid[0] * spec.grid[1], 10)
     assert torch.allclose(names.sum(-1), torch.ones(names.shape[:2]))
 
 
