@@ -91,11 +91,11 @@ def language_costs(
 
 def layer_ratios(ratios: Mapping[Place, float]) -> dict[int | str, float | tuple[float, ...]]:
     """`SparseConfig.layer_ratio` of ratios by place."""
-    ratios: dict[int | str, float | tuple[float, ...]] = {}
+    by_layer: dict[int | str, float | tuple[float, ...]] = {}
     for (layer, head), ratio in ratios.items():
-        before: Any = ratios.get(layer, ())
-        ratios[layer] = ratio if head is None else (*before, ratio)
-    return ratios
+        before: Any = by_layer.get(layer, ())
+        by_layer[layer] = ratio if head is None else (*before, ratio)
+    return by_layer
 
 
 def spread(

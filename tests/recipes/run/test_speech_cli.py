@@ -54,7 +54,7 @@ def fit(folder, *more):
             f"--trainer.logger.save_dir={folder}",
             f"--trainer.callbacks={callbacks}.Throughput",
             f"--trainer.callbacks+={callbacks}.Density",
-            f"--trainer.callbacks+={callbacks}.Images",
+            f"--trainer.callbacks+={callbacks}.InspectionFigures",
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
             f"--trainer.callbacks.dirpath={folder / 'checkpoints'}",
             "--trainer.callbacks.save_last=true",

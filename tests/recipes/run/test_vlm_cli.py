@@ -215,7 +215,7 @@ def test_kept_patches_names_what_is_wrong():
         kept_share(selection(), [64])
     with pytest.raises(ValueError, match="row must be in"):
         kept_share(selection(), [0], row=1)
-    with pytest.raises(ValueError, match="image must be"):
+    with pytest.raises(ValueError, match="picture must be"):
         kept_patches(selection(), [0], torch.rand(16, 32), (4, 8))
     with pytest.raises(ValueError, match="start and grid must lie in 64 tokens"):
         kept_patches(selection(), [0], torch.rand(3, 16, 32), (4, 8), start=40)
