@@ -6,8 +6,4 @@ from .interleaving import (
     interleave_rows as interleave_rows,
     text_spec as text_spec,
 )
-from .vision import (
-    VisionTower as VisionTower,
-    create_vision_encoder as create_vision_encoder,
-    create_vision_tower as create_vision_tower,
-)
+from .vision import VisionEncoder as VisionEncoder, create_vision_encoder as create_vision_encoder

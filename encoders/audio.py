@@ -1,4 +1,4 @@
-"""Audio encoders by name: sound in, frames and their rate out, attention sparse if wanted.
+"""Audio encoders by name: audio in, frames and their rate out, attention sparse if wanted.
 
 B clips, S samples of a waveform, L frames of features, F features, N frames of tokens, C width
 """
@@ -32,7 +32,7 @@ def create_audio_encoder(
     scorer: str | Callable[..., Scorer] | None = None,
     **options: Any,
 ) -> AudioEncoder:
-    """An audio encoder whose forward takes a batch, and lengths if padded, and gives tokens, piece.
+    """An audio encoder whose forward takes a batch, and lengths if padded, and gives tokens, spec.
 
     It comes in evaluation mode. Models of the wav2vec 2.0 family take waveforms (B, S), Whisper
     takes log-mel features (B, F, L), torchaudio's Conformer features (B, L, F).

@@ -1,4 +1,4 @@
-"""What encoders of pictures and of sound have in common."""
+"""What encoders of images and of audio have in common."""
 
 from __future__ import annotations
 

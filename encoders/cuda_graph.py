@@ -35,7 +35,7 @@ class CUDAGraphEncoder:
             self._replay = capture(lambda: encoder(*self._inputs))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, TokenSpec]:
-        """Tokens and their piece, as the encoder gives them; the next call overwrites the tokens.
+        """Tokens and their spec, as the encoder gives them; the next call overwrites the tokens.
 
         Raises:
             ValueError: not as many inputs as were captured, or of another shape or dtype.

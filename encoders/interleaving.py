@@ -19,11 +19,11 @@ from mm_sparse.modality import Modality
 
 @dataclass(frozen=True, eq=False)
 class TokenSpec:
-    """The piece of a `TokenLayout` that (B, N, E) tokens of one modality make up."""
+    """The part of a `TokenLayout` that (B, N, E) tokens of one modality make up."""
 
     modality: Modality
     grid: tuple[int, int] | None = None
-    """Height and width in tokens of a picture, without the prefix; its tokens go row by row."""
+    """Height and width in tokens of an image, without the prefix; its tokens go row by row."""
     prefix: int = 0
     """Class and register tokens in front."""
     rate: float | None = None
@@ -49,7 +49,7 @@ class TokenSpec:
         if not isinstance(self.lengths, Tensor) or self.lengths.dim() != 1:
             raise ValueError(f"lengths must be a (B,) tensor, got {self.lengths!r}")
         if self.grid is not None:
-            raise ValueError("lengths must be None for a picture with a grid, whose rows are whole")
+            raise ValueError("lengths must be None for an image with a grid, whose rows are whole")
 
     @property
     def seconds(self) -> Tensor | None:
@@ -57,7 +57,7 @@ class TokenSpec:
         return None if self.rate is None or self.lengths is None else self.lengths / self.rate
 
     def check(self, tokens: Tensor) -> None:
-        """Refuse (B, N, E) tokens that the piece does not describe."""
+        """Refuse (B, N, E) tokens that the spec does not describe."""
         if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else tokens
             raise ValueError(f"tokens must be (B, N, E), got {shape!r}")
@@ -86,7 +86,7 @@ class TokenSpec:
 
 
 def text_spec(lengths: Tensor | None = None, document: int = 0) -> TokenSpec:
-    """The piece of embedded text; `lengths` (B,) where rows are padded behind."""
+    """The spec of embedded text; `lengths` (B,) where rows are padded behind."""
     return TokenSpec(Modality.TEXT, lengths=lengths, document=document)
 
 
@@ -99,18 +99,18 @@ def interleave(parts: Sequence[Part], *, padding_side: str = "right") -> tuple[T
     Padding inside the parts is left out; rows are padded once, to the longest.
 
     Args:
-        parts: (B, N, E) embeddings and the piece that describes them, in order.
+        parts: (B, N, E) embeddings and the spec that describes them, in order.
         padding_side: "right", or "left" as for generation.
     Returns:
         (B, M, E) embeddings, zero on padding, and their layout.
     """
     parts = [_checked(part) for part in parts]
     if not parts:
-        raise ValueError("parts must hold at least one (embeddings, piece), got none")
+        raise ValueError("parts must hold at least one (embeddings, spec), got none")
     batches = {len(tokens) for tokens, _ in parts}
     if len(batches) > 1:
         raise ValueError(f"parts must have as many rows each, got {sorted(batches)}")
-    rows = [[_row(tokens, piece, b) for tokens, piece in parts] for b in range(batches.pop())]
+    rows = [[_row(tokens, spec, b) for tokens, spec in parts] for b in range(batches.pop())]
     return interleave_rows(rows, padding_side=padding_side)
 
 
@@ -121,14 +121,14 @@ def interleave_rows(
     if padding_side not in ("left", "right"):
         raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}')
     checked = [[_checked(part) for part in row] for row in rows]
-    found = [tokens for row in checked for tokens, _ in row]
-    if not found:
-        raise ValueError("rows must hold at least one (embeddings, piece), got none")
+    all_tokens = [tokens for row in checked for tokens, _ in row]
+    if not all_tokens:
+        raise ValueError("rows must hold at least one (embeddings, spec), got none")
     for name, values in (
-        ("rows", {len(tokens) for tokens in found} | {1}),
-        ("width", {tokens.shape[2] for tokens in found}),
-        ("device", {str(tokens.device) for tokens in found}),
-        ("dtype", {str(tokens.dtype) for tokens in found}),
+        ("rows", {len(tokens) for tokens in all_tokens} | {1}),
+        ("width", {tokens.shape[2] for tokens in all_tokens}),
+        ("device", {str(tokens.device) for tokens in all_tokens}),
+        ("dtype", {str(tokens.dtype) for tokens in all_tokens}),
     ):
         if len(values) > 1:
             raise ValueError(
@@ -137,10 +137,12 @@ def interleave_rows(
             )
     spans, sequences = [], []
     for row in checked:
-        kept = [_row(tokens, piece, 0) for tokens, piece in row]
-        spans.append([span for tokens, piece in kept for span in piece.spans(tokens.shape[1])])
+        unpadded = [_row(tokens, spec, 0) for tokens, spec in row]
+        spans.append([span for tokens, spec in unpadded for span in spec.spans(tokens.shape[1])])
         # A row without parts is all padding.
-        sequences.append(torch.cat([t[0] for t, _ in kept]) if kept else found[0][0, :0])
+        sequences.append(
+            torch.cat([t[0] for t, _ in unpadded]) if unpadded else all_tokens[0][0, :0]
+        )
     embeddings = pad_sequence(sequences, batch_first=True, padding_side=padding_side)
     layout = TokenLayout.from_rows(spans, padding_side, device=embeddings.device)
     return embeddings, layout
@@ -153,9 +155,9 @@ def _checked(part: Part) -> Part:
     return part
 
 
-def _row(tokens: Tensor, piece: TokenSpec, row: int) -> Part:
+def _row(tokens: Tensor, spec: TokenSpec, row: int) -> Part:
     """One row of a part, (1, N, E), without its padding."""
-    if piece.lengths is None:
-        return tokens[row : row + 1], piece
-    kept = int(piece.lengths[row])
-    return tokens[row : row + 1, :kept], replace(piece, lengths=None)
+    if spec.lengths is None:
+        return tokens[row : row + 1], spec
+    length = int(spec.lengths[row])
+    return tokens[row : row + 1, :length], replace(spec, lengths=None)

@@ -1,14 +1,12 @@
-"""Vision encoders by name: pictures in, tokens and their grid out, attention sparse if wanted.
+"""Vision encoders by name: images in, tokens and their grid out, attention sparse if wanted.
 
-B pictures, P patches, C width, h x w grid of patches (P = h * w, row by row)
+B images, P patches, C width, h x w grid of patches (P = h * w, row by row)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.encoders.backbones.vision import (
@@ -20,7 +18,7 @@ from mm_sparse.encoders.backbones.vision import (
 from mm_sparse.encoders.base import choose, made_sparse
 from mm_sparse.scorers import Scorer
 
-__all__ = ["VisionEncoder", "VisionTower", "create_vision_encoder", "create_vision_tower"]
+__all__ = ["VisionEncoder", "create_vision_encoder"]
 
 
 def create_vision_encoder(
@@ -37,7 +35,7 @@ def create_vision_encoder(
     scorer: str | Callable[..., Scorer] | None = None,
     **options: Any,
 ) -> VisionEncoder:
-    """A vision transformer whose forward takes (B, 3, H, W) in [0, 1] and gives tokens and piece.
+    """A vision transformer whose forward takes (B, 3, H, W) in [0, 1] and gives tokens and spec.
 
     It comes in evaluation mode.
 
@@ -50,17 +48,19 @@ def create_vision_encoder(
             tag of the weights or a file.
         image_size: pixels of a side that positions are made for; the architecture's own if None.
             timm and most transformers models take other sizes too, open_clip's do not.
-        keep_prefix: hand over class and register tokens too, in front of the patches.
+        keep_prefix: hand over class and register tokens too, in front of the patches; False for
+            patches alone, as a language model reads them.
         mean, std: of the three colours; what the library says of the weights, or 0.5, if None.
         strict, scorer: as in `mm_sparse.sparsify`.
         options: further arguments of the architecture.
     Raises:
+        TypeError: the backbone is no vision transformer.
         ValueError: `sparse` is given and a layer cannot be served; the message names it.
     """
     make = choose("source", source, {"timm": _timm, "open_clip": _open_clip,
                                      "transformers": _transformers})  # fmt: skip
-    kind, backbone, known = make(name, pretrained, image_size, options)
-    mean, std = (known[0] if mean is None else mean), (known[1] if std is None else std)
+    kind, backbone, statistics = make(name, pretrained, image_size, options)
+    mean, std = (statistics[0] if mean is None else mean), (statistics[1] if std is None else std)
     made = kind(backbone, keep_prefix=keep_prefix, mean=mean, std=std)
     return made_sparse(made.eval(), sparse, strict=strict, scorer=scorer)
 
@@ -69,11 +69,11 @@ Made = tuple[type[VisionEncoder], Any, tuple[Any, Any]]
 
 
 def _timm(name: str, pretrained: bool | str, image_size: Any, options: dict[str, Any]) -> Made:
-    return TimmVision, timm_model(name, bool(pretrained), image_size, **options), (None, None)
+    return TimmVision, _timm_model(name, bool(pretrained), image_size, **options), (None, None)
 
 
-def timm_model(name: str, pretrained: bool, image_size: Any, **options: Any) -> Any:
-    """A timm model without a head that takes pictures of any size, where its architecture can."""
+def _timm_model(name: str, pretrained: bool, image_size: Any, **options: Any) -> Any:
+    """A timm model without a head that takes images of any size, where its architecture can."""
     import timm
 
     if image_size is not None:
@@ -109,10 +109,10 @@ def _open_clip(name: str, pretrained: bool | str, image_size: Any, options: Any)
         force_custom_text=True, **changes,
     )  # fmt: skip
     visual = model.visual
-    known = (getattr(visual, "image_mean", None), getattr(visual, "image_std", None))
+    statistics = (getattr(visual, "image_mean", None), getattr(visual, "image_std", None))
     if hasattr(visual, "trunk"):
-        return TimmVision, visual.trunk, known
-    return OpenClipVision, visual, known
+        return TimmVision, visual.trunk, statistics
+    return OpenClipVision, visual, statistics
 
 
 def _transformers(name: str, pretrained: bool | str, image_size: Any, options: Any) -> Made:
@@ -120,32 +120,10 @@ def _transformers(name: str, pretrained: bool | str, image_size: Any, options: A
 
     if image_size is not None:
         options["image_size"] = image_size
-    model, known = load_model(name, bool(pretrained), options), (None, None)
+    model, statistics = load_model(name, bool(pretrained), options), (None, None)
     if pretrained:
         from transformers import AutoImageProcessor
 
         processor: Any = AutoImageProcessor.from_pretrained(name)
-        known = (processor.image_mean, processor.image_std)
-    return TransformersVision, model, known
-
-
-class VisionTower(TimmVision):
-    """A timm transformer for a language model: it gives patches alone, and their grid."""
-
-    def __init__(self, backbone: Any) -> None:
-        super().__init__(backbone, keep_prefix=False)
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:  # pyright: ignore
-        """(B, 3, H, W) in [0, 1] -> tokens (B, P, C) and their grid (h, w)."""
-        tokens, grid = self.encode(pictures)
-        return tokens[:, self.prefix :], grid
-
-
-def create_vision_tower(
-    name: str, *, pretrained: bool = False, image_size: int | None = None, **kwargs: Any
-) -> VisionTower:
-    """A timm model by name, for pictures of any size where the architecture allows it.
-
-    `kwargs` go to the architecture: `patch_size`, `embed_dim`, `depth`, `num_heads`, ...
-    """
-    return VisionTower(timm_model(name, pretrained, image_size, **kwargs))
+        statistics = (processor.image_mean, processor.image_std)
+    return TransformersVision, model, statistics

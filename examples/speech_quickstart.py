@@ -19,7 +19,7 @@ import torch
 
 from mm_sparse.analysis import write_page
 from mm_sparse.recipes.datasets import SpokenWords
-from mm_sparse.recipes.run import RUNS, prepare, pretrain_audio_tower, scene
+from mm_sparse.recipes.run import RUNS, inspection_sample, prepare, pretrain_audio_tower
 
 CONFIG = str(
     Path(__file__).resolve().parent.parent / "recipes" / "configs" / "speech" / "digits.yaml"
@@ -67,7 +67,9 @@ def main() -> None:
             "seconds": seconds,
         }
         if name == "sparse":
-            shown = scene(cli.model.eval(), cli.datamodule.collator, cli.datamodule.test[0])
+            shown = inspection_sample(
+                cli.model.eval(), cli.datamodule.collator, cli.datamodule.test[0]
+            )
             print(f"what a sample kept: {write_page(shown, options.out / 'kept.html')}")
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     width = max(len(key) for key in keys) + 2

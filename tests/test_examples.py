@@ -43,7 +43,7 @@ def test_sound_runs_both_ways_and_what_was_kept_is_drawn(tmp_path: Path) -> None
     done = run("--minutes=1.1", "--ratio=0.3", f"--out={tmp_path}", example="long_audio")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "result.json").read_text())
-    assert (found["frames"], found["frames_per_second"], found["sound"]) == (3300, 50, "synthetic")
+    assert (found["frames"], found["frames_per_second"], found["audio"]) == (3300, 50, "synthetic")
     assert 0 < found["feature_cosine"] <= 1
     assert (tmp_path / "kept_frames.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert done.stdout.count("  sparse  ") == 4

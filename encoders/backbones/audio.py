@@ -57,7 +57,7 @@ class AudioEncoder(Encoder):
         raise NotImplementedError
 
     def forward(self, audio: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, TokenSpec]:
-        """Tokens (B, N, C) of a batch and their piece: rate, and lengths if some were given.
+        """Tokens (B, N, C) of a batch and their `TokenSpec`: rate, and lengths if some were given.
 
         Args:
             audio: (B, S) waveforms or a batch of features, as the backbone takes them.
@@ -80,10 +80,10 @@ class AudioEncoder(Encoder):
                 )
             if len(lengths) and (int(lengths.min()) < 1 or int(lengths.max()) > length):
                 raise ValueError(f"lengths must be in [1, {length}], got {lengths.tolist()}")
-        tokens, kept = self.encode(audio, lengths)
-        if kept is not None:
-            kept = kept.clamp(max=tokens.shape[1])
-        return tokens, TokenSpec(Modality.AUDIO, rate=self.rate, lengths=kept)
+        tokens, token_lengths = self.encode(audio, lengths)
+        if token_lengths is not None:
+            token_lengths = token_lengths.clamp(max=tokens.shape[1])
+        return tokens, TokenSpec(Modality.AUDIO, rate=self.rate, lengths=token_lengths)
 
 
 class TorchaudioAudio(AudioEncoder):
@@ -114,8 +114,8 @@ class TorchaudioAudio(AudioEncoder):
     def encode(self, audio: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if getattr(self.backbone, "normalize_waveform", False):
             audio = layer_norm(audio, audio.shape)
-        frames, kept = self.model.feature_extractor(audio, lengths)
-        return self.model.encoder(frames, kept), kept
+        frames, token_lengths = self.model.feature_extractor(audio, lengths)
+        return self.model.encoder(frames, token_lengths), token_lengths
 
 
 class ConformerAudio(AudioEncoder):
@@ -143,8 +143,8 @@ class ConformerAudio(AudioEncoder):
         full = audio.shape[1]
         given = torch.full((len(audio),), full, device=audio.device) if lengths is None else lengths
         # The Conformer makes its mask as long as the longest row.
-        tokens, kept = self.backbone(audio[:, : int(given.max())], given)
-        return tokens, None if lengths is None else kept
+        tokens, token_lengths = self.backbone(audio[:, : int(given.max())], given)
+        return tokens, None if lengths is None else token_lengths
 
 
 class TransformersAudio(AudioEncoder):

@@ -1,6 +1,6 @@
 """Vision transformers of timm, open_clip and transformers behind one forward.
 
-B pictures, N tokens, P patches, C width, h x w grid of patches (P = h * w, row by row)
+B images, N tokens, P patches, C width, h x w grid of patches (P = h * w, row by row)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mm_sparse.modality import Modality
 
 
 class VisionEncoder(Encoder):
-    """Pictures in [0, 1] to tokens; it applies the mean and deviation that the weights want.
+    """Images in [0, 1] to tokens; it applies the mean and deviation that the weights want.
 
     Args:
         backbone: the library's module.
@@ -43,8 +43,8 @@ class VisionEncoder(Encoder):
         self.check_backbone()
         self.keep_prefix = keep_prefix
         given = (("mean", mean), ("std", std))
-        for (name, value), known in zip(given, self.statistics(), strict=True):
-            value = known if value is None else value
+        for (name, value), default in zip(given, self.statistics(), strict=True):
+            value = default if value is None else value
             if len(value) != 3:
                 raise ValueError(f"{name} must be three numbers, got {value!r}")
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
@@ -70,34 +70,34 @@ class VisionEncoder(Encoder):
         raise NotImplementedError
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patch rows and columns of a picture with this many pixels."""
+        """Patch rows and columns of an image with this many pixels."""
         raise NotImplementedError
 
     def size_problem(self, height: int, width: int) -> str | None:
         """What sizes the backbone takes, if not this one."""
         raise NotImplementedError
 
-    def tokens(self, pictures: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), normalised -> (B, prefix + P, C)."""
         raise NotImplementedError
 
-    def encode(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def encode(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, 3, H, W) in [0, 1] -> (B, prefix + P, C) and the grid.
 
         Raises:
-            ValueError: not pictures, or of a size whose positions the backbone does not have.
+            ValueError: not images, or of a size whose positions the backbone does not have.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"pictures must be (B, 3, H, W), got shape {tuple(pictures.shape)}")
-        height, width = pictures.shape[-2:]
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got shape {tuple(images.shape)}")
+        height, width = images.shape[-2:]
         problem = self.size_problem(height, width)
         if problem is not None:
             raise ValueError(
-                f"pictures must be {problem}, got {height} x {width} for "
+                f"images must be {problem}, got {height} x {width} for "
                 f"{type(self.backbone).__name__}"
             )
         h, w = self.grid(height, width)
-        tokens = self.tokens((pictures - self.mean) / self.std)
+        tokens = self.tokens((images - self.mean) / self.std)
         if tokens.ndim != 3 or tokens.shape[1] != self.prefix + h * w:
             raise ValueError(
                 f"backbone {type(self.backbone).__name__} must give (B, {self.prefix + h * w}, C) "
@@ -105,11 +105,11 @@ class VisionEncoder(Encoder):
             )
         return tokens, (h, w)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, TokenSpec]:
-        """(B, 3, H, W) in [0, 1] -> tokens (B, N, C) and their piece: grid and prefix."""
-        tokens, grid = self.encode(pictures)
-        kept = self.prefix if self.keep_prefix else 0
-        return tokens[:, self.prefix - kept :], TokenSpec(Modality.IMAGE, grid, kept)
+    def forward(self, images: Tensor) -> tuple[Tensor, TokenSpec]:
+        """(B, 3, H, W) in [0, 1] -> tokens (B, N, C) and their `TokenSpec`: grid and prefix."""
+        tokens, grid = self.encode(images)
+        prefix = self.prefix if self.keep_prefix else 0
+        return tokens[:, self.prefix - prefix :], TokenSpec(Modality.IMAGE, grid, prefix)
 
 
 class TimmVision(VisionEncoder):
@@ -126,9 +126,9 @@ class TimmVision(VisionEncoder):
 
     @property
     def embed(self) -> Any:
-        """The module that cuts a picture into patches (`embeds` in NaFlexViT)."""
-        found = getattr(self.backbone, "patch_embed", None)
-        return getattr(self.backbone, "embeds", None) if found is None else found
+        """The module that cuts an image into patches (`embeds` in NaFlexViT)."""
+        patch_embed = getattr(self.backbone, "patch_embed", None)
+        return getattr(self.backbone, "embeds", None) if patch_embed is None else patch_embed
 
     def statistics(self) -> tuple[Any, Any]:
         settings = getattr(self.backbone, "pretrained_cfg", None) or {}
@@ -156,8 +156,8 @@ class TimmVision(VisionEncoder):
             return None
         return _whole_patches((height, width), patch)
 
-    def tokens(self, pictures: Tensor) -> Tensor:
-        return self.backbone.forward_features(pictures)
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.backbone.forward_features(images)
 
 
 class OpenClipVision(VisionEncoder):
@@ -171,8 +171,8 @@ class OpenClipVision(VisionEncoder):
                 raise self.lacks(f"`{needed}`")
 
     def statistics(self) -> tuple[Any, Any]:
-        known = (getattr(self.backbone, name, None) for name in ("image_mean", "image_std"))
-        return tuple(value or [0.5] * 3 for value in known)  # pyright: ignore
+        statistics = (getattr(self.backbone, name, None) for name in ("image_mean", "image_std"))
+        return tuple(value or [0.5] * 3 for value in statistics)  # pyright: ignore
 
     @property
     def width(self) -> int:
@@ -189,12 +189,12 @@ class OpenClipVision(VisionEncoder):
     def size_problem(self, height: int, width: int) -> str | None:
         return _one_size((height, width), self.backbone.image_size)
 
-    def tokens(self, pictures: Tensor) -> Tensor:
-        found = self.backbone.forward_intermediates(
-            pictures, indices=1, normalize_intermediates=True, intermediates_only=True,
+    def tokens(self, images: Tensor) -> Tensor:
+        outputs = self.backbone.forward_intermediates(
+            images, indices=1, normalize_intermediates=True, intermediates_only=True,
             output_fmt="NLC", output_extra_tokens=True,
         )  # fmt: skip
-        parts = found["image_intermediates_prefix"][-1], found["image_intermediates"][-1]
+        parts = outputs["image_intermediates_prefix"][-1], outputs["image_intermediates"][-1]
         return torch.cat(parts, 1)
 
 
@@ -237,13 +237,13 @@ class TransformersVision(VisionEncoder):
             return _one_size((height, width), _pair(size))
         return _whole_patches((height, width), _pair(config.patch_size))
 
-    def tokens(self, pictures: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         options: dict[str, Any] = {}
         size = _pair(getattr(self.backbone.config, "image_size", None) or 0)
         takes = inspect.signature(self.backbone.forward).parameters
-        if "interpolate_pos_encoding" in takes and tuple(pictures.shape[-2:]) != size:
+        if "interpolate_pos_encoding" in takes and tuple(images.shape[-2:]) != size:
             options["interpolate_pos_encoding"] = True
-        return self.backbone(pixel_values=pictures, **options).last_hidden_state
+        return self.backbone(pixel_values=images, **options).last_hidden_state
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class Case:
         return self.create(self.architecture, sparse=sparse, **self.options)
 
     def batch(self) -> Tensor:
-        """A picture in [0, 1], or a waveform."""
+        """An image in [0, 1], or a waveform."""
         generator = torch.Generator().manual_seed(0)
         if self.create is create_vision_encoder:
             return torch.rand(1, 3, self.size, self.size, generator=generator)

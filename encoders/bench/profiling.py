@@ -37,20 +37,20 @@ def profiled(forward: Callable[[], Any], what: str, device: str) -> dict[str, An
         forward()
         wait()
     rows = spent(seen, cuda)
-    found: dict[str, Any] = {
+    profile_row: dict[str, Any] = {
         "ms": round(whole * 1000, 4), "launched_ms": round(launched * 1000, 4),
         "kernels_ms": round(sum(row["ms"] for row in rows), 4),
         "calls": sum(row["calls"] for row in rows), "kernels": rows,
         "waits": waits(forward) if cuda else {},
     }  # fmt: skip
     print(
-        f"{what}: {found['ms']} ms, the host was done after {found['launched_ms']}; "
-        f"{found['calls']} kernels take {found['kernels_ms']}"
+        f"{what}: {profile_row['ms']} ms, the host was done after {profile_row['launched_ms']}; "
+        f"{profile_row['calls']} kernels take {profile_row['kernels_ms']}"
     )
     print(kernels(rows))
-    for place, count in found["waits"].items():
+    for place, count in profile_row["waits"].items():
         print(f"the host waited {count} x at {place}")
-    return found
+    return profile_row
 
 
 def spent(seen: Any, cuda: bool) -> list[dict[str, Any]]:

@@ -44,15 +44,18 @@ def compared(runs: list[dict[str, Any]], ratio: float) -> dict[str, Any]:
     """
     done = {run["what"]: run for run in runs if "ms" in run}
     dense = [run for what, run in done.items() if what.startswith(DENSE)]
-    found: dict[str, Any] = {"fastest_dense": None, "dense_over_rest": None, "ceiling": None}
+    comparison: dict[str, Any] = {"fastest_dense": None, "dense_over_rest": None, "ceiling": None}
     if not dense:
-        return {**found, "sparse": []}
+        return {**comparison, "sparse": []}
     best = min(dense, key=lambda run: run["ms"])
-    found["fastest_dense"], limit = best["what"], None
+    comparison["fastest_dense"], limit = best["what"], None
     if REST in done:
         rest = done[REST]["ms"]
         limit = ceiling(best["ms"], rest, ratio)
-        found["dense_over_rest"], found["ceiling"] = round(best["ms"] / rest, 3), round(limit, 3)
+        comparison["dense_over_rest"], comparison["ceiling"] = (
+            round(best["ms"] / rest, 3),
+            round(limit, 3),
+        )
     rows = []
     for what, run in done.items():
         if not what.startswith(SPARSE):
@@ -69,7 +72,7 @@ def compared(runs: list[dict[str, Any]], ratio: float) -> dict[str, Any]:
                 if mine is not None and theirs:
                     row[f"memory_of_{name}"] = round(mine / theirs, 3)
         rows.append(row)
-    return {**found, "sparse": rows}
+    return {**comparison, "sparse": rows}
 
 
 def table(cases: dict[str, dict[str, Any]]) -> str:

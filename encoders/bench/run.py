@@ -64,7 +64,7 @@ class Run:
     replay: CUDAGraphEncoder | None = None
     samples: list[list[float]] = field(default_factory=list)
     """Milliseconds of the forwards of each round."""
-    known: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 class Race:
@@ -132,9 +132,9 @@ class Race:
         for what, make in makers:
             if not what.startswith(only):
                 continue
-            found = self.session.guard(what, what, partial(self._warm, make))
-            if found is not None:
-                self.runs.append(found)
+            run = self.session.guard(what, what, partial(self._warm, make))
+            if run is not None:
+                self.runs.append(run)
             if self.device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -151,10 +151,10 @@ class Race:
         if cuda and run.replay is None:
             above = torch.cuda.max_memory_allocated() - before
             whole = above + self.weights + self.batch.nbytes
-            run.known["peak_mib"] = round(whole / MIB, 1)
-            run.known["above_weights_mib"] = round(above / MIB, 1)
+            run.measured["peak_mib"] = round(whole / MIB, 1)
+            run.measured["above_weights_mib"] = round(above / MIB, 1)
         if run.what.startswith(SPARSE):
-            run.known.update(modes(run.encoder))
+            run.measured.update(modes(run.encoder))
         return run
 
     def forward(self, run: Run) -> None:
@@ -203,7 +203,7 @@ class Race:
     def result(self) -> dict[str, Any]:
         """The case as it is written down."""
         rows = [
-            {"what": run.what, **run.known, **(timed(run.samples) if run.samples else {})}
+            {"what": run.what, **run.measured, **(timed(run.samples) if run.samples else {})}
             for run in self.runs
         ]
         return {
@@ -219,10 +219,10 @@ def modes(encoder: Encoder) -> dict[str, Any]:
     records = [
         layer.record for layer in attention_layers(encoder).values() if layer.record is not None
     ]
-    kept = [r.selection.density() for r in records if r.selection is not None]
+    densities = [r.selection.density() for r in records if r.selection is not None]
     return {
         "sparse_layers": sum(r.mode == "sparse" for r in records),
-        "density": round(sum(kept) / len(kept), 4) if kept else 1.0,
+        "density": round(sum(densities) / len(densities), 4) if densities else 1.0,
         "reasons": sorted({r.reason for r in records if r.reason}),
     }
 
@@ -243,19 +243,19 @@ def measure(case: Case, device: str, dtype: torch.dtype, args: Any) -> dict[str,
     # A tower that does not fit must not end the run of the others.
     except Exception as error:
         session.skip(case.model, reason(error))
-    found = race.result() if race else {"model": case.model, "skipped": session.skipped}
-    return {**found, "profiles": profiles} if profiles else found
+    result = race.result() if race else {"model": case.model, "skipped": session.skipped}
+    return {**result, "profiles": profiles} if profiles else result
 
 
 def versions() -> dict[str, str]:
     """Of the libraries whose towers are timed."""
-    found = {}
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-from .audio_files import read_sound as read_sound, resample as resample
+from .audio_files import read_audio as read_audio, resample as resample
 from .datamodule import SampleData as SampleData
 from .images import on_white as on_white, to_tensor as to_tensor
 from .packed_inputs import PackedData as PackedData, write_packed as write_packed

@@ -1,4 +1,4 @@
-"""Sound files to 16 kHz waveforms; an error names the file where there is no sound in it."""
+"""Audio files to 16 kHz waveforms; an error names the file where there is no audio in it."""
 
 import io
 from pathlib import Path
@@ -12,8 +12,8 @@ from mm_sparse.recipes.data.samples import RATE
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
-class BadSound(ValueError):
-    """A file that holds no sound that can be read; the message names it."""
+class MediaError(ValueError):
+    """A file that holds no audio that can be read; the message names it."""
 
 
 def resample(wave: Tensor, rate: int) -> Tensor:
@@ -27,14 +27,14 @@ def resample(wave: Tensor, rate: int) -> Tensor:
     return torchaudio_resample(wave, rate, RATE)
 
 
-def read_sound(source: str | Path | bytes | BinaryIO, name: str = "") -> Tensor:
+def read_audio(source: str | Path | bytes | BinaryIO, name: str = "") -> Tensor:
     """(samples,) float32 in [-1, 1] of 16 kHz, channels averaged: wav, flac, ogg or mp3.
 
     Args:
         source: a file, or what is in it.
         name: what errors call it.
     Raises:
-        BadSound: it cannot be read, is empty, or holds numbers that are not finite.
+        MediaError: it cannot be read, is empty, or holds numbers that are not finite.
     """
     import soundfile
 
@@ -43,10 +43,10 @@ def read_sound(source: str | Path | bytes | BinaryIO, name: str = "") -> Tensor:
     try:
         wave, rate = soundfile.read(opened, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
-        raise BadSound(f"{name}: {error}") from error
+        raise MediaError(f"{name}: {error}") from error
     if not len(wave):
-        raise BadSound(f"{name}: it holds no samples")
-    sound = torch.from_numpy(wave).mean(1)
-    if not bool(torch.isfinite(sound).all()):
-        raise BadSound(f"{name}: it holds numbers that are not finite")
-    return resample(sound, rate)
+        raise MediaError(f"{name}: it holds no samples")
+    audio = torch.from_numpy(wave).mean(1)
+    if not bool(torch.isfinite(audio).all()):
+        raise MediaError(f"{name}: it holds numbers that are not finite")
+    return resample(audio, rate)

@@ -8,14 +8,14 @@
 from pathlib import Path
 from typing import Any
 
-from mm_sparse.recipes.data.audio_files import read_sound
+from mm_sparse.recipes.data.audio_files import read_audio
 from mm_sparse.recipes.data.samples import Sample, Turn
-from mm_sparse.recipes.data.speech_manifests import SoundSamples, json_lines, need
+from mm_sparse.recipes.data.speech_manifests import MediaSamples, json_lines, need
 
 ROLES = {"system": False, "user": False, "assistant": True}
 
 
-class Messages(SoundSamples):
+class Messages(MediaSamples):
     """JSON lines in the form of transformers' chat templates, audio parts among those of text."""
 
     def __init__(self, path: str) -> None:
@@ -31,7 +31,7 @@ class Messages(SoundSamples):
 
     @staticmethod
     def turns(name: str, row: dict[str, Any], folder: Path) -> list[tuple[bool, list[str | Path]]]:
-        """Whether the model says it, and what is said; a path stands for its sound."""
+        """Whether the model says it, and what is said; a path stands for its audio."""
         turns: list[tuple[bool, list[str | Path]]] = []
         for number, message in enumerate(need(name, row, "messages", list)):
             where = f"{name}: message {number}"
@@ -41,30 +41,30 @@ class Messages(SoundSamples):
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             if not isinstance(parts, list) or not parts:
                 raise ValueError(f"{where}: 'content' must be a text or a list, got {content!r}")
-            pieces: list[str | Path] = []
+            content: list[str | Path] = []
             for part in parts:
                 kind = part.get("type") if isinstance(part, dict) else None
                 if kind == "text" and isinstance(part.get("text"), str):
-                    pieces.append(part["text"])
+                    content.append(part["text"])
                 elif kind == "audio":
                     file = part.get("path") or part.get("url") or part.get("audio")
                     if not isinstance(file, str) or not (folder / file).is_file():
-                        raise ValueError(f"{where}: 'path' must be a sound file, got {file!r}")
-                    pieces.append(folder / file)
+                        raise ValueError(f"{where}: 'path' must be an audio file, got {file!r}")
+                    content.append(folder / file)
                 else:
                     raise ValueError(f"{where}: a part must be text or audio, got {part!r}")
             answer = ROLES[message["role"]]
-            if answer and any(isinstance(piece, Path) for piece in pieces):
+            if answer and any(isinstance(part, Path) for part in content):
                 raise ValueError(f"{where}: an answer must be text, got audio in it")
-            turns.append((answer, pieces))
+            turns.append((answer, content))
         if not any(answer for answer, _ in turns):
             raise ValueError(f"{name}: needs a message of the assistant, got none")
         return turns
 
     def read(self, index: int) -> Sample:
         name, turns = self.rows[index]
-        found = []
-        for answer, pieces in turns:
-            heard = [read_sound(p, f"{name}: {p}") if isinstance(p, Path) else p for p in pieces]
-            found.append(Turn(tuple(heard), answer))
-        return Sample(tuple(found), name)
+        sample_turns = []
+        for answer, content in turns:
+            read = [read_audio(p, f"{name}: {p}") if isinstance(p, Path) else p for p in content]
+            sample_turns.append(Turn(tuple(read), answer))
+        return Sample(tuple(sample_turns), name)

@@ -1,4 +1,4 @@
-"""Samples to a batch: text to ids, a token for every patch and every stretch of sound, packing."""
+"""Samples to a batch: text to ids, a token for every patch and every stretch of audio, packing."""
 
 import logging
 from dataclasses import dataclass, field
@@ -50,8 +50,8 @@ class Collator:
         """
         Args:
             max_length: tokens of a row at most.
-            patch_size: pixels that one image token covers, each way; None: no pictures.
-            samples_per_token: samples of sound that one audio token covers; None: no sounds.
+            patch_size: pixels that one image token covers, each way; None: no images.
+            samples_per_token: samples of audio that one audio token covers; None: no audio.
             pack: put samples behind each other into rows of up to `max_length` tokens, each a
                 document of its own.
         """
@@ -68,23 +68,23 @@ class Collator:
         self.template = template or Template()
         self.dropped = 0
 
-    def grid(self, picture: Tensor, name: str) -> tuple[int, int]:
-        """Rows and columns of the image tokens of a picture (3, height, width)."""
+    def grid(self, image: Tensor, name: str) -> tuple[int, int]:
+        """Rows and columns of the image tokens of an image (3, height, width)."""
         if self.patch_size is None:
-            raise ValueError(f"{name}: patch_size must be given for a picture, got None")
-        height, width = picture.shape[-2:]
+            raise ValueError(f"{name}: patch_size must be given for an image, got None")
+        height, width = image.shape[-2:]
         if not height or not width or height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"{name}: picture sides must be positive multiples of patch_size="
+                f"{name}: image sides must be positive multiples of patch_size="
                 f"{self.patch_size}, got {height} x {width}"
             )
         return height // self.patch_size, width // self.patch_size
 
-    def sound_tokens(self, sound: Tensor, name: str) -> int:
-        """Audio tokens of a sound (samples,); the last one may cover its end only."""
+    def audio_tokens(self, audio: Tensor, name: str) -> int:
+        """Audio tokens of an audio clip (samples,); the last one may cover its end only."""
         if self.samples_per_token is None:
-            raise ValueError(f"{name}: samples_per_token must be given for a sound, got None")
-        return -(-len(sound) // self.samples_per_token)
+            raise ValueError(f"{name}: samples_per_token must be given for an audio clip, got None")
+        return -(-len(audio) // self.samples_per_token)
 
     def text(self, text: str, name: str) -> list[int]:
         """Token ids of a text, which must not spell the image token."""
@@ -101,25 +101,25 @@ class Collator:
             before, after = self.template.answer if turn.answer else self.template.question
             out.add(self.text(before, sample.name))
             learned = len(out.texts) if turn.answer else -1
-            for piece in turn.pieces:
-                if isinstance(piece, str):
-                    out.add(self.text(piece, sample.name), learned)
-                elif piece.ndim == 1:
-                    count = self.sound_tokens(piece, sample.name)
+            for part in turn.content:
+                if isinstance(part, str):
+                    out.add(self.text(part, sample.name), learned)
+                elif part.ndim == 1:
+                    count = self.audio_tokens(part, sample.name)
                     out.add([self.tokenizer.audio_id] * count)
                 else:
-                    h, w = self.grid(piece, sample.name)
+                    h, w = self.grid(part, sample.name)
                     out.grids.append((h, w))
                     out.add([self.tokenizer.image_id] * (h * w))
             if turn.answer:
                 out.add([self.tokenizer.eos_id], learned)
-                out.texts.append("".join(str(piece) for piece in turn.pieces))
+                out.texts.append("".join(str(part) for part in turn.content))
             out.add(self.text(after, sample.name))
         return out
 
     def fitting(self, samples: list[Sample]) -> list[Encoded]:
         """Tokens of the samples that are not too long."""
-        found: list[Encoded] = []
+        encoded: list[Encoded] = []
         for sample in samples:
             one = self.encode(sample)
             if len(one.ids) > self.max_length:
@@ -130,9 +130,9 @@ class Collator:
                     self.max_length,
                 )
                 continue
-            found.append(one)
-        self.dropped += len(samples) - len(found)
-        return found
+            encoded.append(one)
+        self.dropped += len(samples) - len(encoded)
+        return encoded
 
     def rows(self, encoded: list[Encoded]) -> list[list[Encoded]]:
         """One sample a row or, packed, the longest first, each into the first row with room."""
@@ -154,12 +154,12 @@ class Collator:
         encoded = self.fitting(samples)
         rows = self.rows(encoded)
         order = [one for row in rows for one in row]
-        pictures = [picture for one in order for picture in one.sample.pictures]
-        sizes = {tuple(picture.shape) for picture in pictures}
+        images = [image for one in order for image in one.sample.images]
+        sizes = {tuple(image.shape) for image in images}
         if len(sizes) > 1:
             names = ", ".join(sample.name for sample in samples)
-            raise ValueError(f"pictures of a batch must have one size, got {sizes} in {names}")
-        sounds = [sound.float() for one in order for sound in one.sample.sounds]
+            raise ValueError(f"images of a batch must have one size, got {sizes} in {names}")
+        waveforms = [audio.float() for one in order for audio in one.sample.audio]
 
         lengths = [sum(len(one.ids) for one in row) for row in rows]
         shape = (len(rows), max(lengths, default=0))
@@ -186,17 +186,17 @@ class Collator:
             attention_mask=attention_mask,
             position_ids=position_ids,
             answer_index=answer_index,
-            pixel_values=torch.stack(pictures) if pictures else torch.zeros(0, 3, 0, 0),
+            pixel_values=torch.stack(images) if images else torch.zeros(0, 3, 0, 0),
             image_grids=[grid for one in order for grid in one.grids],
-            waveforms=self.waveforms(sounds),
-            sound_lengths=torch.tensor([len(sound) for sound in sounds], dtype=torch.long),
+            waveforms=self.waveforms(waveforms),
+            audio_lengths=torch.tensor([len(audio) for audio in waveforms], dtype=torch.long),
             answers=texts,
             dropped=len(samples) - len(encoded),
         )
 
-    def waveforms(self, sounds: list[Tensor]) -> Tensor:
+    def waveforms(self, waveforms: list[Tensor]) -> Tensor:
         """(A, S), S a multiple of `samples_per_token`."""
-        if not sounds:
+        if not waveforms:
             return torch.zeros(0, 0)
-        padded = pad_sequence(sounds, batch_first=True)
+        padded = pad_sequence(waveforms, batch_first=True)
         return pad(padded, (0, -padded.shape[1] % (self.samples_per_token or 1)))

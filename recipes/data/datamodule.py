@@ -2,12 +2,12 @@
 
     SampleData(DigitCanvases(), DigitTokenizer(), validation=DigitCanvases("test"), patch_size=4)
 
-Any `Samples` can be read: of `digits`, `pictures`, `llava`, `spoken`, `manifests`,
+Any `Samples` can be read: of `digits`, `images`, `llava`, `spoken`, `manifests`,
 `ConcatSamples` (sets one after the other), or your own. In YAML each is a `class_path` with
 `init_args`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samplers import LengthBuckets, ResumableLoader, ShardedOrder
-from mm_sparse.recipes.data.samples import Batch, Samples, Template
+from mm_sparse.recipes.data.samples import CHATML, Batch, Samples, Template
 from mm_sparse.recipes.data.tokenizers import Tokenizer
 
 
@@ -31,7 +31,7 @@ class SampleData(L.LightningDataModule):
         samples_per_token: int | None = None,
         validation: Samples | None = None,
         test: Samples | None = None,
-        template: Template | None = None,
+        template: Template | Literal["chatml"] | None = None,
         max_length: int = 2048,
         batch_size: int = 16,
         workers: int = 0,
@@ -43,12 +43,12 @@ class SampleData(L.LightningDataModule):
         Args:
             train: what is learned from.
             tokenizer: words to ids; the model takes its size and special ids from here.
-            patch_size: pixels that one image token covers, each way; None: there are no pictures.
-            samples_per_token: samples of sound that one audio token covers: 320 times the frames
-                that the projector stacks; None: there are no sounds.
+            patch_size: pixels that one image token covers, each way; None: there are no images.
+            samples_per_token: samples of audio that one audio token covers: 320 times the frames
+                that the projector stacks; None: there is no audio.
             validation: what is scored after an epoch.
             test: what is scored at the end.
-            template: text around the turns.
+            template: text around the turns; "chatml" for the chat format of SmolLM2 and Qwen.
             max_length: a sample with more tokens is dropped whole, counted and logged.
             batch_size: samples of a step.
             workers: processes that prepare batches.
@@ -67,6 +67,10 @@ class SampleData(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if buckets > 1 and not shuffle:
             raise ValueError(f"buckets must be 1 without shuffle, got {buckets}")
+        if isinstance(template, str):
+            if template != "chatml":
+                raise ValueError(f"template must be a Template or 'chatml', got {template!r}")
+            template = CHATML
         self.train, self.validation, self.test = train, validation, test
         self.tokenizer = tokenizer
         self.batch_size, self.workers, self.shuffle = batch_size, workers, shuffle

@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def on_white(path: str | Path, height: int, width: int, margin: float = 0.0) -> np.ndarray:
-    """A picture file, transparent parts white, shrunk or grown to fit: (height, width, 3) uint8."""
+    """An image file, transparent parts white, shrunk or grown to fit: (height, width, 3) uint8."""
     with Image.open(path) as file:
-        picture = file.convert("RGBA")
+        image = file.convert("RGBA")
     room = (width * (1 - margin), height * (1 - margin))
-    ratio = min(room[0] / picture.width, room[1] / picture.height)
-    size = (max(1, int(picture.width * ratio)), max(1, int(picture.height * ratio)))
-    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    ratio = min(room[0] / image.width, room[1] / image.height)
+    size = (max(1, int(image.width * ratio)), max(1, int(image.height * ratio)))
+    image = image.resize(size, Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (width, height), "white")
-    canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2), picture)
+    canvas.paste(image, ((width - size[0]) // 2, (height - size[1]) // 2), image)
     return np.array(canvas)
 
 

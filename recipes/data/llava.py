@@ -1,10 +1,10 @@
-"""LLaVA's JSON with a folder of pictures.
+"""LLaVA's JSON with a folder of images.
 
     [{"id": "1", "image": "cat.png",
       "conversations": [{"from": "human", "value": "<image>What is it?"},
                         {"from": "gpt", "value": "A cat."}]}]
 
-`<image>` stands for the next picture, at any place of any human turn. `image` is a name, a list of
+`<image>` stands for the next image, at any place of any human turn. `image` is a name, a list of
 names, or absent in a row of text alone.
 """
 
@@ -28,10 +28,10 @@ SPEAKERS = {
 
 
 class LlavaJson(Samples):
-    """Every row is checked when the file is read; pictures are opened when they are needed."""
+    """Every row is checked when the file is read; images are opened when they are needed."""
 
     def __init__(self, path: str, image_folder: str = ".", *, image_size: int = 224) -> None:
-        """Pictures are fitted into a white square of `image_size` pixels."""
+        """Images are fitted into a white square of `image_size` pixels."""
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.path, self.folder, self.image_size = Path(path), Path(image_folder), image_size
@@ -84,7 +84,7 @@ class LlavaJson(Samples):
                 raise self.error(index, f"image {str(image)!r} is not a file")
 
     def images(self, index: int) -> list[Path]:
-        """Paths of a row's pictures."""
+        """Paths of a row's images."""
         image = self.rows[index].get("image")
         names = [] if image is None else [image] if isinstance(image, str) else image
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -98,7 +98,7 @@ class LlavaJson(Samples):
         images = iter(self.images(index))
         turns = []
         for turn in self.rows[index]["conversations"]:
-            pieces = []
+            content = []
             for number, text in enumerate(turn["value"].split(TAG)):
                 if number:
                     path = next(images)
@@ -106,8 +106,8 @@ class LlavaJson(Samples):
                         pixels = on_white(path, self.image_size, self.image_size)
                     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
                         raise self.error(index, f"image {str(path)!r}: {error}") from error
-                    pieces.append(to_tensor(pixels))
+                    content.append(to_tensor(pixels))
                 if text:
-                    pieces.append(text)
-            turns.append(Turn(tuple(pieces), SPEAKERS[turn["from"]]))
+                    content.append(text)
+            turns.append(Turn(tuple(content), SPEAKERS[turn["from"]]))
         return Sample(tuple(turns), f"{self.path}: row {index}")

@@ -1,4 +1,4 @@
-"""Short clips joined to long sounds, and long sounds to conversations of many minutes.
+"""Short clips joined to windows, and windows to conversations of many minutes.
 
     Joined(Manifest("prompts.jsonl"), seconds=28)                      each clip once, in order
     Joined(Manifest("prompts.jsonl"), seconds=28, length=10_000)       drawn at random
@@ -34,7 +34,7 @@ class ConcatenatedClips(Samples):
     ) -> None:
         """
         Args:
-            samples: one sound, a question and its answer in each, of known size (seconds).
+            samples: one audio clip, a question and its answer in each, of known size (seconds).
             seconds: of a window at most; a clip that is longer alone is left out.
             shortest: windows end at random lengths from here to `seconds`; None: all are filled.
             pause: seconds of silence between two clips.
@@ -120,18 +120,18 @@ class ConcatenatedClips(Samples):
     def _window(self, clips: list[Sample]) -> tuple[Turn, Turn]:
         """A question about all clips and their answers behind each other."""
         silence = torch.zeros(round(self.pause * RATE))
-        sounds: list[Tensor] = []
+        waveforms: list[Tensor] = []
         for clip in clips:
-            if len(clip.sounds) != 1 or [turn.answer for turn in clip.turns] != [False, True]:
+            if len(clip.audio) != 1 or [turn.answer for turn in clip.turns] != [False, True]:
                 raise ValueError(
-                    f"{clip.name}: samples must hold one sound, a question and an answer, "
-                    f"got {len(clip.sounds)} sounds and {len(clip.turns)} turns"
+                    f"{clip.name}: samples must hold one audio clip, a question and an answer, "
+                    f"got {len(clip.audio)} clips and {len(clip.turns)} turns"
                 )
-            sounds += [silence, clip.sounds[0].float()]
-        wave = torch.cat(sounds[1:])
+            waveforms += [silence, clip.audio[0].float()]
+        wave = torch.cat(waveforms[1:])
         asked, said = clips[0].turns
-        question = tuple(wave if isinstance(piece, Tensor) else piece for piece in asked.pieces)
-        texts = ["".join(map(str, clip.turns[1].pieces)).strip() for clip in clips]
+        question = tuple(wave if isinstance(part, Tensor) else part for part in asked.content)
+        texts = ["".join(map(str, clip.turns[1].content)).strip() for clip in clips]
         return Turn(question), Turn((" ".join(texts),), answer=said.answer)
 
 
@@ -141,7 +141,7 @@ def _sizes(name: str, samples: Samples, seconds: float) -> dict[int, float]:
     unknown = [i for i, size in sizes.items() if size is None]
     if unknown:
         raise ValueError(f"{name} must be of known size, sample {unknown[0]} has none")
-    found = {i: float(size) for i, size in sizes.items() if size is not None and size <= seconds}
-    if not found:
+    fitting = {i: float(size) for i, size in sizes.items() if size is not None and size <= seconds}
+    if not fitting:
         raise ValueError(f"{name} must hold a sample of up to {seconds} s, got none")
-    return found
+    return fitting

@@ -1,7 +1,7 @@
-"""Inputs of towers in one file: pictures as PNG or JPEG, or log-mel features of sounds.
+"""Inputs of towers in one file: images as PNG or JPEG, or log-mel features of audio.
 
-    python -m mm_sparse.recipes.datasets.prepare_images pictures.npz ...
-    python -m mm_sparse.recipes.datasets.prepare_audio sounds.npz ...
+    python -m mm_sparse.recipes.datasets.prepare_images images.npz ...
+    python -m mm_sparse.recipes.datasets.prepare_audio audio.npz ...
 
 B inputs
 """
@@ -25,10 +25,10 @@ MEL_LOW, MEL_STEP = -1.0, 4 / 255
 def write_packed(
     path: str | Path, items: Mapping[str, Sequence[Any]], names: Mapping[str, Sequence[str]]
 ) -> None:
-    """Write items by split and kind ("train/photos"): bytes of picture files, or (80, F) features.
+    """Write items by split and kind ("train/photos"): bytes of image files, or (80, F) features.
 
     Args:
-        names: what each item is of: a file, or the words of a sound.
+        names: what each item is of: a file, or the words of an audio clip.
     """
     arrays: dict[str, np.ndarray] = {}
     for key, own in items.items():
@@ -45,7 +45,7 @@ def write_packed(
 
 
 class Packed(Dataset[Tensor]):
-    """Items of some kinds of a split: pictures (3, height, width) in [0, 1] or features (80, F)."""
+    """Items of some kinds of a split: images (3, height, width) in [0, 1] or features (80, F)."""
 
     def __init__(self, arrays: dict[str, np.ndarray], keys: Sequence[str]) -> None:
         self.items: list[Any] = []
@@ -80,7 +80,7 @@ class PackedData(L.LightningDataModule):
     Args:
         path: the file.
         validation: items of each kind that are validated on.
-        size: pixels of a side that pictures are cut to, from the middle; as they are if None.
+        size: pixels of a side that images are cut to, from the middle; as they are if None.
     """
 
     def __init__(

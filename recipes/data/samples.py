@@ -1,7 +1,7 @@
-"""A conversation with pictures and sounds, and the batch that a model trains on.
+"""A conversation with images and audio, and the batch that a model trains on.
 
-B rows, L tokens of the longest row, I pictures of all rows, h x w grid of image tokens of a
-picture, A sounds of all rows, S samples of the longest sound
+B rows, L tokens of the longest row, I images of all rows, h x w grid of image tokens of a
+image, A audio clips of all rows, S samples of the longest clip
 """
 
 from abc import ABC, abstractmethod
@@ -15,41 +15,43 @@ from torch.utils.data import Dataset
 
 IGNORED = -100
 RATE = 16_000
-"""Samples of a sound in a second."""
+"""Samples of an audio clip in a second."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: text, pictures and sounds in reading order."""
+    """What one side says: text, images and audio in reading order."""
 
-    pieces: tuple[str | Tensor, ...]
-    """Text, pictures (3, height, width) in [0, 1], and sounds (samples,) of 16 kHz in [-1, 1]."""
+    content: tuple[str | Tensor, ...]
+    """Text, images (3, height, width) in [0, 1], and audio (samples,) of 16 kHz in [-1, 1]."""
     answer: bool = False
     """Whether the model learns to say this turn."""
     asked: tuple[int, int, int, int] | None = None
     """Pixels (top, left, bottom, right) of the picture that the question is about, if known."""
 
     def __post_init__(self) -> None:
-        for piece in self.pieces:
-            if isinstance(piece, Tensor) and piece.ndim == 1:
-                if not piece.is_floating_point() or not len(piece):
+        for part in self.content:
+            if isinstance(part, Tensor) and part.ndim == 1:
+                if not part.is_floating_point() or not len(part):
                     raise ValueError(
-                        "pieces: a sound must be a float tensor (samples,) of at least one, "
-                        f"got {piece.dtype} {tuple(piece.shape)}"
+                        "content: an audio clip must be a float tensor (samples,) of at least one, "
+                        f"got {part.dtype} {tuple(part.shape)}"
                     )
-            elif isinstance(piece, Tensor):
-                if piece.ndim != 3 or piece.shape[0] != 3 or not piece.is_floating_point():
+            elif isinstance(part, Tensor):
+                if part.ndim != 3 or part.shape[0] != 3 or not part.is_floating_point():
                     raise ValueError(
-                        "pieces: a picture must be a float tensor (3, height, width), "
-                        f"got {piece.dtype} {tuple(piece.shape)}"
+                        "content: an image must be a float tensor (3, height, width), "
+                        f"got {part.dtype} {tuple(part.shape)}"
                     )
-            elif not isinstance(piece, str):
-                raise TypeError(f"pieces must be str or Tensor, got {type(piece).__name__}")
-        if self.answer and any(isinstance(piece, Tensor) for piece in self.pieces):
+            elif not isinstance(part, str):
+                raise TypeError(f"content must be str or Tensor, got {type(part).__name__}")
+        if self.answer and any(isinstance(part, Tensor) for part in self.content):
             kind = next(
-                "sound" if p.ndim == 1 else "picture" for p in self.pieces if isinstance(p, Tensor)
+                "audio" if p.ndim == 1 else "an image"
+                for p in self.content
+                if isinstance(p, Tensor)
             )
-            raise ValueError(f"pieces: an answer must be text, got a {kind} in it")
+            raise ValueError(f"content: an answer must be text, got {kind} in it")
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,15 @@ class Sample:
     name: str = ""
 
     @property
-    def pictures(self) -> list[Tensor]:
+    def images(self) -> list[Tensor]:
         return [p for p in self._tensors() if p.ndim == 3]
 
     @property
-    def sounds(self) -> list[Tensor]:
+    def audio(self) -> list[Tensor]:
         return [p for p in self._tensors() if p.ndim == 1]
 
     def _tensors(self) -> list[Tensor]:
-        return [p for turn in self.turns for p in turn.pieces if isinstance(p, Tensor)]
+        return [p for turn in self.turns for p in turn.content if isinstance(p, Tensor)]
 
 
 class Samples(Dataset[Sample], ABC):
@@ -88,7 +90,7 @@ class Samples(Dataset[Sample], ABC):
 class ConcatSamples(Samples):
     """Samples of several sets, one set after the other: what is easy first.
 
-    With `SampleData(shuffle=False)` it is a course, shuffled a mixture. Sizes of pictures may
+    With `SampleData(shuffle=False)` it is a course, shuffled a mixture. Sizes of images may
     differ from set to set if every set but the last fills whole batches.
     """
 
@@ -140,13 +142,14 @@ class Template:
 
 
 CHATML = Template(("<|im_start|>user\n", "<|im_end|>\n"), ("<|im_start|>assistant\n", "\n"))
+"""The chat format of SmolLM2 and Qwen, for a tokenizer whose end of text is `<|im_end|>`."""
 
 
 class Batch(TypedDict):
     """Rows are padded on the right."""
 
     input_ids: Tensor
-    """(B, L) int64; a picture is h * w times the image token, a sound is audio tokens."""
+    """(B, L) int64; an image is h * w times the image token, an audio clip is audio tokens."""
     labels: Tensor
     """(B, L) int64, equal to `input_ids` on answers and -100 elsewhere; not shifted."""
     attention_mask: Tensor
@@ -156,13 +159,13 @@ class Batch(TypedDict):
     answer_index: Tensor
     """(B, L) int64: which answer of the batch a label belongs to, -1 elsewhere."""
     pixel_values: Tensor
-    """(I, 3, height, width) in [0, 1]: the pictures of row 0, then of row 1, ... (I may be 0)."""
+    """(I, 3, height, width) in [0, 1]: the images of row 0, then of row 1, ... (I may be 0)."""
     image_grids: list[tuple[int, int]]
-    """(h, w) of every picture, in the order of `pixel_values`."""
+    """(h, w) of every image, in the order of `pixel_values`."""
     waveforms: Tensor
-    """(A, S) float32 of 16 kHz, zeros behind the end: the sounds of row 0, then of row 1, ..."""
-    sound_lengths: Tensor
-    """(A,) int64 samples of every sound."""
+    """(A, S) float32 of 16 kHz, zeros behind the end: the clips of row 0, then of row 1, ..."""
+    audio_lengths: Tensor
+    """(A,) int64 samples of every clip."""
     answers: list[str]
     """Text of the answers, in the order of `answer_index`."""
     dropped: int

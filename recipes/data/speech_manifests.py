@@ -3,7 +3,7 @@
     Manifest("train.jsonl")           {"audio_filepath": "a.flac", "duration": 2.1, "text": "hello"}
     LibriSpeechTree("dev-clean")      reader/chapter/reader-chapter.trans.txt beside flac files
 
-Rows are checked when a file is read: a bad one is an error that names file and row. Sound is read
+Rows are checked when a file is read: a bad one is an error that names file and row. Audio is read
 when it is needed: a file that holds none is skipped, counted in `skipped` and named in the log, and
 the next readable one takes its place. A text belongs to one split, with all clips that speak it.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_sparse.recipes.data.audio_files import SUFFIXES, BadSound, read_sound
+from mm_sparse.recipes.data.audio_files import SUFFIXES, MediaError, read_audio
 from mm_sparse.recipes.data.samples import Sample, Samples, Turn
 from mm_sparse.recipes.data.splits import Split, check_split, split_of
 
@@ -28,7 +28,7 @@ QUESTION = "Transcribe the speech."
 
 @dataclass(frozen=True)
 class Clip:
-    """A sound file and what is said in it."""
+    """An audio file and what is said in it."""
 
     path: Path
     text: str
@@ -40,20 +40,20 @@ class Clip:
     """Text that decides on the split, `text` if None."""
 
 
-class SoundSamples(Samples):
-    """Rows that are read when they are asked for; one whose sound is bad is replaced."""
+class MediaSamples(Samples):
+    """Rows that are read when they are asked for; one whose audio is bad is replaced."""
 
     def __init__(self) -> None:
         self.bad: dict[str, str] = {}
 
     @property
     def skipped(self) -> int:
-        """Rows whose sound could not be read, of those that were asked for in this process."""
+        """Rows whose audio could not be read, of those that were asked for in this process."""
         return len(self.bad)
 
     @abstractmethod
     def read(self, index: int) -> Sample:
-        """The sample at a place; BadSound if there is no sound in it."""
+        """The sample at a place; MediaError if there is no audio in it."""
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
@@ -62,15 +62,15 @@ class SoundSamples(Samples):
             place = (index + step) % len(self)
             try:
                 return self.read(place)
-            except BadSound as error:
+            except MediaError as error:
                 key = str(place)
                 if key not in self.bad:
                     self.bad[key] = str(error)
-                    logger.warning("skipped sound %d so far: %s", self.skipped, error)
-        raise BadSound(f"none of {len(self)} sounds can be read, the first: {self.bad['0']}")
+                    logger.warning("skipped audio %d so far: %s", self.skipped, error)
+        raise MediaError(f"none of {len(self)} clips can be read, the first: {self.bad['0']}")
 
 
-class Clips(SoundSamples):
+class Clips(MediaSamples):
     """A question about each clip, and its text as the answer."""
 
     def __init__(
@@ -101,12 +101,12 @@ class Clips(SoundSamples):
     def size(self, index: int) -> float | None:
         return self.clips[index].duration
 
-    def sound(self, clip: Clip) -> Tensor:
-        return read_sound(clip.path, f"{clip.name}: {clip.path}")
+    def waveform(self, clip: Clip) -> Tensor:
+        return read_audio(clip.path, f"{clip.name}: {clip.path}")
 
     def read(self, index: int) -> Sample:
         clip = self.clips[index]
-        turns = (Turn((self.sound(clip), self.question)), Turn((clip.text,), answer=True))
+        turns = (Turn((self.waveform(clip), self.question)), Turn((clip.text,), answer=True))
         return Sample(turns, clip.name)
 
 
@@ -141,11 +141,11 @@ class Manifest(Clips):
                 raise ValueError(f"{name}: {answer!r} must hold words, got {text!r}")
             if seconds <= 0:
                 raise ValueError(f"{name}: 'duration' must be positive, got {seconds}")
-            found = Path(path).parent / file
-            if not found.is_file():
-                raise ValueError(f"{name}: audio_filepath {str(found)!r} is not a file")
+            audio_path = Path(path).parent / file
+            if not audio_path.is_file():
+                raise ValueError(f"{name}: audio_filepath {str(audio_path)!r} is not a file")
             key = need(name, row, split_by, str) if split_by is not None else None
-            clips.append(Clip(found, text, name, float(seconds), key))
+            clips.append(Clip(audio_path, text, name, float(seconds), key))
         super().__init__(clips, path, split=split, question=question, max_seconds=max_seconds)
 
 

@@ -47,8 +47,8 @@ def file_split(path: Path) -> str:
 
 def find_files(patterns: Iterable[str], smallest: int = 8000) -> list[Path]:
     """Regular files of at least `smallest` bytes, shuffled the same way every time."""
-    found = {Path(p) for pattern in patterns for p in glob.glob(pattern, recursive=True)}
-    files = [p for p in found if p.is_file() and not p.is_symlink()]
+    paths = {Path(p) for pattern in patterns for p in glob.glob(pattern, recursive=True)}
+    files = [p for p in paths if p.is_file() and not p.is_symlink()]
     files = sorted(p for p in files if p.stat().st_size >= smallest or p.suffix == ".gz")
     random.Random(0).shuffle(files)
     return files
@@ -96,20 +96,23 @@ def build(
     names: dict[str, list[str]] = {}
     for kind, patterns in kinds.items():
         files = find_files(patterns)
-        kept = set(find_files(tests.get(kind, [])))
+        test_files = set(find_files(tests.get(kind, [])))
         parts = {
-            s: [f for f in files if file_split(f) == s and f not in kept] for s in CORPUS_SPLITS
+            s: [f for f in files if file_split(f) == s and f not in test_files]
+            for s in CORPUS_SPLITS
         }
-        if kept:
-            parts["test"] = [f for f in find_files(tests[kind]) if f in kept]
+        if test_files:
+            parts["test"] = [f for f in find_files(tests[kind]) if f in test_files]
         for split in CORPUS_SPLITS[1:]:
-            found, names[f"{split}/{kind}"] = sequences(parts[split], tokenizer, tokens, count)
-            if not found:
+            rows_of_kind, names[f"{split}/{kind}"] = sequences(
+                parts[split], tokenizer, tokens, count
+            )
+            if not rows_of_kind:
                 raise ValueError(
                     f"{kind} must have a {split} file of {tokens} tokens, got {len(parts[split])} "
                     "files, all shorter"
                 )
-            arrays[f"{split}/{kind}"] = np.array(found, dtype=np.int32)
+            arrays[f"{split}/{kind}"] = np.array(rows_of_kind, dtype=np.int32)
         rows += stream(parts["train"], tokenizer, train_tokens)
     random.Random(0).shuffle(rows)
     arrays["train"] = np.concatenate([np.array(row, dtype=np.int32) for row in rows])
@@ -161,8 +164,10 @@ class CorpusData(L.LightningDataModule):
 
     def kinds(self, split: str = "validation") -> dict[str, Tensor]:
         """(count, N) of each kind."""
-        found = {k.split("/")[1]: v for k, v in self.arrays.items() if k.startswith(split + "/")}
-        return {k: torch.from_numpy(v[:, : self.tokens].astype(np.int64)) for k, v in found.items()}
+        by_kind = {k.split("/")[1]: v for k, v in self.arrays.items() if k.startswith(split + "/")}
+        return {
+            k: torch.from_numpy(v[:, : self.tokens].astype(np.int64)) for k, v in by_kind.items()
+        }
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         windows = Windows(self.arrays["train"], self.tokens, self.length)

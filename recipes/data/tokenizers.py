@@ -9,7 +9,7 @@ from mm_sparse.recipes.pretrained import smollm2
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `image_id` stands for one patch of a picture and never for text."""
+    """Text to ids and back. `image_id` stands for one patch of an image and never for text."""
 
     pad_id: int
     eos_id: int
@@ -21,7 +21,7 @@ class Tokenizer(ABC):
 
     @property
     def audio_id(self) -> int:
-        """Stands for a stretch of sound. It lies behind the table: no text can spell it."""
+        """Stands for a stretch of audio. It lies behind the table: no text can spell it."""
         return self.size
 
     @abstractmethod
@@ -50,11 +50,11 @@ class WordTokenizer(Tokenizer):
         self.size = len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        pieces = self.PIECE.findall(text.lower())
-        unknown = [piece for piece in pieces if piece not in self.ids]
+        words = self.PIECE.findall(text.lower())
+        unknown = [word for word in words if word not in self.ids]
         if unknown:
             raise ValueError(f"text must use the {self.size} known words, got {unknown[0]!r}")
-        return [self.ids[piece] for piece in pieces]
+        return [self.ids[word] for word in words]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words with spaces between them, special tokens left out."""

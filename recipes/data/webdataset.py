@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_sparse.recipes.data.audio_files import SUFFIXES, read_sound
+from mm_sparse.recipes.data.audio_files import SUFFIXES, read_audio
 from mm_sparse.recipes.data.speech_manifests import QUESTION, Clip, Clips, need
 from mm_sparse.recipes.data.splits import Split
 
@@ -34,12 +34,12 @@ class TarShards(Clips):
         self.places: dict[str, tuple[int, int]] = {}
         for path in paths:
             for name, members in shard_members(path).items():
-                sound = next((s for s in SUFFIXES if s[1:] in members), None)
-                if sound is None:
-                    raise ValueError(f"{name}: must have a sound among {', '.join(SUFFIXES)}")
+                suffix = next((s for s in SUFFIXES if s[1:] in members), None)
+                if suffix is None:
+                    raise ValueError(f"{name}: must have an audio clip among {', '.join(SUFFIXES)}")
                 with Path(path).open("rb") as file:
                     text = _text_of(file, name, members, answer)
-                self.places[name] = members[sound[1:]]
+                self.places[name] = members[suffix[1:]]
                 clips.append(Clip(Path(path), text, name))
         super().__init__(clips, ", ".join(paths), split=split, question=question)
 
@@ -47,13 +47,13 @@ class TarShards(Clips):
         """Bytes: of one format and rate they grow with time."""
         return float(self.places[self.clips[index].name][1])
 
-    def sound(self, clip: Clip) -> Tensor:
-        return read_sound(_slice(clip.path, self.places[clip.name]), clip.name)
+    def waveform(self, clip: Clip) -> Tensor:
+        return read_audio(_slice(clip.path, self.places[clip.name]), clip.name)
 
 
 def shard_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
     """By sample, the place (offset, bytes) of each member by its suffix."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    members_by_key: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -61,10 +61,10 @@ def shard_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
                     key, _, suffix = Path(member.name).name.partition(".")
                     folder = Path(member.name).parent
                     place = member.offset_data, member.size
-                    found.setdefault(f"{path}: {folder / key}", {})[suffix.lower()] = place
+                    members_by_key.setdefault(f"{path}: {folder / key}", {})[suffix.lower()] = place
     except tarfile.TarError as error:
         raise ValueError(f"{path}: must be a tar file without compression: {error}") from error
-    return found
+    return members_by_key
 
 
 def _slice(path: Path, place: tuple[int, int]) -> bytes:
@@ -76,7 +76,7 @@ def _slice(path: Path, place: tuple[int, int]) -> bytes:
 def _text_of(file: Any, name: str, members: dict[str, tuple[int, int]], answer: str) -> str:
     kind = "json" if "json" in members else "txt"
     if kind not in members:
-        raise ValueError(f"{name}: must have a txt or a json member beside the sound")
+        raise ValueError(f"{name}: must have a txt or a json member beside the audio")
     file.seek(members[kind][0])
     text: Any = file.read(members[kind][1]).decode("utf-8")
     if kind == "json":

@@ -45,22 +45,22 @@ def fetch(packages: tuple[str, ...], root: Path) -> None:
 
 
 def prompts(root: Path) -> Iterator[Clip]:
-    """The list beside the sounds names each and says its text; remarks stand in brackets."""
+    """The list beside the clips names each and says its text; remarks stand in brackets."""
     listing = root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
-    sounds = root / "usr/share/asterisk/sounds/en_US_f_Allison"
+    folder = root / "usr/share/asterisk/sounds/en_US_f_Allison"
     for name, text in listed_prompts(listing):
-        yield sounds / f"{name}.wav", {"text": text, "language": "en"}
+        yield folder / f"{name}.wav", {"text": text, "language": "en"}
 
 
 def dialogue(root: Path) -> Iterator[Clip]:
-    """Subtitles in Lua, one file per level and language, and a sound for each."""
+    """Subtitles in Lua, one file per level and language, and an audio clip for each."""
     game = root / "usr/share/games/fillets-ng"
     for language in ("cs", "nl"):
         for script in sorted((game / "script").glob(f"*/*dialogs_{language}.lua")):
             for match in DIALOGUE.finditer(script.read_text(encoding="utf-8")):
                 name, english, text = (part.replace('\\"', '"') for part in match.groups())
-                sound = game / "sound" / script.parent.name / language / f"{name}.ogg"
-                yield sound, {"text": text, "translation": english, "language": language}
+                file = game / "sound" / script.parent.name / language / f"{name}.ogg"
+                yield file, {"text": text, "translation": english, "language": language}
 
 
 def captions(root: Path) -> Iterator[Clip]:
@@ -68,8 +68,8 @@ def captions(root: Path) -> Iterator[Clip]:
     for text in sorted((root / "usr/share/tuxpaint/stamps").rglob("*.txt")):
         lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
         if lines and lines[0].strip():
-            sound = text.with_name(f"{text.stem}_desc.ogg")
-            yield sound, {"text": lines[0].strip(), "language": "en"}
+            file = text.with_name(f"{text.stem}_desc.ogg")
+            yield file, {"text": lines[0].strip(), "language": "en"}
 
 
 READERS = {"prompts": prompts, "dialogue": dialogue, "captions": captions}
@@ -80,16 +80,16 @@ def write(name: str, root: Path, path: Path) -> tuple[int, float]:
     import soundfile
 
     rows: list[dict[str, Any]] = []
-    for sound, texts in READERS[name](root):
-        if not sound.is_file() or not all(text.strip() for text in texts.values()):
+    for file, texts in READERS[name](root):
+        if not file.is_file() or not all(text.strip() for text in texts.values()):
             continue
         try:
-            seconds = soundfile.info(sound).duration
+            seconds = soundfile.info(file).duration
         except soundfile.SoundFileError as error:
-            print(f"left out: {sound}: {error}")
+            print(f"left out: {file}: {error}")
             continue
         if seconds > 0:
-            rows.append({"audio_filepath": str(sound.resolve()), "duration": seconds, **texts})
+            rows.append({"audio_filepath": str(file.resolve()), "duration": seconds, **texts})
     if not rows:
         raise ValueError(f"{root} must hold the packages {SETS[name]}, found no clip of {name}")
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

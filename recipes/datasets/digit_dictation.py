@@ -66,12 +66,12 @@ def speaker_of(name: Speaker) -> str:
     """The speaker that "auto" stands for here: espeak-ng where it is installed."""
     if name not in ("auto", "espeak", "tones"):
         raise ValueError(f"speaker must be auto, espeak or tones, got {name!r}")
-    found = shutil.which("espeak-ng") is not None
-    if name == "espeak" and not found:
+    installed = shutil.which("espeak-ng") is not None
+    if name == "espeak" and not installed:
         raise FileNotFoundError(
             "speaker 'espeak' needs the program espeak-ng: `apt-get install espeak-ng`"
         )
-    return ("espeak" if found else "tones") if name == "auto" else name
+    return ("espeak" if installed else "tones") if name == "auto" else name
 
 
 def espeak(text: str, voice: tuple[str, int, int]) -> np.ndarray:
@@ -97,8 +97,8 @@ def tone(number: int, voice: int) -> np.ndarray:
 
 
 @lru_cache
-def word_sounds(speaker: str) -> list[list[np.ndarray]]:
-    """By voice, the sound of every word of `WORDS`."""
+def word_clips(speaker: str) -> list[list[np.ndarray]]:
+    """By voice, the audio of every word of `WORDS`."""
     if speaker == "tones":
         return [[tone(n, voice) for n in range(len(WORDS))] for voice in range(len(VOICES))]
     return [[espeak(word, voice) for word in WORDS] for voice in VOICES]
@@ -126,8 +126,8 @@ class SpokenWords(Samples):
         if not 1 <= words <= LONGEST:
             raise ValueError(f"words must be in [1, {LONGEST}], got {words}")
         self.speaker = speaker_of(speaker)
-        self.sounds = word_sounds(self.speaker)
-        longest = max(len(sound) for voice in self.sounds for sound in voice)
+        self.word_clips = word_clips(self.speaker)
+        longest = max(len(waveform) for voice in self.word_clips for waveform in voice)
         if cell * RATE < longest:
             raise ValueError(f"cell must hold a word of {longest / RATE:.2f} s, got {cell}")
         self.split, self.length, self.seed = split, length, seed
@@ -138,14 +138,14 @@ class SpokenWords(Samples):
         return self.length
 
     def dictation(self, index: int) -> tuple[list[int], np.ndarray, list[tuple[int, int]]]:
-        """Numbers of the words, sound (samples,), and the samples where each begins and ends."""
+        """Numbers of the words, audio (samples,), and the samples where each begins and ends."""
         if not 0 <= index < self.length:
             raise IndexError(f"index must be in [0, {self.length}), got {index}")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         numbers = rng.integers(len(WORDS), size=self.words)
         while split_of(text_of(numbers)) != self.split:
             numbers = rng.integers(len(WORDS), size=self.words)
-        voice = self.sounds[rng.integers(len(self.sounds))]
+        voice = self.word_clips[rng.integers(len(self.word_clips))]
         wave = rng.normal(0, self.noise, len(numbers) * self.cell).astype(np.float32)
         places = []
         for place, number in enumerate(numbers):

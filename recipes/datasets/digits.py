@@ -1,6 +1,6 @@
 """Handwritten digits on a canvas, and which digit is in which cell: a task that needs no download.
 
-The 1797 pictures (8 x 8) ship with scikit-learn. Each belongs to one split only, so a held-out
+The 1797 images (8 x 8) ship with scikit-learn. Each belongs to one split only, so a held-out
 canvas shows handwriting that training never saw.
 """
 
@@ -24,17 +24,17 @@ class DigitTokenizer(WordTokenizer):
 
 
 @lru_cache
-def digit_pictures(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (n, 8, 8) in [0, 1] and labels (n,): 80 % train, 10 % validation, 10 % test."""
+def digit_images(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 8, 8) in [0, 1] and labels (n,): 80 % train, 10 % validation, 10 % test."""
     from sklearn.datasets import load_digits
 
     check_split(split)
     bunch: Any = load_digits()
-    pictures, labels = bunch["images"].astype(np.float32) / 16, bunch["target"]
+    images, labels = bunch["images"].astype(np.float32) / 16, bunch["target"]
     order = np.random.default_rng(0).permutation(len(labels))
     cuts = [int(len(order) * 0.8), int(len(order) * 0.9)]
     part = np.split(order, cuts)[SPLITS.index(split)]
-    return pictures[part], labels[part]
+    return images[part], labels[part]
 
 
 class DigitCanvases(Samples):
@@ -65,7 +65,7 @@ class DigitCanvases(Samples):
             if value < low or (high is not None and value > high):
                 wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
                 raise ValueError(f"{name} must be {wanted}, got {value}")
-        self.pictures, self.labels = digit_pictures(split)
+        self.images, self.labels = digit_images(split)
         self.split, self.length, self.seed = split, length, seed
         self.rows, self.columns, self.cell = rows, columns, cell
         self.scale, self.questions = scale, questions
@@ -84,20 +84,20 @@ class DigitCanvases(Samples):
         for r in range(self.rows):
             for c in range(self.columns):
                 top, left = np.array([r, c]) * self.cell + corner[r, c]
-                pixels[top : top + SIDE, left : left + SIDE] = self.pictures[chosen[r, c]]
+                pixels[top : top + SIDE, left : left + SIDE] = self.images[chosen[r, c]]
         asked = rng.permutation(self.rows * self.columns)[: self.questions]
         return pixels, self.labels[chosen], asked
 
     def __getitem__(self, index: int) -> Sample:
         pixels, digits, cells = self.canvas(index)
         pixels = pixels.repeat(self.scale, 0).repeat(self.scale, 1)
-        picture = torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
+        image = torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
         turns: list[Turn] = []
         for cell in cells:
             r, c = divmod(int(cell), self.columns)
             question = f"which digit is in row {r + 1}, column {c + 1}?"
             side = self.cell * self.scale
             asked = (r * side, c * side, (r + 1) * side, (c + 1) * side)
-            turns.append(Turn((question,) if turns else (picture, question), asked=asked))
+            turns.append(Turn((question,) if turns else (image, question), asked=asked))
             turns.append(Turn((str(digits[r, c]),), answer=True))
         return Sample(tuple(turns), f"digits/{self.split}/{index}")

@@ -1,6 +1,6 @@
 """Log-mel features to train and to test the scorers of Whisper's encoder, in one file.
 
-    python -m mm_sparse.recipes.datasets.prepare_audio sounds.npz --root / --synthetic 60
+    python -m mm_sparse.recipes.datasets.prepare_audio audio.npz --root / --synthetic 60
 
 Human prompts of one speaker (`datasets.asterisk_prompts`), parted into splits by their words,
 packed into windows of 28 s. The prompts that train are too few, so some of them, drawn at random,
@@ -53,19 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     clips = list(prompts(args.root))
     parts = {split: [c for c in clips if split_of(c[1]) == split] for split in SPLITS}
-    sounds = {f"{split}/prompts": list(packed(iter(own))) for split, own in parts.items()}
+    by_kind = {f"{split}/prompts": list(packed(iter(own))) for split, own in parts.items()}
     if args.synthetic:
         made = packed(spoken([text for _, text in parts["train"]]))
-        sounds["train/synthetic"] = list(islice(made, args.synthetic))
+        by_kind["train/synthetic"] = list(islice(made, args.synthetic))
     extract: Any = WhisperFeatureExtractor()
     items: dict[str, Any] = {}
-    for key, windows in sounds.items():
+    for key, windows in by_kind.items():
         if not windows:
             parser.error(f"argument --root: must hold prompts for a window of {key}")
         waves = [samples for samples, _ in windows]
         items[key] = extract(waves, sampling_rate=16000, return_tensors="np").input_features
         print(key, len(windows), "windows")
-    write_packed(args.out, items, {key: [text for _, text in own] for key, own in sounds.items()})
+    write_packed(args.out, items, {key: [text for _, text in own] for key, own in by_kind.items()})
 
 
 if __name__ == "__main__":

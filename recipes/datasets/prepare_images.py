@@ -1,6 +1,6 @@
-"""Pictures to train and to test the scorers of a vision tower, in one file.
+"""Images to train and to test the scorers of a vision tower, in one file.
 
-    python -m mm_sparse.recipes.datasets.prepare_images pictures.npz \\
+    python -m mm_sparse.recipes.datasets.prepare_images images.npz \\
         --photos '/usr/share/photos/*.jpg' \\
         --drawings '/usr/share/tuxpaint/stamps/**/*.png' --texts '/usr/share/doc/**/*.html' \\
         --test-photos '/usr/share/tuxpaint/templates/*.jpg'
@@ -32,20 +32,20 @@ WIDTHS = (0.56, 0.58, 0.62, 0.64)
 def photo(path: Path, rng: np.random.Generator, size: int) -> Image.Image:
     """A random square of a photograph, at least half as wide as it is high or wide."""
     with Image.open(path) as file:
-        picture = file.convert("RGB")
-    short = min(picture.size)
+        image = file.convert("RGB")
+    short = min(image.size)
     side = int(short * rng.uniform(0.5, 1))
-    left = int(rng.integers(0, picture.width - side + 1))
-    top = int(rng.integers(0, picture.height - side + 1))
+    left = int(rng.integers(0, image.width - side + 1))
+    top = int(rng.integers(0, image.height - side + 1))
     box = (left, top, left + side, top + side)
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
 def canvas(paths: Sequence[Path], rng: np.random.Generator, size: int) -> Image.Image:
     """Drawings in the cells of a grid, most of them filled, on one colour."""
     light = rng.random() < 0.5
     colour = (255, 255, 255) if light else tuple(int(x) for x in rng.integers(0, 256, 3))
-    picture = Image.new("RGB", (size, size), colour)
+    image = Image.new("RGB", (size, size), colour)
     side = int(rng.integers(1, 8))
     cell = size // side
     for place in range(side * side):
@@ -59,8 +59,8 @@ def canvas(paths: Sequence[Path], rng: np.random.Generator, size: int) -> Image.
         drawing = drawing.resize(shape, Image.Resampling.BICUBIC)
         room = [int(rng.integers(0, cell - n + 1)) for n in shape]
         corner = (place % side * cell + room[0], place // side * cell + room[1])
-        picture.paste(drawing, corner, drawing)
-    return picture
+        image.paste(drawing, corner, drawing)
+    return image
 
 
 def page(path: Path, rng: np.random.Generator, size: int, fonts: Path) -> Image.Image | None:
@@ -74,26 +74,26 @@ def page(path: Path, rng: np.random.Generator, size: int, fonts: Path) -> Image.
         return None
     start = int(rng.integers(0, len(words) - columns * rows))
     ink, paper = (0, 255) if rng.random() < 0.85 else (235, 20)
-    picture = Image.new("L", (size, size), paper)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("L", (size, size), paper)
+    draw = ImageDraw.Draw(image)
     font = ImageFont.truetype(str(fonts / FACES[face]), points)
     text = textwrap.wrap(words[start : start + 2 * columns * rows], columns)[:rows]
     for row, words in enumerate(text):
         draw.text((margin, margin + row * line), words, fill=ink, font=font)
-    return picture
+    return image
 
 
-def encoded(picture: Image.Image) -> bytes:
+def encoded(image: Image.Image) -> bytes:
     """A page as PNG, anything else as JPEG."""
     stream = io.BytesIO()
-    if picture.mode == "L":
-        picture.quantize(16).save(stream, "PNG", optimize=True)
+    if image.mode == "L":
+        image.quantize(16).save(stream, "PNG", optimize=True)
     else:
-        picture.save(stream, "JPEG", quality=88)
+        image.save(stream, "JPEG", quality=88)
     return stream.getvalue()
 
 
-def found(patterns: Sequence[str], smallest: int = 0) -> list[Path]:
+def find_files(patterns: Sequence[str], smallest: int = 0) -> list[Path]:
     """Files, sorted by path."""
     files = {Path(p) for pattern in patterns for p in glob.glob(pattern, recursive=True)}
     files = {p for p in files if p.is_file() and p.stat().st_size >= smallest}
@@ -103,24 +103,24 @@ def found(patterns: Sequence[str], smallest: int = 0) -> list[Path]:
 def made(
     kind: str, files: list[Path], count: int, size: int, fonts: Path, seed: int
 ) -> Iterator[tuple[bytes, str]]:
-    """So many pictures of a kind, and what they were made of."""
+    """So many images of a kind, and what they were made of."""
     rng = np.random.default_rng(seed)
     order = [files[i] for i in rng.permutation(len(files))]
     number = done = 0
     while done < count:
         if number > 20 * count:
-            raise ValueError(f"{kind} must make {count} pictures, {len(files)} files made {done}")
+            raise ValueError(f"{kind} must make {count} images, {len(files)} files made {done}")
         path = order[number % len(order)]
         number += 1
         if kind == "drawings":
-            picture: Any = canvas(order, rng, size)
+            image: Any = canvas(order, rng, size)
         elif kind == "photos":
-            picture = photo(path, rng, size)
+            image = photo(path, rng, size)
         else:
-            picture = page(path, rng, size, fonts)
-        if picture is not None:
+            image = page(path, rng, size, fonts)
+        if image is not None:
             done += 1
-            yield encoded(picture), f"{kind}/{number}" if kind == "drawings" else str(path)
+            yield encoded(image), f"{kind}/{number}" if kind == "drawings" else str(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{kind}", nargs="+", default=[], help="patterns of files")
         parser.add_argument(f"--test-{kind}", nargs="+", default=[], help="of files that only test")
     parser.add_argument("--size", type=int, default=1008, help="pixels of a side")
-    parser.add_argument("--train", type=int, default=64, help="pictures of a kind")
+    parser.add_argument("--train", type=int, default=64, help="images of a kind")
     parser.add_argument("--validation", type=int, default=2)
     parser.add_argument("--test", type=int, default=6)
     parser.add_argument("--fonts", type=Path, default=Path(FONTS), help="folder of DejaVu")
@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names: dict[str, list[str]] = {}
     for kind in ("photos", "drawings", "texts"):
         smallest = 8000 if kind == "texts" else 0
-        tests = found(getattr(args, f"test_{kind}"), smallest)
-        every = [p for p in found(getattr(args, kind), smallest) if p not in set(tests)]
+        tests = find_files(getattr(args, f"test_{kind}"), smallest)
+        every = [p for p in find_files(getattr(args, kind), smallest) if p not in set(tests)]
         for seed, split in enumerate(CORPUS_SPLITS):
             files = [p for p in every if file_split(p) == split]
             if split == "test" and tests:

@@ -1,6 +1,6 @@
-"""Real pictures with real spoken captions: Tux Paint's stamps, several in one sequence.
+"""Real images with real spoken captions: Tux Paint's stamps, several in one sequence.
 
-They come from the Debian package tuxpaint-stamps-default (GPL-2). Which pictures and captions stand
+They come from the Debian package tuxpaint-stamps-default (GPL-2). Which images and captions stand
 together is composed.
 """
 
@@ -19,7 +19,7 @@ from mm_sparse.recipes.data import (
     WordTokenizer,
     check_split,
     on_white,
-    read_sound,
+    read_audio,
     split_of,
     to_tensor,
 )
@@ -34,7 +34,7 @@ class YesNoTokenizer(WordTokenizer):
 
 
 class SpokenStamps(Samples):
-    """Picture, spoken caption, "is this it?", yes or no; several of these in one sample.
+    """Image, spoken caption, "is this it?", yes or no; several of these in one sample.
 
     Half of the captions belong to another stamp of the split. Captions of the splits differ.
     """
@@ -50,7 +50,7 @@ class SpokenStamps(Samples):
         root: str = STAMPS,
         seed: int = 0,
     ) -> None:
-        """`pairs` of picture and sound stand in a sample; a sound ends after `seconds`."""
+        """`pairs` of image and audio stand in a sample; an audio clip ends after `seconds`."""
         check_split(split)
         for name, value in (("length", length), ("pairs", pairs), ("image_size", image_size)):
             if value < 1:
@@ -60,7 +60,7 @@ class SpokenStamps(Samples):
         self.stamps = [
             stamp
             for stamp in find_stamps(root)
-            if sound_of(stamp).is_file() and split_of(stamp.caption) == split
+            if spoken_caption(stamp).is_file() and split_of(stamp.caption) == split
         ]
         if len({stamp.caption for stamp in self.stamps}) < 2:
             raise ValueError(f"root must hold two spoken captions of split {split!r}, got {root}")
@@ -80,13 +80,13 @@ class SpokenStamps(Samples):
             others = [stamp for stamp in self.stamps if stamp.caption != shown.caption]
             right = bool(rng.integers(2))
             heard = shown if right else others[rng.integers(len(others))]
-            picture = to_tensor(on_white(shown.path, self.image_size, self.image_size))
-            sound = read_sound(sound_of(heard))[: self.most]
-            turns.append(Turn((picture, torch.clone(sound), "is this it?")))
+            image = to_tensor(on_white(shown.path, self.image_size, self.image_size))
+            waveform = read_audio(spoken_caption(heard))[: self.most]
+            turns.append(Turn((image, torch.clone(waveform), "is this it?")))
             turns.append(Turn(("yes" if right else "no",), answer=True))
         return Sample(tuple(turns), f"spoken stamps/{self.split}/{index}")
 
 
-def sound_of(stamp: Stamp) -> Path:
+def spoken_caption(stamp: Stamp) -> Path:
     """Where the spoken English caption of a stamp would be."""
     return stamp.path.with_name(f"{stamp.path.stem}_desc.ogg")

@@ -7,9 +7,9 @@ QUESTIONS = ("What is in the picture?", "What is in the row, column?", " ".join(
 
 
 class StampTokenizer(WordTokenizer):
-    """Every word of every caption below `root`, and of the questions that `pictures` asks."""
+    """Every word of every caption below `root`, and of questions about stamps."""
 
     def __init__(self, root: str = STAMPS, max_words: int | None = None) -> None:
         texts = [*QUESTIONS, *(stamp.caption for stamp in find_stamps(root, max_words))]
-        found = {piece for text in texts for piece in self.PIECE.findall(text.lower())}
-        super().__init__(sorted(found))
+        words = {word for text in texts for word in self.PIECE.findall(text.lower())}
+        super().__init__(sorted(words))

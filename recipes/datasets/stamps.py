@@ -1,7 +1,7 @@
-"""Real pictures with captions: the stamps of Tux Paint, alone and as grids with a question.
+"""Real images with captions: the stamps of Tux Paint, as grids with a question.
 
 They come from the Debian package tuxpaint-stamps-default (GPL-2), and are read where it puts them.
-Grids are procedural: real pictures, composed places and questions.
+Grids are procedural: real images, composed places and questions.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 @dataclass(frozen=True)
 class Stamp:
-    """One picture with its English caption; `category` is its folder below the root."""
+    """One image with its English caption; `category` is its folder below the root."""
 
     path: Path
     caption: str
@@ -36,51 +36,20 @@ def find_stamps(root: str | Path = STAMPS, max_words: int | None = None) -> tupl
             f"root must hold the Tux Paint stamps, {root} is not a folder: "
             "`apt-get install tuxpaint-stamps-default`, or pass the folder that has them"
         )
-    found: list[Stamp] = []
+    stamps: list[Stamp] = []
     for text in sorted(root.rglob("*.txt")):
-        picture = text.with_suffix(".png")
+        image = text.with_suffix(".png")
         lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
         caption = lines[0].strip().rstrip(".") if lines else ""
         fits = max_words is None or len(caption.split()) <= max_words
-        if caption and fits and picture.is_file():
-            found.append(Stamp(picture, caption, str(text.parent.relative_to(root))))
-    if not found:
+        if caption and fits and image.is_file():
+            stamps.append(Stamp(image, caption, str(text.parent.relative_to(root))))
+    if not stamps:
         raise FileNotFoundError(
             f"root must hold PNG stamps with captions, found none below {root}: "
             "`apt-get install tuxpaint-stamps-default`"
         )
-    return tuple(found)
-
-
-class StampCaptions(Samples):
-    """One stamp and its caption. A tenth of the distinct captions is held out for validation."""
-
-    def __init__(
-        self,
-        split: Split = "train",
-        *,
-        root: str = STAMPS,
-        image_size: int = 224,
-        max_words: int | None = None,
-        question: str = "What is in the picture?",
-    ) -> None:
-        check_split(split)
-        found = find_stamps(root, max_words)
-        captions = sorted({stamp.caption for stamp in found})
-        np.random.default_rng(0).shuffle(captions)
-        held_out = set(captions[: max(1, len(captions) // 10)])
-        wanted = split == "validation"
-        self.stamps = [stamp for stamp in found if (stamp.caption in held_out) == wanted]
-        self.image_size, self.question = image_size, question
-
-    def __len__(self) -> int:
-        return len(self.stamps)
-
-    def __getitem__(self, index: int) -> Sample:
-        stamp = self.stamps[index]
-        picture = to_tensor(on_white(stamp.path, self.image_size, self.image_size))
-        turns = (Turn((picture, self.question)), Turn((stamp.caption,), answer=True))
-        return Sample(turns, str(stamp.path))
+    return tuple(stamps)
 
 
 class StampGrids(Samples):
@@ -116,18 +85,18 @@ class StampGrids(Samples):
             raise ValueError(f"length must be at least 0, got {length}")
         if image_size < side:
             raise ValueError(f"image_size must be at least side={side}, got {image_size}")
-        found = {
+        stamps = {
             stamp.caption: stamp
             for stamp in find_stamps(root, max_words)
             if not any(Path(stamp.category).is_relative_to(folder) for folder in skip)
         }
-        order = np.random.default_rng(0).permutation(sorted(found))[:kinds]
+        order = np.random.default_rng(0).permutation(sorted(stamps))[:kinds]
         if len(order) < side * side:
             raise ValueError(
                 f"kinds must leave at least {side * side} captions, got {len(order)} "
                 f"(kinds={kinds}, max_words={max_words})"
             )
-        self.stamps = [found[str(caption)] for caption in order]
+        self.stamps = [stamps[str(caption)] for caption in order]
         self.split, self.length, self.seed = split, length, seed
         self.side, self.image_size, self.questions = side, image_size, questions
 

@@ -26,15 +26,15 @@ K = TypeVar("K", bound=Hashable)
 
 def budget_slots(model: nn.Module, by_head: bool) -> dict[Place, int]:
     """Layers, or heads, that budgets are spread over, and how many KV heads their layer has."""
-    found: dict[Place, int] = {}
+    group_heads: dict[Place, int] = {}
     for name, layer in attention_layers(model).items():
         if layer.known_mode()[0] == "sparse":
             heads = scorer_shape(layer.module)[1]
             for head in range(heads) if by_head else [None]:
-                found[name if layer.index is None else layer.index, head] = heads
-    if not found:
+                group_heads[name if layer.index is None else layer.index, head] = heads
+    if not group_heads:
         raise ValueError("model must have layers that may run sparse, got none")
-    return found
+    return group_heads
 
 
 def costs_of(
@@ -68,8 +68,8 @@ def costs_of(
             for at, level in enumerate(levels):
                 if level < 1:
                     ratio = [level if h == head else 1.0 for h in range(heads)]
-                    found = cost(layer, level if head is None else ratio) - rounding[layer]
-                    costs[layer, head][at] += max(found, 0.0) / len(cases)
+                    rise = cost(layer, level if head is None else ratio) - rounding[layer]
+                    costs[layer, head][at] += max(rise, 0.0) / len(cases)
     return costs
 
 
@@ -91,11 +91,11 @@ def language_costs(
 
 def layer_ratios(ratios: Mapping[Place, float]) -> dict[int | str, float | tuple[float, ...]]:
     """`SparseConfig.layer_ratio` of ratios by place."""
-    found: dict[int | str, float | tuple[float, ...]] = {}
+    by_layer: dict[int | str, float | tuple[float, ...]] = {}
     for (layer, head), ratio in ratios.items():
-        before: Any = found.get(layer, ())
-        found[layer] = ratio if head is None else (*before, ratio)
-    return found
+        before: Any = by_layer.get(layer, ())
+        by_layer[layer] = ratio if head is None else (*before, ratio)
+    return by_layer
 
 
 def spread(

@@ -1,7 +1,7 @@
 """Spread one mean density over the layers of a tower, by what each costs when sparse.
 
     python -m mm_sparse.recipes.distillation.budget_search_towers --scorers FOLDER \\
-        --packed pictures.npz
+        --packed images.npz
 
 As `recipes.distillation.budget_search` does for a language model; the cost is 1 - cosine of the
 last features to dense with one layer sparse, on the file's validation inputs.

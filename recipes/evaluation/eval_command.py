@@ -45,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def beside(rows: Sequence[dict[str, Any]], card: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of measured rows, the card's figure of the same row in brackets."""
-    known = {_place(row): row for row in card}
+    published = {_place(row): row for row in card}
     figures = [key for key in rows[0] if _is_figure(key, rows[0][key])] if rows else []
     names = [key for key in rows[0] if _is_name(key, rows[0][key])] if rows else []
     lines = [[*names, *figures], ["---"] * (len(names) + len(figures))]
     for row in rows:
-        old = known.get(_place(row), {})
+        old = published.get(_place(row), {})
         cells = [str(row[key]) for key in names]
         for key in figures:
             before = f" ({old[key]:g})" if isinstance(old.get(key), (int, float)) else ""

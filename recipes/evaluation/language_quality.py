@@ -57,7 +57,7 @@ def tables(
                 if key not in densities:
                     densities[key] = mms.report(model).density or 1.0
                 rows.setdefault(key, []).append(change_of(dense, sparse, ids))
-        yield [_row(*key, densities[key], found) for key, found in rows.items()]
+        yield [_row(*key, densities[key], figures) for key, figures in rows.items()]
 
 
 Row = tuple[str, str, str, float]
@@ -66,10 +66,10 @@ Row = tuple[str, str, str, float]
 
 def _row(
     kind: str, method: str, budget: str, value: float, density: float,
-    found: list[dict[str, float]],
+    figures: list[dict[str, float]],
 ) -> dict[str, Any]:  # fmt: skip
-    means = {f: round(statistics.fmean(x[f] for x in found), 5) for f in found[0]}
-    kls = [round(x["kl"], 5) for x in found]
+    means = {f: round(statistics.fmean(x[f] for x in figures), 5) for f in figures[0]}
+    kls = [round(x["kl"], 5) for x in figures]
     return {"text": kind, "method": method, budget: value, "density": round(density, 4)} | {
         **means, "kls": kls,
     }  # fmt: skip

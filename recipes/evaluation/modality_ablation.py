@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Modality, PooledScorer, Scorer
+from mm_sparse.bench import machine
 from mm_sparse.integrations import (
     attention_layers,
     capture_attention,
@@ -45,7 +46,7 @@ from mm_sparse.recipes.evaluation.modality_ablation_report import (
     summary,
     table,
 )
-from mm_sparse.recipes.metrics import densities, machine
+from mm_sparse.recipes.metrics import densities
 from mm_sparse.recipes.models import AnswerLogits, MultimodalTraining
 from mm_sparse.recipes.run import on_device, prepare, validation_of
 from mm_sparse.recipes.training import OptimizerConfig
@@ -104,11 +105,11 @@ def dense_run(
 @torch.no_grad()
 def density_on(model: MultimodalTraining, batches: Sequence[Batch]) -> float:
     """Density of the layers that run sparse, mean over batches."""
-    found = []
+    densities_by_batch = []
     for batch in batches:
         model.run(batch, logits_to_keep=1)
-        found.append(densities(model)["all"])
-    return statistics.fmean(found)
+        densities_by_batch.append(densities(model)["all"])
+    return statistics.fmean(densities_by_batch)
 
 
 @torch.no_grad()
@@ -119,12 +120,12 @@ def matched_ratio(
     low, high, tried = 0.0, 1.0, []
     for _ in range(8):
         with override_config(model.language, ratio=ratio):
-            found = density_on(model, batches)
-        tried.append((abs(found / target - 1), ratio))
+            density = density_on(model, batches)
+        tried.append((abs(density / target - 1), ratio))
         if tried[-1][0] < 2e-3:
             break
-        low, high = (ratio, high) if found < target else (low, ratio)
-        ratio *= target / found
+        low, high = (ratio, high) if density < target else (low, ratio)
+        ratio *= target / density
         if not low < ratio < high:
             ratio = (low + high) / 2
     return min(tried)[1]
@@ -214,7 +215,7 @@ def run(
     with override_config(model.language, modality_floor=0.0), untrained:
         target = density_on(model, held_out[:looked_at])
     for name, variant in variants.items():
-        found, ratios = [], []
+        runs, ratios = [], []
         for ranked in _rankings(model, variant, learned):
             with (
                 override_config(model.language, modality_floor=floors[variant.shares]),
@@ -222,12 +223,12 @@ def run(
             ):
                 ratio = matched_ratio(model, held_out[:looked_at], target, config.ratio)
                 with override_config(model.language, ratio=ratio):
-                    found.append(measure(model, held_out, dense, looked_at))
+                    runs.append(measure(model, held_out, dense, looked_at))
                 ratios.append(round(ratio, 5))
                 cost = _cost(model, held_out[0])
         own = learned[variant.learned][0].values() if variant.learned else ()
         size = sum(p.numel() for scorer in own for p in scorer.parameters())
-        rows[name] = {"parameters": size, "cost": cost, "ratios": ratios} | summary(found)
+        rows[name] = {"parameters": size, "cost": cost, "ratios": ratios} | summary(runs)
     for row in rows.values() if "blind" in rows else ():
         row |= beside_blind(row, rows["blind"])
     exact = torch.cat([said.exact().float() for said in dense]).mean().item()
@@ -289,18 +290,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         def train(seed: int) -> list[Batch]:
             return list(here(islice(data.loader(data.train, shuffle=True), args.steps)))
 
-        found = run(
+        outcome = run(
             cli.model, train, list(here(data.loader(validation))), seeds=args.seeds,
             floor=args.floor, looked_at=args.looked_at,
             goal=DistillationConfig(tiles=args.tiles),
             optimizer=OptimizerConfig(lr=args.lr, warmup=10, final=0.0),
         )  # fmt: skip
     given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
-    record = {"machine": machine(), "threads": torch.get_num_threads(), **given, "options": more,
-              "seconds": round(time.perf_counter() - start), **found}  # fmt: skip
+    facts = machine("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    record = {"machine": facts, "threads": torch.get_num_threads(), **given, "options": more,
+              "seconds": round(time.perf_counter() - start), **outcome}  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-    rows = found["rows"]
+    rows = outcome["rows"]
     shown = [table(rows), *(pair_table(rows, name) for name in ("density", "kept"))]
     print("\n\n".join(shown))
 

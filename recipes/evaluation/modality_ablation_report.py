@@ -18,11 +18,11 @@ def scoring_cost(scorer: Any, plan: Plan, heads: int, dim: int) -> float:
     if isinstance(scorer, OracleScorer):
         return 50.0
     parts = getattr(scorer, "parts", 1)
-    pieces = plan.tiles.shape[1] * plan.live_query_pools.shape[2], plan.units.shape[1]
-    rows, units = heads * pieces[0], pieces[1]
+    descriptors = plan.tiles.shape[1] * plan.live_query_pools.shape[2], plan.units.shape[1]
+    rows, units = heads * descriptors[0], descriptors[1]
     products = rows * units * dim * (1 + parts if parts > 1 else 1)
     if isinstance(scorer, FineScorer):
-        # One product with all maps side by side, and that of pieces without a modality.
+        # One product with all maps side by side, and that of descriptors without a modality.
         maps = 1 if scorer.modalities is None else len(scorer.modalities) + 1
         products += (rows + kv_heads * units * parts) * 3 * dim * dim * maps
     return 100 * products / (2 * heads * tokens[0] * tokens[1] * dim)
@@ -30,24 +30,24 @@ def scoring_cost(scorer: Any, plan: Plan, heads: int, dim: int) -> float:
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, and the standard error of each mean where there are several."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, first in runs[0].items():
         values = [run[name] for run in runs]
         if isinstance(first, dict):
             # A pair may be without a best unit where a seed's layers see other queries.
             keys = dict.fromkeys(key for value in values for key in value)
-            found[name] = {
+            figures[name] = {
                 key: round(statistics.fmean(v[key] for v in values if key in v), 4) for key in keys
             }
         elif isinstance(first, float):
-            found[name] = round(statistics.fmean(values), 5)
+            figures[name] = round(statistics.fmean(values), 5)
             if len(values) > 1:
-                found[f"{name}_se"] = round(standard_error(values), 5)
+                figures[f"{name}_se"] = round(standard_error(values), 5)
     by_sample = [statistics.fmean(x) for x in zip(*(r["kl_by_sample"] for r in runs), strict=True)]
-    found["kl_by_sample"] = [round(x, 5) for x in by_sample]
-    found["kl_se_samples"] = round(standard_error(by_sample), 5)
-    found["kl_by_seed"] = [round(run["kl"], 5) for run in runs]
-    return found
+    figures["kl_by_sample"] = [round(x, 5) for x in by_sample]
+    figures["kl_se_samples"] = round(standard_error(by_sample), 5)
+    figures["kl_by_seed"] = [round(run["kl"], 5) for run in runs]
+    return figures
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -57,15 +57,15 @@ def standard_error(values: Sequence[float]) -> float:
 
 def beside_blind(row: Mapping[str, Any], blind: Mapping[str, Any]) -> dict[str, float]:
     """Mean difference of KL to the blind scorers', and its standard errors, paired."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     pairs = zip(row["kl_by_sample"], blind["kl_by_sample"], strict=True)
     change = [own - other for own, other in pairs]
-    found["kl_change"] = round(statistics.fmean(change), 5)
-    found["kl_change_se_samples"] = round(standard_error(change), 5)
+    figures["kl_change"] = round(statistics.fmean(change), 5)
+    figures["kl_change_se_samples"] = round(standard_error(change), 5)
     if len(row["kl_by_seed"]) == len(blind["kl_by_seed"]):
         seeds = zip(row["kl_by_seed"], blind["kl_by_seed"], strict=True)
-        found["kl_change_se_seeds"] = round(standard_error([a - b for a, b in seeds]), 5)
-    return found
+        figures["kl_change_se_seeds"] = round(standard_error([a - b for a, b in seeds]), 5)
+    return figures
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

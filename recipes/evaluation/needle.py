@@ -83,7 +83,7 @@ def recalls(model: Any, trial: Trial, device: torch.device) -> bool:
 
 def recall(
     model: nn.Module,
-    found: Iterator[Trial],
+    trials: Iterator[Trial],
     settings: dict[str, tuple[str, dict[str, Any]]],
     *,
     count: int = 200,
@@ -100,37 +100,37 @@ def recall(
         every: facts that dense recalls between two results.
     """
     device = next(model.parameters()).device
-    known: list[Trial] = []
+    answered: list[Trial] = []
     right: dict[str, list[bool]] = {name: [] for name in settings}
     tried = 0
-    while len(known) < count and tried < most:
-        trial = next(found)
+    while len(answered) < count and tried < most:
+        trial = next(trials)
         tried += 1
         with override_config(model, backend="dense"):
             if not recalls(model, trial, device):
                 continue
-        known.append(trial)
+        answered.append(trial)
         for name, (method, changes) in settings.items():
             with override_config(model, **changes), override_scorers(model, METHODS[method]):
                 right[name].append(recalls(model, trial, device))
-        if len(known) % every == 0:
-            yield _rows(known, right, tried)
-    if not known:
+        if len(answered) % every == 0:
+            yield _rows(answered, right, tried)
+    if not answered:
         raise ValueError(f"model must recall a fact when it is dense, got none of {tried}")
-    if len(known) % every:
-        yield _rows(known, right, tried)
+    if len(answered) % every:
+        yield _rows(answered, right, tried)
 
 
-def _rows(known: list[Trial], right: dict[str, list[bool]], tried: int) -> list[dict[str, Any]]:
-    depths = sorted({trial.depth for trial in known})
+def _rows(answered: list[Trial], right: dict[str, list[bool]], tried: int) -> list[dict[str, Any]]:
+    depths = sorted({trial.depth for trial in answered})
     return [
         {
-            "setting": name, "trials": len(known), "tried": tried,
+            "setting": name, "trials": len(answered), "tried": tried,
             "recalled": round(sum(hits) / len(hits), 4),
             "by_depth": {
                 depth: round(sum(own) / len(own), 4)
                 for depth in depths
-                if (own := [h for h, t in zip(hits, known, strict=True) if t.depth == depth])
+                if (own := [h for h, t in zip(hits, answered, strict=True) if t.depth == depth])
             },
         }
         for name, hits in right.items()

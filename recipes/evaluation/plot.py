@@ -20,8 +20,8 @@ LABELS = {
 
 def rows_of(path: Path, figures: Sequence[str]) -> list[dict[str, Any]]:
     """Rows with one of `figures`: of a table, or of all in a file of `mm-sparse eval`."""
-    found = json.loads(path.read_text())
-    tables = [found] if "rows" in found else list(found.values())
+    data = json.loads(path.read_text())
+    tables = [data] if "rows" in data else list(data.values())
     return [row for table in tables for row in table["rows"] if not row.keys().isdisjoint(figures)]
 
 
@@ -29,28 +29,28 @@ def panels_of(
     rows: Sequence[dict[str, Any]], figures: Sequence[str]
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Rows by figure and by what was looked at: kind of text, or how much was sampled."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         sampled = row.get("sampled")
         title = row.get("text") or (f"{sampled:.0%} of it sampled" if sampled else "")
         for figure in figures:
             if figure in row and row["method"] != "dense":
-                found.setdefault((figure, title), []).append(row)
-    return found
+                panels.setdefault((figure, title), []).append(row)
+    return panels
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path, figures: Sequence[str] = ("kl",)) -> None:
     """One panel for each figure of each kind; methods measured at one density are points."""
     from matplotlib.figure import Figure
 
-    found = panels_of(rows, figures)
-    if not found:
+    rows_by_panel = panels_of(rows, figures)
+    if not rows_by_panel:
         raise ValueError(f"rows must hold results with one of {[*figures]}, got none")
-    # Not pyplot: it would keep the picture, and ask for a display.
-    picture = Figure(figsize=(4.6 * len(found), 3.6), layout="constrained")
+    # Not pyplot: it would keep the image, and ask for a display.
+    chart = Figure(figsize=(4.6 * len(rows_by_panel), 3.6), layout="constrained")
     share = "row" if len(figures) == 1 else False
-    panels = picture.subplots(1, len(found), sharey=share, squeeze=False)[0]
-    for panel, ((figure, title), own) in zip(panels, found.items(), strict=True):
+    panels = chart.subplots(1, len(rows_by_panel), sharey=share, squeeze=False)[0]
+    for panel, ((figure, title), own) in zip(panels, rows_by_panel.items(), strict=True):
         for method in dict.fromkeys(row["method"] for row in own):
             line = sorted((r for r in own if r["method"] == method), key=lambda r: r["density"])
             kept = [100 * row["density"] for row in line]
@@ -63,14 +63,14 @@ def draw(rows: Sequence[dict[str, Any]], out: Path, figures: Sequence[str] = ("k
         if figure == "kl":
             panel.set_yscale("log")
     panels[-1].legend(fontsize=8)
-    picture.savefig(out, dpi=150)
+    chart.savefig(out, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="JSON of a recipe's table or of mm-sparse eval")
-    parser.add_argument("out", type=Path, help="picture to write")
+    parser.add_argument("out", type=Path, help="image to write")
     parser.add_argument("--figure", choices=LABELS, nargs="+", default=["kl"])
     args = parser.parse_args(argv)
     draw(rows_of(args.results, args.figure), args.out, args.figure)

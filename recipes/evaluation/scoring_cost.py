@@ -3,8 +3,8 @@
     python -m mm_sparse.recipes.evaluation.scoring_cost language --scorers smollm2-135m \\
         --corpus corpus.npz \\
         --out cost.json
-    python -m mm_sparse.recipes.evaluation.scoring_cost pictures --scorers vit-small-14 \\
-        --packed pictures.npz \\
+    python -m mm_sparse.recipes.evaluation.scoring_cost images --scorers vit-small-14 \\
+        --packed images.npz \\
         --out cost.json
 
 Every layer of a model on one input, by itself, on its own q, k and v; the sums over layers, in
@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import mm_sparse as mms
 from mm_sparse import FineScorer, select
 from mm_sparse.attention import attend
-from mm_sparse.bench import median_ms
+from mm_sparse.bench import machine, median_ms
 from mm_sparse.encoders.bench import spent
 from mm_sparse.integrations import (
     AttentionCall,
@@ -37,7 +37,6 @@ from mm_sparse.integrations import (
     sparse_config,
 )
 from mm_sparse.layout import Plan
-from mm_sparse.recipes.metrics import machine
 from mm_sparse.scorers import PooledScorer, Scorer
 
 SECONDS = 0.03
@@ -74,8 +73,8 @@ def costs(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     if not times:
         raise ValueError("model must run layers that may be sparse, got none")
     rows = [
-        {"part": part} | {name: round(sum(own), 4) for name, own in found.items()}
-        for part, found in times.items()
+        {"part": part} | {name: round(sum(own), 4) for name, own in seconds_by_step.items()}
+        for part, seconds_by_step in times.items()
     ]
     dense, products, maps = work
     shares = {"products": products / dense, "maps": maps / dense}
@@ -120,7 +119,7 @@ def parts_of(call: AttentionCall, scorer: Scorer) -> dict[str, Callable[[], Any]
 
 def time_of(run: Callable[[], Any], device: str, calls: int = 3) -> dict[str, float]:
     """Median milliseconds of a call and, on a GPU, those of its kernels."""
-    found = {"ms": median_ms(run, device, SECONDS)}
+    timing = {"ms": median_ms(run, device, SECONDS)}
     if device == "cuda":
         from torch.profiler import ProfilerActivity, profile
 
@@ -128,12 +127,12 @@ def time_of(run: Callable[[], Any], device: str, calls: int = 3) -> dict[str, fl
             for _ in range(calls):
                 run()
             torch.cuda.synchronize()
-        found["kernel_ms"] = sum(row["ms"] for row in spent(seen, cuda=True)) / calls
-    return found
+        timing["kernel_ms"] = sum(row["ms"] for row in spent(seen, cuda=True)) / calls
+    return timing
 
 
 def flops_of(plan: Plan, scorer: Scorer, shape: Sequence[int]) -> tuple[float, float, float]:
-    """Of dense attention, of a `FineScorer`'s products of pieces, and of its maps.
+    """Of dense attention, of a `FineScorer`'s products of descriptors, and of its maps.
 
     Only what queries see counts. Of another scorer the last two are NaN.
     """
@@ -144,8 +143,8 @@ def flops_of(plan: Plan, scorer: Scorer, shape: Sequence[int]) -> tuple[float, f
         return dense, float("nan"), float("nan")
     query_pools = plan.live_query_pools.shape[2]
     # Query pools meet the parts of a unit for the shares, and the whole unit for their sum.
-    pieces = query_pools * (scorer.parts + (scorer.parts > 1))
-    products = 2 * dim * heads * pieces * float(plan.visible.sum())
+    descriptors = query_pools * (scorer.parts + (scorer.parts > 1))
+    products = 2 * dim * heads * descriptors * float(plan.visible.sum())
     queries = heads * plan.tiles.shape[1] * query_pools
     keys = heads // plan.group * plan.units.shape[1] * scorer.parts
     return dense, products, 2 * 3 * dim * dim * batch * (queries + keys)
@@ -156,13 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     import sys
 
     words = list(sys.argv[1:] if argv is None else argv)
-    kinds = ("language", "pictures", "speech")
-    if not words or words[0] not in kinds:
+    kinds = ("language", "images", "speech")
+    if not words or words[0] not in (*kinds, "pictures"):
         argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).error(
             f"argument 1: must be one of {kinds}, got {words[:1]}"
         )
     given, model, run, out = language(words[1:]) if words[0] == "language" else tower(words)
-    record = {"machine": machine(), **given, **costs(model, run)}
+    weight = next(model.parameters())
+    record = {"machine": machine(weight.device.type, weight.dtype), **given, **costs(model, run)}
     out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:
         print(json.dumps(row))

@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mm_sparse import Scorer
+from mm_sparse.bench import machine
 from mm_sparse.integrations import override_config, override_scorers, sparse_config
 from mm_sparse.recipes.data import Batch
 from mm_sparse.recipes.distillation import DistillationConfig, train_jointly
@@ -31,7 +32,7 @@ from mm_sparse.recipes.evaluation.modality_ablation import (
     measure,
 )
 from mm_sparse.recipes.evaluation.modality_ablation_report import summary
-from mm_sparse.recipes.metrics import machine, ranking_methods
+from mm_sparse.recipes.metrics import ranking_methods
 from mm_sparse.recipes.models import MultimodalTraining
 from mm_sparse.recipes.run import on_device, prepare, validation_of
 from mm_sparse.recipes.training import OptimizerConfig
@@ -82,22 +83,22 @@ def table(
     own, few = sparse_config(model.language).sinks, held_out[:looked_at]
     for density in densities:
         for name, make in rankers.items():
-            kept = max(own, sinks) if name in PATTERNS else own
+            sink_count = max(own, sinks) if name in PATTERNS else own
             with (
-                override_config(model.language, sinks=kept),
+                override_config(model.language, sinks=sink_count),
                 override_scorers(model.language, make),
             ):
                 ratio = matched_ratio(model, few, density, density)
                 with override_config(model.language, ratio=ratio):
-                    found = summary([measure(model, held_out, dense, len(few))])
-            if abs(found["density"] / density - 1) > 0.05:
+                    figures = summary([measure(model, held_out, dense, len(few))])
+            if abs(figures["density"] / density - 1) > 0.05:
                 raise ValueError(
-                    f"densities must be in reach of {name}, with {kept} sinks it comes to "
-                    f"{found['density']}, got {density}"
+                    f"densities must be in reach of {name}, with {sink_count} sinks it comes to "
+                    f"{figures['density']}, got {density}"
                 )
             yield {
-                "method": name, "asked": density, "density": found["density"],
-                "ratio": round(ratio, 5), **{figure: found[figure] for figure in FIGURES},
+                "method": name, "asked": density, "density": figures["density"],
+                "ratio": round(ratio, 5), **{figure: figures[figure] for figure in FIGURES},
             }  # fmt: skip
 
 
@@ -141,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
     given = {k: v for k, v in vars(args).items() if k not in ("out", "methods")}
-    record = {"machine": machine(), "threads": torch.get_num_threads(), **given, "options": more,
+    facts = machine("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    record = {"machine": facts, "threads": torch.get_num_threads(), **given, "options": more,
               "rows": []}  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = {weights: rankers_for(weights, args.methods) for weights in args.weights}

@@ -1,6 +1,5 @@
-from .budgets import budgets_of as budgets_of, scaled_budgets as scaled_budgets
+from .budgets import budgets_of as budgets_of
 from .density import densities as densities
-from .hardware import machine as machine
 from .layers import kept_units as kept_units, layer_figures as layer_figures
 from .logits import change_of as change_of, logit_change as logit_change, predictions as predictions
 from .ranking_methods import METHODS as METHODS

@@ -7,13 +7,8 @@ from typing import Any
 from mm_sparse import SparseConfig
 
 
-def scaled_budgets(config: SparseConfig, ratio: float) -> dict[str, Any]:
-    """Fields that make a config keep `ratio`, its budgets of layers and heads scaled alike."""
-    return {"ratio": ratio, "layer_ratio": config.scaled(ratio).layer_ratio}
-
-
 def budgets_of(config: SparseConfig, method: str, ratio: float) -> dict[str, Any]:
     """Fields that make a config keep `ratio`, with its own budgets only for its own scorers."""
     if method != "scorers":
         return {"ratio": ratio, "layer_ratio": {}}
-    return scaled_budgets(config, ratio)
+    return {"ratio": ratio, "layer_ratio": config.scaled(ratio).layer_ratio}

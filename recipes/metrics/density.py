@@ -14,11 +14,11 @@ def densities(model: Any) -> dict[str, float]:
     Mean over the layers that ran sparse, in all and by modalities of query and key; those of a
     tower that runs sparse stand beside, as "audio/all".
     """
-    found = {"all": 1.0}
+    shares = {"all": 1.0}
     for part in model.sparse_configs:
         own = _part_densities(getattr(model, part))
-        found |= own if part == "language" else {f"{part}/all": own["all"]}
-    return found
+        shares |= own if part == "language" else {f"{part}/all": own["all"]}
+    return shares
 
 
 def _part_densities(part: Any) -> dict[str, float]:
@@ -30,7 +30,7 @@ def _part_densities(part: Any) -> dict[str, float]:
     for row in rows:
         for pair, density in (row.pair_density or {}).items():
             pairs.setdefault(pair, []).append(density)
-    found = {"all": sum(row.density or 0.0 for row in rows) / len(rows)}
+    shares = {"all": sum(row.density or 0.0 for row in rows) / len(rows)}
     for (query, key), values in sorted(pairs.items()):
-        found[f"{query.name}>{key.name}"] = sum(values) / len(values)
-    return found
+        shares[f"{query.name}>{key.name}"] = sum(values) / len(values)
+    return shares

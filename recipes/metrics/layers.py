@@ -31,7 +31,7 @@ def layer_figures(
     Kept mass and overlap also by pair of modalities, query first, where more than one is there.
     """
     served = attention_layers(model)
-    found: dict[str, dict[str, float]] = {}
+    by_layer: dict[str, dict[str, float]] = {}
 
     def measure(call: AttentionCall) -> None:
         scorer = served[call.name].scorer or PooledScorer()
@@ -40,7 +40,7 @@ def layer_figures(
         plan = call.plan()
         values = scorer.score(call.q, call.k, plan, call.scale)
         mass = unit_mass(call.q, call.k, plan, call.scale)
-        kept, best = (kept_units(x, plan) for x in (values, mass.clamp(min=1e-20).log()))
+        selected_units, best = (kept_units(x, plan) for x in (values, mass.clamp(min=1e-20).log()))
         open_units = (plan.visible & ~plan.always)[:, None]
         figures = {"divergence": attention_kl(values, mass, plan).item()}
         kinds = plan.unit_modality.unique().tolist()
@@ -52,17 +52,17 @@ def layer_figures(
                 here = here & (plan.unit_modality == pair[1])[:, None, None]
             name = "" if pair is None else "/" + ">".join(mms.Modality(m).name for m in pair)
             whole = (mass * here).sum().clamp(min=1e-12)
-            figures[f"kept{name}"] = ((mass * (kept & here)).sum() / whole).item()
-            both, all_best = (kept & best & here).sum(), (best & here).sum()
+            figures[f"kept{name}"] = ((mass * (selected_units & here)).sum() / whole).item()
+            both, all_best = (selected_units & best & here).sum(), (best & here).sum()
             figures[f"overlap{name}"] = (both / all_best.clamp(min=1)).item()
-        found[call.name] = figures
+        by_layer[call.name] = figures
 
     with override_config(model, backend="dense"), capture_attention(model, measure):
         if run is not None:
             run(ids)
         else:
             model.base_model(ids, use_cache=False)  # type: ignore[operator]
-    return found
+    return by_layer
 
 
 def kept_units(values: Tensor, plan: Plan) -> Tensor:

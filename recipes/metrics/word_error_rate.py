@@ -35,11 +35,11 @@ class ErrorCounts:
                 continue
             words = jiwer.process_words(reference, heard)
             letters = jiwer.process_characters(reference, heard)
-            found = []
+            counts = []
             for one in (words, letters):
-                found.append(one.substitutions + one.insertions + one.deletions)
-                found.append(one.substitutions + one.deletions + one.hits)
-            self._grow(found)
+                counts.append(one.substitutions + one.insertions + one.deletions)
+                counts.append(one.substitutions + one.deletions + one.hits)
+            self._grow(counts)
 
     def _grow(self, more: list[int]) -> None:
         self._totals = [a + b for a, b in zip(self._totals, more, strict=True)]

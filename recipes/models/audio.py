@@ -1,8 +1,8 @@
-"""Towers for sound, and the projector that makes audio tokens of their frames.
+"""Towers for audio, and the projector that makes audio tokens of their frames.
 
 Every tower gives a frame for each 320 samples (20 ms) of 16 kHz.
 
-A sounds, S samples, F frames, C width of the tower, E width of the language model
+A audio clips, S samples, F frames, C width of the tower, E width of the language model
 """
 
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ class AudioTower(nn.Module):
     width: int
     """Channels of a frame."""
     longest: int | None = None
-    """Samples that a sound may have."""
+    """Samples that an audio clip may have."""
 
     def frames(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         raise NotImplementedError
@@ -69,7 +69,7 @@ class AudioTower(nn.Module):
                 f"waveforms must have up to {self.longest} samples ({self.longest / RATE:g} s), "
                 f"got {longest}"
             )
-        # What the batch pads beyond its longest sound says nothing.
+        # What the batch pads beyond its longest clip says nothing.
         whole = -(-longest // HOP) * HOP
         waveforms = pad(waveforms[:, :whole], (0, max(whole - waveforms.shape[1], 0)))
         return self.frames(waveforms, lengths)
@@ -99,7 +99,7 @@ class ConformerTower(AudioTower):
 
 
 class WhisperTower(AudioTower):
-    """A Whisper encoder of transformers. Every sound is heard in its whole window."""
+    """A Whisper encoder of transformers. Every clip is heard in its whole window."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -150,17 +150,17 @@ class FrameClassifier(AudioTower):
         """The module that attends."""
         return self.tower.backbone
 
-    def name(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """Logits instead of probabilities."""
+    def logits(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """(A, S) waveforms and their (A,) lengths to logits (A, F, classes)."""
         return self.head(self.tower(waveforms, lengths))
 
     def frames(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        return self.name(waveforms, lengths).softmax(-1)
+        return self.logits(waveforms, lengths).softmax(-1)
 
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """A tower for sound. `options` go to its architecture."""
+    """A tower for audio. `options` go to its architecture."""
 
     kind: Kind = "conformer"
     """A mel front end from scratch, or an encoder of transformers."""
@@ -256,7 +256,7 @@ class FrameProjector(nn.Module):
         return HOP * self.stack
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """(A, F, C) and the samples of each sound (A,) -> (tokens of all sounds, E)."""
+        """(A, F, C) and the samples of each clip (A,) -> (tokens of all clips, E)."""
         count = -(-lengths // self.samples_per_token)
         longest = int(count.max()) * self.stack
         frames = pad(frames[:, :longest], (0, 0, 0, max(longest - frames.shape[1], 0)))

@@ -1,7 +1,7 @@
 """A distillation loss for the projector of speech: its tokens alone, read in order, must spell
 the answer.
 
-A sounds, F audio tokens of the longest, N audio tokens of all, E width, C candidates
+A audio clips, F audio tokens of the longest, N audio tokens of all, E width, C candidates
 """
 
 import torch
@@ -19,24 +19,23 @@ def alignment_loss(
 
     A projector that starts from scratch learns from it what words sound like before the language
     model has found out where to listen. Likeness is the cosine, and only words of the batch's
-    answers compete. An answer too long for its sound counts nothing.
+    answers compete. An answer too long for its audio counts nothing.
 
     Source: Graves et al., 2006, "Connectionist temporal classification".
 
     Args:
-        tokens: (N, E) of all sounds, one behind the other.
-        counts: audio tokens of every sound.
-        answers: ids of what is said in every sound, without the end of the text.
+        tokens: (N, E) of all clips, one behind the other.
+        counts: audio tokens of every clip.
+        answers: ids of what is said in every clip, without the end of the text.
         table: (vocabulary, E) embeddings.
         blank: id whose row stands for no word.
     """
     if len(counts) != len(answers):
         raise ValueError(
-            f"answers must be one for each of {len(counts)} sounds to be aligned, "
-            f"got {len(answers)}"
+            f"answers must be one for each of {len(counts)} clips to be aligned, got {len(answers)}"
         )
-    known, place = torch.cat(answers).unique(return_inverse=True)
-    rows = torch.cat([known.new_tensor([blank]), known])
+    candidates, place = torch.cat(answers).unique(return_inverse=True)
+    rows = torch.cat([candidates.new_tensor([blank]), candidates])
     words = normalize(table[rows].detach().float(), dim=-1)
     likeness = normalize(tokens.float(), dim=-1) @ words.T * SHARPNESS  # (N, C)
     shares = pad_sequence(list(likeness.log_softmax(-1).split(counts)))  # (F, A, C)

@@ -134,7 +134,7 @@ class MultimodalLM(MultimodalTraining):
         """`alignment_loss` of the (N, E) audio tokens of a batch."""
         number, ids = batch["answer_index"], batch["input_ids"]
         answers = [ids[number == i][:-1] for i in range(len(batch["answers"]))]
-        counts = -(-batch["sound_lengths"] // self.audio_projector.samples_per_token)
+        counts = -(-batch["audio_lengths"] // self.audio_projector.samples_per_token)
         table = self.language.get_input_embeddings().weight
         return alignment_loss(tokens, counts.tolist(), answers, table, self.pad_id)
 

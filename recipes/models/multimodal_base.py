@@ -1,6 +1,6 @@
-"""A causal language model that reads text, pictures and sounds, sparse where it is told to be.
+"""A causal language model that reads text, images and audio, sparse where it is told to be.
 
-Pictures and sounds go through towers and projectors, and take the places of their tokens among the
+Images and audio go through towers and projectors, and take the places of their tokens among the
 text. Each part of `sparse` runs sparse with its own config; parts without one run dense.
 
 B rows, L tokens, E width of the language model
@@ -107,15 +107,15 @@ class MultimodalBase(L.LightningModule):
             part = getattr(self, name)
             if name in trained:
                 stored = read_scorers(scorers_folder(trained[name]))
-                own = stored.named_as([found.name for found in find_all(part)]).config.layer_ratio
+                own = stored.named_as([layer.name for layer in find_all(part)]).config.layer_ratio
                 config = replace(config, layer_ratio=own)
             self.sparse_configs[name] = config
             mms.sparsify(part, config, scorer=learned)
             if name in trained:
                 mms.load_scorers(part, trained[name])
             prefix = "" if name == "language" else f"{name}/"
-            found = scorers_of(getattr(self, name)).items()
-            self.scorers.update({prefix + layer: scorer for layer, scorer in found})
+            own_scorers = scorers_of(getattr(self, name)).items()
+            self.scorers.update({prefix + layer: scorer for layer, scorer in own_scorers})
         # Only a distillation loss gives scorers a gradient: selection itself passes none.
         learns = self.objectives.scorers > 0 and "scorers" not in self.freeze_names
         self.scorers.requires_grad_(learns)
@@ -140,50 +140,51 @@ class MultimodalBase(L.LightningModule):
         return (kinds + (ids == self.audio_id) * int(Modality.AUDIO)).to(torch.int8)
 
     def tokens(self, batch: Batch) -> dict[Modality, Tensor]:
-        """(tokens, E) of all pictures and of all sounds, in the order of the batch."""
-        found: dict[Modality, Tensor] = {}
+        """(tokens, E) of all images and of all audio clips, in the order of the batch."""
+        by_modality: dict[Modality, Tensor] = {}
         kinds = self.modality(batch)
         if len(batch["pixel_values"]):
             if self.vision is None:
                 raise ValueError("batch must hold no images for a model without vision")
-            tokens, _ = self.projector(*self.vision(batch["pixel_values"]))
+            patches, spec = self.vision(batch["pixel_values"])
+            tokens, _ = self.projector(patches, spec.grid)
             places = int((kinds == Modality.IMAGE).sum())
             if tokens.shape[0] * tokens.shape[1] != places:
                 raise ValueError(
-                    f"batch must have an image token per patch, {tokens.shape[0]} pictures of "
+                    f"batch must have an image token per patch, {tokens.shape[0]} images of "
                     f"{tokens.shape[1]}, got {places}"
                 )
-            found[Modality.IMAGE] = tokens.flatten(0, 1)
+            by_modality[Modality.IMAGE] = tokens.flatten(0, 1)
         if len(batch["waveforms"]):
             if self.audio is None:
                 raise ValueError("batch must hold no audio for a model without audio")
-            lengths = batch["sound_lengths"]
+            lengths = batch["audio_lengths"]
             frames = self.audio(batch["waveforms"], lengths)
             tokens = self.audio_projector(frames, lengths)
             places = int((kinds == Modality.AUDIO).sum())
             if len(tokens) != places:
                 raise ValueError(
                     f"batch must have an audio token per {self.audio_projector.samples_per_token} "
-                    f"samples, {len(tokens)} for its sounds, got {places}: set samples_per_token"
+                    f"samples, {len(tokens)} for its clips, got {places}: set samples_per_token"
                 )
-            found[Modality.AUDIO] = tokens
-        return found
+            by_modality[Modality.AUDIO] = tokens
+        return by_modality
 
     def embed(self, batch: Batch) -> Tensor:
-        """(B, L, E): embeddings of the text, pictures and sounds in place of their tokens."""
+        """(B, L, E): embeddings of the text, images and audio in place of their tokens."""
         kinds = self.modality(batch)
         # Their ids may lie behind the table; their own rows are never used.
         ids = batch["input_ids"].masked_fill(kinds != Modality.TEXT, self.pad_id)
         embedded = self.language.get_input_embeddings()(ids)
-        found = self.tokens(batch)
-        for kind, tokens in found.items():
+        by_modality = self.tokens(batch)
+        for kind, tokens in by_modality.items():
             places = (kinds == kind)[..., None]
             embedded = embedded.masked_scatter(places, tokens.to(embedded.dtype))
         for kind, part in (
             (Modality.IMAGE, self.projector),
             (Modality.AUDIO, self.audio_projector),
         ):
-            if part is not None and kind not in found:
+            if part is not None and kind not in by_modality:
                 embedded = embedded + 0 * sum(p.sum() for p in part.parameters())
         return embedded
 
@@ -263,10 +264,10 @@ def load_weights(model: MultimodalBase, path: str) -> None:
     """Weights of a checkpoint of the same model; scorers that it lacks stay as they are."""
     if not Path(path).is_file():
         raise ValueError(f"weights must be a checkpoint, got {path!r}, which is no file")
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     if not model.scorers:
-        found = {name: value for name, value in found.items() if not name.startswith("scorers.")}
-    missing, unknown = model.load_state_dict(found, strict=False)
+        state = {name: value for name, value in state.items() if not name.startswith("scorers.")}
+    missing, unknown = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.startswith("scorers.")]
     if missing or unknown:
         raise ValueError(

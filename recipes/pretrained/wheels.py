@@ -58,9 +58,9 @@ def wheel_file(wheel: str, file: str) -> Path:
         )
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
-        found = digest.hexdigest() if digest else hashlib.sha256(stream.read()).hexdigest()
-    if found != SHA256[file]:
-        raise ValueError(f"{path} must have the SHA-256 sum {SHA256[file]}, got {found}")
+        checksum = digest.hexdigest() if digest else hashlib.sha256(stream.read()).hexdigest()
+    if checksum != SHA256[file]:
+        raise ValueError(f"{path} must have the SHA-256 sum {SHA256[file]}, got {checksum}")
     return path
 
 
@@ -100,7 +100,7 @@ def read_vit_small() -> dict[str, Tensor]:
 
     graph: Any = onnx.load(str(wheel_file(*VIT))).graph
     arrays = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    found = {n.removeprefix("backbone."): v for n, v in arrays.items() if n.startswith("backbone.")}
+    state = {n.removeprefix("backbone."): v for n, v in arrays.items() if n.startswith("backbone.")}
     maker = {out: node for node in graph.node for out in node.output}
     # A linear layer is MatMul(x, transposed weight without a name) + named bias.
     for node in graph.node:
@@ -108,13 +108,13 @@ def read_vit_small() -> dict[str, Tensor]:
         products = [maker[i] for i in node.input if i in maker and maker[i].op_type == "MatMul"]
         if node.op_type == "Add" and biases and products:
             name = biases[0].removeprefix("backbone.").removesuffix("bias") + "weight"
-            found[name] = arrays[products[0].input[1]].T.contiguous()
+            state[name] = arrays[products[0].input[1]].T.contiguous()
     places = [v for n, v in arrays.items() if not n.startswith(("backbone.", "decoder."))]
     places = [v for v in places if v.ndim == 3 and v.shape[::2] == (1, 384)]
     places.sort(key=lambda v: v.shape[1])
     renamed = {"pos_embed": torch.cat(places, 1)}
     queries: dict[str, dict[str, Tensor]] = {}
-    for name, value in found.items():
+    for name, value in state.items():
         match = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias|lambda1)", name)
         if match is None:
             stem, _, kind = name.rpartition(".")

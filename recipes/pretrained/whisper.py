@@ -101,8 +101,8 @@ def load_whisper(name: str) -> Whisper:
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config).eval()
     model.load_state_dict(weights)
-    known = json.loads((path.parent / "config.json").read_text()).get("suppress_ids", [])
-    banned = tuple(token for token in known if token >= 0)
+    suppressed_ids = json.loads((path.parent / "config.json").read_text()).get("suppress_ids", [])
+    banned = tuple(token for token in suppressed_ids if token >= 0)
     return Whisper(model, tokenizer, banned, PROMPTS[name])
 
 
@@ -146,7 +146,7 @@ def sinusoids(count: int, width: int) -> Tensor:
 
 def _read(stream: BinaryIO) -> dict[str, Tensor]:
     """Arrays of a CTranslate2 file, version 6, by name."""
-    found: dict[str, Tensor] = {}
+    arrays: dict[str, Tensor] = {}
     _number(stream, "I")
     _text(stream)
     _number(stream, "I")
@@ -155,11 +155,11 @@ def _read(stream: BinaryIO) -> dict[str, Tensor]:
         shape = [_number(stream, "I") for _ in range(_number(stream, "B"))]
         kind = DTYPES[_number(stream, "B")]
         array = np.frombuffer(stream.read(_number(stream, "I")), kind)
-        found[name] = torch.from_numpy(array.reshape(shape).astype(np.float32))
+        arrays[name] = torch.from_numpy(array.reshape(shape).astype(np.float32))
     for _ in range(_number(stream, "I")):
         alias, name = _text(stream), _text(stream)
-        found[alias] = found[name]
-    return found
+        arrays[alias] = arrays[name]
+    return arrays
 
 
 def _number(stream: BinaryIO, kind: str) -> int:
@@ -172,13 +172,13 @@ def _text(stream: BinaryIO) -> str:
 
 def _renamed(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same under transformers' names."""
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
 
     def put(target: str, source: str) -> None:
         for ours, theirs in (("weight", "weight"), ("bias", "bias"), ("weight", "gamma"),
                              ("bias", "beta")):  # fmt: skip
             if f"{source}/{theirs}" in arrays:
-                found[f"{target}.{ours}"] = arrays[f"{source}/{theirs}"]
+                state[f"{target}.{ours}"] = arrays[f"{source}/{theirs}"]
 
     def attention(target: str, source: str, inputs: int) -> None:
         put(f"{target}.out_proj", f"{source}/linear_{inputs}")
@@ -191,7 +191,7 @@ def _renamed(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
             ):
                 for name, part in zip(names, value.chunk(len(names)), strict=True):
                     if (name, kind) != ("k_proj", "bias"):  # Whisper's keys have none
-                        found[f"{target}.{name}.{kind}"] = part
+                        state[f"{target}.{name}.{kind}"] = part
 
     for half in ("encoder", "decoder"):
         layer = 0
@@ -208,12 +208,12 @@ def _renamed(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
             layer += 1
         put(f"model.{half}.layer_norm", f"{half}/layer_norm")
         places = arrays[f"{half}/position_encodings/encodings"]
-        found[f"model.{half}.embed_positions.weight"] = places
+        state[f"model.{half}.embed_positions.weight"] = places
     for name in ("conv1", "conv2"):
         put(f"model.encoder.{name}", f"encoder/{name}")
     words = arrays["decoder/embeddings/weight"]
-    found["model.decoder.embed_tokens.weight"] = found["proj_out.weight"] = words
-    return found
+    state["model.decoder.embed_tokens.weight"] = state["proj_out.weight"] = words
+    return state
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-from .inspection import scene as scene
+from .inspection import inspection_sample as inspection_sample
 from .language_options import (
     add_options as add_options,
     changes_of as changes_of,

@@ -24,7 +24,7 @@ def progress_bar() -> Callback:
 class Throughput(Callback):
     """`train/tokens_per_second` of the steps between two log lines, and `train/dropped` so far.
 
-    Tokens are those of text, pictures and sounds; time is the whole step, data included.
+    Tokens are those of text, images and audio; time is the whole step, data included.
     """
 
     def __init__(self) -> None:
@@ -74,22 +74,22 @@ class Density(Callback):
             pl_module.log_dict({f"density/{n}": d for n, d in densities(pl_module).items()})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        found = densities(pl_module).items()
-        pl_module.log_dict({f"validation/density/{n}": d for n, d in found}, sync_dist=True)
+        values = densities(pl_module).items()
+        pl_module.log_dict({f"validation/density/{n}": d for n, d in values}, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        found = densities(pl_module).items()
-        pl_module.log_dict({f"test/density/{n}": d for n, d in found}, sync_dist=True)
+        values = densities(pl_module).items()
+        pl_module.log_dict({f"test/density/{n}": d for n, d in values}, sync_dist=True)
 
 
-class Pictures(Callback):
+class InspectionFigures(Callback):
     """After each validation: what a sample's layers kept, as PNG files and to TensorBoard.
 
-    Kept patches over each picture, kept frames over each sound, density by modality and by head.
+    Kept patches over each image, kept frames over each clip, density by modality and by head.
     Files go to `folder` below the trainer's root, one folder per step.
     """
 
-    def __init__(self, sample: int = 0, folder: str = "pictures") -> None:
+    def __init__(self, sample: int = 0, folder: str = "figures") -> None:
         """`sample` is a number in the validation data."""
         if sample < 0:
             raise ValueError(f"sample must be at least 0, got {sample}")
@@ -103,7 +103,7 @@ class Pictures(Callback):
 
         data: Any = getattr(trainer, "datamodule", None)
         if data is None or data.validation is None:
-            raise ValueError("Pictures needs a SampleData with validation, got none")
+            raise ValueError("InspectionFigures needs a SampleData with validation, got none")
         drawn = figures(pl_module, data.collator, data.validation[self.sample])
         place = Path(trainer.default_root_dir) / self.folder / f"step-{trainer.global_step}"
         for name, figure in drawn.items():
@@ -111,3 +111,7 @@ class Pictures(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure(name, figure, trainer.global_step)
+
+
+Pictures = InspectionFigures
+"""The name under which config files may also ask for `InspectionFigures`."""

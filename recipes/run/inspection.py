@@ -16,10 +16,12 @@ from mm_sparse.recipes.data import IGNORED, RATE, Batch, Sample, Turn
 from mm_sparse.recipes.models import LogMel
 
 
-def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -> InspectionSample:
+def inspection_sample(
+    model: Any, collator: Any, sample: Sample, *, generate: bool = True
+) -> InspectionSample:
     """What a recipe's model makes of a sample: of one question, where it has several.
 
-    Of questions about the same things it is the first, else the last: that sees all things.
+    Of questions about the same images and audio it is the first, else the last: that sees all.
     """
     if not model.sparse_configs:
         raise ValueError("model must run sparse to be inspected, got a dense one")
@@ -31,9 +33,9 @@ def scene(model: Any, collator: Any, sample: Sample, *, generate: bool = True) -
     can_say = generate and bool(learned.any())
     said = model.generate(batch, 64, last=True)[0] if can_say else ""
     regions = [turn.asked for turn in sample.turns if turn.asked is not None]
-    sights, sounds = things(model, batch, regions[-1] if regions else None)
-    asked = [piece for turn in last_question(sample) for piece in turn.pieces]
-    question = " ".join(piece for piece in asked if isinstance(piece, str))
+    sights, sounds = media_views(model, batch, regions[-1] if regions else None)
+    asked = [part for turn in last_question(sample) for part in turn.content]
+    question = " ".join(part for part in asked if isinstance(part, str))
     wanted = batch["answers"][-1] if batch["answers"] else ""
     asks = (kinds == 0) & batch["attention_mask"][0]
     # Tokens that predict an answer are those before its own.
@@ -65,8 +67,8 @@ def first_question(sample: Sample) -> Sample:
     if not ends:
         return sample
     first = replace(sample, turns=sample.turns[: ends[0] + 1])
-    things = [len(s.pictures) + len(s.sounds) for s in (first, sample)]
-    return first if things[0] == things[1] else sample
+    media = [len(s.images) + len(s.audio) for s in (first, sample)]
+    return first if media[0] == media[1] else sample
 
 
 def last_question(sample: Sample) -> list[Turn]:
@@ -90,17 +92,17 @@ def figures(model: Any, collator: Any, sample: Sample) -> dict[str, Any]:
     training = model.training
     model.eval()
     try:
-        return draw_scene(scene(model, collator, sample, generate=False))
+        return draw_scene(inspection_sample(model, collator, sample, generate=False))
     finally:
         model.train(training)
 
 
-def things(
+def media_views(
     model: Any, batch: Batch, asked: tuple[int, int, int, int] | None = None
 ) -> tuple[list[ImageView], list[AudioView]]:
-    """Pictures and sounds of a batch of one row, and where their tokens are.
+    """Images and audio of a batch of one row, and where their tokens are.
 
-    `asked` are pixels of the last picture that a question is about.
+    `asked` are pixels of the last image that a question is about.
     """
     kinds = model.modality(batch)[0]
     images = (kinds == 1).nonzero().flatten().tolist()
@@ -112,7 +114,7 @@ def things(
     if sights and asked is not None:
         sights[-1] = replace(sights[-1], asked=asked)
     at = 0
-    for wave, length in zip(batch["waveforms"], batch["sound_lengths"].tolist(), strict=True):
+    for wave, length in zip(batch["waveforms"], batch["audio_lengths"].tolist(), strict=True):
         count = -(-length // model.audio_projector.samples_per_token)
         mel = LogMel(64)(wave[None, :length].cpu())[0]
         sounds.append(AudioView(mel, heard[at], count, length / RATE))

@@ -10,7 +10,8 @@ import torch
 
 import mm_sparse as mms
 from mm_sparse import SparseConfig
-from mm_sparse.recipes.metrics import METHODS, machine
+from mm_sparse.bench import machine
+from mm_sparse.recipes.metrics import METHODS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +43,14 @@ def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """
     from mm_sparse.recipes.models import LanguageConfig
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = LanguageConfig(args.model, options={"dtype": args.dtype}).build(0)
-    model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval().requires_grad_(False).to(device)
     if args.scorers:
         mms.load_scorers(model, args.scorers)
     else:
         mms.sparsify(model, SparseConfig(bidirectional=(), dense_below=0))
         args.methods = [name for name in args.methods if name != "scorers"]
     names = {"model": args.model, "dtype": args.dtype, "scorers": args.scorers} | changes_of(args)
-    return model, {"machine": machine(), **names, "rows": []}
+    facts = machine(device, getattr(torch, args.dtype))
+    return model, {"machine": facts, **names, "rows": []}

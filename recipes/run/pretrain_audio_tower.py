@@ -4,8 +4,8 @@
     python -m mm_sparse.recipes.run.pretrain_audio_tower --config recipes/configs/speech/digits.yaml
 
 A speech-language model starts from a tower that has learned elsewhere. With nothing to download,
-this one learns to name the word that each frame lies in: the synthesis knows where words begin and
-end. It sees the training split only.
+this one learns to classify the word that each frame lies in: the synthesis knows where words begin
+and end. It sees the training split only.
 """
 
 import argparse
@@ -43,13 +43,15 @@ def labelled(data: SpokenWords, indices: range) -> tuple[Tensor, Tensor, Tensor]
 def teach(
     tower: FrameClassifier, data: SpokenWords, *, steps: int, batch: int = 8, lr: float = 3e-3
 ) -> float:
-    """Train the tower in place; returns the share of frames of the last batch named right."""
+    """Train the tower in place; returns the share of frames of the last batch classified right."""
 
-    def name(indices: range) -> tuple[Tensor, Tensor]:
+    def classify(indices: range) -> tuple[Tensor, Tensor]:
         waves, lengths, labels = labelled(data, indices)
-        return tower.name(waves, lengths), labels
+        return tower.logits(waves, lengths), labels
 
-    return train_token_classifier(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.01)
+    return train_token_classifier(
+        tower, classify, steps=steps, batch=batch, lr=lr, weight_decay=0.01
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tower.state_dict(), path)
     seconds = time.perf_counter() - start
-    print(f"tower: {right:.1%} of training frames named, {seconds:.0f} s, {path}")
+    print(f"tower: {right:.1%} of training frames right, {seconds:.0f} s, {path}")
 
 
 if __name__ == "__main__":

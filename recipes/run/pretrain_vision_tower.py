@@ -4,7 +4,8 @@
     python -m mm_sparse.recipes.run.pretrain_vision_tower --config recipes/configs/vlm/digits.yaml
 
 A vision-language model starts from a tower that has learned elsewhere. With nothing to download,
-this one learns to name the digit whose cell each patch lies in. It sees the training split only.
+this one learns to classify the digit whose cell each patch lies in. It sees the training split
+only.
 """
 
 import argparse
@@ -40,15 +41,17 @@ def patch_labels(
 def teach(
     tower: PatchClassifier, data: DigitCanvases, *, steps: int, batch: int = 16, lr: float = 3e-3
 ) -> float:
-    """Train the tower in place; returns the share of patches of the last batch named right."""
+    """Train the tower in place; returns the share of patches of the last batch classified right."""
     side = data.cell * data.scale
     grid = tower.tower.grid(data.rows * side, data.columns * side)
 
-    def name(indices: range) -> tuple[Tensor, Tensor]:
-        pictures, labels = patch_labels(data, indices, grid)
-        return tower.name(pictures)[0], labels
+    def classify(indices: range) -> tuple[Tensor, Tensor]:
+        images, labels = patch_labels(data, indices, grid)
+        return tower.logits(images)[0], labels
 
-    return train_token_classifier(tower, name, steps=steps, batch=batch, lr=lr, weight_decay=0.05)
+    return train_token_classifier(
+        tower, classify, steps=steps, batch=batch, lr=lr, weight_decay=0.05
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tower.tower.backbone.state_dict(), path)
     seconds = time.perf_counter() - start
-    print(f"tower: {right:.1%} of training patches named, {seconds:.0f} s, {path}")
+    print(f"tower: {right:.1%} of training patches right, {seconds:.0f} s, {path}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ PROGRAMS = {
 
 def names() -> list[str]:
     """Recipes that ship, "vlm/digits" for one."""
-    found = CONFIGS.glob("*/*.yaml")
-    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in found)
+    files = CONFIGS.glob("*/*.yaml")
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
 
 
 def path_of(name: str) -> Path:

@@ -31,16 +31,18 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from mm_sparse.recipes.metrics import machine
+from mm_sparse.bench import machine
 
 RUNS = ("sparse", "dense")
+SPEEDS = ("matmul_tflops", "copy_gb_per_s")
+"""Fields of `mm_sparse.bench.machine` that are measured."""
 # What a run without sparse attention sets, where its model has the argument.
 DENSE = {
     "sparse": "null",
     "sparse_vision": "null",
     "sparse_audio": "null",
     "scorers_from": "null",
-    "objectives": '{"scorers": 0}',
+    "objectives.scorers": "0",
 }
 
 
@@ -81,8 +83,11 @@ def dense_options(config: str) -> list[str]:
         raise ValueError(f"model.class_path of {config} must name a class, got {path!r}")
     module, _, name = path.rpartition(".")
     arguments = inspect.signature(getattr(import_module(module), name)).parameters
-    options = [f"--model.{key}={value}" for key, value in DENSE.items() if key in arguments]
-    return [o.replace('objectives={"scorers": 0}', "objectives.scorers=0") for o in options]
+    return [
+        f"--model.{key}={value}"
+        for key, value in DENSE.items()
+        if key.partition(".")[0] in arguments
+    ]
 
 
 def prepare(name: str, config: str, options: list[str]) -> Any:
@@ -159,14 +164,19 @@ def join(paths: list[Path]) -> dict[str, Any]:
     """The records of single runs as one: they must be of one config, machine and options."""
     records = [json.loads(path.read_text()) for path in paths]
     first = {key: records[0][key] for key in ("machine", "config", "options")}
+    wanted = {**first, "machine": _without_speeds(first["machine"])}
     for path, record in zip(paths, records, strict=True):
-        for key, value in first.items():
-            if record[key] != value:
-                raise ValueError(
-                    f"{path}: {key} must be {value} as in the first, got {record[key]}"
-                )
-    found = {name: record[name] for name in RUNS for record in records if name in record}
-    return {**first, **found}
+        own = {**record, "machine": _without_speeds(record["machine"])}
+        for key, value in wanted.items():
+            if own[key] != value:
+                raise ValueError(f"{path}: {key} must be {value} as in the first, got {own[key]}")
+    runs_by_name = {name: record[name] for name in RUNS for record in records if name in record}
+    return {**first, **runs_by_name}
+
+
+def _without_speeds(machine: dict[str, Any]) -> dict[str, Any]:
+    """What is equal in two runs on one machine: all but the speeds that were measured."""
+    return {key: value for key, value in machine.items() if key not in SPEEDS}
 
 
 def main() -> None:
@@ -183,7 +193,9 @@ def main() -> None:
         return
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
-    record: dict[str, Any] = {"machine": machine(), "config": args.config, "options": more}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = {**machine(device, torch.float32), "lightning": L.__version__}
+    record: dict[str, Any] = {"machine": facts, "config": args.config, "options": more}
     for name in [args.only] if args.only else RUNS:
         record[name] = run(name, args.config, more)
         print(name, json.dumps(record[name]), flush=True)

@@ -23,10 +23,10 @@ def test_a_replay_equals_the_encoder(sparse: SparseConfig | None) -> None:
     encoder = encoder.eval().half().cuda()
     first, second = torch.randn(2, 1, 3, 384, 384, device="cuda", dtype=torch.half)
     replay = CUDAGraphEncoder(encoder, first)
-    for pictures in (first, second, first):
-        want, piece = encoder(pictures)
-        found, same = replay(pictures)
-        assert torch.equal(found, want)
-        assert (same.grid, same.prefix, same.lengths) == (piece.grid, piece.prefix, None)
+    for images in (first, second, first):
+        want, spec = encoder(images)
+        tokens, same = replay(images)
+        assert torch.equal(tokens, want)
+        assert (same.grid, same.prefix, same.lengths) == (spec.grid, spec.prefix, None)
     with pytest.raises(ValueError, match=r"inputs\[0\] must be torch\.float16 \(1, 3, 384, 384\)"):
         replay(first[..., :368])

@@ -1,4 +1,4 @@
-"""Encoders of four libraries: tokens, pieces, sparse and dense, copies, compilation, precision."""
+"""Encoders of four libraries: tokens, specs, sparse and dense, copies, compilation, precision."""
 
 import copy
 import pickle
@@ -22,11 +22,11 @@ FEW = ["timm-dinov2", "open_clip-vit", "hf-siglip", "torchaudio-hubert", "torcha
        "hf-whisper", "hf-wav2vec2"]  # fmt: skip
 
 
-def seen(tokens: torch.Tensor, piece) -> torch.Tensor:
+def seen(tokens: torch.Tensor, spec) -> torch.Tensor:
     """Tokens that are no padding, (n, C)."""
-    if piece.lengths is None:
+    if spec.lengths is None:
         return tokens.flatten(0, 1)
-    return tokens[torch.arange(tokens.shape[1]) < piece.lengths[:, None]]
+    return tokens[torch.arange(tokens.shape[1]) < spec.lengths[:, None]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,10 +35,10 @@ def test_whole_ratio_equals_stock_and_densify_restores(name: str) -> None:
     encoder, batch = build(name)
     weights = {key: value.clone() for key, value in encoder.state_dict().items()}
     assert [f"backbone.{key}" for key in encoder.backbone.state_dict()] == list(weights)
-    tokens, piece = encoder(*batch)
+    tokens, spec = encoder(*batch)
     mms.sparsify(encoder, WHOLE)
     found, same = encoder(*batch)
-    torch.testing.assert_close(seen(found, same), seen(tokens, piece), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen(found, same), seen(tokens, spec), atol=1e-5, rtol=1e-5)
     rows = mms.report(encoder).rows
     assert len([row for row in rows if row.mode == "sparse"]) >= 2
     assert all(row.mode == "sparse" or row.reason == "cross-attention" for row in rows)
@@ -51,13 +51,13 @@ def test_whole_ratio_equals_stock_and_densify_restores(name: str) -> None:
 
 @pytest.mark.parametrize("name", VISIONS)
 @torch.no_grad()
-def test_pieces_of_pictures_and_their_layers(name: str) -> None:
+def test_specs_of_images_and_their_layers(name: str) -> None:
     _, _, changes, prefix, (height, width) = VISIONS[name]
     encoder, batch = build(name, sparse=SPARSE)
     patch = changes.get("patch_size", 16)
-    tokens, piece = encoder(*batch)
+    tokens, spec = encoder(*batch)
     grid = (height // patch, width // patch)
-    assert (piece.modality, piece.grid, piece.prefix) == (mms.Modality.IMAGE, grid, prefix)
+    assert (spec.modality, spec.grid, spec.prefix) == (mms.Modality.IMAGE, grid, prefix)
     assert tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
     assert encoder.prefix == prefix
     calls: list[context.AttentionCall] = []
@@ -67,35 +67,35 @@ def test_pieces_of_pictures_and_their_layers(name: str) -> None:
     assert call.selection is not None
     layout = call.selection.plan.layout
     assert layout.modality.eq(int(mms.Modality.IMAGE)).all()
-    # The layers know the same as the piece, and every tile keeps class and register tokens.
+    # The layers know the same as the spec, and every tile keeps class and register tokens.
     number = int(layout.segment[0, prefix])
     assert layout.grids[0] == {number: grid}
     assert (layout.segment[:, :prefix] != number).all()
     assert call.selection.to_dense_mask()[..., :prefix].all()
     assert 0.2 < call.selection.density() < 0.6
     encoder.keep_prefix = False
-    patches, piece = encoder(*batch)
-    assert piece.prefix == 0
+    patches, spec = encoder(*batch)
+    assert spec.prefix == 0
     assert patches.equal(tokens[:, prefix:])
 
 
 @pytest.mark.parametrize("name", AUDIOS)
 @torch.no_grad()
-def test_pieces_of_sound_and_padding(name: str) -> None:
+def test_specs_of_audio_and_padding(name: str) -> None:
     *_, lengths, frames, rate = AUDIOS[name]
     encoder, batch = build(name, sparse=SPARSE)
-    tokens, piece = encoder(*batch)
-    assert (piece.modality, piece.rate, encoder.rate) == (mms.Modality.AUDIO, rate, rate)
-    assert piece.lengths.tolist() == frames
+    tokens, spec = encoder(*batch)
+    assert (spec.modality, spec.rate, encoder.rate) == (mms.Modality.AUDIO, rate, rate)
+    assert spec.lengths.tolist() == frames
     assert tokens.shape == (2, max(frames), encoder.width)
-    assert piece.seconds.tolist() == pytest.approx([n / encoder.input_rate for n in lengths], 0.03)
+    assert spec.seconds.tolist() == pytest.approx([n / encoder.input_rate for n in lengths], 0.03)
     assert encoder(batch[0])[1].lengths is None
     assert mms.report(encoder).rows[0].density < 0.6
     if "hubert" in name:
         # Others hear padding: Whisper by design, norms over time, convolutions of the Conformer.
         noise = batch[0].clone()
         noise[1, lengths[1] :] = 3.0
-        torch.testing.assert_close(seen(*encoder(noise, batch[1])), seen(tokens, piece))
+        torch.testing.assert_close(seen(*encoder(noise, batch[1])), seen(tokens, spec))
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -123,16 +123,16 @@ def test_copies_and_pickles(name: str) -> None:
 @torch.no_grad()
 def test_compiled_and_autocast(name: str) -> None:
     encoder, batch = build(name)
-    tokens, piece = encoder(*batch)
+    tokens, spec = encoder(*batch)
     mms.sparsify(encoder, WHOLE)
     found, same = torch.compile(encoder, backend="eager")(*batch)
-    torch.testing.assert_close(seen(found, same), seen(tokens, piece), atol=1e-5, rtol=1e-5)
-    assert (same.grid, same.prefix, same.rate) == (piece.grid, piece.prefix, piece.rate)
+    torch.testing.assert_close(seen(found, same), seen(tokens, spec), atol=1e-5, rtol=1e-5)
+    assert (same.grid, same.prefix, same.rate) == (spec.grid, spec.prefix, spec.rate)
     calls: list[context.AttentionCall] = []
     with torch.autocast("cpu", torch.bfloat16), context.capture_attention(encoder, calls.append):
         found, same = encoder(*batch)
     assert all(call.q.dtype == torch.bfloat16 for call in calls if not call.reason)
-    found, wanted = seen(found.float(), same), seen(tokens, piece)
+    found, wanted = seen(found.float(), same), seen(tokens, spec)
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
@@ -143,10 +143,10 @@ def test_gradients_with_and_without_checkpointing(name: str) -> None:
     def gradients(whole: bool = False) -> dict[str, torch.Tensor]:
         encoder.zero_grad()
         if whole:
-            tokens, piece = checkpoint(encoder, *batch, use_reentrant=False)  # pyright: ignore
+            tokens, spec = checkpoint(encoder, *batch, use_reentrant=False)  # pyright: ignore
         else:
-            tokens, piece = encoder(*batch)
-        seen(tokens, piece).square().mean().backward()
+            tokens, spec = encoder(*batch)
+        seen(tokens, spec).square().mean().backward()
         found = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
         assert len(found) > 10
         return found
@@ -192,17 +192,17 @@ def test_same_weights_in_timm_and_transformers_select_the_same() -> None:
         linears[3].load_state_dict(block.attn.proj.state_dict())
         for parameter in (*linears[5].parameters(), *block.mlp.fc2.parameters()):
             parameter.zero_()
-    pictures = batch[0][..., :48]
-    torch.testing.assert_close(other(pictures)[0], ours(pictures)[0], atol=1e-5, rtol=1e-5)
+    images = batch[0][..., :48]
+    torch.testing.assert_close(other(images)[0], ours(images)[0], atol=1e-5, rtol=1e-5)
     mms.sparsify(ours, SPARSE)
     mms.sparsify(other, SPARSE)
-    torch.testing.assert_close(other(pictures)[0], ours(pictures)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other(images)[0], ours(images)[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("open_clip-vit", (1, 3, 56, 48), "pictures must be 48 x 48 pixels, for which alone there"),
+        ("open_clip-vit", (1, 3, 56, 48), "images must be 48 x 48 pixels, for which alone there"),
         ("timm-vit", (1, 3, 50, 48), "multiples of 4 x 4 pixels, got 50 x 48 for VisionTransfor"),
         ("hf-vit", (1, 3, 50, 48), "multiples of 4 x 4 pixels, got 50 x 48 for ViTModel"),
         ("hf-vit", (1, 1, 48, 48), r"must be \(B, 3, H, W\), got shape \(1, 1, 48, 48\)"),
@@ -295,6 +295,6 @@ def test_a_folder_of_transformers_weights(tmp_path) -> None:
     ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3).save_pretrained(tmp_path)
     encoder = create_vision_encoder(str(tmp_path), "transformers", pretrained=True)
     assert encoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    pictures = torch.rand(1, 3, 48, 48)
-    wanted = model.vision_model((pictures - encoder.mean) / encoder.std).last_hidden_state
-    torch.testing.assert_close(encoder(pictures)[0], wanted)
+    images = torch.rand(1, 3, 48, 48)
+    wanted = model.vision_model((images - encoder.mean) / encoder.std).last_hidden_state
+    torch.testing.assert_close(encoder(images)[0], wanted)

@@ -47,9 +47,9 @@ def test_layout_and_embeddings_of_three_modalities() -> None:
 
 
 def test_rows_with_parts_of_their_own() -> None:
-    picture = (numbered(1, 4, 0), TokenSpec(IMAGE, grid=(2, 2)))
+    image = (numbered(1, 4, 0), TokenSpec(IMAGE, grid=(2, 2)))
     words = (numbered(1, 3, 10), text_spec())
-    embeddings, layout = interleave_rows([[words, picture, words, picture], [words], []])
+    embeddings, layout = interleave_rows([[words, image, words, image], [words], []])
     assert embeddings.shape == (3, 14, 2)
     assert layout.valid.sum(1).tolist() == [14, 3, 0]
     assert [len(grids) for grids in layout.grids] == [2, 0, 0]
@@ -57,9 +57,9 @@ def test_rows_with_parts_of_their_own() -> None:
 
 @torch.no_grad()
 def test_pieces_of_encoders_go_into_sparse_attention() -> None:
-    eyes, pictures = build("hf-dinov2-registers")
-    ears, sound = build("torchaudio-wav2vec2")
-    parts = [(torch.randn(2, 9, 32), text_spec()), eyes(*pictures), ears(*sound)]
+    eyes, images = build("hf-dinov2-registers")
+    ears, audio = build("torchaudio-wav2vec2")
+    parts = [(torch.randn(2, 9, 32), text_spec()), eyes(*images), ears(*audio)]
     parts += [(torch.randn(2, 20, 32), text_spec(torch.tensor([20, 11])))]
     embeddings, layout = interleave(parts)
     assert layout.valid.sum(1).tolist() == [9 + 149 + 150 + 20, 9 + 149 + 100 + 11]
@@ -91,7 +91,7 @@ def test_gradients_reach_the_parts() -> None:
         ({"prefix": -1}, "prefix must be an int of at least 0, got -1"),
         ({"document": True}, "document must be an int of at least 0, got True"),
         ({"lengths": [3]}, r"lengths must be a \(B,\) tensor, got \[3\]"),
-        ({"lengths": torch.tensor([3])}, "lengths must be None for a picture with a grid"),
+        ({"lengths": torch.tensor([3])}, "lengths must be None for an image with a grid"),
     ],
 )
 def test_pieces_that_contradict_themselves_are_refused(change, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of 4096 pixels and half an hour of sound: nothing as large as a mask of N x N bytes."""
+"""Images of 4096 pixels and half an hour of audio: nothing as large as a mask of N x N bytes."""
 
 from typing import Any
 
@@ -39,11 +39,11 @@ def largest_allocation(encoder: Any, *batch: Tensor) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("pixels", [2048, pytest.param(4096, marks=pytest.mark.slow)])
-def test_large_pictures(pixels: int) -> None:
+def test_large_images(pixels: int) -> None:
     encoder = create_vision_encoder("vit_tiny_patch16_224", "timm", SPARSE, **VIT)
     count, largest = largest_allocation(encoder, torch.rand(1, 3, pixels, pixels))
     assert count == (pixels // 16) ** 2 + 1
-    # The picture itself is the largest: less than a byte for every pair of tokens by far.
+    # The image itself is the largest: less than a byte for every pair of tokens by far.
     assert largest <= 3 * pixels * pixels * 4 < count * count / 5
 
 
@@ -56,24 +56,24 @@ def test_large_pictures(pixels: int) -> None:
         pytest.param("transformers", 1800, marks=pytest.mark.slow),
     ],
 )
-def test_long_sound_with_padding(name: str, seconds: int) -> None:
+def test_long_audio_with_padding(name: str, seconds: int) -> None:
     if name == "conformer":
         options = {**CONFORMER, "input_dim": 16, "num_heads": 1, "num_layers": 1}
         encoder = create_audio_encoder("conformer", "torchaudio", SPARSE, input_rate=50, **options)
-        sound = torch.randn(1, seconds * 50, 16)
+        audio = torch.randn(1, seconds * 50, 16)
     elif name == "torchaudio":
         options = {**TORCHAUDIO, **OURS}
         encoder = create_audio_encoder("wav2vec2_model", "torchaudio", SPARSE, **options)
-        sound = torch.randn(1, seconds * 16000)
+        audio = torch.randn(1, seconds * 16000)
     else:
         encoder = create_audio_encoder("wav2vec2", name, SPARSE, **{**WAVE, **THEIRS})
-        sound = torch.randn(1, seconds * 16000)
-    lengths = torch.tensor([sound.shape[1] * 9 // 10])
+        audio = torch.randn(1, seconds * 16000)
+    lengths = torch.tensor([audio.shape[1] * 9 // 10])
     assert encoder.rate == 50
-    count, largest = largest_allocation(encoder, sound, lengths)
+    count, largest = largest_allocation(encoder, audio, lengths)
     assert count == seconds * (45 if name == "conformer" else 50)
     # transformers counts samples in 8 bytes each; what is gathered at a time has a fixed size.
-    assert largest < max(3 * sound.numel() * 4, WORKING) < count * count / 3
+    assert largest < max(3 * audio.numel() * 4, WORKING) < count * count / 3
 
 
 def test_an_encoder_with_fixed_positions_says_what_it_takes() -> None:

@@ -112,7 +112,7 @@ def test_copies_attend_as_the_original_and_raster_differs() -> None:
 def test_report_counts_the_same_pairs() -> None:
     encoder, batch = build("timm-dinov2")
     mms.sparsify(encoder, GRID)
-    rows = mms.report(encoder, {"pictures": batch[0]}, mass=True).rows
+    rows = mms.report(encoder, {"images": batch[0]}, mass=True).rows
     for row in rows:
         assert row.density == pytest.approx(0.3, abs=0.1)
         assert row.mass is not None
@@ -184,12 +184,12 @@ def test_who_looks_into_the_blocks_sees_tokens_as_they_are(takes: list[int]) -> 
     assert inside[0].equal(outside[0])
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     # One by one, as for features of some blocks, each layer moves its own.
-    backbone, pictures = encoder.backbone, (batch[0] - encoder.mean) / encoder.std
+    backbone, images = encoder.backbone, (batch[0] - encoder.mean) / encoder.std
     last = len(blocks) - 1
     features = backbone.forward_intermediates(
-        pictures, [last], norm=True, output_fmt="NLC", intermediates_only=True
+        images, [last], norm=True, output_fmt="NLC", intermediates_only=True
     )
-    want = backbone.forward_features(pictures)[:, backbone.num_prefix_tokens :]
+    want = backbone.forward_features(images)[:, backbone.num_prefix_tokens :]
     torch.testing.assert_close(features[0], want, rtol=1e-5, atol=1e-5)
 
 

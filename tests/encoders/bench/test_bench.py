@@ -169,14 +169,14 @@ def test_a_run_out_of_memory_is_written_down_and_the_others_go_on(tmp_path, monk
 
 def test_a_case_that_cannot_be_built_is_written_down_and_the_others_go_on(tmp_path, monkeypatch):
     def broken():
-        raise RuntimeError("no room for the picture")
+        raise RuntimeError("no room for the image")
 
     monkeypatch.setattr(TINY["vit-b-2048"].__class__, "batch", lambda self: broken())
     out = tmp_path / "speed.json"
     program.main(["--out", str(out), *QUICK])
     cases = json.loads(out.read_text())["cases"]
     assert list(cases) == list(CASES)
-    assert cases["vit-b-512"]["skipped"][0]["why"] == "RuntimeError: no room for the picture"
+    assert cases["vit-b-512"]["skipped"][0]["why"] == "RuntimeError: no room for the image"
 
 
 def test_memory_is_what_a_run_adds_and_backends_that_fail_are_named(monkeypatch):

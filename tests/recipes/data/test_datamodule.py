@@ -9,48 +9,48 @@ from PIL import Image
 
 from mm_sparse.recipes.data.datamodule import SampleData
 from mm_sparse.recipes.data.llava import LlavaJson
-from mm_sparse.recipes.data.samples import ConcatSamples
+from mm_sparse.recipes.data.samples import CHATML, ConcatSamples
 from mm_sparse.recipes.data.splits import SPLITS
-from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer, digit_pictures
-from mm_sparse.recipes.datasets.stamps import StampCaptions, StampGrids, find_stamps
+from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer, digit_images
+from mm_sparse.recipes.datasets.stamps import StampGrids, find_stamps
 
 
-def test_no_digit_picture_is_in_two_splits():
-    parts = [{p.tobytes() for p in digit_pictures(split)[0]} for split in SPLITS]
+def test_no_digit_image_is_in_two_splits():
+    parts = [{p.tobytes() for p in digit_images(split)[0]} for split in SPLITS]
     assert len(parts[0] | parts[1] | parts[2]) == sum(len(part) for part in parts)
-    assert sum(len(digit_pictures(split)[1]) for split in SPLITS) == 1797
+    assert sum(len(digit_images(split)[1]) for split in SPLITS) == 1797
 
 
 def test_canvas_is_the_same_for_the_same_seed_only():
     one, two = DigitCanvases(seed=1), DigitCanvases(seed=1)
-    assert torch.equal(one[5].pictures[0], two[5].pictures[0])
+    assert torch.equal(one[5].images[0], two[5].images[0])
     assert one[5].turns[1] == two[5].turns[1]
     for other in (DigitCanvases(seed=2)[5], one[6]):
-        assert not torch.equal(one[5].pictures[0], other.pictures[0])
+        assert not torch.equal(one[5].images[0], other.images[0])
 
 
 def test_answers_name_the_digit_in_the_cell():
     data = DigitCanvases("test", 10, rows=2, columns=3, cell=10, questions=6)
-    pictures, labels = digit_pictures("test")
-    label_of = {p.tobytes(): str(label) for p, label in zip(pictures, labels, strict=True)}
+    images, labels = digit_images("test")
+    label_of = {p.tobytes(): str(label) for p, label in zip(images, labels, strict=True)}
     for index in range(len(data)):
         turns = data[index].turns
-        pixels = data[index].pictures[0][0].numpy()
+        pixels = data[index].images[0][0].numpy()
         assert pixels.shape == (20, 30)
         asked = set()
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
-            r, c = (int(ch) - 1 for ch in str(question.pieces[-1]) if ch.isdigit())
+            r, c = (int(ch) - 1 for ch in str(question.content[-1]) if ch.isdigit())
             asked.add((r, c))
             cell = pixels[r * 10 : r * 10 + 10, c * 10 : c * 10 + 10]
             places = [cell[y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
-            assert answer.pieces[0] in {
+            assert answer.content[0] in {
                 label_of.get(np.ascontiguousarray(place).tobytes()) for place in places
             }
         assert len(asked) == 6
 
 
 def test_scale_repeats_pixels():
-    small, large = DigitCanvases()[0].pictures[0], DigitCanvases(scale=2)[0].pictures[0]
+    small, large = DigitCanvases()[0].images[0], DigitCanvases(scale=2)[0].images[0]
     assert large.shape == (3, 96, 96)
     assert torch.equal(large[:, ::2, 1::2], small)
 
@@ -83,7 +83,7 @@ def row(**changes):
 def llava(tmp_path):
     Image.new("RGBA", (6, 3), (255, 0, 0, 255)).save(tmp_path / "cat.png")
     Image.new("L", (3, 6), 0).save(tmp_path / "dog.png")
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("no image")
 
     def load(*rows):
         (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -92,7 +92,7 @@ def llava(tmp_path):
     return load
 
 
-def test_llava_reads_pictures_at_any_place_and_text_alone(llava):
+def test_llava_reads_images_at_any_place_and_text_alone(llava):
     turns = [
         {"from": "human", "value": "See <image> and <image>?"},
         {"from": "gpt", "value": "Yes."},
@@ -101,7 +101,7 @@ def test_llava_reads_pictures_at_any_place_and_text_alone(llava):
     ]
     text = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
     data = llava(row(image=["cat.png", "dog.png"], conversations=turns), {"conversations": text})
-    first, cat, middle, dog, last = data[0].turns[0].pieces
+    first, cat, middle, dog, last = data[0].turns[0].content
     assert (first, middle, last) == ("See ", " and ", "?")
     assert isinstance(cat, torch.Tensor)
     assert isinstance(dog, torch.Tensor)
@@ -109,7 +109,7 @@ def test_llava_reads_pictures_at_any_place_and_text_alone(llava):
     assert cat[:, 4, 4].tolist() == [1, 0, 0]
     assert cat[:, 0, 0].tolist() == [1, 1, 1]
     assert [turn.answer for turn in data[0].turns] == [False, True, False, True]
-    assert data[1].pictures == []
+    assert data[1].images == []
     assert len(data) == 2
 
 
@@ -138,7 +138,7 @@ def test_bad_row_error_names_file_and_row(llava, bad, message):
         llava(row(), bad)
 
 
-def test_unreadable_picture_names_file_and_row(llava):
+def test_unreadable_image_names_file_and_row(llava):
     data = llava(row(), row(image="broken.png"))
     with pytest.raises(ValueError, match=r"rows.json: row 1 \(id 'x1'\): image .*broken.png"):
         data[1]
@@ -174,28 +174,19 @@ def test_stamps_have_captions_and_categories(root):
     found = find_stamps(root)
     assert [stamp.caption for stamp in found] == [f"Kind {k}" for k in (0, 2, 4, 6, 8, 1, 3, 5, 7)]
     assert {stamp.category for stamp in found} == {"even", "odd"}
-    assert StampCaptions(root=root, image_size=8)[0].pictures[0].shape == (3, 8, 8)
-
-
-def test_held_out_captions_are_never_trained_on(root):
-    splits = [StampCaptions(split, root=root).stamps for split in ("train", "validation")]
-    train, held = ({stamp.caption for stamp in part} for part in splits)
-    assert len(train) == 8
-    assert len(held) == 1
-    assert not train & held
 
 
 def test_grid_answers_name_the_stamp_in_the_cell(root):
     data = StampGrids("validation", 5, side=3, image_size=32, questions=9, root=root)
     order = ["first", "second", "third"]
     for index in range(5):
-        turns, pixels = data[index].turns, data[index].pictures[0]
+        turns, pixels = data[index].turns, data[index].images[0]
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
-            words = str(question.pieces[-1]).replace(",", "").rstrip("?").split()
+            words = str(question.content[-1]).replace(",", "").rstrip("?").split()
             r, c = (order.index(word) for word in words if word in order)
             green = pixels[1, r * 10 + 5, c * 10 + 5] * 255
-            assert answer.pieces == (f"Kind {round(float(green) / 20)}",)
-    assert torch.equal(data[1].pictures[0], data[1].pictures[0])
+            assert answer.content == (f"Kind {round(float(green) / 20)}",)
+    assert torch.equal(data[1].images[0], data[1].images[0])
 
 
 @pytest.mark.parametrize(
@@ -268,3 +259,10 @@ def part_of(samples):
 def test_a_course_of_nothing_is_refused():
     with pytest.raises(ValueError, match="parts must hold at least one set of samples, got none"):
         ConcatSamples([])
+
+
+def test_a_template_may_be_named():
+    data = SampleData(DigitCanvases(length=1), DigitTokenizer(), template="chatml", patch_size=4)
+    assert data.collator.template == CHATML
+    with pytest.raises(ValueError, match="template must be a Template or 'chatml', got 'alpaca'"):
+        SampleData(DigitCanvases(length=1), DigitTokenizer(), template="alpaca", patch_size=4)

@@ -31,18 +31,18 @@ class Clips(Samples):
 
 
 def texts(sample):
-    return [turn.pieces[0] for turn in sample.turns if turn.answer]
+    return [turn.content[0] for turn in sample.turns if turn.answer]
 
 
 def test_every_clip_that_fits_comes_once_in_order():
     data = ConcatenatedClips(Clips(), seconds=4.0, pause=0.5)
     assert [texts(data[i]) for i in range(len(data))] == [["text0 text1"], ["text2 text3"]]
-    (wave,) = data[0].sounds
+    (wave,) = data[0].audio
     assert len(wave) == round(data.size(0) * RATE) == 3.5 * RATE
     assert wave[:RATE].eq(0).all()
     assert wave[RATE : int(1.5 * RATE)].eq(0).all()
     assert wave[int(1.5 * RATE) :].eq(1).all()
-    assert data[0].turns[0].pieces[1] == "write"
+    assert data[0].turns[0].content[1] == "write"
 
 
 def test_random_windows_are_the_same_for_a_seed_and_fit():
@@ -65,7 +65,7 @@ def test_a_conversation_ends_with_a_window_of_the_samples_after_others():
     assert last == "text0 text1"
     assert len(first) == 3
     assert {text for window in first for text in window.split()} <= {"text10", "text11"}
-    assert sum(len(sound) for sound in data[0].sounds) == round(data.size(0) * RATE)
+    assert sum(len(audio) for audio in data[0].audio) == round(data.size(0) * RATE)
     assert [turn.answer for turn in data[0].turns] == [False, True] * 4
 
 
@@ -118,8 +118,8 @@ def test_a_projector_learns_what_is_spelled():
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_alignment_wants_an_answer_for_each_sound():
-    with pytest.raises(ValueError, match="one for each of 2 sounds to be aligned, got 1"):
+def test_alignment_wants_an_answer_for_each_audio():
+    with pytest.raises(ValueError, match="one for each of 2 clips to be aligned, got 1"):
         alignment_loss(torch.eye(3), [1, 2], [torch.tensor([1])], torch.eye(3), blank=0)
 
 

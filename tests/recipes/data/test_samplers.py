@@ -20,11 +20,11 @@ def collator(**options):
     return Collator(DictationTokenizer(), **{"max_length": 64, "samples_per_token": 320, **options})
 
 
-def test_a_token_stands_for_each_stretch_of_sound_begun():
+def test_a_token_stands_for_each_stretch_of_audio_begun():
     batch = collator()([dictation("one", 3200), dictation("one two", 3201)])
     audio = (batch["input_ids"] == DictationTokenizer().audio_id).sum(1)
     assert audio.tolist() == [10, 11]
-    assert batch["sound_lengths"].tolist() == [3200, 3201]
+    assert batch["audio_lengths"].tolist() == [3200, 3201]
     assert batch["waveforms"].shape == (2, 11 * 320)
     assert batch["answers"] == ["one", "one two"]
 
@@ -38,27 +38,30 @@ def test_packing_fills_rows_and_restarts_positions():
     starts = (batch["position_ids"] == 0).sum(1).tolist()
     assert sum(starts) == 4
     assert sorted(batch["answer_index"].unique().tolist()) == [-1, 0, 1, 2, 3]
-    # Sounds stand in the order of the rows.
-    tokens = [int(n) // 320 for n in batch["sound_lengths"]]
+    # Clips stand in the order of the rows.
+    tokens = [int(n) // 320 for n in batch["audio_lengths"]]
     assert tokens == [30, 24, 20, 4]
 
 
-def test_sound_without_samples_per_token_is_refused():
-    with pytest.raises(ValueError, match="one: samples_per_token must be given for a sound"):
+def test_audio_without_samples_per_token_is_refused():
+    with pytest.raises(ValueError, match="one: samples_per_token must be given for an audio clip"):
         collator(samples_per_token=None)([dictation("one", 320)])
 
 
 @pytest.mark.parametrize(
-    ("sound", "message"),
+    ("audio", "message"),
     [
-        (torch.zeros(0), r"a sound must be a float tensor \(samples,\) of at least one"),
-        (torch.zeros(5, dtype=torch.int16), r"a sound must be a float tensor .* got torch.int16"),
+        (torch.zeros(0), r"an audio clip must be a float tensor \(samples,\) of at least one"),
+        (
+            torch.zeros(5, dtype=torch.int16),
+            r"an audio clip must be a float tensor .* got torch.int16",
+        ),
     ],
 )
-def test_what_is_no_sound_is_refused(sound, message):
+def test_what_is_no_audio_is_refused(audio, message):
     with pytest.raises(ValueError, match=message):
-        Turn((sound,))
-    with pytest.raises(ValueError, match="an answer must be text, got a sound in it"):
+        Turn((audio,))
+    with pytest.raises(ValueError, match="an answer must be text, got audio in it"):
         Turn((torch.zeros(5),), answer=True)
 
 
@@ -102,7 +105,7 @@ def test_a_loader_goes_on_where_its_state_says(options):
         return data.train_dataloader()
 
     def lengths(batches):
-        return [batch["sound_lengths"].tolist() for batch in batches]
+        return [batch["audio_lengths"].tolist() for batch in batches]
 
     whole = loader()
     epochs = [lengths(whole), lengths(whole)]
@@ -129,12 +132,12 @@ def test_unknown_lengths_cannot_be_bucketed():
 def test_dictations_are_the_same_for_the_same_seed_and_apart_by_text():
     splits = {s: SpokenWords(s, 20, speaker="tones") for s in SPLITS}
     for split, data in splits.items():
-        texts = [data[i].turns[1].pieces[0] for i in range(20)]
+        texts = [data[i].turns[1].content[0] for i in range(20)]
         assert {split_of(text) for text in texts} == {split}
     train = splits["train"]
     again = SpokenWords("train", 20, speaker="tones")
-    assert torch.equal(train[3].sounds[0], again[3].sounds[0])
-    assert not torch.equal(train[3].sounds[0], SpokenWords(speaker="tones", seed=1)[3].sounds[0])
+    assert torch.equal(train[3].audio[0], again[3].audio[0])
+    assert not torch.equal(train[3].audio[0], SpokenWords(speaker="tones", seed=1)[3].audio[0])
 
 
 def test_words_stand_where_the_dictation_says():

@@ -15,7 +15,7 @@ IMAGE, EOS, PAD = WORDS.image_id, WORDS.eos_id, WORDS.pad_id
 A, B, C, Q = WORDS.encode("a b c ?")
 
 
-def picture(height=4, width=8):
+def image(height=4, width=8):
     return torch.rand(3, height, width)
 
 
@@ -29,9 +29,9 @@ def collate(*samples, **options):
 
 def test_collator_places_images_and_supervises_answers_only():
     one = sample(
-        Turn(("a", picture(), "?")),
+        Turn(("a", image(), "?")),
         Turn(("b",), answer=True),
-        Turn(("c", picture())),
+        Turn(("c", image())),
         Turn(("a b",), answer=True),
     )
     batch = collate(one, sample(Turn(("c",)), Turn(("c",), answer=True)))
@@ -44,10 +44,10 @@ def test_collator_places_images_and_supervises_answers_only():
     assert torch.equal(learned, batch["answer_index"] >= 0)
     assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
     assert batch["image_grids"] == [(1, 2), (1, 2)]
-    assert torch.equal(batch["pixel_values"], torch.stack(one.pictures))
+    assert torch.equal(batch["pixel_values"], torch.stack(one.images))
 
 
-def test_text_only_batch_has_no_pictures():
+def test_text_only_batch_has_no_images():
     batch = collate(sample(Turn(("a",), answer=True)))
     assert batch["pixel_values"].shape[:2] == (0, 3)
     assert batch["image_grids"] == []
@@ -62,7 +62,7 @@ def test_template_surrounds_turns_and_is_not_learned():
 
 def test_over_long_sample_is_dropped_whole_counted_and_logged(caplog):
     collator = Collator(WORDS, patch_size=4, max_length=3)
-    long = sample(Turn((picture(),)), Turn(("a",), answer=True), name="row 7")
+    long = sample(Turn((image(),)), Turn(("a",), answer=True), name="row 7")
     short = sample(Turn(("a",), answer=True))
     with caplog.at_level(logging.WARNING):
         batch = collator([long, short, long])
@@ -82,8 +82,8 @@ def test_batch_of_over_long_samples_is_empty():
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([Turn((picture(4, 6),))], "s: picture sides must be positive multiples of patch_size=4"),
-        ([Turn((picture(4, 8), picture(8, 8)))], "pictures of a batch must have one size"),
+        ([Turn((image(4, 6),))], "s: image sides must be positive multiples of patch_size=4"),
+        ([Turn((image(4, 8), image(8, 8)))], "images of a batch must have one size"),
         ([Turn(("d",))], "known words, got 'd'"),
     ],
     ids=["sides", "sizes", "word"],
@@ -96,10 +96,10 @@ def test_collator_refuses(turns, message):
 def test_turn_refuses_what_is_no_piece():
     with pytest.raises(ValueError, match=r"must be a float tensor \(3, height, width\)"):
         Turn((torch.zeros(3, 4, 4, dtype=torch.uint8),))
-    with pytest.raises(TypeError, match="pieces must be str or Tensor, got int"):
+    with pytest.raises(TypeError, match="content must be str or Tensor, got int"):
         Turn((3,))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="an answer must be text"):
-        Turn((picture(),), answer=True)
+        Turn((image(),), answer=True)
 
 
 @pytest.mark.parametrize("name", ["patch_size", "max_length"])

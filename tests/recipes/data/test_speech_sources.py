@@ -1,4 +1,4 @@
-"""Sound files, manifests, trees, shards and messages of the speech recipe."""
+"""Audio files, manifests, trees, shards and messages of the speech recipe."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mm_sparse.recipes.data.audio_files import SUFFIXES, BadSound, read_sound
+from mm_sparse.recipes.data.audio_files import SUFFIXES, MediaError, read_audio
 from mm_sparse.recipes.data.chat_messages import Messages
 from mm_sparse.recipes.data.samples import RATE, Turn
 from mm_sparse.recipes.data.speech_manifests import LibriSpeechTree, Manifest
@@ -26,7 +26,7 @@ def tone(seconds=0.5, rate=RATE, note=440.0):
     return (0.5 * np.sin(2 * np.pi * note * np.arange(int(seconds * rate)) / rate)).astype("f4")
 
 
-def sound_bytes(wave, rate=RATE, kind="WAV", subtype=None):
+def audio_bytes(wave, rate=RATE, kind="WAV", subtype=None):
     file = io.BytesIO()
     soundfile.write(file, wave, rate, format=kind, subtype=subtype)
     return file.getvalue()
@@ -55,31 +55,31 @@ def test_every_format_and_rate_becomes_16_khz(tmp_path, suffix, rate):
     path = tmp_path / f"a{suffix}"
     stereo = np.stack([tone(1.0, rate), tone(1.0, rate)], 1)
     soundfile.write(path, stereo, rate)
-    sound = read_sound(path)
-    assert sound.ndim == 1
-    assert abs(len(sound) - RATE) < 0.2 * RATE  # an encoder may pad
-    spectrum = torch.fft.rfft(sound).abs()
-    assert abs(int(spectrum.argmax()) * RATE / len(sound) - 440) < 3
+    audio = read_audio(path)
+    assert audio.ndim == 1
+    assert abs(len(audio) - RATE) < 0.2 * RATE  # an encoder may pad
+    spectrum = torch.fft.rfft(audio).abs()
+    assert abs(int(spectrum.argmax()) * RATE / len(audio) - 440) < 3
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no sound", "a.wav: "),
+        (b"no audio", "a.wav: "),
         (b"", "a.wav: "),
-        (sound_bytes(tone(0.0)), "a.wav: it holds no samples"),
-        (sound_bytes(np.full(9, np.nan, "f4"), subtype="FLOAT"), "a.wav: it holds numbers"),
+        (audio_bytes(tone(0.0)), "a.wav: it holds no samples"),
+        (audio_bytes(np.full(9, np.nan, "f4"), subtype="FLOAT"), "a.wav: it holds numbers"),
     ],
     ids=["corrupt", "empty-file", "no-samples", "nan"],
 )
-def test_a_file_without_sound_is_named(tmp_path, content, message):
+def test_a_file_without_audio_is_named(tmp_path, content, message):
     (tmp_path / "a.wav").write_bytes(content)
-    with pytest.raises(BadSound, match=message):
-        read_sound(tmp_path / "a.wav")
+    with pytest.raises(MediaError, match=message):
+        read_audio(tmp_path / "a.wav")
 
 
 def test_a_bad_file_is_skipped_counted_and_named_and_the_run_goes_on(tmp_path, rows, caplog):
-    (tmp_path / "1.wav").write_bytes(b"no sound")
+    (tmp_path / "1.wav").write_bytes(b"no audio")
     (tmp_path / "2.wav").write_bytes(b"")
     data = Manifest(write_manifest(tmp_path, rows))
     with caplog.at_level(logging.WARNING):
@@ -88,7 +88,7 @@ def test_a_bad_file_is_skipped_counted_and_named_and_the_run_goes_on(tmp_path, r
     assert data.skipped == 2
     assert [name.rsplit(" ", 1)[1] for name in names] == ["0", "3", "3", "3"]
     assert len(caplog.records) == 2
-    assert "skipped sound 1 so far" in caplog.text
+    assert "skipped audio 1 so far" in caplog.text
     assert "row 1" in caplog.text
     assert "2.wav" in caplog.text
 
@@ -96,7 +96,7 @@ def test_a_bad_file_is_skipped_counted_and_named_and_the_run_goes_on(tmp_path, r
 def test_no_readable_file_at_all_is_an_error(tmp_path, rows):
     (tmp_path / "0.wav").write_bytes(b"")
     data = Manifest(write_manifest(tmp_path, rows[:1]))
-    with pytest.raises(BadSound, match=r"none of 1 sounds can be read, the first: .*row 0.*0.wav"):
+    with pytest.raises(MediaError, match=r"none of 1 clips can be read, the first: .*row 0.*0.wav"):
         data[0]
 
 
@@ -138,7 +138,7 @@ def test_all_clips_of_a_text_are_in_one_split(tmp_path, rows):
 def test_another_key_may_be_the_answer(tmp_path, rows):
     row = {**rows[0], "translation": "pomme"}
     data = Manifest(write_manifest(tmp_path, [row]), question="Translate.", answer="translation")
-    assert [turn.pieces[-1] for turn in data[0].turns] == ["Translate.", "pomme"]
+    assert [turn.content[-1] for turn in data[0].turns] == ["Translate.", "pomme"]
     assert data.size(0) == row["duration"]
 
 
@@ -156,7 +156,7 @@ def test_a_librispeech_tree_is_read(tmp_path):
     soundfile.write(folder / "19-198-0000.flac", tone(0.5), RATE)
     soundfile.write(folder / "19-198-0001.flac", tone(1.0), RATE)
     data = LibriSpeechTree(str(tmp_path))
-    assert [sample.turns[1].pieces[0] for sample in (data[0], data[1])] == ["hello world", "again"]
+    assert [sample.turns[1].content[0] for sample in (data[0], data[1])] == ["hello world", "again"]
     assert [data.size(0), data.size(1)] == [0.5, 1.0]
     (folder / "19-198.trans.txt").write_text("19-198-0002 MISSING\n")
     with pytest.raises(ValueError, match=r"trans\.txt: line 0: 19-198-0002 has no file"):
@@ -173,13 +173,13 @@ def tar_of(path, members):
 
 
 def test_tar_shards_are_read_in_place(tmp_path):
-    one = tar_of(tmp_path / "0.tar", {"a.flac": sound_bytes(tone(), kind="FLAC"), "a.txt": b"one"})
+    one = tar_of(tmp_path / "0.tar", {"a.flac": audio_bytes(tone(), kind="FLAC"), "a.txt": b"one"})
     members = {"b.json": b'{"text": "two"}', "b.wav": b"broken", "b.txt": b"not this"}
-    members |= {"c.wav": sound_bytes(tone(1.0)), "c.json": b'{"text": "three"}'}
+    members |= {"c.wav": audio_bytes(tone(1.0)), "c.json": b'{"text": "three"}'}
     data = TarShards([one, tar_of(tmp_path / "1.tar", members)])
     assert [clip.text for clip in data.clips] == ["one", "two", "three"]
-    assert len(data[0].sounds[0]) == RATE // 2
-    assert data[1].turns[1].pieces == ("three",)
+    assert len(data[0].audio[0]) == RATE // 2
+    assert data[1].turns[1].content == ("three",)
     assert data.skipped == 1
     assert data.size(2) > data.size(0)
 
@@ -187,7 +187,7 @@ def test_tar_shards_are_read_in_place(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.txt": b"one"}, "0.tar: a: must have a sound among .wav"),
+        ({"a.txt": b"one"}, "0.tar: a: must have an audio clip among .wav"),
         ({"a.wav": b"x"}, "0.tar: a: must have a txt or a json member"),
         ({"a.wav": b"x", "a.json": b'{"words": 1}'}, "0.tar: a: 'text' must be a str, got nothing"),
     ],
@@ -208,7 +208,7 @@ def message(role="user", **changes):
     return {"role": role, "content": parts, **changes}
 
 
-def test_messages_hold_sounds_among_text(tmp_path):
+def test_messages_hold_audio_among_text(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(), RATE)
     row = {
         "messages": [
@@ -219,9 +219,9 @@ def test_messages_hold_sounds_among_text(tmp_path):
     }
     data = Messages(write_manifest(tmp_path, [row]))
     turns = data[0].turns
-    assert turns[0].pieces == ("Hear.",)
-    assert len(turns[1].pieces[0]) == RATE // 2
-    assert turns[1].pieces[1] == "What?"
+    assert turns[0].content == ("Hear.",)
+    assert len(turns[1].content[0]) == RATE // 2
+    assert turns[1].content[1] == "What?"
     assert turns[2] == Turn(("A tone.",), answer=True)
 
 
@@ -234,7 +234,10 @@ def test_messages_hold_sounds_among_text(tmp_path):
         ([message("assistant")], "row 0: message 0: an answer must be text, got audio in it"),
         ([message(content=[])], r"row 0: message 0: 'content' must be a text or a list, got \[\]"),
         ([message(content=[{"type": "video"}])], "message 0: a part must be text or audio"),
-        ([message(content=[{"type": "audio", "path": "b.wav"}])], "must be a sound file, got 'b.w"),
+        (
+            [message(content=[{"type": "audio", "path": "b.wav"}])],
+            "must be an audio file, got 'b.w",
+        ),
     ],
 )
 def test_bad_messages_are_named(tmp_path, messages, wanted):

@@ -15,7 +15,7 @@ from mm_sparse.recipes.pretrained.whisper import load_encoder
 soundfile = pytest.importorskip("soundfile")
 
 
-def sound(path, seconds=0.5, rate=8000):
+def silence(path, seconds=0.5, rate=8000):
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, np.zeros(int(seconds * rate), "f4"), rate)
 
@@ -29,7 +29,7 @@ def root(tmp_path):
     lines += "silence/1: (1 second of silence)\ndown: <beep descending>\ngone: not here\n"
     listing.write_bytes(gzip.compress(lines.encode()))
     for name in ("beep", "hello", "digits/1", "silence/1", "down"):
-        sound(share / "asterisk" / "sounds" / "en_US_f_Allison" / f"{name}.wav")
+        silence(share / "asterisk" / "sounds" / "en_US_f_Allison" / f"{name}.wav")
     game = share / "games" / "fillets-ng"
     script = game / "script" / "level" / "dialogs_cs.lua"
     script.parent.mkdir(parents=True)
@@ -37,11 +37,11 @@ def root(tmp_path):
         'dialogId("a-1", "font_small", "Say \\"hi\\".")\ndialogStr("Řekni ahoj.")\n'
         'dialogId("a-2", "font_big", "No sound.")\ndialogStr("Nic.")\n'
     )
-    sound(game / "sound" / "level" / "cs" / "a-1.ogg")
+    silence(game / "sound" / "level" / "cs" / "a-1.ogg")
     stamp = share / "tuxpaint" / "stamps" / "animals" / "cat.txt"
     stamp.parent.mkdir(parents=True)
     stamp.write_text("A cat.\nde.utf8=Eine Katze.\n")
-    sound(stamp.with_name("cat_desc.ogg"))
+    silence(stamp.with_name("cat_desc.ogg"))
     return tmp_path / "root"
 
 
@@ -61,7 +61,7 @@ def test_a_set_becomes_a_manifest(tmp_path, root, name, rows):
     for row, wanted in zip(found, rows, strict=True):
         assert wanted.items() <= row.items()
         assert row["duration"] == 0.5
-    assert len(Manifest(str(path))[0].sounds[0]) == 8000
+    assert len(Manifest(str(path))[0].audio[0]) == 8000
 
 
 def test_a_folder_without_the_packages_is_refused(tmp_path):

@@ -42,10 +42,10 @@ def npz(tmp_path: Path) -> str:
 
 
 def packed(folder: Path) -> str:
-    """Coarse noise as pictures of two kinds."""
+    """Coarse noise as images of two kinds."""
     rng = np.random.default_rng(0)
 
-    def picture() -> bytes:
+    def image() -> bytes:
         stream = io.BytesIO()
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((SIDE, SIDE)).save(stream, "PNG")
@@ -53,10 +53,10 @@ def packed(folder: Path) -> str:
 
     items, names = {}, {}
     for key, count in (("train/a", 3), ("train/b", 2), ("validation/a", 2), ("validation/b", 1)):
-        items[key] = [picture() for _ in range(count)]
+        items[key] = [image() for _ in range(count)]
         names[key] = [f"{key}/{n}" for n in range(count)]
-    write_packed(folder / "pictures.npz", items, names)
-    return str(folder / "pictures.npz")
+    write_packed(folder / "images.npz", items, names)
+    return str(folder / "images.npz")
 
 
 def make(sparse: SparseConfig = SPARSE, out: str | None = None, **goal) -> DistillTower:
@@ -147,15 +147,15 @@ def test_the_error_of_a_unit_is_what_leaving_it_out_changes() -> None:
 
 @pytest.mark.parametrize("target", ["mass", "error", "features"])
 def test_a_few_steps_lower_the_loss(target: str, npz: str) -> None:
-    module, pictures = make(target=target), batch(npz)
+    module, images = make(target=target), batch(npz)
     step = torch.optim.Adam(module.scorers.parameters(), lr=3e-3)
-    sample = module.look(pictures, 5)
+    sample = module.look(images, 5)
     for scorer, *seen in zip(module.scorers.values(), sample.tiles, sample.units, strict=True):
         scorer.calibrate(*seen)  # pyright: ignore
 
     def loss(temperature: float) -> Tensor:
         if target == "features":
-            return module.feature_loss(pictures, temperature)
+            return module.feature_loss(images, temperature)
         return dropped_mass(module.rank(sample), sample.mass, sample.plan, temperature)
 
     found = []
@@ -169,19 +169,19 @@ def test_a_few_steps_lower_the_loss(target: str, npz: str) -> None:
 
 
 def test_the_straight_tower_is_the_sparse_one(npz: str) -> None:
-    module, pictures = make(dataclasses.replace(SPARSE, sample_ratio=0.4)), batch(npz)
+    module, images = make(dataclasses.replace(SPARSE, sample_ratio=0.4)), batch(npz)
     with torch.no_grad():
-        lost = module.feature_loss(pictures, 0.3)
-        sparse = module.run(pictures)
+        lost = module.feature_loss(images, 0.3)
+        sparse = module.run(images)
         with mms.override_config(module.model, backend="dense"):
-            dense = module.run(pictures)
+            dense = module.run(images)
     want = 1 - torch.cosine_similarity(sparse, dense, dim=-1).mean()
     torch.testing.assert_close(lost, want, rtol=1e-3, atol=1e-6)
 
 
 def test_other_attention_takes_the_place_of_a_layers_own_and_leaves_it(npz: str) -> None:
-    module, pictures = make(), batch(npz)
-    before = module.run(pictures)
+    module, images = make(), batch(npz)
+    before = module.run(images)
     names = []
 
     def nothing(call) -> Tensor:
@@ -189,10 +189,10 @@ def test_other_attention_takes_the_place_of_a_layers_own_and_leaves_it(npz: str)
         return torch.zeros_like(call.q)
 
     with override_attention(module.model, nothing):
-        other = module.run(pictures)
+        other = module.run(images)
     assert names == list(attention_layers(module.model))
     assert not torch.allclose(other, before)
-    assert torch.equal(module.run(pictures), before)
+    assert torch.equal(module.run(images), before)
     assert mms.report(module.model).density == pytest.approx(0.25, abs=0.05)
 
 
@@ -214,8 +214,8 @@ def test_the_recipe_learns_validates_sparse_and_saves(
     assert all(torch.equal(p, before[n]) for n, p in module.model.state_dict().items())
     again = make().model
     mms.load_scorers(again, tmp_path / "scorers")
-    pictures = batch(npz)
-    assert torch.equal(again(pictures)[0], module.run(pictures))
+    images = batch(npz)
+    assert torch.equal(again(images)[0], module.run(images))
 
 
 @pytest.mark.parametrize("name", ["vit", "whisper"])
@@ -239,18 +239,18 @@ def test_the_shipped_configs_are_ones_that_the_recipe_takes(
 
 
 def test_density_goes_to_the_layer_that_loses(npz: str) -> None:
-    model, pictures = make().model, batch(npz)
+    model, images = make().model, batch(npz)
     first, second = attention_layers(model)
     levels = (0.1, 0.5, 1.0)
-    costs = tower_costs(model, [pictures], levels)
+    costs = tower_costs(model, [images], levels)
     assert list(costs) == [(first, None), (second, None)]
     assert all(own[0] > own[1] > 0 and own[2] == 0 for own in costs.values())
     ratios = spread(costs, 0.5, levels)
     assert sum(ratios.values()) == pytest.approx(1.0)
     with mms.override_config(model, layer_ratio={first: 1.0}, dense_layers=(second,)):
-        whole = model(pictures)[0]
+        whole = model(images)[0]
         assert [row.mode for row in mms.report(model).rows] == ["sparse", "dense"]
-    torch.testing.assert_close(whole, mms.densify(model)(pictures)[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whole, mms.densify(model)(images)[0], rtol=1e-3, atol=1e-3)
     config = dataclasses.replace(SPARSE, layer_ratio={first: 0.4, 1: 0.2}, dense_layers=(second,))
     assert SparseConfig.from_json(config.to_json()) == config
     mms.sparsify(model, config)

@@ -20,7 +20,7 @@ from mm_sparse.recipes.evaluation import encoder_quality, encoder_tasks
 from mm_sparse.recipes.pretrained import whisper
 
 
-def test_neighbours_vote_without_the_picture_itself() -> None:
+def test_neighbours_vote_without_the_image_itself() -> None:
     features = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4)
     assert encoder_tasks.neighbour_accuracy(features, list("aaaabbbb")) == 1.0
     # A label that nobody else bears cannot be found.
@@ -110,9 +110,9 @@ def test_an_encoders_file_says_what_it_is(tmp_path) -> None:
     made = WhisperEncoder(config).eval()
     save_file(made.state_dict(), tmp_path / "encoder.safetensors")
     read = whisper.load_encoder(str(tmp_path / "encoder.safetensors"))
-    sound = torch.rand(1, 80, 3000)
+    audio = torch.rand(1, 80, 3000)
     with torch.no_grad():
-        assert torch.equal(read(sound).last_hidden_state, made(sound).last_hidden_state)
+        assert torch.equal(read(audio).last_hidden_state, made(audio).last_hidden_state)
     with pytest.raises(
         ValueError, match=r"weights must be None, one of tiny\.en, base or a file, got"
     ):
@@ -183,7 +183,7 @@ def test_budgets_of_layers_are_scaled_for_trained_scorers_alone(tmp_path) -> Non
 @pytest.mark.parametrize("method", ["trained", "one ratio"])
 def test_scorers_and_the_methods_that_use_them_come_together(capsys, method: str) -> None:
     with pytest.raises(SystemExit):
-        encoder_quality.main(["pictures", "--methods", method, "--out", "x.json"])
+        encoder_quality.main(["images", "--methods", method, "--out", "x.json"])
     assert "must be given with the methods trained and one ratio" in capsys.readouterr().err
 
 

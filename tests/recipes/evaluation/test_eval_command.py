@@ -96,7 +96,7 @@ def test_a_card_is_measured_again_beside_its_figures(
     assert ranking_methods.METHODS["scorers"] is None
 
 
-def test_results_become_a_picture(tmp_path: Path) -> None:
+def test_results_become_an_image(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
     rows = [
@@ -106,15 +106,15 @@ def test_results_become_a_picture(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"text": {"rows": rows}, "needle": {"rows": [{"setting": "x"}]}}))
     plot.main([str(file), str(tmp_path / "out.png")])
-    with image.open(tmp_path / "out.png") as picture:
-        assert picture.width > picture.height > 100
-        colours = picture.convert("RGB").getcolors(1 << 24)
+    with image.open(tmp_path / "out.png") as chart:
+        assert chart.width > chart.height > 100
+        colours = chart.convert("RGB").getcolors(1 << 24)
     assert len(colours) > 20
     with pytest.raises(ValueError, match="rows must hold results"):
         plot.draw([], tmp_path / "none.png")
 
 
-def test_tables_of_encoders_become_pictures(tmp_path: Path) -> None:
+def test_tables_of_encoders_become_images(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [{"method": "dense", "density": 1.0, "word_error_rate": 0.08, "frame_cosine": 1.0}]
     rows += [

@@ -22,22 +22,22 @@ def tower() -> torch.nn.Module:
 
 def test_projections_learn_what_dense_attention_gives() -> None:
     model = tower()
-    pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with mms.override_config(model, backend="dense"):
-        dense = model.forward_features(pictures)
+        dense = model.forward_features(images)
 
     def gap(made: Linformers) -> float:
         with override_attention(model, made), torch.no_grad():
-            return (model.forward_features(pictures) - dense).square().mean().item()
+            return (model.forward_features(images) - dense).square().mean().item()
 
-    batches = [pictures[i : i + 1] for i in range(4)] * 20
+    batches = [images[i : i + 1] for i in range(4)] * 20
     run = model.forward_features
     first = train_linformers(model, iter(batches), 0.3, steps=1, lr=1e-9, run=run)
     with torch.no_grad():  # as around an evaluation
         trained = train_linformers(model, iter(batches), 0.3, steps=80, lr=1e-2, run=run)
     assert gap(trained) < 0.9 * gap(first)
     assert [len(x.project_keys) for x in trained.layers.values()] == [20, 20]
-    again = model.forward_features(pictures)
+    again = model.forward_features(images)
     assert not torch.equal(again, dense), "attention is the model's own again"
 
 

@@ -58,12 +58,12 @@ def omni(sparse: mms.SparseConfig | None = SPARSE, **options: Any) -> Multimodal
 
 
 def batch(seed: int) -> Any:
-    """Two samples of two pairs of picture and sound."""
+    """Two samples of two pairs of image and audio."""
     torch.manual_seed(seed)
     turns: list[Turn] = []
     for _ in range(2):
-        pieces = (torch.rand(3, 32, 32), torch.randn(RATE * 2), "is this it?")
-        turns += [Turn(pieces), Turn(("yes",), answer=True)]
+        content = (torch.rand(3, 32, 32), torch.randn(RATE * 2), "is this it?")
+        turns += [Turn(content), Turn(("yes",), answer=True)]
     return COLLATOR([Sample(tuple(turns))] * 2)
 
 

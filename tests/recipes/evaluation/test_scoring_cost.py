@@ -68,4 +68,4 @@ def test_the_command_writes_what_it_timed(
     assert len(record["rows"]) == 3
     with pytest.raises(SystemExit):
         scoring_cost.main(["piano"])
-    assert "must be one of ('language', 'pictures', 'speech')" in capsys.readouterr().err
+    assert "must be one of ('language', 'images', 'speech')" in capsys.readouterr().err

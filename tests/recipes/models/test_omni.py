@@ -1,4 +1,4 @@
-"""Text, pictures and sounds in one sequence: layout, budgets, floors, data."""
+"""Text, images and audio in one sequence: layout, budgets, floors, data."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.audio import AudioConfig, FrameProjectorConfig
 from mm_sparse.recipes.models.language import LanguageConfig
 from mm_sparse.recipes.models.vision import ProjectorConfig, VisionConfig
-from mm_sparse.recipes.run.inspection import scene
+from mm_sparse.recipes.run.inspection import inspection_sample
 from mm_sparse.recipes.training.objectives import Objectives
 
 soundfile = pytest.importorskip("soundfile")
@@ -59,8 +59,8 @@ def sample(pairs=2):
     torch.manual_seed(1)
     turns = []
     for _ in range(pairs):
-        pieces = (torch.rand(3, 32, 32), torch.randn(RATE * 2), "is this it?")
-        turns += [Turn(pieces), Turn(("yes",), answer=True)]
+        content = (torch.rand(3, 32, 32), torch.randn(RATE * 2), "is this it?")
+        turns += [Turn(content), Turn(("yes",), answer=True)]
     return Sample(tuple(turns), "three")
 
 
@@ -116,16 +116,18 @@ def test_a_step_reaches_every_part():
         assert any(p.grad is not None and bool(p.grad.any()) for p in part.parameters()), name
 
 
-@pytest.mark.parametrize("pieces", [("is this it?",), (torch.rand(3, 32, 32),), (torch.rand(900),)])
-def test_a_sample_may_lack_any_modality(pieces):
-    alone = Sample((Turn(pieces), Turn(("no",), answer=True)))
+@pytest.mark.parametrize(
+    "content", [("is this it?",), (torch.rand(3, 32, 32),), (torch.rand(900),)]
+)
+def test_a_sample_may_lack_any_modality(content):
+    alone = Sample((Turn(content), Turn(("no",), answer=True)))
     speech = model(config())
     speech.log = lambda *args, **kwargs: None
     assert speech.training_step(COLLATOR([alone]), 0) > 0
 
 
-def test_a_scene_shows_pictures_and_sounds_at_their_places():
-    shown = scene(model(config()).eval(), COLLATOR, sample())
+def test_an_inspection_sample_shows_images_and_audio_at_their_places():
+    shown = inspection_sample(model(config()).eval(), COLLATOR, sample())
     assert [sight.start for sight in shown.sights] == [0, 120]
     assert [(s.start, s.count) for s in shown.sounds] == [(64, 50), (184, 50)]
     # The last question, which sees all of them.
@@ -145,7 +147,7 @@ def root(tmp_path):
     return str(tmp_path)
 
 
-def test_spoken_stamps_answer_whether_sound_and_picture_belong_together(root):
+def test_spoken_stamps_answer_whether_audio_and_image_belong_together(root):
     data = SpokenStamps("train", 10, pairs=2, image_size=8, root=root)
     captions = {stamp.caption for stamp in data.stamps}
     assert "Kind 0" not in captions
@@ -155,11 +157,11 @@ def test_spoken_stamps_answer_whether_sound_and_picture_belong_together(root):
         turns = data[index].turns
         assert len(turns) == 4
         for asked, answer in zip(turns[::2], turns[1::2], strict=True):
-            picture, sound, _ = asked.pieces
-            shown = round(float(picture[0, 4, 4]) * 255)
-            heard = round(float(sound[1000:3000].mean()) * 100)
-            said.append(answer.pieces[0])
-            assert (answer.pieces[0] == "yes") == (shown == heard)
+            image, audio, _ = asked.content
+            shown = round(float(image[0, 4, 4]) * 255)
+            heard = round(float(audio[1000:3000].mean()) * 100)
+            said.append(answer.content[0])
+            assert (answer.content[0] == "yes") == (shown == heard)
     assert set(said) == {"yes", "no"}
 
 

@@ -133,7 +133,7 @@ def test_a_clip_of_a_packed_row_does_not_hear_its_neighbours(sparse):
     first, second, third = clips(3)
     other = Sample(
         (
-            Turn((torch.randn(len(second.sounds[0])), "transcribe")),
+            Turn((torch.randn(len(second.audio[0])), "transcribe")),
             Turn(("nine nine nine",), answer=True),
         )
     )
@@ -225,17 +225,17 @@ def test_lessons_teach_the_scorers_of_both_parts_and_nothing_else():
     assert any(name.startswith("scorers.model/") for name in names)
 
 
-def test_a_batch_without_sounds_passes():
+def test_a_batch_without_audio_passes():
     text = Sample((Turn(("transcribe",)), Turn(("nine",), answer=True)))
     assert step(model(SPARSE, HEARS), COLLATOR([text])) > 0
     assert step(model(), COLLATOR([])) == 0
 
 
 def test_wrong_input_is_named():
-    with pytest.raises(ValueError, match="an audio token per 640 samples, 60 for its sounds, got"):
+    with pytest.raises(ValueError, match="an audio token per 640 samples, 60 for its clips, got"):
         model()(Collator(TOKENIZER, samples_per_token=HOP, max_length=600)(clips(1)))
-    picture = Sample((Turn((torch.rand(3, 4, 4),)), Turn(("nine",), answer=True)))
-    batch = Collator(TOKENIZER, patch_size=4, max_length=600)([picture])
+    image = Sample((Turn((torch.rand(3, 4, 4),)), Turn(("nine",), answer=True)))
+    batch = Collator(TOKENIZER, patch_size=4, max_length=600)([image])
     with pytest.raises(ValueError, match="batch must hold no images for a model without vision"):
         model()(batch)
     with pytest.raises(ValueError, match=r"must have up to 80000 samples \(5 s\), got 153600"):
@@ -261,7 +261,7 @@ def test_features_are_those_that_whisper_was_trained_on():
     from transformers import WhisperFeatureExtractor
 
     extractor = WhisperFeatureExtractor(chunk_length=2)
-    wave = clips(1)[0].sounds[0]
+    wave = clips(1)[0].audio[0]
     wanted = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt").input_features[0]
     padded = torch.nn.functional.pad(wave, (0, 32_000 - len(wave)))
     assert torch.allclose(LogMel(80)(padded[None])[0], wanted, atol=2e-3)

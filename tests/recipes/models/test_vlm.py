@@ -129,7 +129,7 @@ def test_padding_of_a_longer_neighbour_does_not_change_answers():
     assert torch.equal(alone.exact, beside.exact[:2])
 
 
-def test_batches_without_rows_or_pictures_pass():
+def test_batches_without_rows_or_images_pass():
     for sparse in (None, SPARSE):
         vlm = model(sparse)
         empty = COLLATOR([])
@@ -140,16 +140,16 @@ def test_batches_without_rows_or_pictures_pass():
         assert step(vlm, COLLATOR([text])) > 0
 
 
-def test_a_picture_may_stand_at_any_place():
-    picture = canvases(1)[0].pictures[0]
-    turns = (Turn(("which digit", picture, "in row", picture, "?")), Turn(("3",), True))
+def test_an_image_may_stand_at_any_place():
+    image = canvases(1)[0].images[0]
+    turns = (Turn(("which digit", image, "in row", image, "?")), Turn(("3",), True))
     assert torch.isfinite(step(model(SPARSE), COLLATOR([Sample(turns)])))
 
 
 def test_a_wrong_number_of_image_tokens_is_refused():
     data = batch(1)
     data["input_ids"][0, 0] = 5
-    with pytest.raises(ValueError, match="an image token per patch, 1 pictures of 81, got 80"):
+    with pytest.raises(ValueError, match="an image token per patch, 1 images of 81, got 80"):
         model()(data)
 
 

@@ -1,4 +1,4 @@
-"""The command line of the speech recipe: logs, pictures, the tower's distillation losses, the
+"""The command line of the speech recipe: logs, images, the tower's distillation losses, the
 page."""
 
 import json
@@ -11,7 +11,7 @@ import yaml
 
 from mm_sparse.cli.main import main as mm_sparse_main
 from mm_sparse.recipes.run import pretrain_audio_tower, sparse_vs_dense
-from mm_sparse.recipes.run.inspection import scene
+from mm_sparse.recipes.run.inspection import inspection_sample
 from mm_sparse.recipes.run.lightning_cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +54,7 @@ def fit(folder, *more):
             f"--trainer.logger.save_dir={folder}",
             f"--trainer.callbacks={callbacks}.Throughput",
             f"--trainer.callbacks+={callbacks}.Density",
-            f"--trainer.callbacks+={callbacks}.Pictures",
+            f"--trainer.callbacks+={callbacks}.InspectionFigures",
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
             f"--trainer.callbacks.dirpath={folder / 'checkpoints'}",
             "--trainer.callbacks.save_last=true",
@@ -89,10 +89,10 @@ def test_a_run_logs_rates_and_density_by_modality(run_folder):
     }
 
 
-def test_pictures_are_written_and_logged(run_folder):
+def test_figures_are_written_and_logged(run_folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    names = {path.name for path in (run_folder / "pictures" / "step-3").iterdir()}
+    names = {path.name for path in (run_folder / "figures" / "step-3").iterdir()}
     wanted = {"sound-1", "language-modalities", "language-heads", "audio-heads"}
     assert {f"{name}.png" for name in wanted} <= names
     events = EventAccumulator(str(next(run_folder.rglob("events.out*")).parent))
@@ -121,7 +121,7 @@ def test_a_dense_model_cannot_be_inspected():
     cli = main([f"--config={DIGITS}", *FEW, *options], run=False)
     assert cli.model.sparse_configs == {}
     with pytest.raises(ValueError, match="model must run sparse to be inspected, got a dense one"):
-        scene(cli.model, cli.datamodule.collator, cli.datamodule.validation[0])
+        inspection_sample(cli.model, cli.datamodule.collator, cli.datamodule.validation[0])
 
 
 def test_a_file_without_a_class_is_refused(tmp_path):
@@ -149,8 +149,10 @@ def test_a_tower_learns_to_name_what_it_hears(tmp_path):
 def test_records_of_single_runs_become_one(tmp_path):
     same = {"machine": {"device": "a"}, "config": "c.yaml", "options": []}
     paths = [tmp_path / f"{name}.json" for name in ("dense", "sparse")]
-    for path in paths:
-        path.write_text(json.dumps({**same, path.stem: {"steps": 2}}))
+    for speed, path in enumerate(paths):
+        own = {**same, "machine": {"device": "a", "matmul_tflops": speed}}
+        path.write_text(json.dumps({**own, path.stem: {"steps": 2}}))
+    same = {**same, "machine": {"device": "a", "matmul_tflops": 0}}
     assert sparse_vs_dense.join(paths) == {**same, "sparse": {"steps": 2}, "dense": {"steps": 2}}
     paths[1].write_text(json.dumps({**same, "machine": {"device": "b"}, "sparse": {}}))
     with pytest.raises(ValueError, match=r"sparse.json: machine must be .* as in the first"):

@@ -1,4 +1,4 @@
-"""The command line of the recipe, its YAML files, logs and pictures."""
+"""The command line of the recipe, its YAML files, logs and images."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mm_sparse.recipes.datasets.stamps import STAMPS
 from mm_sparse.recipes.metrics.density import densities
 from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.pretrained import wheels
-from mm_sparse.recipes.run import pretrain_vision_tower, scene, sparse_vs_dense
+from mm_sparse.recipes.run import inspection_sample, pretrain_vision_tower, sparse_vs_dense
 from mm_sparse.recipes.run.lightning_cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -182,8 +182,8 @@ def test_a_tower_learns_to_name_what_it_sees(tmp_path):
     weights = record["model"]["init_args"]["vision"]["weights"]
     cli = main([f"--config={DIGITS}", *FEW, f"--model.vision.weights={weights}"], run=False)
     size = cli.config.model.init_args.vision.image_size
-    names, grid = cli.model.vision(torch.rand(2, 3, size, size))
-    assert names.shape == (2, grid[0] * grid[1], 10)
+    names, spec = cli.model.vision(torch.rand(2, 3, size, size))
+    assert names.shape == (2, spec.grid[0] * spec.grid[1], 10)
     assert torch.allclose(names.sum(-1), torch.ones(names.shape[:2]))
 
 
@@ -204,22 +204,22 @@ def test_kept_share_counts_the_dense_mask():
         assert torch.allclose(kept_share(chosen, tokens), wanted)
 
 
-def test_a_scene_shows_the_first_question_its_cell_and_both_answers():
+def test_a_sample_shows_the_first_question_its_cell_and_both_answers():
     cli = main([f"--config={DIGITS}", *FEW], run=False)
     data = cli.datamodule.validation
-    shown = scene(cli.model.eval(), cli.datamodule.collator, data[0])
+    shown = inspection_sample(cli.model.eval(), cli.datamodule.collator, data[0])
     question, answer = data[0].turns[:2]
-    row, column = (int(n) - 1 for n in re.findall(r"\d", question.pieces[-1]))
+    row, column = (int(n) - 1 for n in re.findall(r"\d", question.content[-1]))
     (sight,) = shown.sights
     assert question.asked == sight.asked
     assert sight.asked == (row * 24, column * 24, row * 24 + 24, column * 24 + 24)
     first, second = shown.caption.split("\n")
-    assert first == question.pieces[-1] == shown.texts["Question"]
+    assert first == question.content[-1] == shown.texts["Question"]
     assert second.startswith("model: ")
-    assert second.endswith(f"true: {answer.pieces[0]}")
+    assert second.endswith(f"true: {answer.content[0]}")
     # Without an answer of the model the title does not claim one.
-    silent = scene(cli.model, cli.datamodule.collator, data[0], generate=False)
-    assert silent.caption == f"{question.pieces[-1]}\ntrue: {answer.pieces[0]}"
+    silent = inspection_sample(cli.model, cli.datamodule.collator, data[0], generate=False)
+    assert silent.caption == f"{question.content[-1]}\ntrue: {answer.content[0]}"
 
 
 def test_kept_patches_writes_a_picture(tmp_path):
