@@ -12,9 +12,15 @@ from .attention import (
     sparse_attention as sparse_attention,
 )
 from .checkpoints import (
+    LightningScorerCallback as LightningScorerCallback,
+    TrainerScorerCallback as TrainerScorerCallback,
+    average_scorer_gradients as average_scorer_gradients,
     list_pretrained as list_pretrained,
+    load_scorer_state as load_scorer_state,
     load_scorers as load_scorers,
+    register_scorers as register_scorers,
     save_scorers as save_scorers,
+    scorer_state as scorer_state,
 )
 from .config import SparseConfig as SparseConfig
 from .distillation import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -73,11 +73,15 @@ class StoredScorers:
             config, entries, {f"{renamed[n]}:{key}": v for (n, _, key), v in parts}
         )
 
-    def install(self, layers: dict[str, SparseLayer]) -> None:
-        """Give the layers their scorers: all of them or, with an error, none."""
-        unknown = sorted(set(self.entries) - set(layers))
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Refuse scorers of layers that a model with layers of these names does not have."""
+        unknown = sorted(set(self.entries) - set(names))
         if unknown:
             raise ValueError(f"folder must hold scorers of the model's layers, got {unknown[0]}")
+
+    def install(self, layers: dict[str, SparseLayer]) -> None:
+        """Give the layers their scorers: all of them or, with an error, none."""
+        self.check_layers(layers)
         made = {name: self._make(name, layers[name]) for name in self.entries}
         for name, scorer in made.items():
             layers[name].scorer = scorer

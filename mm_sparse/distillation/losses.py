@@ -3,6 +3,7 @@
 B batch, K KV heads, T tiles, U units
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.integrations import AttentionCall, attention_layers, capture_attention
+from mm_sparse.integrations import (
+    AttentionCall,
+    State,
+    attention_layers,
+    capture_attention,
+    state_of,
+)
 from mm_sparse.layout import Plan
 from mm_sparse.scorers import Scorer, unit_mass
 from mm_sparse.selection import Scores
@@ -72,7 +79,11 @@ def distillation_losses(
     """Gather the `loss` of every layer that runs inside; gradients reach the scorers only.
 
     The truth is the full attention of each layer's own queries and keys, computed tile by tile.
+    Each layer counts once, also under gradient checkpointing, and the losses may be used behind the
+    block. In several processes somebody must average what scorers learn: DDP, where they were made
+    a submodule before (`register_scorers`), or `average_scorer_gradients`; else a warning says so.
     """
+    _warn_of_drift(state_of(model))
     found = DistillationLosses()
     # A model that wraps the sparsified one has other names for its layers.
     layers = {layer.name: layer for layer in attention_layers(model).values()}
@@ -85,6 +96,22 @@ def distillation_losses(
 
     with capture_attention(model, learn):
         yield found
+
+
+def _warn_of_drift(state: State) -> None:
+    dist = torch.distributed
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or state.owned or state.averaged:
+        return
+    if state.distilled == 1:
+        # Not in the first step: gradients are averaged behind it.
+        warnings.warn(
+            f"the scorers of this {state.root} learn in {dist.get_world_size()} processes and "
+            "nothing averages them: call `mms.register_scorers(model)` before DDP, or "
+            "`mms.average_scorer_gradients(model)` between backward and step",
+            stacklevel=4,
+        )
+    state.distilled += 1
 
 
 def _layer_loss(

@@ -14,8 +14,13 @@ from .patching import (
     sparse as sparse,
     sparsify as sparsify,
 )
-from .scorers import device_of as device_of, make_scorer as make_scorer
+from .scorers import (
+    device_of as device_of,
+    hold_scorers as hold_scorers,
+    make_scorer as make_scorer,
+)
 from .state import (
+    State as State,
     attention_layers as attention_layers,
     is_sparsified as is_sparsified,
     scorer_parameters as scorer_parameters,

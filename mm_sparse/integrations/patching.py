@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,9 +20,9 @@ from mm_sparse.integrations.hf.discovery import (
 )
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layer import LAYER, SparseLayer
-from mm_sparse.integrations.scorers import make_scorer
+from mm_sparse.integrations.scorers import SCORERS, hold_scorers, make_scorer
 from mm_sparse.integrations.shared_state import Settings, Shared
-from mm_sparse.integrations.state import State, part_of, states_in
+from mm_sparse.integrations.state import State, part_of, scorers_of, states_in
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.adapter import TowerLayer
 from mm_sparse.integrations.towers.adapters import ModuleAdapter, TowerAdapter
@@ -95,10 +96,13 @@ def sparsify(
             if layer.known_mode()[0] == "sparse":
                 layer.scorer = make_scorer(layer, scorer, scorers.get(id(layer.module)), strict)
         _check_budgets(state)
+        for before in previous:
+            _warn_of_ratio(before.shared.base.config, config)
     except BaseException:
         for state in previous:
             _put_in(state)
         raise
+    state.holders = [holder for before in previous for holder in before.holders]
     _put_in(state)
     return model
 
@@ -226,6 +230,17 @@ def _check_budgets(state: State) -> None:
             )
 
 
+def _warn_of_ratio(before: SparseConfig, now: SparseConfig) -> None:
+    """Say that another ratio changes nothing where budgets of layers stay as they were."""
+    if now.layer_ratio and now.layer_ratio == before.layer_ratio and now.ratio != before.ratio:
+        warnings.warn(
+            f"config.ratio {now.ratio:g} has no effect on layers that layer_ratio names, which is "
+            f"as it was with {before.ratio:g}: mms.sparse_config(model).scaled({now.ratio:g}) "
+            "scales it",
+            stacklevel=3,
+        )
+
+
 def _blocks_around(model: nn.Module, found: Sequence[AttentionModule]) -> Iterator[nn.Module]:
     """Modules inside the model that a checkpoint may compute again: what holds attention."""
     parts = dict(model.named_modules())
@@ -261,6 +276,8 @@ def _put_in(state: State) -> None:
         state.handles += part.attach()
     for blocks in state.blocks:
         blocks.attach()
+    for holder in state.holders:
+        hold_scorers(holder, scorers_of(holder))
 
 
 def _take_out(states: Sequence[State]) -> None:
@@ -274,6 +291,8 @@ def _take_out(states: Sequence[State]) -> None:
         state.memory.detach()
         for blocks in state.blocks:
             blocks.detach()
+        for holder in state.holders:
+            holder._modules.pop(SCORERS, None)
         for layer in state.layers.values():
             layer.detach()
             vars(layer.module).pop(LAYER, None)

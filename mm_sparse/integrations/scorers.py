@@ -1,11 +1,13 @@
-"""Scorers that are asked for by name, and made for a layer."""
+"""Scorers of layers: made by name, and held as a submodule of a model that is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import scorer_shape
 from mm_sparse.integrations.layer import SparseLayer
@@ -42,3 +44,31 @@ def device_of(layer: SparseLayer) -> torch.device:
     weight = next(layer.module.parameters(), None)
     known = weight is not None and weight.device.type != "meta"
     return weight.device if known and weight is not None else torch.device("cpu")
+
+
+# Name of the submodule that holds the scorers of a model.
+SCORERS = "mm_sparse_scorers"
+
+
+class RegisteredScorers(nn.ModuleDict):
+    """The scorers of a model as a submodule of it: the very modules that its layers use."""
+
+    def __init__(self, scorers: Mapping[str, nn.Module]) -> None:
+        super().__init__(dict(scorers))
+        self.register_load_state_dict_pre_hook(_allow_none)
+
+
+def hold_scorers(model: nn.Module, scorers: Mapping[str, nn.Module]) -> None:
+    """Make scorers a submodule of a model, in place of those that it had."""
+    model._modules[SCORERS] = RegisteredScorers(scorers)
+
+
+def _allow_none(scorers: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    if any(key.startswith(prefix) for key in state):
+        return
+    warnings.warn(
+        "the checkpoint holds no scorers, those of the model stay as they are: it was made "
+        "without `mms.register_scorers`",
+        stacklevel=2,
+    )
+    state.update({prefix + key: value for key, value in scorers.state_dict().items()})

@@ -40,6 +40,14 @@ class State:
     """Classes that `sparsify(modules=...)` named."""
     before: list[tuple[Any, str]] = field(default_factory=list)
     """Configs and the attention implementation that each named."""
+    holders: list[nn.Module] = field(default_factory=list)
+    """Models that have the scorers as a submodule."""
+    owned: bool = False
+    """Whether the scorers were handed out as modules: who took them trains and saves them."""
+    averaged: bool = False
+    """Whether the gradients of the scorers are averaged over processes by a call of its own."""
+    distilled: int = 0
+    """Forward passes in which scorers learned while nobody was known to average them."""
 
     def __post_init__(self) -> None:
         for layer in self.layers.values():
@@ -105,14 +113,20 @@ def attention_layers(model: nn.Module) -> dict[str, SparseLayer]:
 def scorers_of(model: nn.Module) -> nn.ModuleDict:
     """The scorers of a sparsified model; "/" stands for "." in the names of layers.
 
-    They are the very modules that the layers use. As a submodule of a model or of a
-    LightningModule (`model.scorers = mms.scorers_of(model)`) they are in its checkpoints, in its
-    optimizer, and among what DDP averages.
+    They are the very modules that the layers use. As a submodule of a LightningModule
+    (`self.scorers = mms.scorers_of(self.model)`) they are in its checkpoints, in its optimizer, and
+    among what DDP averages; `mms.register_scorers` makes them a submodule of the model itself.
     """
-    found = {n: la.scorer for n, la in state_of(model).layers.items() if la.scorer is not None}
-    return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in found.items()})
+    state = state_of(model)
+    state.owned = True
+    return _scorers(state)
 
 
 def scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """What an optimizer trains when only scorers are trained."""
-    return scorers_of(model).parameters()
+    return _scorers(state_of(model)).parameters()
+
+
+def _scorers(state: State) -> nn.ModuleDict:
+    found = {name: la.scorer for name, la in state.layers.items() if la.scorer is not None}
+    return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in found.items()})

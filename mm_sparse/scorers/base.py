@@ -23,6 +23,8 @@ from mm_sparse.selection import Scores
 class Scorer(nn.Module):
     """Base of all scorers: a subclass writes `score`, most in a few lines."""
 
+    _looked_at = False
+
     def forward(
         self,
         q: Tensor,
@@ -70,7 +72,7 @@ class Scorer(nn.Module):
         """
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if type(self).score is not Scorer.score:
-            return Scores(self.score(q, k, plan, scale), plan)
+            return Scores(self._checked(self.score(q, k, plan, scale), q, k, plan), plan)
         features = self._descriptors(q, k, plan, scale, cache)
         if plan.config.coarse_factor > 1 and not torch.is_grad_enabled():
             found = two_stage_scores(features, plan)
@@ -116,6 +118,16 @@ class Scorer(nn.Module):
                 "describe(q, k, plan, scale, cache)"
             )
         return features
+
+    def _checked(self, values: Tensor, q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+        """Scores of a subclass, if they are of the shape that selection needs."""
+        want = (q.shape[0], k.shape[1], plan.tiles.shape[1], plan.units.shape[1])
+        if not isinstance(values, Tensor) or tuple(values.shape) != want:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"{type(self).__name__}.score must give (B, K, T, U) {want}, got {got}"
+            )
+        return values
 
     def init_args(self) -> dict[str, Any]:
         """Keyword arguments of `__init__` that JSON can hold, for files of scorers.

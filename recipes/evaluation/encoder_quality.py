@@ -27,7 +27,6 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from itertools import chain, product, repeat
 from pathlib import Path
@@ -87,11 +86,9 @@ def compare(
     query_pools = 4 if stored is None else stored.query_pools
     for ratio, method, order, share in product(ratios, methods, orders, sampled):
         own = config(ratio, order, share, query_pools)
-        if method == "trained" and stored is not None:
-            own = replace(own, layer_ratio=stored.scaled(ratio).layer_ratio)
         with mms.sparse(subject.model, own, scorer=METHODS[method]), ExitStack() as stack:
             if method in STORED and scorers is not None:
-                mms.load_scorers(subject.model, scorers)
+                mms.load_scorers(subject.model, scorers, budgets=method == "trained")
             if method == "linformer" and linformers is not None:
                 stack.enter_context(override_attention(subject.model, linformers(ratio)))
             figures, density = subject.run()

@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 import mm_sparse as mms
 from mm_sparse.encoders.backbones import TimmVision
+from mm_sparse.integrations import is_sparsified
 from mm_sparse.recipes.data import PackedData
 from mm_sparse.recipes.datasets import packed, plain, prompts
 
@@ -163,7 +164,7 @@ class SpeechTask:
 
 def density(model: Any) -> float:
     """Mean over sparse layers; 1 without any."""
-    if not hasattr(model, "_mm_sparse"):
+    if not is_sparsified(model):
         return 1.0
     rows = [row.density for row in mms.report(model).rows if row.density is not None]
     return float(np.mean(rows)) if rows else 1.0

@@ -9,7 +9,7 @@ from torch import nn
 
 SELECTS = "it selects keys by itself (natively sparse attention)"
 BIAS = "it adds a bias to the logits"
-RELATIVE = "it adds relative positions to the logits"
+RELATIVE = "it adds a bias by relative position to the logits"
 
 
 def _always(module: Any) -> bool:

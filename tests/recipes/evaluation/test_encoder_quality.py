@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 import mm_sparse as mms
 from mm_sparse.encoders.vision import create_vision_encoder
+from mm_sparse.integrations import is_sparsified
 from mm_sparse.recipes.datasets import asterisk_prompts
 from mm_sparse.recipes.evaluation import encoder_quality, encoder_tasks
 from mm_sparse.recipes.pretrained import whisper
@@ -164,7 +165,7 @@ def test_budgets_of_layers_are_scaled_for_trained_scorers_alone(tmp_path) -> Non
 
     def seen() -> Any:
         found = run()
-        if hasattr(subject.model, "_mm_sparse"):
+        if is_sparsified(subject.model):
             rows = mms.report(subject.model).rows
             kept[len(kept)] = [round(float(row.density or 0), 2) for row in rows]
         return found
