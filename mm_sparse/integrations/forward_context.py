@@ -68,7 +68,11 @@ def current_context() -> Context:
 
 def current(owner: Any, default: Any = None) -> Any:
     """What is true of an owner now."""
-    return current_context().get(ref(owner), default)
+    # As `current_context`, written out: layers ask several times in a call.
+    task = _backward_pass()
+    recomputed = task != -1 and task == _RECOMPUTED.task
+    context = _RECOMPUTED.context if recomputed else _CONTEXT.get()
+    return context.get(ref(owner), default) if context else default
 
 
 def assign(owner: Any, value: Any) -> None:

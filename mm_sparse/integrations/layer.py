@@ -22,7 +22,7 @@ from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.discovery import AttentionModule
 from mm_sparse.integrations.last_call import LastCall, SelectionSnapshot, joined, thinned
 from mm_sparse.integrations.options import AttentionOptions
-from mm_sparse.integrations.shared_state import Shared
+from mm_sparse.integrations.shared_state import Settings, Shared
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import CallLayout, in_patch_order, restore
 from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
@@ -89,26 +89,35 @@ class SparseLayer(ABC):
         """Number of the layer in its decoder, None elsewhere."""
         return None
 
-    def known_mode(self) -> tuple[str, str]:
-        """Mode and reason as far as they are known before a call."""
-        if not {self.index, self.name}.isdisjoint(self.shared.config.dense_layers):
+    def known_mode(self, config: SparseConfig | None = None) -> tuple[str, str]:
+        """Mode and reason as far as they are known before a call.
+
+        Args:
+            config: of the model, of a caller who knows it.
+        """
+        config = self.shared.config if config is None else config
+        named = config.dense_layers
+        if named and not {self.index, self.name}.isdisjoint(named):
             return "dense", "in dense_layers"
         if self.refusal is not None:
             return "refused", self.refusal
         if self.cross:
             return "dense", "cross-attention"
-        if self.shared.config.backend == "dense":
+        if config.backend == "dense":
             return "dense", 'backend is "dense"'
         return "sparse", ""
 
-    def early_mode(self, tokens: int | None, device: torch.device) -> tuple[str, str]:
+    def early_mode(
+        self, tokens: int | None, device: torch.device, config: SparseConfig | None = None
+    ) -> tuple[str, str]:
         """The same of a call that sees so many tokens; None where they are another sequence's."""
-        known = self.known_mode()
+        config = self.shared.config if config is None else config
+        known = self.known_mode(config)
         if known[0] != "sparse":
             return known
         if tokens is None:
             return "dense", "cross-attention"
-        least = dense_length(self.shared.config, device)
+        least = dense_length(config, device)
         if tokens < least:
             return "dense", f"{tokens} tokens < dense_below ({least})"
         return "sparse", ""
@@ -145,7 +154,8 @@ class SparseLayer(ABC):
         settings = shared.settings
         start = _clock(q) if settings.timed else None
         call, kept, shown = None, None, (None, None)
-        mode, reason = self.early_mode(self._in_view(q, k, mask, options), q.device)
+        in_view = self._in_view(q, k, mask, options)
+        mode, reason = self.early_mode(in_view, q.device, settings.config)
         if mode == "sparse":
             problem: object = self._problem(q, k, v, mask, options)
             if problem is None:
@@ -164,14 +174,14 @@ class SparseLayer(ABC):
                     config = shared.layer_config(self.index, self.name, call.prefix)
                     call, q, k, v = in_patch_order(call, config, q, k, v)
         else:
-            config = shared.layer_config(self.index, self.name, call.prefix)
+            config = shared.layer_config(self.index, self.name, call.prefix, settings.config)
             # Before the tokens move: the cache knows its keys by their very tensor.
             alone = not settings.watchers and settings.attention_override is None
             cache = self._descriptors(k) if alone else None
             # Rotary embeddings come in float32 where the model does not: scores need no more.
             q, k, v = autocast_inputs(q, k, v)
             call, q, k, v = in_patch_order(call, config, q, k, v)
-            out, kept, shown = self._sparse(q, k, v, call, config, scale, cache)
+            out, kept, shown = self._sparse(q, k, v, call, config, scale, cache, settings)
             if ordered is None:
                 out = restore(out, call.layout, call.first, dim=1)
             result = format_output(out.contiguous())
@@ -193,10 +203,9 @@ class SparseLayer(ABC):
 
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, call: CallLayout, config: SparseConfig,
-        scale: float, cache: DescriptorCache | None,
+        scale: float, cache: DescriptorCache | None, settings: Settings,
     ) -> tuple[Tensor, SelectionSnapshot | None, Shown]:  # fmt: skip
         """(B, N, H, D), what to remember, and what watchers are shown."""
-        settings = self.shared.settings
         override = settings.attention_override
         if override is not None:
             given = AttentionCall(
@@ -204,7 +213,7 @@ class SparseLayer(ABC):
                 layout=call.layout, first=call.first,
             )  # fmt: skip
             return override(given).transpose(1, 2), None, (None, None)
-        scorer = self.ranks
+        scorer = settings.scorers.get(self.name, self._scorer) or _POOLED
         if scorer is not _POOLED:
             weight = next(scorer.parameters(), None)
             if weight is not None and weight.device != q.device:

@@ -67,9 +67,15 @@ class Shared:
         with assigned(self, replace(self.settings, **changes)):
             yield
 
-    def layer_config(self, index: int | None, name: str, prefix: int) -> SparseConfig:
-        """The config of a layer whose first `prefix` tokens are always kept; checked once."""
-        now = self.config
+    def layer_config(
+        self, index: int | None, name: str, prefix: int, now: SparseConfig | None = None
+    ) -> SparseConfig:
+        """The config of a layer whose first `prefix` tokens are always kept; checked once.
+
+        Args:
+            now: `self.config`, of a caller who knows it.
+        """
+        now = self.config if now is None else now
         config, made = self.own.get((name, prefix), (None, None))
         if made is None or config is not now:
             made = now.of_layer(index, name)
