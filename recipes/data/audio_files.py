@@ -9,8 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from mm_sparse.recipes.data.media_samples import MediaError
-from mm_sparse.recipes.data.samples import RATE
+from mm_sparse.recipes.data.samples import RATE, MediaError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MAX_SAMPLES = 1 << 28

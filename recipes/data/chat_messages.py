@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.recipes.data.audio_files import MAX_SAMPLES, read_audio
-from mm_sparse.recipes.data.media_samples import MediaSamples
-from mm_sparse.recipes.data.samples import Sample, Turn
+from mm_sparse.recipes.data.samples import MediaSamples, Sample, Turn
 from mm_sparse.recipes.data.speech_manifests import Segment, json_lines, need, segment_of
 
 ROLES = {"system": False, "user": False, "assistant": True}

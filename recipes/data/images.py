@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_sparse.recipes.data.media_samples import MediaError
+from mm_sparse.recipes.data.samples import MediaError
 
 MAX_PIXELS = 1 << 26
 """Pixels of an image at most: 8192 x 8192, which are 256 MiB with transparency."""

@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.recipes.data.images import MAX_PIXELS, on_white, to_tensor
-from mm_sparse.recipes.data.media_samples import MediaSamples
-from mm_sparse.recipes.data.samples import Sample, Turn
+from mm_sparse.recipes.data.samples import MediaSamples, Sample, Turn
 
 TAG = "<image>"
 SPEAKERS = {

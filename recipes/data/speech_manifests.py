@@ -4,7 +4,8 @@
     LibriSpeechTree("dev-clean")      reader/chapter/reader-chapter.trans.txt beside flac files
 
 Rows are checked when a file is read: a bad one is an error that names file and row. Audio is read
-when it is needed: a damaged file is skipped, counted and named as `MediaSamples` says. A text belongs to one split, with all clips that speak it.
+when it is needed: a damaged file is skipped, counted and named as `MediaSamples` says. A text
+belongs to one split, with all clips that speak it.
 """
 
 import json
@@ -17,8 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.recipes.data.audio_files import MAX_SAMPLES, SUFFIXES, read_audio
-from mm_sparse.recipes.data.media_samples import MediaSamples
-from mm_sparse.recipes.data.samples import Sample, Turn
+from mm_sparse.recipes.data.samples import MediaSamples, Sample, Turn
 from mm_sparse.recipes.data.splits import Split, check_split, split_of
 
 QUESTION = "Transcribe the speech."

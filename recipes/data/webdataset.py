@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mm_sparse.recipes.data.audio_files import MAX_SAMPLES, SUFFIXES, read_audio
-from mm_sparse.recipes.data.media_samples import MediaError
+from mm_sparse.recipes.data.samples import MediaError
 from mm_sparse.recipes.data.speech_manifests import QUESTION, Clip, Clips, need
 from mm_sparse.recipes.data.splits import Split
 
