@@ -16,12 +16,16 @@ MAX_SAMPLES = 1 << 28
 """Samples that are read at most: 1 GiB, 4.6 hours of 16 kHz or 1.5 hours of 48 kHz."""
 BLOCK = 1 << 20
 """Samples of all channels that are decoded at once."""
-MAX_FILTERS = 640
-"""Phases of the resampling filter at most; 11,025 Hz needs as many."""
+MIN_RATE, MAX_RATE = 1000, 1_000_000
+"""Samples in a second that a file may have: others come from damaged headers and take gigabytes."""
+MAX_FILTER = 1 << 22
+"""Numbers in the filter of a resampling at most."""
+MAX_PHASES = 640
+"""Phases of the filter where the exact one would be larger; 11,025 Hz needs as many."""
 
 
 def resample(wave: Tensor, rate: int) -> Tensor:
-    """(..., samples) at any rate to 16 kHz.
+    """(..., samples) at any rate to 16 kHz, in blocks whose size bounds the memory it takes.
 
     A rate whose ratio to 16 kHz is no fraction of small numbers is taken for the nearest one whose
     is, less than three millionths away: the filter would take gigabytes.
@@ -31,14 +35,30 @@ def resample(wave: Tensor, rate: int) -> Tensor:
     """
     if rate < 1:
         raise ValueError(f"rate must be at least 1, got {rate}")
-    if rate == RATE:
+    if rate == RATE or not wave.shape[-1]:
         return wave
     from torchaudio.functional import resample as torchaudio_resample
 
-    ratio = Fraction(rate, RATE).limit_denominator(MAX_FILTERS)
-    if not ratio:
-        ratio = Fraction(1, MAX_FILTERS)
-    return torchaudio_resample(wave, ratio.numerator, ratio.denominator)
+    ratio = Fraction(rate, RATE)
+    if ratio.denominator * (ratio.numerator + 2 * _reach(ratio)) > MAX_FILTER:
+        ratio = ratio.limit_denominator(MAX_PHASES)
+    old, new = ratio.numerator, ratio.denominator
+    # Blocks overlap by what the filter sees, in whole periods, so that they give what one run does.
+    context = -(-_reach(ratio) // old) + 1
+    periods = max(BLOCK // max(old, new), context)
+    blocks = []
+    for start in range(0, wave.shape[-1], periods * old):
+        before = min(start // old, context)
+        end = start + (periods + context) * old
+        block = torchaudio_resample(wave[..., start - before * old : end], old, new)
+        skipped = before * new
+        blocks.append(block[..., skipped : skipped + periods * new])
+    return torch.cat(blocks, -1)
+
+
+def _reach(ratio: Fraction) -> int:
+    """Samples that torchaudio's filter sees at either side, for its default width of 6."""
+    return math.ceil(6 * ratio.numerator / min(ratio.numerator, ratio.denominator) / 0.99)
 
 
 def read_audio(
@@ -60,8 +80,8 @@ def read_audio(
         max_samples: an error if there are more samples to read, at the file's rate or at 16 kHz:
             a damaged header may promise any number.
     Raises:
-        MediaError: it cannot be read, is empty, ends before `offset`, is too long, or holds numbers
-            that are not finite.
+        MediaError: it cannot be read, is empty, ends before `offset`, is too long, has a rate
+            below 1 kHz or above 1 MHz, or holds numbers that are not finite.
         ValueError: `offset`, `duration` or `max_samples` out of range.
     """
     if not (math.isfinite(offset) and offset >= 0):
@@ -89,6 +109,8 @@ def read_audio(
 def _decode(file: Any, offset: float, duration: float | None, max_samples: int) -> Tensor:
     """(samples,) of an open file, channels averaged, at its own rate."""
     rate, start = file.samplerate, round(offset * file.samplerate)
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise MediaError(f"its rate must be in [{MIN_RATE}, {MAX_RATE}] Hz, got {rate}")
     if start and start >= file.frames:
         end = file.frames / rate
         raise MediaError(f"offset must be before its end at {end:g} s, got {offset:g}")
