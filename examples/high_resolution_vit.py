@@ -23,7 +23,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse.analysis import kept_patches
 from mm_sparse.integrations import capture_attention
-from mm_sparse.recipes.data import to_tensor
+from mm_sparse.recipes.data import read_image, to_tensor
 from mm_sparse.recipes.models import VisionConfig
 
 NAME = "vit_small_patch14_dinov2"
@@ -37,7 +37,7 @@ def load_image(path: Path | None, size: int) -> Tensor:
 
         image = Image.fromarray(load_sample_image("china.jpg"))
     else:
-        image = Image.open(path).convert("RGB")
+        image = read_image(path).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

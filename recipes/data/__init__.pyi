@@ -1,11 +1,13 @@
 from .audio_files import read_audio as read_audio, resample as resample
 from .datamodule import SampleData as SampleData
-from .images import on_white as on_white, to_tensor as to_tensor
+from .images import on_white as on_white, read_image as read_image, to_tensor as to_tensor
 from .packed_inputs import PackedData as PackedData, write_packed as write_packed
 from .samples import (
     IGNORED as IGNORED,
     RATE as RATE,
     Batch as Batch,
+    MediaError as MediaError,
+    MediaSamples as MediaSamples,
     Sample as Sample,
     Samples as Samples,
     Turn as Turn,

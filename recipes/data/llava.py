@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
-from mm_sparse.recipes.data.images import on_white, to_tensor
-from mm_sparse.recipes.data.samples import Sample, Samples, Turn
+from mm_sparse.recipes.data.images import MAX_PIXELS, on_white, to_tensor
+from mm_sparse.recipes.data.samples import MediaSamples, Sample, Turn
 
 TAG = "<image>"
 SPEAKERS = {
@@ -27,14 +27,26 @@ SPEAKERS = {
 }
 
 
-class LlavaJson(Samples):
+class LlavaJson(MediaSamples):
     """Every row is checked when the file is read; images are opened when they are needed."""
 
-    def __init__(self, path: str, image_folder: str = ".", *, image_size: int = 224) -> None:
-        """Images are fitted into a white square of `image_size` pixels."""
+    def __init__(
+        self,
+        path: str,
+        image_folder: str = ".",
+        *,
+        image_size: int = 224,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """Images are fitted into a white square of `image_size` pixels.
+
+        `max_pixels` is that of `read_image`: an image with more counts as damaged.
+        """
+        super().__init__()
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.path, self.folder, self.image_size = Path(path), Path(image_folder), image_size
+        self.max_pixels = max_pixels
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -45,10 +57,15 @@ class LlavaJson(Samples):
         for index, row in enumerate(rows):
             self.check(index, row)
 
-    def error(self, index: int, problem: str) -> ValueError:
+    def name(self, index: int) -> str:
+        """File and row, with the row's id if it has one."""
         row = self.rows[index]
-        name = f" (id {row['id']!r})" if isinstance(row, dict) and "id" in row else ""
-        return ValueError(f"{self.path}: row {index}{name}: {problem}")
+        own = f" (id {row['id']!r})" if isinstance(row, dict) and "id" in row else ""
+        return f"{self.path}: row {index}{own}"
+
+    def error(self, index: int, problem: str) -> ValueError:
+        """An error that names file and row."""
+        return ValueError(f"{self.name(index)}: {problem}")
 
     def check(self, index: int, row: Any) -> None:
         """Refuses a row that cannot become a sample."""
@@ -94,20 +111,20 @@ class LlavaJson(Samples):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
+    def read(self, index: int) -> Sample:
         images = iter(self.images(index))
         turns = []
         for turn in self.rows[index]["conversations"]:
             content = []
             for number, text in enumerate(turn["value"].split(TAG)):
                 if number:
-                    path = next(images)
-                    try:
-                        pixels = on_white(path, self.image_size, self.image_size)
-                    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-                        raise self.error(index, f"image {str(path)!r}: {error}") from error
-                    content.append(to_tensor(pixels))
+                    content.append(self._image(index, next(images)))
                 if text:
                     content.append(text)
             turns.append(Turn(tuple(content), SPEAKERS[turn["from"]]))
         return Sample(tuple(turns), f"{self.path}: row {index}")
+
+    def _image(self, index: int, path: Path) -> Tensor:
+        name = f"{self.name(index)}: image {str(path)!r}"
+        size = self.image_size
+        return to_tensor(on_white(path, size, size, name=name, max_pixels=self.max_pixels))

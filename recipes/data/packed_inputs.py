@@ -6,7 +6,6 @@
 B inputs
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,12 +65,9 @@ class Packed(Dataset[Tensor]):
         item = self.items[index]
         if isinstance(item, np.ndarray):
             return torch.from_numpy(item).float() * MEL_STEP + MEL_LOW
-        from PIL import Image
+        from mm_sparse.recipes.data.images import read_image, to_tensor
 
-        from mm_sparse.recipes.data.images import to_tensor
-
-        with Image.open(io.BytesIO(item)) as file:
-            return to_tensor(np.array(file.convert("RGB")))
+        return to_tensor(np.array(read_image(item).convert("RGB")))
 
 
 class PackedData(L.LightningDataModule):

@@ -4,13 +4,12 @@
     LibriSpeechTree("dev-clean")      reader/chapter/reader-chapter.trans.txt beside flac files
 
 Rows are checked when a file is read: a bad one is an error that names file and row. Audio is read
-when it is needed: a file that holds none is skipped, counted in `skipped` and named in the log, and
-the next readable one takes its place. A text belongs to one split, with all clips that speak it.
+when it is needed: a damaged file is skipped, counted and named as `MediaSamples` says. A text
+belongs to one split, with all clips that speak it.
 """
 
 import json
-import logging
-from abc import abstractmethod
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,21 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_sparse.recipes.data.audio_files import SUFFIXES, MediaError, read_audio
-from mm_sparse.recipes.data.samples import Sample, Samples, Turn
+from mm_sparse.recipes.data.audio_files import MAX_SAMPLES, SUFFIXES, read_audio
+from mm_sparse.recipes.data.samples import MediaSamples, Sample, Turn
 from mm_sparse.recipes.data.splits import Split, check_split, split_of
 
-logger = logging.getLogger(__name__)
 QUESTION = "Transcribe the speech."
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of an audio file, or all of it."""
+
+    offset: float = 0.0
+    """Seconds before it."""
+    duration: float | None = None
+    """Seconds of it; to the end of the file if None."""
 
 
 @dataclass(frozen=True)
@@ -35,39 +43,11 @@ class Clip:
     name: str
     """File and row, for errors and logs."""
     duration: float | None = None
-    """Seconds."""
+    """Seconds, as far as they are known without reading it."""
     key: str | None = None
     """Text that decides on the split, `text` if None."""
-
-
-class MediaSamples(Samples):
-    """Rows that are read when they are asked for; one whose audio is bad is replaced."""
-
-    def __init__(self) -> None:
-        self.bad: dict[str, str] = {}
-
-    @property
-    def skipped(self) -> int:
-        """Rows whose audio could not be read, of those that were asked for in this process."""
-        return len(self.bad)
-
-    @abstractmethod
-    def read(self, index: int) -> Sample:
-        """The sample at a place; MediaError if there is no audio in it."""
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
-        for step in range(len(self)):
-            place = (index + step) % len(self)
-            try:
-                return self.read(place)
-            except MediaError as error:
-                key = str(place)
-                if key not in self.bad:
-                    self.bad[key] = str(error)
-                    logger.warning("skipped audio %d so far: %s", self.skipped, error)
-        raise MediaError(f"none of {len(self)} clips can be read, the first: {self.bad['0']}")
+    segment: Segment = Segment()
+    """The part of the file that it is."""
 
 
 class Clips(MediaSamples):
@@ -81,7 +61,9 @@ class Clips(MediaSamples):
         split: Split | None = None,
         question: str = QUESTION,
         max_seconds: float | None = None,
+        max_samples: int = MAX_SAMPLES,
     ) -> None:
+        """`max_samples` is that of `read_audio`: a clip with more counts as damaged."""
         super().__init__()
         if split is not None:
             check_split(split)
@@ -94,6 +76,7 @@ class Clips(MediaSamples):
                 f"max_seconds={max_seconds}"
             )
         self.clips, self.question = list(clips), question
+        self.max_samples = max_samples
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -102,7 +85,19 @@ class Clips(MediaSamples):
         return self.clips[index].duration
 
     def waveform(self, clip: Clip) -> Tensor:
-        return read_audio(clip.path, f"{clip.name}: {clip.path}")
+        """(samples,) of a clip.
+
+        Raises:
+            MediaError: it cannot be read.
+        """
+        segment = clip.segment
+        return read_audio(
+            clip.path,
+            f"{clip.name}: {clip.path}",
+            offset=segment.offset,
+            duration=segment.duration,
+            max_samples=self.max_samples,
+        )
 
     def read(self, index: int) -> Sample:
         clip = self.clips[index]
@@ -111,7 +106,10 @@ class Clips(MediaSamples):
 
 
 class Manifest(Clips):
-    """JSON lines with `audio_filepath`, `duration`, `text`; paths may be relative to the file."""
+    """JSON lines with `audio_filepath`, `duration`, `text`; paths may be relative to the file.
+
+    A row is `duration` seconds of its file, from `offset` seconds on if it has that key.
+    """
 
     def __init__(
         self,
@@ -122,6 +120,7 @@ class Manifest(Clips):
         answer: str = "text",
         split_by: str | None = None,
         max_seconds: float | None = None,
+        max_samples: int = MAX_SAMPLES,
     ) -> None:
         """
         Args:
@@ -131,28 +130,38 @@ class Manifest(Clips):
             split_by: key of the text that decides on the split, `answer` if None: one key for all
                 tasks keeps clips that one of them holds out from the others.
             max_seconds: longer clips are left out.
+            max_samples: a clip with more samples counts as damaged, whatever its row says.
         """
         clips = []
         for name, row in json_lines(path):
             file = need(name, row, "audio_filepath", str)
             text = need(name, row, answer, str)
-            seconds = need(name, row, "duration", (int, float))
+            need(name, row, "duration", (int, float))
+            segment = segment_of(name, row)
             if not text.strip():
                 raise ValueError(f"{name}: {answer!r} must hold words, got {text!r}")
-            if seconds <= 0:
-                raise ValueError(f"{name}: 'duration' must be positive, got {seconds}")
             audio_path = Path(path).parent / file
             if not audio_path.is_file():
                 raise ValueError(f"{name}: audio_filepath {str(audio_path)!r} is not a file")
             key = need(name, row, split_by, str) if split_by is not None else None
-            clips.append(Clip(audio_path, text, name, float(seconds), key))
-        super().__init__(clips, path, split=split, question=question, max_seconds=max_seconds)
+            clips.append(Clip(audio_path, text, name, segment.duration, key, segment))
+        super().__init__(
+            clips, path, split=split, question=question, max_seconds=max_seconds,
+            max_samples=max_samples,
+        )  # fmt: skip
 
 
 class LibriSpeechTree(Clips):
     """A folder with `*.trans.txt` files, "ID TEXT" in each line, and ID.flac (or wav) beside."""
 
-    def __init__(self, root: str, *, split: Split | None = None, question: str = QUESTION) -> None:
+    def __init__(
+        self,
+        root: str,
+        *,
+        split: Split | None = None,
+        question: str = QUESTION,
+        max_samples: int = MAX_SAMPLES,
+    ) -> None:
         import soundfile
 
         clips = []
@@ -168,22 +177,23 @@ class LibriSpeechTree(Clips):
                     raise ValueError(f"{name}: {key} has no file among {', '.join(SUFFIXES)}")
                 try:
                     seconds = soundfile.info(file).duration
-                except soundfile.SoundFileError:
+                # A decoder raises whatever a damaged file leads it to.
+                except Exception:
                     seconds = 0.0  # Skipped and named when it is read.
                 clips.append(Clip(file, text.lower(), name, seconds))
-        super().__init__(clips, root, split=split, question=question)
+        super().__init__(clips, root, split=split, question=question, max_samples=max_samples)
 
 
 def json_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a file, each with a name for errors; empty lines are passed over."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(Path(path).read_bytes().splitlines()):
         name = f"{path}: row {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{name}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{name}: must be an object, got {type(row).__name__}")
@@ -199,3 +209,23 @@ def need(name: str, row: dict[str, Any], key: str, kind: Any) -> Any:
         got = repr(value) if key in row else "nothing"
         raise ValueError(f"{name}: {key!r} must be a {wanted}, got {got}")
     return value
+
+
+def segment_of(name: str, row: dict[str, Any]) -> Segment:
+    """The part of an audio file that a row names by `offset` and `duration`, both in seconds.
+
+    Raises:
+        ValueError: one of them is no finite number, `offset` is below 0, or `duration` not above.
+    """
+    values = {}
+    for key, default in (("offset", 0.0), ("duration", None)):
+        value = row.get(key)
+        if value is None:
+            values[key] = default
+            continue
+        number = need(name, row, key, (int, float))
+        if not math.isfinite(number) or number < 0 or (key == "duration" and not number):
+            low = "at least 0" if key == "offset" else "positive"
+            raise ValueError(f"{name}: {key!r} must be finite and {low}, got {number}")
+        values[key] = float(number)
+    return Segment(**values)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_sparse.recipes.data.audio_files import SUFFIXES, read_audio
+from mm_sparse.recipes.data.audio_files import MAX_SAMPLES, SUFFIXES, read_audio
+from mm_sparse.recipes.data.samples import MediaError
 from mm_sparse.recipes.data.speech_manifests import QUESTION, Clip, Clips, need
 from mm_sparse.recipes.data.splits import Split
 
@@ -28,8 +29,13 @@ class TarShards(Clips):
         split: Split | None = None,
         question: str = QUESTION,
         answer: str = "text",
+        max_samples: int = MAX_SAMPLES,
     ) -> None:
-        """`answer` is the key of a JSON member that the model is to say."""
+        """
+        Args:
+            answer: key of a JSON member that the model is to say.
+            max_samples: that of `read_audio`; a clip with more counts as damaged.
+        """
         clips: list[Clip] = []
         self.places: dict[str, tuple[int, int]] = {}
         for path in paths:
@@ -41,14 +47,19 @@ class TarShards(Clips):
                     text = _text_of(file, name, members, answer)
                 self.places[name] = members[suffix[1:]]
                 clips.append(Clip(Path(path), text, name))
-        super().__init__(clips, ", ".join(paths), split=split, question=question)
+        source = ", ".join(paths)
+        super().__init__(clips, source, split=split, question=question, max_samples=max_samples)
 
     def size(self, index: int) -> float | None:
         """Bytes: of one format and rate they grow with time."""
         return float(self.places[self.clips[index].name][1])
 
     def waveform(self, clip: Clip) -> Tensor:
-        return read_audio(_slice(clip.path, self.places[clip.name]), clip.name)
+        try:
+            data = _slice(clip.path, self.places[clip.name])
+        except OSError as error:
+            raise MediaError(f"{clip.name}: {error}") from error
+        return read_audio(data, clip.name, max_samples=self.max_samples)
 
 
 def shard_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -78,9 +89,14 @@ def _text_of(file: Any, name: str, members: dict[str, tuple[int, int]], answer: 
     if kind not in members:
         raise ValueError(f"{name}: must have a txt or a json member beside the audio")
     file.seek(members[kind][0])
-    text: Any = file.read(members[kind][1]).decode("utf-8")
-    if kind == "json":
-        text = need(name, json.loads(text), answer, str)
+    try:
+        text: Any = file.read(members[kind][1]).decode("utf-8")
+        row = json.loads(text) if kind == "json" else {answer: text}
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: its {kind} member is not {kind.upper()}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{name}: its json member must be an object, got {type(row).__name__}")
+    text = need(name, row, answer, str)
     if not text.strip():
         raise ValueError(f"{name}: {answer!r} must hold words, got {text!r}")
     return text.strip()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mm_sparse.recipes.data import CORPUS_SPLITS, file_split, read_text, write_packed
+from mm_sparse.recipes.data import CORPUS_SPLITS, file_split, read_image, read_text, write_packed
 
 FONTS = "/usr/share/fonts/truetype/dejavu"
 FACES = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSans-Bold.ttf")
@@ -31,8 +31,7 @@ WIDTHS = (0.56, 0.58, 0.62, 0.64)
 
 def photo(path: Path, rng: np.random.Generator, size: int) -> Image.Image:
     """A random square of a photograph, at least half as wide as it is high or wide."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = read_image(path).convert("RGB")
     short = min(image.size)
     side = int(short * rng.uniform(0.5, 1))
     left = int(rng.integers(0, image.width - side + 1))
@@ -51,8 +50,7 @@ def canvas(paths: Sequence[Path], rng: np.random.Generator, size: int) -> Image.
     for place in range(side * side):
         if side > 1 and rng.random() < 0.15:
             continue
-        with Image.open(paths[int(rng.integers(len(paths)))]) as file:
-            drawing = file.convert("RGBA")
+        drawing = read_image(paths[int(rng.integers(len(paths)))])
         width = max(int(cell * rng.uniform(0.5, 0.98)), 1)
         ratio = width / max(drawing.size)
         shape = max(int(drawing.width * ratio), 1), max(int(drawing.height * ratio), 1)

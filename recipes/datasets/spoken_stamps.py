@@ -12,8 +12,8 @@ import torch
 from mm_sparse.recipes.data import (
     RATE,
     SPLITS,
+    MediaSamples,
     Sample,
-    Samples,
     Split,
     Turn,
     WordTokenizer,
@@ -33,7 +33,7 @@ class YesNoTokenizer(WordTokenizer):
         super().__init__(["is", "this", "it", "?", "yes", "no"])
 
 
-class SpokenStamps(Samples):
+class SpokenStamps(MediaSamples):
     """Image, spoken caption, "is this it?", yes or no; several of these in one sample.
 
     Half of the captions belong to another stamp of the split. Captions of the splits differ.
@@ -51,6 +51,7 @@ class SpokenStamps(Samples):
         seed: int = 0,
     ) -> None:
         """`pairs` of image and audio stand in a sample; an audio clip ends after `seconds`."""
+        super().__init__()
         check_split(split)
         for name, value in (("length", length), ("pairs", pairs), ("image_size", image_size)):
             if value < 1:
@@ -70,9 +71,7 @@ class SpokenStamps(Samples):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index must be in [0, {self.length}), got {index}")
+    def read(self, index: int) -> Sample:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         turns: list[Turn] = []
         for _ in range(self.pairs):

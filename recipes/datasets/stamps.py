@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from mm_sparse.recipes.data import Sample, Samples, Turn, on_white, to_tensor
+from mm_sparse.recipes.data import MediaSamples, Sample, Turn, on_white, to_tensor
 
 Split = Literal["train", "validation"]
 STAMPS = "/usr/share/tuxpaint/stamps"
@@ -52,7 +52,7 @@ def find_stamps(root: str | Path = STAMPS, max_words: int | None = None) -> tupl
     return tuple(stamps)
 
 
-class StampGrids(Samples):
+class StampGrids(MediaSamples):
     """n x n stamps on a canvas, and what is in which row and column.
 
     What is held out is the arrangement: both splits draw from the same stamps, since a caption that
@@ -76,6 +76,7 @@ class StampGrids(Samples):
         """`side` stamps a row; `kinds` limits how many different captions there are, of up to
         `max_words` words; `skip` are folders that are left out (an "s" and an "S" of one size look
         the same); `questions` ask for different cells, one turn each."""
+        super().__init__()
         check_split(split)
         if not 1 <= side <= len(ORDINALS):
             raise ValueError(f"side must be in [1, {len(ORDINALS)}], got {side}")
@@ -103,9 +104,7 @@ class StampGrids(Samples):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index must be in [0, {self.length}), got {index}")
+    def read(self, index: int) -> Sample:
         rng = np.random.default_rng([self.seed, int(self.split == "validation"), index])
         n, cell = self.side, self.image_size // self.side
         chosen = rng.choice(len(self.stamps), n * n, replace=False)

@@ -46,10 +46,10 @@ def middle_square(path: Path, size: int) -> Tensor:
     """(3, size, size) in [0, 1] of an image file."""
     from PIL import Image, ImageOps
 
-    from mm_sparse.recipes.data import to_tensor
+    from mm_sparse.recipes.data import read_image, to_tensor
 
-    with Image.open(path) as file:
-        image = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    image = read_image(path).convert("RGB")
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return to_tensor(np.array(image))
 
 

@@ -1,6 +1,7 @@
 """The data sets and the data module of the vision-language recipe."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -138,10 +139,14 @@ def test_bad_row_error_names_file_and_row(llava, bad, message):
         llava(row(), bad)
 
 
-def test_unreadable_image_names_file_and_row(llava):
+def test_unreadable_image_is_skipped_counted_and_named_with_file_and_row(llava, caplog):
     data = llava(row(), row(image="broken.png"))
-    with pytest.raises(ValueError, match=r"rows.json: row 1 \(id 'x1'\): image .*broken.png"):
-        data[1]
+    with caplog.at_level("WARNING"):
+        assert [data[1].name, data[1].name] == [data[0].name] * 2
+    assert data.skipped == len(caplog.records) == 1
+    assert re.search(r"rows.json: row 1 \(id 'x1'\): image .*broken.png", caplog.text)
+    with pytest.raises(ValueError, match=r"none of 1 samples .* row 0 \(id 'x1'\): image .*broken"):
+        llava(row(image="broken.png"))[0]
 
 
 @pytest.mark.parametrize(

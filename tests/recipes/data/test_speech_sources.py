@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mm_sparse.recipes.data.audio_files import SUFFIXES, MediaError, read_audio
+from mm_sparse.recipes.data import audio_files
+from mm_sparse.recipes.data.audio_files import SUFFIXES, MediaError, read_audio, resample
 from mm_sparse.recipes.data.chat_messages import Messages
 from mm_sparse.recipes.data.samples import RATE, Turn
 from mm_sparse.recipes.data.speech_manifests import LibriSpeechTree, Manifest
@@ -88,7 +89,7 @@ def test_a_bad_file_is_skipped_counted_and_named_and_the_run_goes_on(tmp_path, r
     assert data.skipped == 2
     assert [name.rsplit(" ", 1)[1] for name in names] == ["0", "3", "3", "3"]
     assert len(caplog.records) == 2
-    assert "skipped audio 1 so far" in caplog.text
+    assert "skipped sample 1 so far" in caplog.text
     assert "row 1" in caplog.text
     assert "2.wav" in caplog.text
 
@@ -96,7 +97,9 @@ def test_a_bad_file_is_skipped_counted_and_named_and_the_run_goes_on(tmp_path, r
 def test_no_readable_file_at_all_is_an_error(tmp_path, rows):
     (tmp_path / "0.wav").write_bytes(b"")
     data = Manifest(write_manifest(tmp_path, rows[:1]))
-    with pytest.raises(MediaError, match=r"none of 1 clips can be read, the first: .*row 0.*0.wav"):
+    with pytest.raises(
+        MediaError, match=r"none of 1 samples can be read, the first: .*row 0.*0.wav"
+    ):
         data[0]
 
 
@@ -108,7 +111,11 @@ def test_no_readable_file_at_all_is_an_error(tmp_path, rows):
         ({"audio_filepath": None}, "row 1: 'audio_filepath' must be a str, got None"),
         ({"audio_filepath": "gone.wav"}, "row 1: audio_filepath '.*gone.wav' is not a file"),
         ({"duration": "2"}, "row 1: 'duration' must be a number, got '2'"),
-        ({"duration": 0}, "row 1: 'duration' must be positive, got 0"),
+        ({"duration": 0}, "row 1: 'duration' must be finite and positive, got 0"),
+        ({"duration": float("nan")}, "row 1: 'duration' must be finite and positive, got nan"),
+        ({"offset": -1}, "row 1: 'offset' must be finite and at least 0, got -1"),
+        ({"offset": float("inf")}, "row 1: 'offset' must be finite and at least 0, got inf"),
+        ({"offset": "1"}, "row 1: 'offset' must be a number, got '1'"),
         ({"text": " "}, "row 1: 'text' must hold words, got ' '"),
     ],
 )
@@ -238,9 +245,102 @@ def test_messages_hold_audio_among_text(tmp_path):
             [message(content=[{"type": "audio", "path": "b.wav"}])],
             "must be an audio file, got 'b.w",
         ),
+        (
+            [message(content=[{"type": "audio", "path": "a.wav", "duration": 0}])],
+            "row 0: message 0: 'duration' must be finite and positive, got 0",
+        ),
     ],
 )
 def test_bad_messages_are_named(tmp_path, messages, wanted):
     soundfile.write(tmp_path / "a.wav", tone(), RATE)
     with pytest.raises(ValueError, match=wanted):
         Messages(write_manifest(tmp_path, [{"messages": messages}]))
+
+
+@pytest.fixture
+def stairs(tmp_path):
+    """Five seconds at 8 kHz, each of a level of its own, in wav, flac, ogg and mp3 files."""
+    wave = np.repeat(np.float32([0.1, 0.2, 0.3, 0.4, 0.5]), 8000)
+    for suffix in ("wav", "flac", "ogg"):
+        soundfile.write(tmp_path / f"long.{suffix}", wave, 8000)
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_rows_are_segments_of_their_file(stairs, suffix):
+    segment = {"audio_filepath": f"long.{suffix}", "duration": 1.0, "text": "one"}
+    rows = [{**segment, "offset": float(number)} for number in range(5)]
+    data = Manifest(write_manifest(stairs, [segment, *rows]))
+    for index, level in enumerate((0.1, 0.1, 0.2, 0.3, 0.4, 0.5)):
+        (wave,) = data[index].audio
+        assert len(wave) == RATE
+        assert float(wave[2000:-2000].mean()) == pytest.approx(level, abs=0.02)
+    parts = [{"type": "audio", "path": f"long.{suffix}", "offset": 3, "duration": 0.5}]
+    talk = {"messages": [message(content=parts), message("assistant", content="four")]}
+    (wave,) = Messages(write_manifest(stairs, [talk]))[0].audio
+    assert len(wave) == RATE // 2
+    assert float(wave[2000:-2000].mean()) == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_segment_is_sought_and_not_read_from_the_start(stairs, monkeypatch):
+    counts = []
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda *args, **kw: counts.append(args[1]) or read(*args, **kw)
+    )
+    read_audio(stairs / "long.wav", offset=4.0, duration=0.5)
+    assert counts == [4000]
+
+
+def test_a_segment_behind_the_end_is_skipped_and_named(stairs, caplog):
+    row = {"audio_filepath": "long.wav", "duration": 1.0, "text": "one"}
+    data = Manifest(write_manifest(stairs, [{**row, "offset": 5}, {**row, "offset": 4.5}]))
+    with caplog.at_level(logging.WARNING):
+        assert len(data[0].audio[0]) == RATE // 2
+    assert "row 0: " in caplog.text
+    assert "offset must be before its end at 5 s, got 5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"offset": -0.5}, "offset must be a finite number of at least 0, got -0.5"),
+        ({"duration": 0}, "duration must be None or a finite number above 0, got 0"),
+        ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_of_a_segment_are_refused(stairs, options, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        read_audio(stairs / "long.wav", **options)
+
+
+def test_samples_are_limited_at_the_files_rate_and_at_16_khz(stairs):
+    assert len(read_audio(stairs / "long.wav", max_samples=80_000)) == 80_000
+    with pytest.raises(MediaError, match=r"long\.wav: .* up to max_samples=79999 samples"):
+        read_audio(stairs / "long.wav", max_samples=79_999)
+    assert len(read_audio(stairs / "long.wav", duration=0.1, max_samples=1600)) == 1600
+
+
+@pytest.mark.parametrize("rate", [11_127, 15_999, 44_101, 655_349])
+def test_odd_rates_take_no_gigabytes(tmp_path, rate):
+    wave = np.sin(2 * np.pi * 440 * np.arange(rate // 4) / rate)
+    soundfile.write(tmp_path / "odd.wav", wave, rate)
+    audio = read_audio(tmp_path / "odd.wav")
+    assert len(audio) == pytest.approx(RATE / 4, abs=2)
+    assert int(torch.fft.rfft(audio).abs().argmax()) == 110
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 15_999, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("count", [0, 1, 777, 30_000])
+def test_blocks_of_a_resampling_give_what_one_run_does(monkeypatch, rate, count):
+    wave = torch.randn(2, count, generator=torch.Generator().manual_seed(0))
+    whole = resample(wave, rate)
+    monkeypatch.setattr(audio_files, "BLOCK", 1000)
+    torch.testing.assert_close(resample(wave, rate), whole)
+
+
+@pytest.mark.parametrize("rate", [999, 1_000_001])
+def test_rates_of_damaged_headers_are_refused(tmp_path, rate):
+    soundfile.write(tmp_path / "odd.wav", tone(0.01), rate)
+    with pytest.raises(MediaError, match=rf"odd\.wav: its rate must be in .* Hz, got {rate}"):
+        read_audio(tmp_path / "odd.wav")
