@@ -21,7 +21,7 @@ import lightning as L
 import torch
 
 import mm_sparse as mms
-from mm_sparse.analysis import draw_scene, save
+from mm_sparse.analysis import draw_sample, save
 from mm_sparse.recipes.datasets import DigitCanvases
 from mm_sparse.recipes.metrics import densities
 from mm_sparse.recipes.models import VisionConfig
@@ -84,7 +84,7 @@ def held_out(cli: Any, length: int) -> dict[str, float]:
 def draw(cli: Any, path: Path) -> str:
     """Draw which patches one held-out question kept; returns the question and the answers."""
     shown = inspection_sample(cli.model.eval(), cli.datamodule.collator, canvases(cli, 1)[0])
-    save(draw_scene(shown)["picture-1"], path)
+    save(draw_sample(shown)["image-1"], path)
     return shown.caption.replace("\n", " ")
 
 

@@ -60,9 +60,9 @@ class SparseConfig:
     bidirectional: tuple[Modality, ...] = (Modality.IMAGE,)
     """Modalities whose segments see themselves in both directions inside causal sequences."""
     patch_order: bool = True
-    """Whether tiles and units of a picture are compact patches of its grid (8 x 8 and 4 x 4 tokens
+    """Whether tiles and units of an image are compact patches of its grid (8 x 8 and 4 x 4 tokens
     for 64 and 16) instead of runs along its rows. Only where the grid is known and every query sees
-    all of the picture or none of it."""
+    all of the image or none of it."""
     sinks: int = 64
     """First tokens of a document, always kept."""
     window: int = 128
@@ -202,7 +202,7 @@ class SparseConfig:
 
         Args:
             kind: "text" for causal language models, "vision" for encoders of images, "audio" for
-                encoders of sound.
+                encoders of audio.
             changes: fields that differ.
         Raises:
             ValueError: there is no such preset.

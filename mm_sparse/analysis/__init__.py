@@ -1,4 +1,4 @@
-"""What layers kept: reports, heat maps, pictures, an HTML page."""
+"""What layers kept: reports, heat maps, figures, an HTML page."""
 
 from mm_sparse._exports import lazy_exports
 

@@ -2,7 +2,7 @@ from .html_page import (
     AudioView as AudioView,
     ImageView as ImageView,
     InspectionSample as InspectionSample,
-    draw_scene as draw_scene,
+    draw_sample as draw_sample,
     write_page as write_page,
 )
 from .layer_report import Report as Report, report as report

@@ -1,4 +1,4 @@
-"""Pictures of a report: density by modality of query and key, and by layer and head."""
+"""Figures of a report: density by modality of query and key, and by layer and head."""
 
 from __future__ import annotations
 

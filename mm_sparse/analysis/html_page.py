@@ -29,7 +29,7 @@ from mm_sparse.integrations import AttentionCall, capture_attention
 from mm_sparse.selection import Selection
 
 LAYERS = 4
-"""Layers that are drawn over a picture or a sound, spread evenly over the model."""
+"""Layers that are drawn over an image or an audio clip, spread evenly over the model."""
 EDGE = 12
 """Tokens that are shown at either end of a long run that no head kept."""
 STYLE = """
@@ -56,7 +56,7 @@ NOTES = {
 
 @dataclass(frozen=True, eq=False)
 class ImageView:
-    """A picture of the sample: where its tokens begin, and their grid."""
+    """An image of the sample: where its tokens begin, and their grid."""
 
     pixels: Tensor
     """(3, height, width) in [0, 1]."""
@@ -68,7 +68,7 @@ class ImageView:
 
 @dataclass(frozen=True, eq=False)
 class AudioView:
-    """A sound of the sample: where its tokens begin, and how many there are."""
+    """An audio clip of the sample: where its tokens begin, and how many there are."""
 
     spectrogram: Tensor
     """(bins, frames)."""
@@ -90,81 +90,81 @@ class InspectionSample:
     """Positions whose keys are drawn: those of a question, for one."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Headings and texts that stand on top."""
-    sights: Sequence[ImageView] = ()
-    sounds: Sequence[AudioView] = ()
+    images: Sequence[ImageView] = ()
+    audio: Sequence[AudioView] = ()
     caption: str = ""
     """Title of the figures: question, the model's answer and the true one, for one."""
     words: Sequence[str] = ()
     """Every token of the row as text: the page shows which of them were kept."""
 
 
-def draw_scene(scene: InspectionSample) -> dict[str, Any]:
-    """Run the scene once, without gradients; matplotlib figures by name."""
-    return _figures(scene, _run(scene))
+def draw_sample(sample: InspectionSample) -> dict[str, Any]:
+    """Run the sample once, without gradients; matplotlib figures by name."""
+    return _figures(sample, _run(sample))
 
 
-def _run(scene: InspectionSample) -> dict[str, Selection]:
+def _run(sample: InspectionSample) -> dict[str, Selection]:
     """What layers kept, by name: of `LAYERS` layers that ran sparse."""
-    if not scene.parts:
+    if not sample.parts:
         raise ValueError("parts must hold a sparsified model, got none")
-    reader = "language" if "language" in scene.parts else next(iter(scene.parts))
+    reader = "language" if "language" in sample.parts else next(iter(sample.parts))
     kept: dict[str, Selection] = {}
 
     def keep(call: AttentionCall) -> None:
         if call.selection is not None:
             kept[call.name] = call.selection
 
-    with torch.no_grad(), capture_attention(scene.parts[reader], keep):
-        scene.run()
+    with torch.no_grad(), capture_attention(sample.parts[reader], keep):
+        sample.run()
     return {name: kept[name] for name in _spread(list(kept), LAYERS)}
 
 
-def _figures(scene: InspectionSample, chosen: Mapping[str, Selection]) -> dict[str, Any]:
+def _figures(sample: InspectionSample, chosen: Mapping[str, Selection]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for number, sight in enumerate(scene.sights if chosen else ()):
-        shares = kept_patches(chosen, scene.queries, sight.pixels, sight.grid, start=sight.start)
-        found[f"picture-{number + 1}"] = draw_patches(
-            shares, sight.pixels, scene.caption, asked=sight.asked,
-            queries=query_boxes(scene.queries, sight.start, sight.grid, sight.pixels),
+    for number, image in enumerate(sample.images if chosen else ()):
+        shares = kept_patches(chosen, sample.queries, image.pixels, image.grid, start=image.start)
+        found[f"image-{number + 1}"] = draw_patches(
+            shares, image.pixels, sample.caption, asked=image.asked,
+            queries=query_boxes(sample.queries, image.start, image.grid, image.pixels),
         )  # fmt: skip
-    for number, sound in enumerate(scene.sounds if chosen else ()):
-        mel = sound.spectrogram
-        shares = kept_frames(chosen, scene.queries, mel, sound.count, start=sound.start)
-        own = [q - sound.start for q in scene.queries if 0 <= q - sound.start < sound.count]
-        found[f"sound-{number + 1}"] = draw_frames(
-            shares, mel, sound.seconds, scene.caption, queries=own
+    for number, clip in enumerate(sample.audio if chosen else ()):
+        mel = clip.spectrogram
+        shares = kept_frames(chosen, sample.queries, mel, clip.count, start=clip.start)
+        own = [q - clip.start for q in sample.queries if 0 <= q - clip.start < clip.count]
+        found[f"audio-{number + 1}"] = draw_frames(
+            shares, mel, clip.seconds, sample.caption, queries=own
         )
-    for name, part in scene.parts.items():
+    for name, part in sample.parts.items():
         own = report(part)
         ran = [row for row in own.rows if row.mode == "sparse" and row.density is not None]
         if not ran:
             continue
         # Of a text, a map of one colour says nothing that the table of layers does not say.
-        if not scene.words or any(len(row.pair_density or {}) > 1 for row in ran):
+        if not sample.words or any(len(row.pair_density or {}) > 1 for row in ran):
             found[f"{name}-modalities"] = draw_modalities(own)
         heads = [density for row in ran for density in row.head_density]
-        if not scene.words or max(heads) - min(heads) > 0.005:
+        if not sample.words or max(heads) - min(heads) > 0.005:
             found[f"{name}-heads"] = draw_heads(own)
     return found
 
 
-def write_page(scene: InspectionSample, path: str | Path) -> Path:
-    """Draw the scene into one HTML file; its pictures lie inside it."""
-    body = [f"<h1>{html.escape(scene.title)}</h1>", _texts(scene.texts)]
-    chosen = _run(scene)
-    if scene.words and chosen:
+def write_page(sample: InspectionSample, path: str | Path) -> Path:
+    """Draw the sample into one HTML file; its figures lie inside it."""
+    body = [f"<h1>{html.escape(sample.title)}</h1>", _texts(sample.texts)]
+    chosen = _run(sample)
+    if sample.words and chosen:
         body.append(f"<h2>Kept tokens</h2><p>{NOTES['tokens']}</p>")
-        body += [_shaded(name, selection, scene) for name, selection in chosen.items()]
-    for name, figure in _figures(scene, chosen).items():
+        body += [_shaded(name, selection, sample) for name, selection in chosen.items()]
+    for name, figure in _figures(sample, chosen).items():
         title, _, kind = name.replace("-", " ", 1).partition(" ")
         note = NOTES.get(kind, NOTES["kept"])
         body.append(f"<h2>{html.escape(title.capitalize())} {kind}</h2><p>{note}</p>")
-        body.append(_picture(figure))
-    for name, part in scene.parts.items():
+        body.append(_figure(figure))
+    for name, part in sample.parts.items():
         body.append(f"<h2>Layers of {html.escape(name)}</h2>{_table(report(part))}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f'<meta charset="utf-8"><title>{html.escape(scene.title)}</title>'
+    head = f'<meta charset="utf-8"><title>{html.escape(sample.title)}</title>'
     page = f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>'
     path.write_text(page + "\n".join(body) + "</body></html>\n", encoding="utf-8")
     return path
@@ -181,22 +181,22 @@ def _texts(texts: Mapping[str, str]) -> str:
     return f"<dl>{''.join(lines)}</dl>"
 
 
-def _shaded(name: str, selection: Selection, scene: InspectionSample) -> str:
+def _shaded(name: str, selection: Selection, sample: InspectionSample) -> str:
     """The tokens that a layer's queries see, shaded by the share of heads that kept each."""
-    shares = kept_share(selection, scene.queries).tolist()
-    if len(scene.words) != len(shares):
+    shares = kept_share(selection, sample.queries).tolist()
+    if len(sample.words) != len(shares):
         raise ValueError(
-            f"words must hold the {len(shares)} tokens of the row, got {len(scene.words)}"
+            f"words must hold the {len(shares)} tokens of the row, got {len(sample.words)}"
         )
-    seen = max(scene.queries) + 1
+    seen = max(sample.queries) + 1
     kept = sum(shares[:seen]) / seen
     pieces: list[str] = []
     # Neighbours of one share are one element: units are kept or dropped as a whole.
     for share, run in groupby(range(seen), key=shares.__getitem__):
         places = list(run)
-        words = [_word(scene.words[place], place in scene.queries) for place in places]
+        words = [_word(sample.words[place], place in sample.queries) for place in places]
         hidden = len(words) - 2 * EDGE
-        if share == 0 and hidden > EDGE and not set(places) & set(scene.queries):
+        if share == 0 and hidden > EDGE and not set(places) & set(sample.queries):
             note = f"<i> [{hidden} more that no head kept] </i>"
             words = [*words[:EDGE], note, *words[-EDGE:]]
         dark = ";color:#fff" if share > 0.6 else ""
@@ -209,7 +209,7 @@ def _word(word: str, outlined: bool) -> str:
     return f"<mark>{html.escape(word)}</mark>" if outlined else html.escape(word)
 
 
-def _picture(figure: Any) -> str:
+def _figure(figure: Any) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     code = base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Pictures of what selections kept: over a picture, over a spectrogram.
+"""Figures of what selections kept: over an image, over a spectrogram.
 
 Maps of density by modality and by head are in `mm_sparse.analysis.heatmaps`.
 
@@ -18,7 +18,7 @@ from mm_sparse.modality import Modality
 from mm_sparse.selection import Selection
 
 Box = tuple[float, float, float, float]
-"""Pixels (top, left, bottom, right) of a picture."""
+"""Pixels (top, left, bottom, right) of an image."""
 
 
 def kept_share(selection: Selection, tokens: Sequence[int], row: int = 0) -> Tensor:
@@ -58,7 +58,7 @@ def kept_share(selection: Selection, tokens: Sequence[int], row: int = 0) -> Ten
 def kept_patches(
     selections: Mapping[str, Selection] | Selection,
     tokens: Sequence[int],
-    picture: Tensor,
+    image: Tensor,
     grid: tuple[int, int],
     path: str | Path | None = None,
     *,
@@ -67,40 +67,40 @@ def kept_patches(
     title: str = "",
     asked: Box | None = None,
 ) -> dict[str, Tensor]:
-    """Which patches of a picture the query `tokens` kept, layer by layer, as a PNG.
+    """Which patches of an image the query `tokens` kept, layer by layer, as a PNG.
 
-    Queries that are patches of the picture are outlined, and so is what was asked for.
+    Queries that are patches of the image are outlined, and so is what was asked for.
 
     Args:
         selections: of one layer, or of several by name.
         tokens: positions of the queries in the sequence, a question's for one.
-        picture: (3, height, width) in [0, 1].
-        grid: (h, w) image tokens of the picture.
+        image: (3, height, width) in [0, 1].
+        grid: (h, w) image tokens of the image.
         path: where the drawing goes; None draws nothing.
         row: row of the batch.
-        start: position of the picture's first token; the row's first image token if None.
+        start: position of the image's first token; the row's first image token if None.
         title: text above: the question, what the model answers and what is true, for one.
         asked: pixels (top, left, bottom, right) of what a question asks for.
     Returns:
         By layer, (h, w): share of heads and of the given tokens that kept a patch.
     """
-    if picture.dim() != 3 or picture.shape[0] != 3:
-        raise ValueError(f"picture must be (3, height, width), got {tuple(picture.shape)}")
+    if image.dim() != 3 or image.shape[0] != 3:
+        raise ValueError(f"image must be (3, height, width), got {tuple(image.shape)}")
     h, w = grid
     kept, first = _kept_of(selections, tokens, Modality.IMAGE, h * w, row, start, "grid")
     shares = {name: share.view(h, w) for name, share in kept.items()}
     if path is not None:
-        own = query_boxes(tokens, first, grid, picture)
-        save(draw_patches(shares, picture, title, queries=own, asked=asked), path)
+        own = query_boxes(tokens, first, grid, image)
+        save(draw_patches(shares, image, title, queries=own, asked=asked), path)
     return shares
 
 
 def query_boxes(
-    tokens: Sequence[int], first: int, grid: tuple[int, int], picture: Tensor
+    tokens: Sequence[int], first: int, grid: tuple[int, int], image: Tensor
 ) -> list[Box]:
-    """Pixels of those `tokens` that are patches of a picture whose tokens begin at `first`."""
+    """Pixels of those `tokens` that are patches of an image whose tokens begin at `first`."""
     h, w = grid
-    high, wide = picture.shape[-2] / h, picture.shape[-1] / w
+    high, wide = image.shape[-2] / h, image.shape[-1] / w
     places = [divmod(token - first, w) for token in tokens if 0 <= token - first < h * w]
     return [(r * high, c * wide, (r + 1) * high, (c + 1) * wide) for r, c in places]
 
@@ -117,15 +117,15 @@ def kept_frames(
     start: int | None = None,
     title: str = "",
 ) -> dict[str, Tensor]:
-    """Which audio tokens of a sound the query `tokens` kept, layer by layer, as a PNG.
+    """Which audio tokens of an audio clip the query `tokens` kept, layer by layer, as a PNG.
 
-    Queries that are tokens of the sound are marked by a line.
+    Queries that are tokens of the clip are marked by a line.
 
     Args:
-        spectrogram: (bins, frames) of the sound, low notes first.
-        count: A, audio tokens of the sound.
-        seconds: length of the sound, for the axis.
-        start: position of the sound's first token; the row's first audio token if None.
+        spectrogram: (bins, frames) of the clip, low notes first.
+        count: A, audio tokens of the clip.
+        seconds: length of the clip, for the axis.
+        start: position of the clip's first token; the row's first audio token if None.
     The other arguments are those of `kept_patches`.
 
     Returns:
@@ -144,7 +144,7 @@ def _kept_of(
     selections: Mapping[str, Selection] | Selection, tokens: Sequence[int], kind: Modality,
     count: int, row: int, start: int | None, what: str,
 ) -> tuple[dict[str, Tensor], int]:  # fmt: skip
-    """By layer, the shares of the `count` tokens of a picture or sound; where these begin."""
+    """By layer, the shares of the `count` tokens of an image or clip; where these begin."""
     if isinstance(selections, Selection):
         selections = {"attention": selections}
     if not selections:
@@ -158,8 +158,8 @@ def _kept_of(
         else:
             found = (layout.modality[row] == int(kind)).nonzero()
             if not len(found):
-                thing = "picture" if kind == Modality.IMAGE else "sound"
-                raise ValueError(f"selections must be of a row with a {thing}, row {row} has none")
+                wanted = "n image" if kind == Modality.IMAGE else "n audio clip"
+                raise ValueError(f"selections must be of a row with a{wanted}, row {row} has none")
             first = int(found[0])
         if not 0 <= first <= layout.length - count:
             raise ValueError(
@@ -177,10 +177,10 @@ def save(figure: Any, path: str | Path) -> None:
 
 
 def draw_patches(
-    shares: Mapping[str, Tensor], picture: Tensor, title: str = "", *,
+    shares: Mapping[str, Tensor], image: Tensor, title: str = "", *,
     queries: Sequence[Box] = (), asked: Box | None = None,
 ) -> Any:  # fmt: skip
-    """A matplotlib figure of the shares (h, w) over the picture.
+    """A matplotlib figure of the shares (h, w) over the image.
 
     Args:
         queries: pixels of query patches: outlined in cyan.
@@ -189,13 +189,13 @@ def draw_patches(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    pixels: Any = picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    pixels: Any = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     figure = Figure(figsize=(3.2 * (len(shares) + 1), 3.8), layout="constrained")
     axes = figure.subplots(1, len(shares) + 1, squeeze=False)[0]
     axes[0].imshow(pixels)
     notes = [
-        "picture",
+        "image",
         *(["cyan: the query"] if queries else []),
         *(["green: asked for"] if asked is not None else []),
     ]
@@ -213,7 +213,7 @@ def draw_patches(
     outlines += [] if asked is None else [(asked, "lime")]
     for axis in axes:
         axis.set_axis_off()
-        # A dark line below the bright one: seen on any picture.
+        # A dark line below the bright one: seen on any image.
         for (top, left, bottom, right), color in outlines:
             for width, shade in ((4.0, "black"), (2.0, color)):
                 axis.add_patch(
@@ -233,20 +233,20 @@ def draw_frames(
 ) -> Any:  # fmt: skip
     """A matplotlib figure of the shares (A,) over the spectrogram, a strip for every layer.
 
-    `queries` are audio tokens of the sound that asked: a cyan line marks each.
+    `queries` are audio tokens of the clip that asked: a cyan line marks each.
     """
     from matplotlib.figure import Figure
 
-    sound: Any = spectrogram.detach().float().cpu().numpy()
-    end = float(sound.shape[1] if seconds is None else seconds)
+    clip: Any = spectrogram.detach().float().cpu().numpy()
+    end = float(clip.shape[1] if seconds is None else seconds)
     figure = Figure(figsize=(9, 1.5 + 1.3 * len(shares)), layout="constrained")
     axes = figure.subplots(len(shares) + 1, 1, squeeze=False, sharex=True)[:, 0]
-    box = (0, end, 0, sound.shape[0])
-    axes[0].imshow(sound, origin="lower", aspect="auto", cmap="gray_r", extent=box)
+    box = (0, end, 0, clip.shape[0])
+    axes[0].imshow(clip, origin="lower", aspect="auto", cmap="gray_r", extent=box)
     axes[0].set_ylabel("mel bin", fontsize="small")
     shade = None
     for axis, (name, share) in zip(axes[1:], shares.items(), strict=True):
-        axis.imshow(sound, origin="lower", aspect="auto", cmap="gray_r", extent=box)
+        axis.imshow(clip, origin="lower", aspect="auto", cmap="gray_r", extent=box)
         shade = axis.imshow(
             share[None].numpy(), cmap="magma", alpha=0.6, vmin=0, vmax=1, extent=box,
             aspect="auto", interpolation="nearest",

@@ -38,7 +38,7 @@ def sparse_attention(
 ) -> Tensor:
     """Score, select, attend; dense below `config.dense_below` tokens or with backend "dense".
 
-    Pictures with a grid are ranked in patch order (`SparseConfig.patch_order`): the scorer is given
+    Images with a grid are ranked in patch order (`SparseConfig.patch_order`): the scorer is given
     tokens and layout in that order. What comes in and goes out is in the order of `layout`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a benchmark found: records, what was skipped and why, ratios, a table, files, a picture."""
+"""What a benchmark found: records, what was skipped and why, ratios, a table, files, a figure."""
 
 from __future__ import annotations
 

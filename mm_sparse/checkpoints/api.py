@@ -77,7 +77,8 @@ def load_scorers(
         adapters = (ModuleAdapter(modules),) if modules else ()
         names = [module.name for module in find_all(model, adapters)]
         stored = stored.named_as(names)
-        stored.check_layers(names)
+        if names:
+            stored.check_layers(names)
         sparsify(model, stored.config, modules=modules)
     state = state_of(model)
     try:

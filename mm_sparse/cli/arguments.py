@@ -47,7 +47,7 @@ def head_counts(text: str) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def picture(text: str) -> Path:
+def png_path(text: str) -> Path:
     """Where a plot goes."""
     if find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("needs matplotlib, which is not installed")

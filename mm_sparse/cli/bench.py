@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mm_sparse.cli.arguments import head_counts, picture, positive, seconds, share
+from mm_sparse.cli.arguments import head_counts, png_path, positive, seconds, share
 
 
 def bench_parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def bench_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE.json", help="results; a CSV is written beside it")
-    add("--plot", type=picture, metavar="FILE.png", help="time over length; needs matplotlib")
+    add("--plot", type=png_path, metavar="FILE.png", help="time over length; needs matplotlib")
     add("--tokens", type=positive, nargs="+", metavar="N", help="lengths of a sequence")
     add("--heads", type=head_counts, nargs="+", metavar="Q/KV", help='as in "16/16 32/8"')
     add("--head-dims", type=positive, nargs="+", metavar="D", help="as in 128 64")

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     from mm_sparse.analysis import write_page
 
     if ":" in args.target:
-        scene = scene_of(args.target, more)
+        sample = sample_of(args.target, more)
     else:
         if more:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -29,11 +29,11 @@ def main(argv: Sequence[str]) -> None:
             parser.error("--text must be given for a model in a folder")
         if args.scorers is not None and args.ratio is not None:
             parser.error("--ratio must not be given with --scorers: their budgets are stored")
-        scene = text_scene(args.target, args.text, args.ratio or 0.2, args.scorers, args.query)
-    print(write_page(scene, args.out))
+        sample = text_sample(args.target, args.text, args.ratio or 0.2, args.scorers, args.query)
+    print(write_page(sample, args.out))
 
 
-def scene_of(target: str, options: Sequence[str]) -> InspectionSample:
+def sample_of(target: str, options: Sequence[str]) -> InspectionSample:
     """What the function "module:name" makes of the options.
 
     Raises:
@@ -46,13 +46,13 @@ def scene_of(target: str, options: Sequence[str]) -> InspectionSample:
         make: Any = getattr(importlib.import_module(home), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"target must be MODULE:FUNCTION, got {target!r}: {error}") from error
-    scene = make(list(options))
-    if not isinstance(scene, InspectionSample):
-        raise ValueError(f"{target} must return an InspectionSample, got {type(scene).__name__}")
-    return scene
+    sample = make(list(options))
+    if not isinstance(sample, InspectionSample):
+        raise ValueError(f"{target} must return an InspectionSample, got {type(sample).__name__}")
+    return sample
 
 
-def text_scene(
+def text_sample(
     folder: str, text: str, ratio: float = 0.2, scorers: str | None = None, query: int | None = None
 ) -> InspectionSample:
     """A causal language model of transformers that reads a text, or a file with one.
@@ -132,12 +132,12 @@ def inspect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mm-sparse inspect",
         description="Write one HTML page for a model and a sample: what its layers kept, over "
-        "pictures and sounds, by modality and by head.",
+        "images and audio, by modality and by head.",
         epilog="mm-sparse inspect mm_sparse.recipes.run.inspect_recipe:recipe --config F.yaml "
         "shows a sample of a recipe's validation data; other options go to the function.",
     )
     add = parser.add_argument
-    add("target", help="folder of a transformers model, or MODULE:FUNCTION that returns a scene")
+    add("target", help="folder of a transformers model, or MODULE:FUNCTION of a sample")
     add("--out", type=Path, default=Path("inspect.html"), metavar="FILE.html")
     add("--text", metavar="TEXT", help="a text or a file, for a model in a folder")
     add("--scorers", metavar="NAME", help="shipped scorers or a folder of saved ones, there")

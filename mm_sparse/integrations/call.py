@@ -15,7 +15,7 @@ from mm_sparse.selection import Scores, Selection
 class AttentionCall:
     """What a layer was given and what it made of it, as `capture_attention` hands it out.
 
-    Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: a picture in patch order if
+    Tokens of `q`, `k` and `v` stand as `layout` and `plan()` have them: an image in patch order if
     `layout.order` is set. `mm_sparse.layout.restore(call.q, call.layout, call.first)` is as the
     model has them.
     """

@@ -1,4 +1,4 @@
-"""Reading what a caller says of a row: spans of modalities, and the grids of its pictures."""
+"""Reading what a caller says of a row: spans of modalities, and the grids of its images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def parse_row(
 def image_starts(
     modality: Tensor, document: Tensor, image_grids: Sequence[tuple[int, int]] | Tensor
 ) -> list[tuple[int, int, tuple[int, int]]]:
-    """Row, first token and grid of every picture."""
+    """Row, first token and grid of every image."""
     sizes = []
     for grid in image_grids.tolist() if isinstance(image_grids, Tensor) else image_grids:
         if not _is_grid(grid):
@@ -72,7 +72,7 @@ def image_starts(
             raise ValueError(f"image_grids must follow the rows, got {(h, w)} across two rows")
         if last - first != h * w - 1:
             raise ValueError(
-                f"image_grids must be of pictures without a break, got {(h, w)} for the image "
+                f"image_grids must be of images without a break, got {(h, w)} for the image "
                 f"tokens from {first} to {last} of row {row}"
             )
         heads.append((row, first, (h, w)))

@@ -1,4 +1,4 @@
-"""Tokens of a picture in an order whose runs are compact patches of its grid, not rows of it.
+"""Tokens of an image in an order whose runs are compact patches of its grid, not rows of it.
 
 B batch, H heads, N query tokens, M key tokens, D head dim
 """
@@ -22,7 +22,7 @@ RUNS = (128, 64, 32, 16, 4)
 # A cut between lines that lie so many apart leaves squares of 64 tokens whole.
 SIDE = 8
 RUN_BYTES = 16
-# Keys for a query up to which pictures move.
+# Keys for a query up to which images move.
 FEWEST = 16
 
 
@@ -73,8 +73,8 @@ def ordered_layout(
 ) -> TokenLayout:
     """The layout of the same tokens in patch order, or `layout` itself where nothing moves.
 
-    A picture moves if `config.patch_order` says so, its grid is known, every query sees all of it
-    or none (in causal text, a picture that does not see itself in both directions stays), and the
+    An image moves if `config.patch_order` says so, its grid is known, every query sees all of it
+    or none (in causal text, an image that does not see itself in both directions stays), and the
     N queries are all of its tokens or none of them, and are not few, as in decoding. Its tokens
     keep the places of its segment.
     `num_queries` and `query_offset` are those of `TokenLayout.plan`.
@@ -112,9 +112,9 @@ def _ordered(layout: TokenLayout, config: SparseConfig, first: int, end: int) ->
         return layout
     same = all(row == moves[0] for row in moves)
     rows = []
-    for pictures in moves[:1] if same else moves:
+    for images in moves[:1] if same else moves:
         order = np.arange(layout.length)
-        for start, height, width in pictures:
+        for start, height, width in images:
             order[start : start + height * width] = start + patch_order(height, width)
         rows.append(torch.from_numpy(order))
     order = torch.stack(rows).to(layout.device)
@@ -132,7 +132,7 @@ def _moves(
     first: int,
     end: int,
 ) -> list[tuple[int, int, int]]:
-    """Start, height and width of the pictures of a row that can be put in another order."""
+    """Start, height and width of the images of a row that can be put in another order."""
     found = []
     for number, (height, width) in sorted(grids.items()):
         count = height * width
@@ -208,7 +208,7 @@ def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> 
 def in_patch_order(
     placed: CallLayout, config: SparseConfig, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[CallLayout, Tensor, Tensor, Tensor]:
-    """The call of a layer, q (B, H, N, D), k and v (B, K, M, D), with its pictures in order."""
+    """The call of a layer, q (B, H, N, D), k and v (B, K, M, D), with its images in order."""
     layout = ordered_layout(
         placed.layout, config, num_queries=q.shape[2], query_offset=placed.first
     )

@@ -147,7 +147,7 @@ class TokenLayout:
             attention_mask: (B, M), zero on padding.
             document_ids: (B, M), non-decreasing along a row; negative is padding.
             image_grids: (height, width) in tokens of every image of the batch, row by row. Without
-                them, pictures that touch are one segment.
+                them, images that touch are one segment.
         """
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             raise ValueError(

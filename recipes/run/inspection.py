@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mm_sparse.analysis import AudioView, ImageView, InspectionSample, draw_scene
+from mm_sparse.analysis import AudioView, ImageView, InspectionSample, draw_sample
 from mm_sparse.recipes.data import IGNORED, RATE, Batch, Sample, Turn
 from mm_sparse.recipes.models import LogMel
 
@@ -33,7 +33,7 @@ def inspection_sample(
     can_say = generate and bool(learned.any())
     said = model.generate(batch, 64, last=True)[0] if can_say else ""
     regions = [turn.asked for turn in sample.turns if turn.asked is not None]
-    sights, sounds = media_views(model, batch, regions[-1] if regions else None)
+    views, clips = media_views(model, batch, regions[-1] if regions else None)
     asked = [part for turn in last_question(sample) for part in turn.content]
     question = " ".join(part for part in asked if isinstance(part, str))
     wanted = batch["answers"][-1] if batch["answers"] else ""
@@ -55,8 +55,8 @@ def inspection_sample(
             "Answer generated": said,
             "Tokens": f"{len(kinds)}, shown are keys of the {len(queries)} that predict the answer",
         },
-        sights=sights,
-        sounds=sounds,
+        images=views,
+        audio=clips,
         caption=caption_of(question, said if generate else None, wanted),
     )
 
@@ -92,7 +92,7 @@ def figures(model: Any, collator: Any, sample: Sample) -> dict[str, Any]:
     training = model.training
     model.eval()
     try:
-        return draw_scene(inspection_sample(model, collator, sample, generate=False))
+        return draw_sample(inspection_sample(model, collator, sample, generate=False))
     finally:
         model.train(training)
 
@@ -107,16 +107,16 @@ def media_views(
     kinds = model.modality(batch)[0]
     images = (kinds == 1).nonzero().flatten().tolist()
     heard = (kinds == 2).nonzero().flatten().tolist()
-    sights, sounds, at = [], [], 0
+    views, clips, at = [], [], 0
     for pixels, grid in zip(batch["pixel_values"], batch["image_grids"], strict=True):
-        sights.append(ImageView(pixels, images[at], grid))
+        views.append(ImageView(pixels, images[at], grid))
         at += grid[0] * grid[1]
-    if sights and asked is not None:
-        sights[-1] = replace(sights[-1], asked=asked)
+    if views and asked is not None:
+        views[-1] = replace(views[-1], asked=asked)
     at = 0
     for wave, length in zip(batch["waveforms"], batch["audio_lengths"].tolist(), strict=True):
         count = -(-length // model.audio_projector.samples_per_token)
         mel = LogMel(64)(wave[None, :length].cpu())[0]
-        sounds.append(AudioView(mel, heard[at], count, length / RATE))
+        clips.append(AudioView(mel, heard[at], count, length / RATE))
         at += count
-    return sights, sounds
+    return views, clips

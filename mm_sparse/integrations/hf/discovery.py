@@ -37,7 +37,7 @@ class HFAttentionModule(AttentionModule):
     owners: tuple[Any, ...]
     """The transformers models around it, outermost first."""
     tower: TowerTokens | None
-    """What is known of its tokens if it reads pictures."""
+    """What is known of its tokens if it reads images."""
 
     @property
     def root(self) -> Any:
@@ -146,7 +146,7 @@ def _is_cross(name: str, module: nn.Module) -> bool:
 
 
 def _is_pooling(module: nn.Module) -> bool:
-    """A probe that attends to a picture once: nothing to save."""
+    """A probe that attends to an image once: nothing to save."""
     return "Pooling" in type(module).__name__
 
 

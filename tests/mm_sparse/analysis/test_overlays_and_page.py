@@ -15,7 +15,7 @@ from mm_sparse.analysis.overlays import (
     query_boxes,
     save,
 )
-from mm_sparse.cli.inspect import scene_of, text_scene
+from mm_sparse.cli.inspect import sample_of, text_sample
 from mm_sparse.cli.main import main
 from mm_sparse.integrations.context import set_modality
 from mm_sparse.modality import Modality
@@ -84,10 +84,10 @@ def test_the_query_patch_and_what_is_asked_for_are_outlined():
         assert [p.get_bbox().bounds for p in bright] == [
             (19.5, 19.5, 20, 20), (39.5, -0.5, 40, 20),
         ]  # fmt: skip
-    assert figure.axes[0].get_title() == "picture; cyan: the query; green: asked for"
+    assert figure.axes[0].get_title() == "image; cyan: the query; green: asked for"
     assert figure.get_suptitle() == "Why?\nmodel: a"
     plain = draw_patches(shares, picture)
-    assert plain.axes[0].get_title() == "picture"
+    assert plain.axes[0].get_title() == "image"
     assert not plain.axes[0].patches
 
 
@@ -121,15 +121,15 @@ def test_maps_show_what_the_report_says(tmp_path, model):
 
 
 def test_a_page_holds_pictures_and_a_row_for_every_layer(tmp_path, model):
-    scene = InspectionSample(
+    sample = InspectionSample(
         "A <title>",
         {"language": model},
         lambda: run(model),
         [62, 63],
         {"Question": "1 < 2?"},
-        sounds=[AudioView(torch.rand(20, 80), 8, 40, 1.6)],
+        audio=[AudioView(torch.rand(20, 80), 8, 40, 1.6)],
     )
-    page = write_page(scene, tmp_path / "new" / "page.html").read_text()
+    page = write_page(sample, tmp_path / "new" / "page.html").read_text()
     assert "A &lt;title&gt;" in page
     assert "1 &lt; 2?" in page
     assert page.count("data:image/png;base64,") == 3
@@ -170,18 +170,18 @@ def test_inspect_reads_a_model_from_a_folder(tmp_path, model, capsys):
     assert main(["inspect", folder, *options, "--query", "20"]) == 0
     assert "the text goes on with &#x27;b&#x27;" in out.read_text()
     with pytest.raises(ValueError, match=r"query must be a token in \[0, 600\), got 600"):
-        text_scene(folder, text, query=600)
+        text_sample(folder, text, query=600)
     with pytest.raises(SystemExit):
         main(["inspect", folder, *options, "--ratio", "0.3", "--scorers", "smollm2-135m"])
     assert "--ratio must not be given with --scorers" in capsys.readouterr().err
 
 
 def test_words_must_be_those_of_the_row(tmp_path, model):
-    scene = InspectionSample(
+    sample = InspectionSample(
         "t", {"language": model}, lambda: run(model), [9], words=["a", "b"]
     )  # fmt: skip
     with pytest.raises(ValueError, match="words must hold the 64 tokens of the row, got 2"):
-        write_page(scene, tmp_path / "page.html")
+        write_page(sample, tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_words_must_be_those_of_the_row(tmp_path, model):
 )
 def test_a_wrong_target_is_named(target, wanted):
     with pytest.raises(ValueError, match=wanted):
-        scene_of(target, [])
+        sample_of(target, [])
 
 
 def test_inspect_needs_a_text_for_a_folder(tmp_path, capsys):

@@ -128,8 +128,8 @@ def test_a_sample_may_lack_any_modality(content):
 
 def test_an_inspection_sample_shows_images_and_audio_at_their_places():
     shown = inspection_sample(model(config()).eval(), COLLATOR, sample())
-    assert [sight.start for sight in shown.sights] == [0, 120]
-    assert [(s.start, s.count) for s in shown.sounds] == [(64, 50), (184, 50)]
+    assert [sight.start for sight in shown.images] == [0, 120]
+    assert [(s.start, s.count) for s in shown.audio] == [(64, 50), (184, 50)]
     # The last question, which sees all of them.
     assert len(shown.queries) >= 1
     assert min(shown.queries) > 184 + 50

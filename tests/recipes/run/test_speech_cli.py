@@ -93,7 +93,7 @@ def test_figures_are_written_and_logged(run_folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     names = {path.name for path in (run_folder / "figures" / "step-3").iterdir()}
-    wanted = {"sound-1", "language-modalities", "language-heads", "audio-heads"}
+    wanted = {"audio-1", "language-modalities", "language-heads", "audio-heads"}
     assert {f"{name}.png" for name in wanted} <= names
     events = EventAccumulator(str(next(run_folder.rglob("events.out*")).parent))
     events.Reload()
@@ -112,7 +112,7 @@ def test_inspect_writes_a_page_for_a_checkpoint(run_folder, tmp_path, capsys):
     mm_sparse_main([*command, f"--out={out}", f"--ckpt={checkpoint}", *FEW])
     page = out.read_text()
     assert "MultimodalLM: dictation/validation/1" in page
-    assert "Sound 1" in page
+    assert "Audio 1" in page
     assert page.count("data:image/png;base64,") == 5
 
 

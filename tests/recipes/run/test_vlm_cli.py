@@ -210,7 +210,7 @@ def test_a_sample_shows_the_first_question_its_cell_and_both_answers():
     shown = inspection_sample(cli.model.eval(), cli.datamodule.collator, data[0])
     question, answer = data[0].turns[:2]
     row, column = (int(n) - 1 for n in re.findall(r"\d", question.content[-1]))
-    (sight,) = shown.sights
+    (sight,) = shown.images
     assert question.asked == sight.asked
     assert sight.asked == (row * 24, column * 24, row * 24 + 24, column * 24 + 24)
     first, second = shown.caption.split("\n")
@@ -234,7 +234,7 @@ def test_kept_patches_names_what_is_wrong():
         kept_share(selection(), [64])
     with pytest.raises(ValueError, match="row must be in"):
         kept_share(selection(), [0], row=1)
-    with pytest.raises(ValueError, match="picture must be"):
+    with pytest.raises(ValueError, match="image must be"):
         kept_patches(selection(), [0], torch.rand(16, 32), (4, 8))
     with pytest.raises(ValueError, match="start and grid must lie in 64 tokens"):
         kept_patches(selection(), [0], torch.rand(3, 16, 32), (4, 8), start=40)
