@@ -49,11 +49,12 @@ class HFLayer(SparseLayer):
         super().__init__(
             found, shared, HFLayoutSource(tracker, modality, shared.plain, found.tower)
         )
-        config = getattr(self.module, "config", None)
-        self.original = getattr(config, "_attn_implementation", None) or "sdpa"
+        # A module without a config goes by the model around it, which makes its masks.
+        self._named = getattr(self.module, "config", None) or found.owners[-1].config
+        self.original = getattr(self._named, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""
         self._unserved: Any = None
-        """Config and hook of a module that keeps its own attention."""
+        """Config, None without one, and hook of a module that keeps its own attention."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A process that unpickles the model may never have sparsified one.
@@ -72,21 +73,24 @@ class HFLayer(SparseLayer):
         A module that cannot be served, in a model where others are, keeps its own name for its
         attention and gets its own masks: it may do more with them than attend.
         """
-        config = getattr(self.module, "config", None)
-        if self.refusal is None or getattr(config, "_attn_implementation", None) != NAME:
+        if self.refusal is None or getattr(self._named, "_attn_implementation", None) != NAME:
             return
-        own: Any = copy(config)
-        own._attn_implementation_internal = self.original
+        config = getattr(self.module, "config", None)
         self._unserved = (
             config,
             self.module.register_forward_pre_hook(self._give_own_mask, with_kwargs=True),
         )
-        self.module.config = own
+        if config is not None:
+            own: Any = copy(config)
+            own._attn_implementation_internal = self.original
+            self.module.config = own
 
     def detach(self) -> None:
         if self._unserved is not None:
-            self.module.config, handle = self._unserved
+            config, handle = self._unserved
             handle.remove()
+            if config is not None:
+                self.module.config = config
             self._unserved = None
 
     def _give_own_mask(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

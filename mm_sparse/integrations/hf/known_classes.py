@@ -57,6 +57,7 @@ REFUSED: dict[str, Rule] = {
             "T5Attention",
             "UMT5Attention",
             "UdopAttention",
+            "DogeAttention",
             "InklingAttention",
             "GraniteSpeech5EncoderAttention",
         ),
