@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VOCABULARY, TOKENS, ROWS, LARGEST = 256, 48, 2, 40_000_000
+VOCABULARY, TOKENS, ROWS, LARGEST = 256, 48, 2, 120_000_000
 # By name of a field that holds a whole number: what it becomes if it is larger. First match counts.
 NUMBERS = (
     (r"vocab_size|vocabulary_size|num_embeddings|codebook_size", VOCABULARY),
+    (r"^qk_head_dim$", None),  # Of two others.
+    (r"rope_head_dim$|rotary_dim$", 8),
     (r"head_dim$|d_kv$|d_head$|head_size$|kv_channels$", 16),
-    (r"rope_head_dim$", 8),
     (r"q_lora_rank|kv_lora_rank|o_lora_rank|lora_rank", 16),
     (r"index_topk|topk_blocks", 16),
     (r"(n_group|topk_group|n_groups|num_groups|expert_groups?)$", 1),
-    (r"(experts_per_tok|top_?k|moe_topk)", 2),
+    (r"(experts_per_tok|top_?k|moe_topk|moe_k)", 2),
     (r"num_kv_shared_layers", 0),
     (r"(num|n)_.*experts$|num_experts|moe_num_experts|num_local_experts", 4),
     (r"key_value_heads|kv_heads|n_head_kv", 2),
@@ -47,12 +48,32 @@ NUMBERS = (
     (r"num_queries|num_query_tokens|num_latents|n_latents", 16),
 )  # fmt: skip
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}  # fmt: skip
 # Fields by model type, for types whose numbers must fit each other in ways of their own.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_HEADS = {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
+_EXPERTS = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "blip-2": {"image_token_index": 250},
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "chameleon": {"vocabulary_map": {"<image>": 250}},
+    "deepseek_v2": _EXPERTS,
+    "dots1": {**_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "emu3": {"vocabulary_map": {"<image>": 250}},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "instructblip": {"image_token_index": 250},
+    "instructblipvideo": {"video_token_index": 250},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mimi": {"upsample_groups": 64},
+    "moonshine": _HEADS,
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
+}
 
 
 def config_of(model_type: str) -> Any:
@@ -118,6 +139,12 @@ def shrunk(config: Any, ids: dict[int, int]) -> Any:
         for name, value in vars(config).items():
             if name.endswith("_types") and isinstance(value, list) and len(value) == layers:
                 changes[name] = (list(dict.fromkeys(value)) * len(few))[: len(few)]
+    if vars(config).get("head_dim", 0) is None and not hasattr(config, "qk_rope_head_dim"):
+        changes["head_dim"] = 16
+    stages = vars(config).get("num_heads")
+    if isinstance(stages, (list, tuple)) and isinstance(vars(config).get("embed_dim"), int):
+        changes["embed_dim"] = stages[0] * 8
+        changes.pop("hidden_size", None)
     heads = next((changes[n] for n in ("num_attention_heads", "n_head") if n in changes), None)
     pairs = getattr(config, "num_key_value_heads", None)
     if pairs is not None and pairs == getattr(config, "num_attention_heads", None) and heads:
@@ -219,20 +246,24 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
-def random_ids(tokens: int = TOKENS, rows: int = ROWS) -> Tensor:
+def random_ids(model: Any, tokens: int = TOKENS) -> Tensor:
     """Ids that no special token has."""
-    return torch.randint(8, 190, (rows, tokens), generator=torch.Generator().manual_seed(3))
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    most = min(190, known) if isinstance(known, int) else 190
+    return torch.randint(8, most, (ROWS, tokens), generator=torch.Generator().manual_seed(3))
 
 
 def inputs_of(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Inputs to try, the richest first: their modalities and the arguments of a forward."""
     takes = inspect.signature(model.forward).parameters
     config = model.config
-    decoder = {"decoder_input_ids": random_ids(20)} if "decoder_input_ids" in takes else {}
+    decoder = {"decoder_input_ids": random_ids(model, 20)} if "decoder_input_ids" in takes else {}
+    if "qformer_input_ids" in takes:
+        decoder["qformer_input_ids"] = random_ids(model, 12)
     if "bbox" in takes:
         decoder["bbox"] = torch.zeros(ROWS, TOKENS, 4, dtype=torch.long)
     text = "input_ids" in takes and getattr(model, "main_input_name", "") != "pixel_values"
-    ids = {"input_ids": random_ids()} if "input_ids" in takes else {}
+    ids = {"input_ids": random_ids(model)} if "input_ids" in takes else {}
     for kind, media in _media(takes, config):
         if ids:
             yield f"text, {kind}", {**ids, **media, **decoder}
@@ -245,7 +276,7 @@ def inputs_of(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     elif "decoder_input_ids" in takes:
         yield "text", decoder
     if "inputs" in takes:
-        yield "text", {"inputs": random_ids()}
+        yield "text", {"inputs": random_ids(model)}
 
 
 def _media(takes: Any, config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -253,7 +284,8 @@ def _media(takes: Any, config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         (getattr(config, n) for n in ("vision_config", "vision_encoder_config", "backbone_config",
          "encoder") if getattr(config, n, None) is not None), config,
     )  # fmt: skip
-    if "pixel_values" in takes:
+    pixels = "hidden_states" in takes and "grid_thw" in takes
+    if "pixel_values" in takes or pixels:
         channels = _first(eyes, ("num_channels", "in_channels", "in_chans", "image_channels"), 3)
         size = _first(eyes, ("image_size", "img_size", "input_size"), None)
         size = size or _first(config, ("image_size",), 64)
@@ -267,7 +299,7 @@ def _media(takes: Any, config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             for flat in (
                 (ROWS * 64, channels * time * patch * patch), (ROWS * 64, channels, patch, patch),
             ):  # fmt: skip
-                yield "images", {"pixel_values": random(*flat), **grid}
+                yield "images", {"hidden_states" if pixels else "pixel_values": random(*flat), **grid}
         sizes = {"image_sizes": torch.tensor([[high, wide]] * ROWS)}
         sizes = sizes if "image_sizes" in takes else {}
         flat = random(ROWS, channels, high, wide)
@@ -344,7 +376,7 @@ def _with_placeholders(model: Any, kind: str, inputs: dict[str, Any]) -> dict[st
     while True:
         given = dict(inputs)
         if placed:
-            ids = random_ids(TOKENS + count)
+            ids = random_ids(model, TOKENS + count)
             ids[:, 5 : 5 + count] = tokens[0]
             given["input_ids"] = ids
             for name in ("mm_token_type_ids", "token_type_ids"):

@@ -201,7 +201,10 @@ def run_original(
     if any(options.get(n) is not None for n in ("softcap", "s_aux", "head_mask")):
         name = "eager"  # SDPA would leave them out in silence
     if isinstance(mask, LazyMask):
-        mask = mask.recipe.original(name)
+        recipe, mask = mask.recipe, mask.recipe.original(name)
+        if mask is None and options.get("is_causal") is False:
+            # Some modules say so because they were given a mask, where they would have got none.
+            options = {**options, "is_causal": q.shape[2] > 1 and recipe.skips_causal}
     elif name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
     return _stock_function(type(module), name)(module, q, k, v, mask, **options)
