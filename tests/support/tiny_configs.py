@@ -34,7 +34,8 @@ NUMBERS = (
     (r"first_k_dense_replace|num_nextn_predict_layers|num_hash_layers", 1),
     (r"(num|n)_\w*(layers?|blocks)$|^(layers|depth|num_layers|n_layer)$|(encoder|decoder)_layers$"
      r"|\w*_depth$|num_blocks|hidden_layers", 2),
-    (r"(intermediate|ffn|mlp|inner|feed_?forward)\w*(size|dim|hidden)\w*$|n_inner|d_ff$|dim_ff", 64),
+    (r"(intermediate|ffn|mlp|inner|feed_?forward)\w*(size|dim|hidden)\w*$", 64),
+    (r"n_inner|d_ff$|dim_ff", 64),
     (r"(hidden|embed|embedding|model|proj|projection|output|attention|bottleneck|depth)\w*"
      r"_(size|dim|width|channels)$|^d_model$|^n_embd$|^dim$|^width$|_width$|^embed_dim$"
      r"|hidden_dim|embed_dim|d_model|^emb_dim$|^model_dim|hidden_size", 64),
@@ -49,6 +50,11 @@ NUMBERS = (
 )  # fmt: skip
 
 # Fields by model type, for types whose numbers must fit each other in ways of their own.
+# What configs call the number of features of a frame of sound.
+MELS = (
+    "num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "input_dim", "num_mels",
+    "feature_projection_input_dim",
+)  # fmt: skip
 _HEADS = {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _EXPERTS = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
@@ -99,7 +105,9 @@ def _pair(model_type: str, **parts: str) -> Any:
 # Types that have no config by default: which others they are made of.
 PAIRS: dict[str, Any] = {
     "encoder-decoder": lambda: _pair("encoder-decoder", encoder="bert", decoder="bert"),
-    "vision-encoder-decoder": lambda: _pair("vision-encoder-decoder", encoder="vit", decoder="bert"),
+    "vision-encoder-decoder": lambda: _pair(
+        "vision-encoder-decoder", encoder="vit", decoder="bert"
+    ),
     "speech-encoder-decoder": lambda: _pair(
         "speech-encoder-decoder", encoder="wav2vec2", decoder="bert"
     ),
@@ -166,7 +174,14 @@ def shrunk(config: Any, ids: dict[int, int]) -> Any:
 
 
 # What every config has and no model reads to be built.
-_INHERITED = {"transformers_version", "architectures", "id2label", "label2id", "dtype", "num_labels"}
+_INHERITED = {
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "dtype",
+    "num_labels",
+}
 
 
 def _small(name: str, value: Any, ids: dict[int, int]) -> Any:
@@ -280,10 +295,8 @@ def inputs_of(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _media(takes: Any, config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    eyes = next(
-        (getattr(config, n) for n in ("vision_config", "vision_encoder_config", "backbone_config",
-         "encoder") if getattr(config, n, None) is not None), config,
-    )  # fmt: skip
+    eyes = _first(config, ("vision_config", "vision_encoder_config", "backbone_config"), None)
+    eyes = eyes or _first(config, ("encoder",), config)
     pixels = "hidden_states" in takes and "grid_thw" in takes
     if "pixel_values" in takes or pixels:
         channels = _first(eyes, ("num_channels", "in_channels", "in_chans", "image_channels"), 3)
@@ -299,7 +312,10 @@ def _media(takes: Any, config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             for flat in (
                 (ROWS * 64, channels * time * patch * patch), (ROWS * 64, channels, patch, patch),
             ):  # fmt: skip
-                yield "images", {"hidden_states" if pixels else "pixel_values": random(*flat), **grid}
+                yield (
+                    "images",
+                    {"hidden_states" if pixels else "pixel_values": random(*flat), **grid},
+                )
         sizes = {"image_sizes": torch.tensor([[high, wide]] * ROWS)}
         sizes = sizes if "image_sizes" in takes else {}
         flat = random(ROWS, channels, high, wide)
@@ -315,17 +331,16 @@ def _media(takes: Any, config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         if sizes:
             yield "images", {"pixel_values": torch.stack([flat, flat], 1), **sizes}
     if "pixel_values_videos" in takes and "pixel_values" not in takes:
-        size, frames = _first(eyes, ("image_size", "crop_size"), 64), _first(eyes, (
-            "num_frames", "frames_per_clip"), 4)  # fmt: skip
+        size = _first(eyes, ("image_size", "crop_size"), 64)
+        frames = _first(eyes, ("num_frames", "frames_per_clip"), 4)
         yield "video", {"pixel_values_videos": random(ROWS, frames, 3, size, size)}
-    ears = next((getattr(config, n) for n in ("audio_config", "encoder_config", "encoder",
-                 "speech_config") if getattr(config, n, None) is not None), config)  # fmt: skip
+    ears = _first(config, ("audio_config", "encoder_config", "encoder", "speech_config"), config)
     if "input_features" in takes:
-        mels = _first(ears, ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel",
-                             "input_dim", "num_mels", "feature_projection_input_dim"), 16)  # fmt: skip
+        mels = _first(ears, MELS, 16)
         frames = 2 * _first(ears, ("max_source_positions",), 50)
-        masks = {n: torch.ones(ROWS, frames, dtype=torch.long)
-                 for n in ("feature_attention_mask", "input_features_mask") if n in takes}  # fmt: skip
+        whole = torch.ones(ROWS, frames, dtype=torch.long)
+        names = ("feature_attention_mask", "input_features_mask")
+        masks = {n: whole for n in names if n in takes}
         for shape in ((ROWS, mels, frames), (ROWS, frames, mels)):
             yield "audio", {"input_features": random(*shape), **masks}
             yield "audio", {"input_features": random(*shape)}

@@ -268,19 +268,20 @@ def _judge(row: Row, model: Any, run: Callable[[Any], list[Tensor]], text: bool 
 
 
 TIMM = (
-    "vit_tiny_patch16_224 deit3_small_patch16_224 vit_small_patch14_dinov2 "
-    "vit_small_patch14_reg4_dinov2 vit_small_patch16_dinov3 vit_base_patch16_siglip_224 "
-    "vit_base_patch16_clip_224 vit_so150m_patch16_reg4_gap_256 vit_base_patch16_xp_224 "
-    "vit_small_patch16_rope_mixed_224 vit_pe_core_tiny_patch16_384 eva02_tiny_patch14_224 "
-    "deit_tiny_distilled_patch16_224 naflexvit_base_patch16_gap beit_base_patch16_224 "
-    "beitv2_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 volo_d1_224 "
-    "convit_tiny crossvit_tiny_240 pit_ti_224 tnt_s_patch16_224 swin_tiny_patch4_window7_224 "
-    "swinv2_tiny_window8_256 twins_svt_small pvt_v2_b0 mvitv2_tiny maxvit_nano_rw_256 "
-    "coatnet_nano_rw_224 coat_tiny davit_tiny levit_128s edgenext_xx_small mobilevit_xxs "
-    "mobilevitv2_050 efficientvit_b0 efficientformerv2_s0 fastvit_sa12 hiera_tiny_224 "
-    "visformer_tiny nextvit_small mobilenetv4_hybrid_medium samvit_base_patch16 "
-    "flexivit_small vit_relpos_small_patch16_224 sequencer2d_s convnext_atto resnet18 mixer_s32_224"
-).split()
+    "vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224",
+    "vit_base_patch16_clip_224", "vit_so150m_patch16_reg4_gap_256", "vit_base_patch16_xp_224",
+    "vit_small_patch16_rope_mixed_224", "vit_pe_core_tiny_patch16_384", "eva02_tiny_patch14_224",
+    "deit_tiny_distilled_patch16_224", "naflexvit_base_patch16_gap", "beit_base_patch16_224",
+    "beitv2_base_patch16_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "volo_d1_224",
+    "convit_tiny", "crossvit_tiny_240", "pit_ti_224", "tnt_s_patch16_224",
+    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "twins_svt_small", "pvt_v2_b0",
+    "mvitv2_tiny", "maxvit_nano_rw_256", "coatnet_nano_rw_224", "coat_tiny", "davit_tiny",
+    "levit_128s", "edgenext_xx_small", "mobilevit_xxs", "mobilevitv2_050", "efficientvit_b0",
+    "efficientformerv2_s0", "fastvit_sa12", "hiera_tiny_224", "visformer_tiny", "nextvit_small",
+    "mobilenetv4_hybrid_medium", "samvit_base_patch16", "flexivit_small",
+    "vit_relpos_small_patch16_224", "sequencer2d_s", "convnext_atto", "resnet18", "mixer_s32_224",
+)  # fmt: skip
 
 
 def try_tower(source: str, name: str) -> Row:
@@ -389,7 +390,8 @@ def try_all(names: list[tuple[str, str]]) -> list[Row]:
 
     def one(name: tuple[str, str]) -> Row:
         row = try_apart(*name)
-        print(f"{time.monotonic() - start:5.0f} s  {row.name:32} {row.verdict:10} {row.words[:150]}",
+        seconds = time.monotonic() - start
+        print(f"{seconds:5.0f} s  {row.name:32} {row.verdict:10} {row.words[:140]}",
               flush=True)  # fmt: skip
         return row
 
@@ -464,13 +466,15 @@ NOTES = """\
 | keys of `add_zero_attn` or `add_bias_kv` | `nn.MultiheadAttention` |
 | soft-capped logits, learned sinks, head masks | some transformers models |
 | a selection of keys of the model's own | natively sparse models |
+| own tokens and another sequence at once | T5Gemma 2 |
+| windows as a fifth dimension | Twins, Hiera |
 
 ## Not supported, with an error at the call
 
 - masks that are not one range of keys per query, or that are biases
 - dropout on attention weights while training
 - `need_weights=True` (`nn.MultiheadAttention`)
-- windows as a fifth dimension
+- windows as a fifth dimension, of other classes
 - values wider than keys (differential attention)
 
 With `strict=False` such layers run as before, and `report` lists them.
@@ -539,5 +543,7 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     # For the processes that try one model each.
-    os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", HF_HUB_OFFLINE="1")
+    os.environ.update(
+        OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT)
+    )  # fmt: skip
     main(sys.argv[1:])
