@@ -49,11 +49,12 @@ class HFLayer(SparseLayer):
         super().__init__(
             found, shared, HFLayoutSource(tracker, modality, shared.plain, found.tower)
         )
-        config = getattr(self.module, "config", None)
-        self.original = getattr(config, "_attn_implementation", None) or "sdpa"
+        # A module without a config goes by the model around it, which makes its masks.
+        self._named = getattr(self.module, "config", None) or found.owners[-1].config
+        self.original = getattr(self._named, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""
         self._unserved: Any = None
-        """Config and hook of a module that keeps its own attention."""
+        """Config, None without one, and hook of a module that keeps its own attention."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A process that unpickles the model may never have sparsified one.
@@ -72,21 +73,24 @@ class HFLayer(SparseLayer):
         A module that cannot be served, in a model where others are, keeps its own name for its
         attention and gets its own masks: it may do more with them than attend.
         """
-        config = getattr(self.module, "config", None)
-        if self.refusal is None or getattr(config, "_attn_implementation", None) != NAME:
+        if self.refusal is None or getattr(self._named, "_attn_implementation", None) != NAME:
             return
-        own: Any = copy(config)
-        own._attn_implementation_internal = self.original
+        config = getattr(self.module, "config", None)
         self._unserved = (
             config,
             self.module.register_forward_pre_hook(self._give_own_mask, with_kwargs=True),
         )
-        self.module.config = own
+        if config is not None:
+            own: Any = copy(config)
+            own._attn_implementation_internal = self.original
+            self.module.config = own
 
     def detach(self) -> None:
         if self._unserved is not None:
-            self.module.config, handle = self._unserved
+            config, handle = self._unserved
             handle.remove()
+            if config is not None:
+                self.module.config = config
             self._unserved = None
 
     def _give_own_mask(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -197,7 +201,10 @@ def run_original(
     if any(options.get(n) is not None for n in ("softcap", "s_aux", "head_mask")):
         name = "eager"  # SDPA would leave them out in silence
     if isinstance(mask, LazyMask):
-        mask = mask.recipe.original(name)
+        recipe, mask = mask.recipe, mask.recipe.original(name)
+        if mask is None and options.get("is_causal") is False:
+            # Some modules say so because they were given a mask, where they would have got none.
+            options = {**options, "is_causal": q.shape[2] > 1 and recipe.skips_causal}
     elif name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
     return _stock_function(type(module), name)(module, q, k, v, mask, **options)

@@ -10,6 +10,7 @@ from torch import nn
 SELECTS = "it selects keys by itself (natively sparse attention)"
 BIAS = "it adds a bias to the logits"
 RELATIVE = "it adds a bias by relative position to the logits"
+MERGED = "it attends to its own tokens and to another sequence at once"
 
 
 def _always(module: Any) -> bool:
@@ -47,6 +48,7 @@ REFUSED: dict[str, Rule] = {
         (SELECTS, _always),
     ),
     "MiniMaxM3VLAttention": (SELECTS, _has_indexer),
+    "T5Gemma2MergedAttention": (MERGED, _always),
     **dict.fromkeys(
         (
             "LongT5Attention",
@@ -57,6 +59,7 @@ REFUSED: dict[str, Rule] = {
             "T5Attention",
             "UMT5Attention",
             "UdopAttention",
+            "DogeAttention",
             "InklingAttention",
             "GraniteSpeech5EncoderAttention",
         ),

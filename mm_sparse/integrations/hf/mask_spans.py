@@ -61,6 +61,11 @@ class MaskRecipe:
         end = self.first + queries
         return end > keys or (self._kind() == "bidirectional" and end != keys)
 
+    @property
+    def skips_causal(self) -> bool:
+        """Whether no mask of `original` means a causal one, not one that shows all."""
+        return not self.arguments.get("allow_is_bidirectional_skip", False)
+
     def original(self, implementation: str) -> Any:
         """The mask that `implementation` of transformers would have got; built once."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -33,6 +33,9 @@ BIASES = ("relative_position_bias_table", "rel_pos", "use_rel_pos", "has_positio
 
 CHANNELS = ("XCA", "CrossCovarianceAttn", "ChannelAttention", "ChannelAttentionV2")
 
+# Classes whose windows are a fifth dimension of the queries, and the attribute that says when.
+WINDOWS = {"LocallyGroupedAttn": "", "MaskUnitAttention": "use_mask_unit_attn"}
+
 
 @dataclass(frozen=True)
 class TowerAttentionModule(AttentionModule):
@@ -121,6 +124,8 @@ def _refusal(module: nn.Module) -> str | None:
         return None
     if cls.__name__ in CHANNELS:
         return "it attends over channels, not over tokens"
+    if cls.__name__ in WINDOWS and getattr(module, WINDOWS[cls.__name__], True):
+        return "it attends in windows, a fifth dimension of its queries"
     for flag in UNFUSED:
         if getattr(module, flag, True) is False:
             return f"it computes attention without {FUSED} (`{flag}` is False)"
