@@ -127,6 +127,11 @@ class Scorer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}.score must give (B, K, T, U) {want}, got {got}"
             )
+        # Looking at numbers waits for a GPU: there, the first call of a scorer alone is looked at.
+        if values.device.type == "cpu" or not self._looked_at:
+            self._looked_at = True
+            if bool((values.isnan() & plan.visible[:, None]).any()):
+                raise ValueError(f"{type(self).__name__}.score must give numbers, got NaN")
         return values
 
     def init_args(self) -> dict[str, Any]:
