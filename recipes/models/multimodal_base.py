@@ -60,10 +60,6 @@ class MultimodalBase(L.LightningModule):
                 "objectives.scorers must be 0 unless the model is sparse and its scorer learns, "
                 f"got {self.objectives.scorers}"
             )
-        if checkpointing and (self.objectives.scorers or self.objectives.changing_steps):
-            raise ValueError(
-                "checkpointing must be off while scorers learn or the ratio changes, got True"
-            )
         self.vision: Any = None
         self.projector: Any = None
         self.audio: Any = None
@@ -121,6 +117,8 @@ class MultimodalBase(L.LightningModule):
         self.scorers.requires_grad_(learns)
         if weights is not None:
             load_weights(self, weights)
+        # Pretrained parts come in eval mode: no dropout, and transformers checkpoints nothing then.
+        self.train()
 
     def configure_model(self) -> None:
         """Under Lightning's `ModelParallelStrategy`: shard every part (FSDP2)."""

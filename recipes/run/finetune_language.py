@@ -61,7 +61,8 @@ class FinetuneLM(L.LightningModule):
         ):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
-        self.language: Any = language.build(0)
+        # A pretrained model comes in eval mode: no dropout, and no gradient checkpointing then.
+        self.language: Any = language.build(0).train()
         self.optimizer_part = optimizer or OptimizerConfig()
         self.scorer_loss, self.scorers_every, self.out = scorer_loss, scorers_every, out
         self.scorers = nn.ModuleDict()

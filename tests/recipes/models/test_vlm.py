@@ -1,5 +1,7 @@
 """The vision-language model of the recipe: one step, objectives, freezing, bad input."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -253,3 +255,40 @@ def test_stack_joins_the_four_neighbours_of_a_token():
     projector(torch.arange(16.0).view(1, 16, 1), (4, 4))
     assert seen[0][0, 0, 0].tolist() == [0, 1, 4, 5]
     assert seen[0][0, 1, 1].tolist() == [10, 11, 14, 15]
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["scorers fixed", "scorers learn"])
+@pytest.mark.parametrize("pretrained", [False, True], ids=["from config", "from a folder"])
+def test_checkpointing_recomputes_each_layer_and_changes_no_gradient(
+    pretrained: bool, learns: bool, tmp_path: Path
+) -> None:
+    sparse = SPARSE if learns else None
+    objectives = Objectives(scorers=0.1 if learns else 0.0)
+    scorer = "relevance" if learns else "pooled"
+    language = LanguageConfig(options=TINY_LM)
+    if pretrained:
+        language.build(DigitTokenizer().size).save_pretrained(tmp_path)
+        language = LanguageConfig(path=str(tmp_path))
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        made = MultimodalLM(
+            DigitTokenizer(), vision=VisionConfig(image_size=36, options=TINY_TOWER),
+            language=language, projector=ProjectorConfig(positions=9), sparse=sparse,
+            scorer=scorer, objectives=objectives, checkpointing=checkpointing,
+        )  # fmt: skip
+        assert made.training
+        assert made.language.training
+        seen: list[int] = []
+        layer = made.language.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        made.log = lambda *_, **__: None  # type: ignore[method-assign]
+        made.training_step(batch(), 0).backward()
+        calls.append(len(seen))
+        gradients.append({n: p.grad for n, p in made.named_parameters() if p.grad is not None})
+    assert calls == [1, 2]
+    plain, again = gradients
+    assert list(plain) == list(again)
+    assert any(name.startswith("scorers.") for name in plain) == learns
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-4)
