@@ -11,10 +11,10 @@ which the input of a block was made, by the storage of that input, and finds it 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
@@ -106,13 +106,23 @@ NO_GRAPH = (
 )
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """A function that `torch.compile` leaves out of its graphs; it may be a method."""
+    disabled: Any = torch.compiler.disable(function, reason=NO_GRAPH)
+    return disabled
+
+
 def refuse_export() -> None:
     """Say in one sentence that a forward cannot be traced or exported.
 
     Raises:
         ValueError: it is being traced or exported.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch.compiler.is_exporting():
         raise ValueError(NO_GRAPH)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,12 +53,12 @@ SCORERS = "mm_sparse_scorers"
 class RegisteredScorers(nn.ModuleDict):
     """The scorers of a model as a submodule of it: the very modules that its layers use."""
 
-    def __init__(self, scorers: Mapping[str, nn.Module]) -> None:
-        super().__init__(dict(scorers))
+    def __init__(self, scorers: nn.ModuleDict) -> None:
+        super().__init__(dict(scorers.items()))
         self.register_load_state_dict_pre_hook(_allow_none)
 
 
-def hold_scorers(model: nn.Module, scorers: Mapping[str, nn.Module]) -> None:
+def hold_scorers(model: nn.Module, scorers: nn.ModuleDict) -> None:
     """Make scorers a submodule of a model, in place of those that it had."""
     model._modules[SCORERS] = RegisteredScorers(scorers)
 

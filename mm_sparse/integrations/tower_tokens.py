@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mm_sparse.integrations.forward_context import (
-    NO_GRAPH,
     ForwardMemory,
     assign,
     current,
     refuse_export,
+    uncompiled,
 )
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
@@ -57,18 +56,18 @@ class TowerTokens:
             handles.append(self.owner.register_forward_hook(self.leave, always_call=True))
         return handles
 
-    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    @uncompiled
     def enter(self, owner: Any, args: Any) -> None:
         """Forward pre-hook of the tower: a forward inside another has an image of its own."""
         assign(self, _Image(outer=current(self)))
 
-    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    @uncompiled
     def leave(self, owner: Any, args: Any, output: Any) -> None:
         """Forward hook of the tower."""
         image = current(self)
         assign(self, None if image is None else image.outer)
 
-    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    @uncompiled
     def look(self, embed: Any, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
         refuse_export()

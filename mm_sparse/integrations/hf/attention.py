@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from mm_sparse.attention import dense_attention
 from mm_sparse.integrations.discovery import defining_class
-from mm_sparse.integrations.forward_context import NO_GRAPH
+from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
 from mm_sparse.integrations.hf.discovery import (
@@ -226,5 +226,5 @@ def register() -> None:
     """Make transformers know the name "mm_sparse"; again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward, reason=NO_GRAPH))
-    AttentionMaskInterface.register(NAME, torch.compiler.disable(lazy_mask, reason=NO_GRAPH))
+    AttentionInterface.register(NAME, uncompiled(attention_forward))
+    AttentionMaskInterface.register(NAME, uncompiled(lazy_mask))

@@ -9,18 +9,17 @@ import inspect
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm_sparse.integrations.forward_context import (
-    NO_GRAPH,
     ForwardMemory,
     assign,
     current,
     refuse_export,
+    uncompiled,
 )
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.modality import Modality
@@ -114,7 +113,7 @@ class ModalityTracker:
             )
         return handles
 
-    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    @uncompiled
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         refuse_export()
@@ -170,7 +169,7 @@ class ModalityTracker:
             setattr(cached, CARRIED, fresh)
         return replace(running, modality=fresh, from_ids=ids is not None)
 
-    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    @uncompiled
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook: a cache that the model made itself carries the modality from here on."""
         running = self.running

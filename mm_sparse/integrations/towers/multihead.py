@@ -7,14 +7,12 @@ B batch, H heads, N query tokens, M key tokens, E width, D head dim
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mm_sparse.integrations.forward_context import NO_GRAPH, refuse_export
+from mm_sparse.integrations.forward_context import refuse_export, uncompiled
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.towers.call_layout import MultiheadMasks
 from mm_sparse.integrations.towers.forward import Forward
@@ -23,7 +21,7 @@ from mm_sparse.integrations.towers.forward import Forward
 class MultiheadForward(Forward):
     """Stands before the forward of an `nn.MultiheadAttention`."""
 
-    @partial(torch.compiler.disable, reason=NO_GRAPH)
+    @uncompiled
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
         need_weights: bool = True, attn_mask: Tensor | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from mm_sparse.integrations.forward_context import NO_GRAPH, refuse_export
+from mm_sparse.integrations.forward_context import refuse_export, uncompiled
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.towers.forward import Forward
 from mm_sparse.layout import CallLayout, arrange, restore
@@ -61,7 +61,7 @@ class RedirectedForward(Forward):
         self._dense = (given, record) if short else (None, None)
         return out
 
-    _uncompiled = torch.compiler.disable(__call__, reason=NO_GRAPH)
+    _uncompiled = uncompiled(__call__)
 
     def _ordered(self, *args: Any, **kwargs: Any) -> tuple[Any, LastCall | None]:
         """`_listened`, with tokens in patch order inside of it where that may be."""
