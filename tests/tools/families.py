@@ -246,7 +246,7 @@ def _kind_of(cls: Any) -> str:
 def try_type(model_type: str) -> Row:
     """One model type of transformers, in this process."""
     name, kind = model_types()[model_type]
-    row = Row("transformers", model_type, name, kind, "not tried")
+    row = Row("transformers", model_type, name, kind or "other", "not tried")
     try:
         cls = tiny_configs.class_of(name, model_type)
         row.kind = kind or _kind_of(cls)
