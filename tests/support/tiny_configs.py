@@ -63,11 +63,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 250},
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "chameleon": {"vocabulary_map": {"<image>": 250}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_v2": _EXPERTS,
     "dots1": {**_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "emu3": {"vocabulary_map": {"<image>": 250}},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "gemma": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "instructblip": {"image_token_index": 250},
     "instructblipvideo": {"video_token_index": 250},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -77,8 +81,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mimi": {"upsample_groups": 64},
     "moonshine": _HEADS,
+    "nemotron": {"num_key_value_heads": 4},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba2": {
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "num_hidden_layers": 2,
+        "layer_types": ["mamba", "hybrid"],
+    },
 }
 
 
@@ -149,6 +161,8 @@ def shrunk(config: Any, ids: dict[int, int]) -> Any:
                 changes[name] = (list(dict.fromkeys(value)) * len(few))[: len(few)]
     if vars(config).get("head_dim", 0) is None and not hasattr(config, "qk_rope_head_dim"):
         changes["head_dim"] = 16
+    if vars(config).get("head_dim", 0) == getattr(config, "qk_rope_head_dim", -1):
+        changes["head_dim"] = 8
     stages = vars(config).get("num_heads")
     if isinstance(stages, (list, tuple)) and isinstance(vars(config).get("embed_dim"), int):
         changes["embed_dim"] = stages[0] * 8
@@ -160,7 +174,9 @@ def shrunk(config: Any, ids: dict[int, int]) -> Any:
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "rope_parameters" not in given:
         changes["rope_parameters"] = _rope(rope)
-        if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
+        if "rope_type" in rope and "mrope_section" in (
+            getattr(config, "ignore_keys_at_rope_validation", None) or ()
+        ):
             half = int(16 * (rope.get("partial_rotary_factor") or 1)) // 2
             third = half * 3 // 8
             changes["rope_parameters"]["mrope_section"] = [half - 2 * third, third, third]
@@ -263,7 +279,9 @@ def random(*shape: int) -> Tensor:
 
 def random_ids(model: Any, tokens: int = TOKENS) -> Tensor:
     """Ids that no special token has."""
-    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    text = model.config.get_text_config()
+    known, length = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", 0)
+    tokens = min(tokens, length) if isinstance(length, int) and length > 4 else tokens
     most = min(190, known) if isinstance(known, int) else 190
     return torch.randint(8, most, (ROWS, tokens), generator=torch.Generator().manual_seed(3))
 
@@ -395,7 +413,8 @@ def _with_placeholders(model: Any, kind: str, inputs: dict[str, Any]) -> dict[st
             ids[:, 5 : 5 + count] = tokens[0]
             given["input_ids"] = ids
             for name in ("mm_token_type_ids", "token_type_ids"):
-                if name in takes:
+                # PaliGemma's say what is causal.
+                if name in takes and config.model_type != "paligemma":
                     given[name] = (ids == tokens[0]).long()
         given = {n: v for n, v in given.items() if n in takes}
         try:

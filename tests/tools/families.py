@@ -2,6 +2,7 @@
 
 python -m tests.tools.families                 # all: writes docs/results/data/families-cpu.json
 python -m tests.tools.families llama t5 vit    # some model types: prints what became of them
+python -m tests.tools.families --update llama  # the same, and into the JSON
 python -m tests.tools.families --page          # docs/reference/supported-models.md from the JSON
 """
 
@@ -245,7 +246,7 @@ def _kind_of(cls: Any) -> str:
 def try_type(model_type: str) -> Row:
     """One model type of transformers, in this process."""
     name, kind = model_types()[model_type]
-    row = Row("transformers", model_type, name, kind, "not tried")
+    row = Row("transformers", model_type, name, kind or "other", "not tried")
     try:
         cls = tiny_configs.class_of(name, model_type)
         row.kind = kind or _kind_of(cls)
@@ -536,8 +537,13 @@ def main(arguments: list[str]) -> None:
         PAGE.write_text(page(json.loads(DATA.read_text())))
         return
     known = [("transformers", name) for name in sorted(model_types())] + tower_names()
+    update = "--update" in arguments
     rows = try_all([n for n in known if not arguments or n[1] in arguments])
-    if not arguments:
+    if update:
+        new = {(row.source, row.name): row for row in rows}
+        old = [Row(**row) for row in json.loads(DATA.read_text())["rows"]]
+        rows = [new.get((row.source, row.name), row) for row in old]
+    if update or not arguments:
         DATA.write_text(json.dumps(_record(rows), indent=1) + "\n")
 
 
