@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_sparse.cli.arguments import share
+from mm_sparse.cli.arguments import extra_of, share
 
 if TYPE_CHECKING:
     from mm_sparse.analysis import InspectionSample
@@ -45,6 +45,10 @@ def sample_of(target: str, options: Sequence[str]) -> InspectionSample:
     try:
         make: Any = getattr(importlib.import_module(home), name)
     except (ImportError, AttributeError) as error:
+        missing = getattr(error, "name", None) or ""
+        if isinstance(error, ImportError) and not home.startswith(missing.partition(".")[0] or "-"):
+            # The module is there; what it imports is not.
+            raise ValueError(f"{target} cannot be imported: {error}{extra_of(error)}") from error
         raise ValueError(f"target must be MODULE:FUNCTION, got {target!r}: {error}") from error
     sample = make(list(options))
     if not isinstance(sample, InspectionSample):

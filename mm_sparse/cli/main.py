@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 import mm_sparse
+from mm_sparse.cli.arguments import extra_of
 
 Command = Callable[[Sequence[str]], object]
 
@@ -43,24 +44,7 @@ def load(name: str, place: str) -> Command:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise SystemExit(f"mm-sparse {name} cannot start: {error}{_extra(error)}") from error
-
-
-def _extra(error: Exception) -> str:
-    """The extra that installs what an import lacks."""
-    extras = {
-        "transformers": "lm",
-        "timm": "vision",
-        "open_clip": "vision",
-        "torchvision": "vision",
-        "PIL": "vision",
-        "torchaudio": "audio",
-        "soundfile": "audio",
-    }
-    missing = (getattr(error, "name", None) or "").partition(".")[0]
-    if not missing or missing == "mm_sparse":
-        return ""
-    return f'; pip install "mm-sparse[{extras.get(missing, "train")}]" brings it'
+        raise SystemExit(f"mm-sparse {name} cannot start: {error}{extra_of(error)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -118,7 +118,8 @@ class MultimodalBase(L.LightningModule):
         if weights is not None:
             load_weights(self, weights)
         # Pretrained parts come in eval mode: no dropout, and transformers checkpoints nothing then.
-        self.train()
+        # Frozen ones go back to it when training starts; Lightning warns of such parts before.
+        super().train()
 
     def configure_model(self) -> None:
         """Under Lightning's `ModelParallelStrategy`: shard every part (FSDP2)."""
@@ -249,6 +250,9 @@ class MultimodalBase(L.LightningModule):
                 pad_token_id=self.pad_id,
             )
         return [self.tokenizer.decode(_until(row, self.eos_id)) for row in ids.tolist()]
+
+    def on_train_start(self) -> None:
+        self.train()
 
     def train(self, mode: bool = True) -> "MultimodalBase":
         """Frozen parts stay as in evaluation: their statistics must not drift either."""

@@ -30,6 +30,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from mm_sparse.bench import machine
 
@@ -93,7 +94,8 @@ def dense_options(config: str) -> list[str]:
 def prepare(name: str, config: str, options: list[str]) -> Any:
     """Trainer, model and data of a config file, as `RecipeCLI` holds them; nothing has run yet.
 
-    Checkpoints go to a folder called `name` in the folder that the config gives them.
+    Checkpoints go to a folder called `name` in the folder that the config gives them; logs of the
+    run have that name as their version.
     """
     from mm_sparse.recipes.run.lightning_cli import main as recipe
 
@@ -103,6 +105,10 @@ def prepare(name: str, config: str, options: list[str]) -> Any:
     for checkpoint in cli.trainer.checkpoint_callbacks:
         own: Any = checkpoint
         own.dirpath = str(Path(own.dirpath or cli.trainer.default_root_dir) / name)
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+            # A version of its own, so that curves of both runs lie side by side by name.
+            logger._version = name
     return cli
 
 
@@ -130,11 +136,16 @@ def on_device(cli: Any) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
 
 
 def run(name: str, config: str, options: list[str]) -> dict[str, Any]:
-    """Train as a config file says; figures of the run and of a validation after its last step."""
+    """Train as a config file says; figures of the run and of a validation after its last step.
+
+    Raises:
+        ValueError: the config has no validation data; nothing was trained then.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     cli = prepare(name, config, options)
+    validation_of(cli, config)
     times = StepTimes()
     cli.trainer.callbacks.append(times)
     cli.trainer.fit(cli.model, cli.datamodule)

@@ -11,6 +11,7 @@ import mm_sparse as mms
 from mm_sparse.bench import runner, scenarios
 from mm_sparse.bench.baselines import Shape, inputs
 from mm_sparse.cli import bench as bench_command, main
+from mm_sparse.cli.inspect import sample_of
 
 SMALL = ["--tokens", "256", "--heads", "2/2", "--head-dims", "16", "--units", "64"]
 
@@ -241,3 +242,14 @@ def test_a_broken_plugin_breaks_no_other_command(capsys, monkeypatch):
 def test_a_broken_plugin_says_what_is_missing():
     with pytest.raises(SystemExit, match=r"mm-sparse broken cannot start: .*no_such_module"):
         main.main(["broken"])
+
+
+def test_inspect_names_what_a_target_lacks(tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import soundfile_of_nobody\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"needs_more:sample cannot be imported: No module named"):
+        sample_of("needs_more:sample", [])
+    with pytest.raises(ValueError, match="target must be MODULE:FUNCTION, got 'no_module:x'"):
+        sample_of("no_module:x", [])
+    with pytest.raises(ValueError, match="target must be MODULE:FUNCTION, got 'json:nothing'"):
+        sample_of("json:nothing", [])

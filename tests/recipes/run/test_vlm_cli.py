@@ -275,3 +275,24 @@ def test_every_caption_of_the_stamps_can_be_written():
     tokenizer = StampTokenizer()
     for stamp in find_stamps():
         assert tokenizer.encode(stamp.caption)
+
+
+def test_comparing_runs_wants_validation_data_before_it_trains(tmp_path):
+    config = tmp_path / "any name.yaml"
+    config.write_text(Path(DIGITS).read_text())
+    few = [option for option in FEW if "validation" not in option]
+    options = [*few, "--data.validation=null", f"--trainer.default_root_dir={tmp_path}"]
+    with pytest.raises(ValueError, match=r"data.validation of .*any name.yaml must be given"):
+        sparse_vs_dense.run("sparse", str(config), options)
+
+
+def test_logs_of_runs_have_the_names_of_the_runs(tmp_path):
+    for name in sparse_vs_dense.RUNS:
+        options = [
+            *FEW,
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+            f"--trainer.logger.save_dir={tmp_path}",
+        ]
+        cli = sparse_vs_dense.prepare(name, DIGITS, options)
+        assert Path(cli.trainer.logger.log_dir).name == name
