@@ -47,7 +47,7 @@ class AttentionCall:
             ValueError: the call has no layout.
         """
         if self.layout is None or self.config is None:
-            raise ValueError(f"{self.name} has no layout: {self.reason or 'it was not placed'}")
+            raise ValueError(f"{self.name} has no layout: {self.reason or 'it was not asked for'}")
         return self.layout.plan(
             self.config,
             num_query_heads=self.q.shape[1],

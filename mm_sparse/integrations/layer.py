@@ -41,7 +41,7 @@ _POOLED = PooledScorer()
 class Source(Protocol):
     """Where the layouts of a layer come from."""
 
-    def place(
+    def layout_of_call(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout:
         """Layout of a call; a ValueError says why there is none."""
@@ -160,7 +160,7 @@ class SparseLayer(ABC):
             problem: object = self._problem(q, k, v, mask, options)
             if problem is None:
                 try:
-                    call = ordered or self.source.place(self.module, q, k, mask, options)
+                    call = ordered or self.source.layout_of_call(self.module, q, k, mask, options)
                 except ValueError as error:
                     problem = error
             if problem is not None:
@@ -169,7 +169,7 @@ class SparseLayer(ABC):
         if call is None:
             result = original()
             if settings.watchers and settings.config.backend == "dense" and not self.cross:
-                call = self._place_dense(q, k, v, mask, options)
+                call = self._layout_of_dense_call(q, k, v, mask, options)
                 if call is not None:
                     config = shared.layer_config(self.index, self.name, call.prefix)
                     call, q, k, v = in_patch_order(call, config, q, k, v)
@@ -253,14 +253,14 @@ class SparseLayer(ABC):
         for watcher in shared.settings.watchers:
             watcher(given)
 
-    def _place_dense(
+    def _layout_of_dense_call(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout | None:
-        """Where the tokens of a call that runs dense would be, if they can be placed."""
+        """Where the tokens of a call that runs dense would be, if its layout can be found."""
         if self.refusal is not None or self._problem(q, k, v, mask, options) is not None:
             return None
         try:
-            return self.source.place(self.module, q, k, mask, options)
+            return self.source.layout_of_call(self.module, q, k, mask, options)
         except ValueError:
             return None
 

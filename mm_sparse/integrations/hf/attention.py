@@ -112,10 +112,10 @@ class HFLayer(SparseLayer):
         packed = options.get("cu_seq_lens_q") is not None and not self.source.takes_bounds_of_text
         if packed and "flash" not in name and not self.cross:
             # The original functions would let packed sequences see each other.
-            placed = self.source.place(self.module, q, k, mask, options_of(options))
+            call_layout = self.source.layout_of_call(self.module, q, k, mask, options_of(options))
             out = dense_attention(
-                q, k, v, layout=placed.layout, config=self.shared.config,
-                query_offset=placed.first, scale=options.get("scaling"),
+                q, k, v, layout=call_layout.layout, config=self.shared.config,
+                query_offset=call_layout.first, scale=options.get("scaling"),
             )  # fmt: skip
             return out.transpose(1, 2).contiguous(), None
         return run_original(self.module, name, q, k, v, mask, options)

@@ -32,7 +32,7 @@ class HFLayoutSource:
     tower: TowerTokens | None = None
     """What is known of the tokens of a vision model."""
 
-    def place(
+    def layout_of_call(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout:
         """Layout of a call; layers that share a mask share it.

@@ -66,7 +66,7 @@ class TowerLayer(SparseLayer):
                 "replaced it first"
             )
 
-    def place_in_order(self, tokens: Tensor) -> CallLayout | None:
+    def layout_in_patch_order(self, tokens: Tensor) -> CallLayout | None:
         """Where (B, N, C) tokens would be in patch order, if the module may be given them so.
 
         Then two gathers do, of what comes in and what goes out, where q, k, v and the output take
@@ -84,14 +84,14 @@ class TowerLayer(SparseLayer):
             return None
         heads: Any = module.num_heads
         q = tokens[:, None, :, :1].expand(-1, heads, -1, -1)
-        placed = self.source.place(module, q, q, None, AttentionOptions())
+        call_layout = self.source.layout_of_call(module, q, q, None, AttentionOptions())
         layout = ordered_layout(
-            placed.layout,
-            shared.layer_config(self.index, self.name, placed.prefix),
+            call_layout.layout,
+            shared.layer_config(self.index, self.name, call_layout.prefix),
             num_queries=q.shape[2],
-            query_offset=placed.first,
+            query_offset=call_layout.first,
         )
-        return None if layout is placed.layout else replace(placed, layout=layout)
+        return None if layout is call_layout.layout else replace(call_layout, layout=layout)
 
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions) -> int | None:
         queries, keys = q.shape[-2], k.shape[-2]

@@ -58,7 +58,7 @@ class TowerLayoutSource:
     plain: dict[Any, CallLayout]
     masked: LayoutCache
 
-    def place(
+    def layout_of_call(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout:
         """Layout of a call; layers that share a mask share it.

@@ -65,13 +65,13 @@ class OrderedBlocks:
             del vars(self.blocks)["forward"]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        placed = [] if torch.compiler.is_compiling() else self.placed(tokens)
-        if not placed:
+        calls = [] if torch.compiler.is_compiling() else self.calls_in_patch_order(tokens)
+        if not calls:
             return nn.Sequential.forward(self.blocks, tokens)
-        layout, first = placed[0][1].layout, placed[0][1].first
+        layout, first = calls[0][1].layout, calls[0][1].first
         from mm_sparse.integrations.towers.sdpa_redirect import CALLS_IN_PATCH_ORDER
 
-        token = CALLS_IN_PATCH_ORDER.set({id(layer): call for layer, call in placed})
+        token = CALLS_IN_PATCH_ORDER.set({id(layer): call for layer, call in calls})
         try:
             # Not kept by a name: the first block's input goes when the block is done with it.
             out = nn.Sequential.forward(self.blocks, arrange(tokens, layout, first, dim=1))
@@ -79,7 +79,7 @@ class OrderedBlocks:
             CALLS_IN_PATCH_ORDER.reset(token)
         return restore(out, layout, first, dim=1)
 
-    def placed(self, tokens: Tensor) -> list[tuple[SparseLayer, CallLayout]]:
+    def calls_in_patch_order(self, tokens: Tensor) -> list[tuple[SparseLayer, CallLayout]]:
         """Where each layer that runs sparse has (B, N, C) tokens in order; none if they disagree.
 
         Nobody must look into the blocks, where tokens are in patch order.
@@ -88,10 +88,10 @@ class OrderedBlocks:
         for layer in self.layers:
             if layer.early_mode(tokens.shape[1], tokens.device)[0] != "sparse":
                 continue
-            place = layer.place_in_order(tokens)
-            if place is None or (found and found[0][1].layout is not place.layout):
+            call = layer.layout_in_patch_order(tokens)
+            if call is None or (found and found[0][1].layout is not call.layout):
                 return []
-            found.append((layer, place))
+            found.append((layer, call))
         # Last: it looks at every module, which short sequences, that run dense, need not wait for.
         return found if found and _plain(self.blocks) else []
 

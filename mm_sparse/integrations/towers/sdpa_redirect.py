@@ -65,15 +65,15 @@ class RedirectedForward(Forward):
 
     def _ordered(self, *args: Any, **kwargs: Any) -> tuple[Any, LastCall | None]:
         """`_listened`, with tokens in patch order inside of it where that may be."""
-        layer, placed = self.layer, None
+        layer, call_layout = self.layer, None
         alone = len(args) == 1 and isinstance(args[0], Tensor)
         if alone and all(x is None or x is False for x in kwargs.values()):
-            placed = layer.place_in_order(args[0])
-        if placed is None:
+            call_layout = layer.layout_in_patch_order(args[0])
+        if call_layout is None:
             return self._listened(None, *args, **kwargs)
-        tokens = arrange(args[0], placed.layout, placed.first, dim=1)
-        out, record = self._listened(placed, tokens)
-        return restore(out, placed.layout, placed.first, dim=1), record
+        tokens = arrange(args[0], call_layout.layout, call_layout.first, dim=1)
+        out, record = self._listened(call_layout, tokens)
+        return restore(out, call_layout.layout, call_layout.first, dim=1), record
 
     def _listened(
         self, ordered: CallLayout | None, *args: Any, **kwargs: Any

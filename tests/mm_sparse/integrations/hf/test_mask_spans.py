@@ -228,7 +228,7 @@ def test_a_call_without_a_mask(options: dict, span: list) -> None:
     tracker = ModalityTracker(SimpleNamespace(config=None))
     x = torch.zeros(1, 2, 3, 8)
     source = HFLayoutSource(tracker, mms.Modality.IMAGE, {})
-    placed = source.place(torch.nn.Module(), x, x, None, AttentionOptions(**options))
-    assert placed.layout.span is not None
-    assert placed.layout.span[0].tolist() == span
-    assert placed.layout.modality.eq(int(mms.Modality.IMAGE)).all()
+    call_layout = source.layout_of_call(torch.nn.Module(), x, x, None, AttentionOptions(**options))
+    assert call_layout.layout.span is not None
+    assert call_layout.layout.span[0].tolist() == span
+    assert call_layout.layout.modality.eq(int(mms.Modality.IMAGE)).all()

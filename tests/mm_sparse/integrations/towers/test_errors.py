@@ -194,8 +194,8 @@ def test_one_tensor_may_show_and_hide() -> None:
         ("pads", MultiheadMasks(None, mask[:, :1].clone().expand(9, 9))),
         ("both", MultiheadMasks(mask, mask.roll(2, 1))),
     ):
-        layout = source.place(nn.Module(), x, x, given, AttentionOptions()).layout
-        assert source.place(nn.Module(), x, x, given, AttentionOptions()).layout is layout
+        layout = source.layout_of_call(nn.Module(), x, x, given, AttentionOptions()).layout
+        assert source.layout_of_call(nn.Module(), x, x, given, AttentionOptions()).layout is layout
         shown[name] = layout.valid[0].nonzero().flatten().tolist()
     assert shown == {
         "shows": [4, 5, 6, 7, 8], "hides": [0, 1, 2, 3], "pads": list(range(9)), "both": [2, 3],
@@ -203,7 +203,7 @@ def test_one_tensor_may_show_and_hide() -> None:
     with pytest.raises(
         ValueError, match=r"for \(batch, heads, N, N\) = \(9, 2, 9, 9\), got \(1, 1, 9, 8"
     ):
-        source.place(nn.Module(), x, x, mask[:, 1:], AttentionOptions())
+        source.layout_of_call(nn.Module(), x, x, mask[:, 1:], AttentionOptions())
 
 
 @pytest.mark.parametrize("name", ["vit", "clip", "wav2vec2", "conformer"])
