@@ -278,7 +278,7 @@ def _heads(name: str, value: Any) -> tuple[float, ...]:
 def _ratios(value: Any) -> dict[int | str, float | tuple[float, ...]]:
     if not isinstance(value, Mapping):
         raise TypeError(f"layer_ratio must map layers to ratios, got {value!r}")
-    found: dict[int | str, float | tuple[float, ...]] = {}
+    ratios: dict[int | str, float | tuple[float, ...]] = {}
     for key, ratio in value.items():
         # JSON has no other keys than strings.
         layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
@@ -288,11 +288,11 @@ def _ratios(value: Any) -> dict[int | str, float | tuple[float, ...]]:
             heads = _heads("layer_ratio", ratio)
             if not heads:
                 raise ValueError(f"layer_ratio must have a ratio for layer {layer}, got none")
-            found[layer] = heads
+            ratios[layer] = heads
             continue
         _between("layer_ratio", ratio)
-        found[layer] = float(ratio)
-    return found
+        ratios[layer] = float(ratio)
+    return ratios
 
 
 def _modality(name: str, value: Any) -> Modality:

@@ -19,11 +19,11 @@ def _sparse_rows(report: Report) -> list[Row]:
 
 def modality_densities(report: Report) -> dict[tuple[Modality, Modality], float]:
     """Density by modality of query and of key, mean over the layers that ran sparse."""
-    found: dict[tuple[Modality, Modality], list[float]] = {}
+    densities: dict[tuple[Modality, Modality], list[float]] = {}
     for row in _sparse_rows(report):
         for pair, density in (row.pair_density or {}).items():
-            found.setdefault(pair, []).append(density)
-    return {pair: sum(values) / len(values) for pair, values in found.items()}
+            densities.setdefault(pair, []).append(density)
+    return {pair: sum(values) / len(values) for pair, values in densities.items()}
 
 
 def draw_modalities(report: Report, title: str = "") -> Any:

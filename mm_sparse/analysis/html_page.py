@@ -120,10 +120,10 @@ def _run(sample: InspectionSample) -> dict[str, Selection]:
 
 
 def _figures(sample: InspectionSample, chosen: Mapping[str, Selection]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for number, image in enumerate(sample.images if chosen else ()):
         shares = kept_patches(chosen, sample.queries, image.pixels, image.grid, start=image.start)
-        found[f"image-{number + 1}"] = draw_patches(
+        figures[f"image-{number + 1}"] = draw_patches(
             shares, image.pixels, sample.caption, asked=image.asked,
             queries=query_boxes(sample.queries, image.start, image.grid, image.pixels),
         )  # fmt: skip
@@ -131,7 +131,7 @@ def _figures(sample: InspectionSample, chosen: Mapping[str, Selection]) -> dict[
         mel = clip.spectrogram
         shares = kept_frames(chosen, sample.queries, mel, clip.count, start=clip.start)
         own = [q - clip.start for q in sample.queries if 0 <= q - clip.start < clip.count]
-        found[f"audio-{number + 1}"] = draw_frames(
+        figures[f"audio-{number + 1}"] = draw_frames(
             shares, mel, clip.seconds, sample.caption, queries=own
         )
     for name, part in sample.parts.items():
@@ -141,11 +141,11 @@ def _figures(sample: InspectionSample, chosen: Mapping[str, Selection]) -> dict[
             continue
         # Of a text, a map of one colour says nothing that the table of layers does not say.
         if not sample.words or any(len(row.pair_density or {}) > 1 for row in ran):
-            found[f"{name}-modalities"] = draw_modalities(own)
+            figures[f"{name}-modalities"] = draw_modalities(own)
         heads = [density for row in ran for density in row.head_density]
         if not sample.words or max(heads) - min(heads) > 0.005:
-            found[f"{name}-heads"] = draw_heads(own)
-    return found
+            figures[f"{name}-heads"] = draw_heads(own)
+    return figures
 
 
 def write_page(sample: InspectionSample, path: str | Path) -> Path:
@@ -216,10 +216,10 @@ def _figure(figure: Any) -> str:
     return f'<p><img alt="" src="data:image/png;base64,{code}"></p>'
 
 
-def _table(found: Report) -> str:
+def _table(report: Report) -> str:
     names = ("layer", "mode", "queries", "keys", "density", "")
     lines = ["".join(f"<th>{name}</th>" for name in names)]
-    for row in found.rows:
+    for row in report.rows:
         numbers = [
             "" if value is None else str(value)
             for value in (row.queries, row.keys, row.density and f"{row.density:.3f}")

@@ -156,11 +156,11 @@ def _kept_of(
         if start is not None:
             first = start
         else:
-            found = (layout.modality[row] == int(kind)).nonzero()
-            if not len(found):
+            positions = (layout.modality[row] == int(kind)).nonzero()
+            if not len(positions):
                 wanted = "n image" if kind == Modality.IMAGE else "n audio clip"
                 raise ValueError(f"selections must be of a row with a{wanted}, row {row} has none")
-            first = int(found[0])
+            first = int(positions[0])
         if not 0 <= first <= layout.length - count:
             raise ValueError(
                 f"start and {what} must lie in {layout.length} tokens, got {first} and {count}"

@@ -53,14 +53,14 @@ class _Attend(torch.autograd.Function):
         dout = grads[0]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         options = scale, plan.config.backend, plan.config.deterministic
-        found = []
+        gradients = []
         for log, index, count in (
             (whole, sample.best_index, sample.best_count),
             (shifted, sample.index, sample.count),
         ):
             lists = plan.block_lists(index, count)
-            found.append(attend_backward_op(dout, q, k, v, out, log, *lists, *options))
-        return (*(a + b for a, b in zip(*found, strict=True)), None, None, None)
+            gradients.append(attend_backward_op(dout, q, k, v, out, log, *lists, *options))
+        return (*(a + b for a, b in zip(*gradients, strict=True)), None, None, None)
 
 
 def _merge(
@@ -85,5 +85,5 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def of_queries(value: Tensor, plan: Plan) -> Tensor:
     """(B, K, T) of tiles -> (B, H, N) of their queries."""
-    found = value.gather(2, plan.tile_of[:, None].expand(-1, value.shape[1], -1))
-    return found if plan.group == 1 else found.repeat_interleave(plan.group, 1)
+    of_tiles = value.gather(2, plan.tile_of[:, None].expand(-1, value.shape[1], -1))
+    return of_tiles if plan.group == 1 else of_tiles.repeat_interleave(plan.group, 1)

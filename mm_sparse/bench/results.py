@@ -106,8 +106,8 @@ def fastest(
     records: Iterable[Timing], group: Any, which: Callable[[Timing], bool]
 ) -> Timing | None:
     """The fastest of a group among `which`."""
-    found = [r for r in records if r.group == group and which(r)]
-    return min(found, key=lambda r: r.milliseconds) if found else None
+    matching = [r for r in records if r.group == group and which(r)]
+    return min(matching, key=lambda r: r.milliseconds) if matching else None
 
 
 def ratios(records: Sequence[Timing]) -> list[dict[str, Any]]:
@@ -132,15 +132,15 @@ def ratios(records: Sequence[Timing]) -> list[dict[str, Any]]:
 
 def break_even(records: Sequence[Timing]) -> list[dict[str, Any]]:
     """Per shape and unit, the first length from which the whole is never slower than dense."""
-    found: dict[tuple[Any, ...], dict[int, bool]] = {}
+    wins_by_case: dict[tuple[Any, ...], dict[int, bool]] = {}
     for record in records:
         best = fastest(records, record.group, dense_record)
         if record.what.startswith(WHOLE) and best and record.direction == "forward":
             key = (record.what, record.heads, record.head_dim, record.causal)
-            wins = found.setdefault(key, {})
+            wins = wins_by_case.setdefault(key, {})
             wins[record.tokens] = record.milliseconds <= best.milliseconds
     rows = []
-    for key, wins in found.items():
+    for key, wins in wins_by_case.items():
         first = None
         for tokens in sorted(wins, reverse=True):
             if not wins[tokens]:
@@ -198,12 +198,12 @@ def summary(content: dict[str, Any], session: Session) -> str:
             rows.append([m["what"], shape.strip(), m["direction"], *sizes])
         lines.append("\n".join(aligned(rows)))
     for row in content.get("break_even", ()):
-        found = f"never slower than dense from {row['tokens']} tokens"
+        verdict = f"never slower than dense from {row['tokens']} tokens"
         if row["tokens"] is None:
-            found = f"still slower than dense at {row['lengths'][-1]} tokens"
+            verdict = f"still slower than dense at {row['lengths'][-1]} tokens"
         mask = "causal" if row["causal"] else "not causal"
         kind = f"heads {row['heads']}, head dim {row['head_dim']}, {mask}"
-        lines.append(f"{row['what']} ({kind}) is {found}")
+        lines.append(f"{row['what']} ({kind}) is {verdict}")
     if session.skipped:
         lines.append(f"{len(session.skipped)} skipped, as said above")
     return "\n\n".join(lines)

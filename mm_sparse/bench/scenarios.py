@@ -118,13 +118,13 @@ def _shared(q: Tensor, k: Tensor, layout: TokenLayout, config: SparseConfig) -> 
 
 def growth(records: Sequence[Timing]) -> list[dict[str, Any]]:
     """By what was timed on several lengths: how time grows, as the exponent of the length."""
-    found: dict[tuple[Any, ...], list[Timing]] = {}
+    timings_by_case: dict[tuple[Any, ...], list[Timing]] = {}
     for record in records:
         if " keys" in record.what:
             key = (record.what, record.heads, record.head_dim, record.causal)
-            found.setdefault(key, []).append(record)
+            timings_by_case.setdefault(key, []).append(record)
     rows = []
-    for key, times in found.items():
+    for key, times in timings_by_case.items():
         short, long = (pick(times, key=lambda r: r.tokens) for pick in (min, max))
         if short.tokens < long.tokens:
             longer = math.log(long.tokens / short.tokens)

@@ -98,9 +98,9 @@ def load_scorer_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> N
         )
         return
     scorers = scorers_of(model)
-    wanted, found = set(scorers.state_dict()), set(state)
-    if wanted != found:
-        odd = sorted(wanted ^ found)[0]
+    wanted, given = set(scorers.state_dict()), set(state)
+    if wanted != given:
+        odd = sorted(wanted ^ given)[0]
         raise ValueError(f"state must be of the model's scorers, {odd} is in one of both only")
     scorers.load_state_dict(dict(state))
 

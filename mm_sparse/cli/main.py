@@ -30,8 +30,8 @@ GROUP = "mm_sparse.commands"
 
 def plugins() -> dict[str, tuple[str, str]]:
     """Commands that other installed packages add; none of them is imported."""
-    found = entry_points(group=GROUP)
-    return {e.name: (e.value, f"From {e.dist.name if e.dist else e.module}.") for e in found}
+    entries = entry_points(group=GROUP)
+    return {e.name: (e.value, f"From {e.dist.name if e.dist else e.module}.") for e in entries}
 
 
 def load(name: str, place: str) -> Command:

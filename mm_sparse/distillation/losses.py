@@ -84,7 +84,7 @@ def distillation_losses(
     a submodule before (`register_scorers`), or `average_scorer_gradients`; else a warning says so.
     """
     _warn_of_drift(state_of(model))
-    found = DistillationLosses()
+    gathered = DistillationLosses()
     # A model that wraps the sparsified one has other names for its layers.
     layers = {layer.name: layer for layer in attention_layers(model).values()}
 
@@ -92,10 +92,10 @@ def distillation_losses(
         scorer = layers[call.name].scorer
         if scorer is None or call.scores is None or next(scorer.parameters(), None) is None:
             return
-        found.losses[call.name] = _layer_loss(call, call.scores.plan, scorer, loss)
+        gathered.losses[call.name] = _layer_loss(call, call.scores.plan, scorer, loss)
 
     with capture_attention(model, learn):
-        yield found
+        yield gathered
 
 
 def _warn_of_drift(state: State) -> None:

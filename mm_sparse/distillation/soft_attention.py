@@ -105,8 +105,8 @@ def _unit_of(plan: Plan) -> Tensor:
     offset = torch.arange(plan.unit, device=plan.units.device)
     token = torch.where(offset < plan.units[..., 1:], plan.units[..., :1] + offset, length)
     number = torch.arange(count, device=token.device)[:, None].expand_as(token)
-    found = torch.full((len(token), length + 1), count, device=token.device)
-    return found.scatter_(1, token.long().flatten(1), number.flatten(1))[:, :length]
+    units = torch.full((len(token), length + 1), count, device=token.device)
+    return units.scatter_(1, token.long().flatten(1), number.flatten(1))[:, :length]
 
 
 def _to_tokens(rows: Tensor, plan: Plan) -> Tensor:

@@ -39,8 +39,8 @@ class Context(dict["ref[Any]", Any]):
 
 
 def _later(value: Any) -> Any:
-    found = getattr(value, "when_recomputed", None)
-    return value if found is None else found()
+    change = getattr(value, "when_recomputed", None)
+    return value if change is None else change()
 
 
 class _Recomputed(threading.local):

@@ -51,9 +51,9 @@ class Source(Protocol):
 class SparseLayer(ABC):
     """Serves one attention module; kept outside the module tree."""
 
-    def __init__(self, found: AttentionModule, shared: Shared, source: Source) -> None:
-        self.name, self.module, self.modality = found.name, found.module, found.modality
-        self.refusal, self.cross = found.refusal, found.cross
+    def __init__(self, item: AttentionModule, shared: Shared, source: Source) -> None:
+        self.name, self.module, self.modality = item.name, item.module, item.modality
+        self.refusal, self.cross = item.refusal, item.cross
         self.shared, self.source = shared, source
         self.state: Any = None
         """What `sparsify` did to the model that the layer is of; set there."""

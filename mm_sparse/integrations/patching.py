@@ -140,10 +140,10 @@ def sparse(model: M, config: SparseConfig | None = None, **options: Any) -> Iter
 
 def find_all(model: nn.Module, adapters: Sequence[TowerAdapter] = ()) -> list[AttentionModule]:
     """Attention layers of all libraries, in the order of the model's modules."""
-    found: dict[str, AttentionModule] = {f.name: f for f in find_layers(model)}
+    by_name: dict[str, AttentionModule] = {f.name: f for f in find_layers(model)}
     # To transformers, a tower that one of its models wraps has attention that does not dispatch.
-    found.update((f.name, f) for f in find_towers(model, adapters))
-    return [found[name] for name, _ in model.named_modules() if name in found]
+    by_name.update((f.name, f) for f in find_towers(model, adapters))
+    return [by_name[name] for name, _ in model.named_modules() if name in by_name]
 
 
 def _prepare(
@@ -153,15 +153,15 @@ def _prepare(
     modules: Sequence[type[nn.Module]] = (),
 ) -> State:
     """Find the layers and check them; changes nothing."""
-    found = find_all(model, (ModuleAdapter(modules),) if modules else ())
+    items = find_all(model, (ModuleAdapter(modules),) if modules else ())
     name = type(model).__name__
     named_dense = set(config.dense_layers)
     refused = [
         item
-        for item in found
+        for item in items
         if item.refusal is not None and named_dense.isdisjoint((item.name, _number_of(item)))
     ]
-    if not found:
+    if not items:
         raise ValueError(
             "model must have attention layers of transformers, timm, open_clip or torchaudio, "
             f"got {name}; name classes of your own with modules=[...], or call "
@@ -171,21 +171,21 @@ def _prepare(
         first = refused[0]
         raise ValueError(
             f"{first.name} ({type(first.module).__name__}) cannot run sparse: {first.refusal}; "
-            f"{len(refused)} of {len(found)} layers of {name} are like that, strict=False leaves "
+            f"{len(refused)} of {len(items)} layers of {name} are like that, strict=False leaves "
             "them as they are"
         )
-    unknown = sorted(config.named_layers - {f.name for f in found})
+    unknown = sorted(config.named_layers - {f.name for f in items})
     if unknown:
         raise ValueError(
-            f"config must name layers of {name}, such as {found[0].name!r}, got {unknown[0]!r}"
+            f"config must name layers of {name}, such as {items[0].name!r}, got {unknown[0]!r}"
         )
-    memory = ForwardMemory(_blocks_around(model, found))
+    memory = ForwardMemory(_blocks_around(model, items))
     shared = Shared(Settings(config), strict, memory)
     trackers: dict[int, ModalityTracker] = {}
     towers: dict[int, TowerTokens] = {}
     served: dict[str, SparseLayer] = {}
     before: list[tuple[Any, str]] = []
-    for item in found:
+    for item in items:
         if isinstance(item, TowerAttentionModule):
             towers[id(item.tower)] = item.tower
             served[item.name] = TowerLayer(item, shared)
@@ -241,10 +241,10 @@ def _warn_of_ratio(before: SparseConfig, now: SparseConfig) -> None:
         )
 
 
-def _blocks_around(model: nn.Module, found: Sequence[AttentionModule]) -> Iterator[nn.Module]:
+def _blocks_around(model: nn.Module, items: Sequence[AttentionModule]) -> Iterator[nn.Module]:
     """Modules inside the model that a checkpoint may compute again: what holds attention."""
     parts = dict(model.named_modules())
-    for item in found:
+    for item in items:
         yield from (parts[name] for name in prefixes(item.name) if name)
 
 

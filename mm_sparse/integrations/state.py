@@ -57,8 +57,8 @@ class State:
 def states_in(model: nn.Module) -> list[State]:
     """The states to which layers of a model belong: one for each call of `sparsify`."""
     layers = (vars(module).get(LAYER) for module in model.modules())
-    found = {id(layer.state): layer.state for layer in layers if layer is not None}
-    return list(found.values())
+    states = {id(layer.state): layer.state for layer in layers if layer is not None}
+    return list(states.values())
 
 
 def is_sparsified(model: nn.Module) -> bool:
@@ -128,5 +128,5 @@ def scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _scorers(state: State) -> nn.ModuleDict:
-    found = {name: la.scorer for name, la in state.layers.items() if la.scorer is not None}
-    return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in found.items()})
+    scorers = {name: la.scorer for name, la in state.layers.items() if la.scorer is not None}
+    return nn.ModuleDict({name.replace(".", "/"): scorer for name, scorer in scorers.items()})

@@ -59,15 +59,15 @@ def image_starts(
         if not _is_grid(grid):
             raise ValueError(f"image_grids must be (height, width) of at least 1, got {grid!r}")
         sizes.append((int(grid[0]), int(grid[1])))
-    found = ((modality == int(Modality.IMAGE)) & (document >= 0)).nonzero().tolist()
-    if sum(h * w for h, w in sizes) != len(found):
+    image_tokens = ((modality == int(Modality.IMAGE)) & (document >= 0)).nonzero().tolist()
+    if sum(h * w for h, w in sizes) != len(image_tokens):
         raise ValueError(
-            f"image_grids must cover the {len(found)} image tokens, got {sizes} which cover "
+            f"image_grids must cover the {len(image_tokens)} image tokens, got {sizes} which cover "
             f"{sum(h * w for h, w in sizes)}"
         )
     heads, at = [], 0
     for h, w in sizes:
-        (row, first), (last_row, last) = found[at], found[at + h * w - 1]
+        (row, first), (last_row, last) = image_tokens[at], image_tokens[at + h * w - 1]
         if last_row != row:
             raise ValueError(f"image_grids must follow the rows, got {(h, w)} across two rows")
         if last - first != h * w - 1:

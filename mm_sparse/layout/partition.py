@@ -118,8 +118,8 @@ def regular_offset(table: Tensor, size: int, length: int) -> int:
     end = (start + size).clamp(max=length)
     start = start.clamp(min=0)
     even = (table == torch.stack([start, end - start], -1)).all()
-    found, number = torch.stack([even, lead]).tolist()
-    return number if found and number < size else -1
+    is_regular, number = torch.stack([even, lead]).tolist()
+    return number if is_regular and number < size else -1
 
 
 def part_sizes(units: Tensor, unit: int, count: int) -> Tensor:

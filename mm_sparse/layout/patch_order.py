@@ -133,7 +133,7 @@ def _moves(
     end: int,
 ) -> list[tuple[int, int, int]]:
     """Start, height and width of the images of a row that can be put in another order."""
-    found = []
+    images = []
     for number, (height, width) in sorted(grids.items()):
         count = height * width
         if number not in segment:
@@ -144,8 +144,8 @@ def _moves(
         whole = whole and document[start:stop] == [max(document[start], 0)] * count
         apart = stop <= first or start >= end or (first <= start and stop <= end)
         if whole and apart and not any(edges[start + 1 : stop]):
-            found.append((start, height, width))
-    return found
+            images.append((start, height, width))
+    return images
 
 
 class _Take(torch.autograd.Function):

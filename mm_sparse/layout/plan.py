@@ -57,7 +57,7 @@ class Plan:
     units_per_run: int = 1
     """Units of the layout that a unit of this plan is (`mm_sparse.scorers.two_stage`)."""
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
-    """What was found of the pieces; `replace`, which may change them, starts anew."""
+    """What was computed of the blocks; `replace`, which may change them, starts anew."""
 
     @property
     def unit(self) -> int:
@@ -256,8 +256,8 @@ class Plan:
                 + sum_between(self.sink_units, *visible_tokens)
                 - sum_between(self.sink_units, *window_span)
             )
-        found = (self.visible_tokens, short, always)
-        return tuple(torch.stack([x.amax() for x in found]).tolist())
+        counts = (self.visible_tokens, short, always)
+        return tuple(torch.stack([x.amax() for x in counts]).tolist())
 
     @memo_by_blocks
     def tile_of(self) -> Tensor:
@@ -296,8 +296,8 @@ class Plan:
     def floors(self) -> Tensor | None:
         """(modalities,) float32: least share of the budget; None where nobody has one."""
         shares = self.config.floors()
-        found = [shares.get(kind, 0.0) for kind in Modality]
-        return torch.tensor(found, device=self.units.device) if shares else None
+        shares_by_modality = [shares.get(kind, 0.0) for kind in Modality]
+        return torch.tensor(shares_by_modality, device=self.units.device) if shares else None
 
     @memo_by_blocks
     def distance(self) -> Tensor:

@@ -75,8 +75,8 @@ class Scorer(nn.Module):
             return Scores(self._checked(self.score(q, k, plan, scale), q, k, plan), plan)
         features = self._descriptors(q, k, plan, scale, cache)
         if plan.config.coarse_factor > 1 and not torch.is_grad_enabled():
-            found = two_stage_scores(features, plan)
-            return Scores(found.values, plan, found.runs)
+            two_stage = two_stage_scores(features, plan)
+            return Scores(two_stage.values, plan, two_stage.runs)
         return Scores(block_scores(features, plan), plan)
 
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:

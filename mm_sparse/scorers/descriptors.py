@@ -54,8 +54,8 @@ def piece_features(
         exists = torch.nn.functional.pad(exists, (0, missing))
     rows = rows.unflatten(3, (parts, width))
     exists = exists.unflatten(2, (parts, width))[:, None, ..., None]
-    found = (masked_mean(rows, exists, 4), *masked_extremes(rows, exists, 4))
-    return torch.cat(found, -1)
+    features = (masked_mean(rows, exists, 4), *masked_extremes(rows, exists, 4))
+    return torch.cat(features, -1)
 
 
 def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...]:
@@ -67,8 +67,10 @@ def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...
         return (mean, *masked_extremes(keys, present, 3)) if extremes else (mean,)
     from mm_sparse.kernels.triton.pooling import pool
 
-    found = pool(last_contiguous(k), plan.units, plan.unit, extremes=extremes, regular=plan.regular)
-    return found.squeeze(3).chunk(3 if extremes else 1, -1)
+    pooled = pool(
+        last_contiguous(k), plan.units, plan.unit, extremes=extremes, regular=plan.regular
+    )
+    return pooled.squeeze(3).chunk(3 if extremes else 1, -1)
 
 
 def means(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:

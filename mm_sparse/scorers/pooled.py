@@ -29,8 +29,8 @@ class PooledScorer(Scorer):
     def describe(
         self, q: Tensor, k: Tensor, plan: Plan, scale: float, cache: DescriptorCache | None = None
     ) -> Descriptors:
-        if cache is None and (found := means(q, k, plan, scale)) is not None:
-            tile, unit, exists = found
+        if cache is None and (pooled := means(q, k, plan, scale)) is not None:
+            tile, unit, exists = pooled
             return Descriptors(tile, unit, exists)
         tile, exists = tile_descriptors(q, plan, scale)
         unit = cached_descriptors(

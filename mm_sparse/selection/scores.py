@@ -33,8 +33,8 @@ class Runs:
     def among(self, num_units: int) -> Tensor:
         """(B, K, T, U) bool: which units are candidates."""
         ids = self.units(num_units)
-        found = torch.zeros(*ids.shape[:3], num_units + 1, dtype=torch.bool, device=ids.device)
-        return found.scatter_(-1, ids, True)[..., :num_units]
+        listed = torch.zeros(*ids.shape[:3], num_units + 1, dtype=torch.bool, device=ids.device)
+        return listed.scatter_(-1, ids, True)[..., :num_units]
 
     def spread(self, values: Tensor, num_units: int) -> Tensor:
         """Values (B, K, T, C) at the places of their units: (B, K, T, U)."""

@@ -40,17 +40,15 @@ class HFLayer(SparseLayer):
 
     source: HFLayoutSource
 
-    def __init__(self, found: HFAttentionModule, shared: Shared, tracker: ModalityTracker) -> None:
-        modality = found.modality
-        encoder_decoder = getattr(found.root.config, "is_encoder_decoder", False)
-        if encoder_decoder and modality is None and is_causal(found.module, AttentionOptions()):
+    def __init__(self, item: HFAttentionModule, shared: Shared, tracker: ModalityTracker) -> None:
+        modality = item.modality
+        encoder_decoder = getattr(item.root.config, "is_encoder_decoder", False)
+        if encoder_decoder and modality is None and is_causal(item.module, AttentionOptions()):
             # The ids that the tracker sees are the encoder's; a decoder of this kind writes text.
-            tracker = ModalityTracker(found.root)
-        super().__init__(
-            found, shared, HFLayoutSource(tracker, modality, shared.plain, found.tower)
-        )
+            tracker = ModalityTracker(item.root)
+        super().__init__(item, shared, HFLayoutSource(tracker, modality, shared.plain, item.tower))
         # A module without a config goes by the model around it, which makes its masks.
-        self._named = getattr(self.module, "config", None) or found.owners[-1].config
+        self._named = getattr(self.module, "config", None) or item.owners[-1].config
         self.original = getattr(self._named, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""
         self._unserved: Any = None

@@ -51,14 +51,14 @@ def find_layers(model: nn.Module) -> list[HFAttentionModule]:
         return []
     from transformers import PreTrainedModel
 
-    found: list[HFAttentionModule] = []
+    layers: list[HFAttentionModule] = []
     towers: dict[int, TowerTokens | None] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         owners = [modules[p] for p in prefixes(name) if isinstance(modules[p], PreTrainedModel)]
         if not owners or not _computes_attention(module):
             continue
-        inside = any(found and name.startswith(f.name + ".") for f in found)
+        inside = any(layers and name.startswith(f.name + ".") for f in layers)
         if inside and not uses_attention_interface(type(module)):
             continue
         modality = _modality(name, module, owners)
@@ -66,10 +66,10 @@ def find_layers(model: nn.Module) -> list[HFAttentionModule]:
         if modality == Modality.IMAGE:
             tower = towers.setdefault(id(owners[-1]), _tower(owners))
         refusal, cross = _refusal(module), _is_cross(name, module)
-        found.append(
+        layers.append(
             HFAttentionModule(name, module, modality, refusal, cross, tuple(owners), tower)
         )
-    return found
+    return layers
 
 
 def prefix_tokens(embeddings: nn.Module) -> int:

@@ -26,8 +26,8 @@ EQUIVARIANT = frozenset(
 class TowerLayer(SparseLayer):
     """Serves an attention module of a tower, by a forward that stands before its own."""
 
-    def __init__(self, found: TowerAttentionModule, shared: Shared) -> None:
-        super().__init__(found, shared, TowerLayoutSource(found.tower, shared.plain, shared.masked))
+    def __init__(self, item: TowerAttentionModule, shared: Shared) -> None:
+        super().__init__(item, shared, TowerLayoutSource(item.tower, shared.plain, shared.masked))
         self._forward: Any = None
         """What stands before the forward of the module."""
 

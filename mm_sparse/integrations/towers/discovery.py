@@ -54,17 +54,17 @@ def find_towers(
     """
     modules = dict(model.named_modules())
     towers: dict[Any, TowerTokens] = {}
-    found: list[TowerAttentionModule] = []
+    layers: list[TowerAttentionModule] = []
     asked = (*adapters, *registered_adapters())
     for name, module in modules.items():
         around = [modules[p] for p in prefixes(name) if modules[p] is not module]
-        if any(f.module is owner for f in found for owner in around):
+        if any(f.module is owner for f in layers for owner in around):
             continue
         adapter = next((a for a in asked if a.matches(name, module, around)), None)
         if adapter is not None:
             tower = adapter.tokens(name, module, around)
             refusal = adapter.refusal(module)
-            found.append(TowerAttentionModule(name, module, tower.modality, refusal, False, tower))
+            layers.append(TowerAttentionModule(name, module, tower.modality, refusal, False, tower))
             continue
         home = _library(module, around)
         if home is None or not _computes_attention(type(module)):
@@ -73,8 +73,8 @@ def find_towers(
         tower = towers.setdefault(key, tower)
         cross = _is_pooling(type(module)) or any(_is_pooling(type(m)) for m in around[-1:])
         refusal = None if cross else _refusal(module)
-        found.append(TowerAttentionModule(name, module, tower.modality, refusal, cross, tower))
-    return found
+        layers.append(TowerAttentionModule(name, module, tower.modality, refusal, cross, tower))
+    return layers
 
 
 def _library(module: nn.Module, around: list[nn.Module]) -> str | None:

@@ -84,22 +84,22 @@ class OrderedBlocks:
 
         Nobody must look into the blocks, where tokens are in patch order.
         """
-        found: list[tuple[SparseLayer, CallLayout]] = []
+        calls: list[tuple[SparseLayer, CallLayout]] = []
         for layer in self.layers:
             if layer.early_mode(tokens.shape[1], tokens.device)[0] != "sparse":
                 continue
             call = layer.layout_in_patch_order(tokens)
-            if call is None or (found and found[0][1].layout is not call.layout):
+            if call is None or (calls and calls[0][1].layout is not call.layout):
                 return []
-            found.append((layer, call))
+            calls.append((layer, call))
         # Last: it looks at every module, which short sequences, that run dense, need not wait for.
-        return found if found and _plain(self.blocks) else []
+        return calls if calls and _plain(self.blocks) else []
 
 
 def find_ordered_blocks(model: nn.Module, layers: Iterable[SparseLayer]) -> list[OrderedBlocks]:
     """Every `nn.Sequential` around layers of `model` whose tokens may come in any order."""
     modules = dict(model.named_modules())
-    found: dict[int, OrderedBlocks] = {}
+    by_blocks: dict[int, OrderedBlocks] = {}
     for layer in layers:
         if not isinstance(layer, TowerLayer):
             continue
@@ -107,11 +107,11 @@ def find_ordered_blocks(model: nn.Module, layers: Iterable[SparseLayer]) -> list
         blocks = next((m for m in around if type(m) is nn.Sequential), None)
         if blocks is None:
             continue
-        if id(blocks) not in found and "forward" not in vars(blocks) and _plain(blocks):
-            found[id(blocks)] = OrderedBlocks(blocks, [])
-        if id(blocks) in found:
-            found[id(blocks)].layers.append(layer)
-    return list(found.values())
+        if id(blocks) not in by_blocks and "forward" not in vars(blocks) and _plain(blocks):
+            by_blocks[id(blocks)] = OrderedBlocks(blocks, [])
+        if id(blocks) in by_blocks:
+            by_blocks[id(blocks)].layers.append(layer)
+    return list(by_blocks.values())
 
 
 def _plain(blocks: nn.Module) -> bool:

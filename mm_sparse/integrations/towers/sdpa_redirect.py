@@ -96,15 +96,15 @@ def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     None of a call with anything else in it.
     """
-    found = []
+    form = []
     for name, x in (*enumerate(args), *kwargs.items()):
         if isinstance(x, Tensor):
-            found.append((name, x.shape, x.device))
+            form.append((name, x.shape, x.device))
         elif x is None or isinstance(x, (bool, int, float, str)):
-            found.append((name, x))
+            form.append((name, x))
         else:
             return None
-    return found
+    return form
 
 
 class _Redirect(TorchFunctionMode):

@@ -117,7 +117,7 @@ def test_a_grid_across_two_rows_is_refused() -> None:
 
 def test_a_grid_across_two_pictures_is_refused() -> None:
     message = (
-        "image_grids must be of pictures without a break, got (2, 2) for the image tokens from 0 "
+        "image_grids must be of images without a break, got (2, 2) for the image tokens from 0 "
         "to 4 of row 0"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
