@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mm_sparse._extras import extra_of
+
 
 def public_names(stub: Path) -> dict[str, str]:
     """Module that each public name comes from, by the `from .module import` lines of a stub."""
@@ -33,7 +35,13 @@ def lazy_exports(
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f".{home[name]}", package), name)
+        try:
+            value = getattr(import_module(f".{home[name]}", package), name)
+        except ModuleNotFoundError as error:
+            extra = extra_of(error)
+            if not extra:
+                raise
+            raise ModuleNotFoundError(f"{error}{extra}", name=error.name) from error
         setattr(sys.modules[package], name, value)
         return value
 

@@ -20,6 +20,7 @@ FOLDERS = {
 }
 # Each line may import from the lines above it, and from itself.
 ORDER = [
+    ["_extras"],
     ["_exports"],
     ["kernels.sizes", "kernels.device", "kernels.block_lists", "kernels.cached_launch"],
     ["kernels.cpu", "kernels.reference", "kernels.triton", "kernels.hopper"],

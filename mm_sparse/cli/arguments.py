@@ -50,22 +50,7 @@ def head_counts(text: str) -> tuple[int, int]:
 def png_path(text: str) -> Path:
     """Where a plot goes."""
     if find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("needs matplotlib, which is not installed")
+        raise argparse.ArgumentTypeError(
+            'needs matplotlib, which is not installed; pip install "mm-sparse[train]" brings it'
+        )
     return Path(text)
-
-
-def extra_of(error: Exception) -> str:
-    """The extra that installs what an import lacks."""
-    extras = {
-        "transformers": "lm",
-        "timm": "vision",
-        "open_clip": "vision",
-        "torchvision": "vision",
-        "PIL": "vision",
-        "torchaudio": "audio",
-        "soundfile": "audio",
-    }
-    missing = (getattr(error, "name", None) or "").partition(".")[0]
-    if not missing or missing == "mm_sparse":
-        return ""
-    return f'; pip install "mm-sparse[{extras.get(missing, "train")}]" brings it'

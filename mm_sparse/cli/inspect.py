@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_sparse.cli.arguments import extra_of, share
+from mm_sparse._extras import extra_of
+from mm_sparse.cli.arguments import share
 
 if TYPE_CHECKING:
     from mm_sparse.analysis import InspectionSample
@@ -21,7 +22,12 @@ def main(argv: Sequence[str]) -> None:
     from mm_sparse.analysis import write_page
 
     if ":" in args.target:
-        sample = sample_of(args.target, more)
+        try:
+            sample = sample_of(args.target, more)
+        except ValueError as error:
+            if not isinstance(error.__cause__, ImportError | AttributeError):
+                raise
+            parser.error(str(error))
     else:
         if more:
             parser.error(f"unrecognized arguments: {' '.join(more)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 import mm_sparse
-from mm_sparse.cli.arguments import extra_of
+from mm_sparse._extras import extra_of
 
 Command = Callable[[Sequence[str]], object]
 
@@ -61,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=mm_sparse.__version__)
     parser.add_argument("command", choices=known, metavar="COMMAND")
     args = parser.parse_args(argv[:1])
-    load(args.command, known[args.command][0])(argv[1:])
+    command = load(args.command, known[args.command][0])
+    try:
+        command(argv[1:])
+    except ImportError as error:
+        if "mm-sparse[" not in f"{error}{extra_of(error)}":
+            raise
+        raise SystemExit(f"mm-sparse {args.command}: {error}{extra_of(error)}") from error
     return 0
 
 

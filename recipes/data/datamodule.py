@@ -65,6 +65,9 @@ class SampleData(L.LightningDataModule):
         ):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
+        for name, samples in (("train", train), ("validation", validation), ("test", test)):
+            if samples is not None and not len(samples):
+                raise ValueError(f"{name} must hold at least one sample, got none in {samples!r}")
         if buckets > 1 and not shuffle:
             raise ValueError(f"buckets must be 1 without shuffle, got {buckets}")
         if isinstance(template, str):

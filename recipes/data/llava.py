@@ -47,12 +47,21 @@ class LlavaJson(MediaSamples):
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.path, self.folder, self.image_size = Path(path), Path(image_folder), image_size
         self.max_pixels = max_pixels
+        if not self.path.is_file():
+            raise ValueError(f"path must be a JSON file, got {path!r}, which is no file")
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
+            if error.msg == "Extra data":
+                raise ValueError(
+                    f"{path}: the file must hold one JSON list, got more behind it, as JSON lines "
+                    "have: put the rows into [ ] with commas between them"
+                ) from error
             raise ValueError(f"{path}: not JSON: {error}") from error
         if not isinstance(rows, list):
             raise ValueError(f"{path}: the file must hold a list, got {type(rows).__name__}")
+        if not rows:
+            raise ValueError(f"{path}: the file must hold at least one row, got an empty list")
         self.rows: list[dict[str, Any]] = rows
         for index, row in enumerate(rows):
             self.check(index, row)

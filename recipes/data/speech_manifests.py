@@ -164,6 +164,8 @@ class LibriSpeechTree(Clips):
     ) -> None:
         import soundfile
 
+        if not Path(root).is_dir():
+            raise ValueError(f"root must be a folder, got {root!r}, which is none")
         clips = []
         for script in sorted(Path(root).rglob("*.trans.txt")):
             for number, line in enumerate(script.read_text(encoding="utf-8").splitlines()):
@@ -186,6 +188,8 @@ class LibriSpeechTree(Clips):
 
 def json_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a file, each with a name for errors; empty lines are passed over."""
+    if not Path(path).is_file():
+        raise ValueError(f"path must be a file of JSON lines, got {str(path)!r}, which is no file")
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines()):
         name = f"{path}: row {number}"
@@ -194,11 +198,26 @@ def json_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line.decode("utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            if not rows and line.strip().startswith((b"[", b"{")) and _is_json(path):
+                raise ValueError(
+                    f"{path}: must have a JSON object in every line, got one JSON value over "
+                    "several lines"
+                ) from error
             raise ValueError(f"{name}: not JSON: {error}") from error
+        if isinstance(row, list) and not rows:
+            raise ValueError(f"{name}: must have a JSON object in every line, got a JSON list")
         if not isinstance(row, dict):
             raise ValueError(f"{name}: must be an object, got {type(row).__name__}")
         rows.append((name, row))
     return rows
+
+
+def _is_json(path: str) -> bool:
+    try:
+        json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def need(name: str, row: dict[str, Any], key: str, kind: Any) -> Any:

@@ -9,7 +9,6 @@ B rows, N tokens
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 
 import mm_sparse as mms
@@ -18,6 +17,7 @@ from mm_sparse.recipes.data import CorpusData
 from mm_sparse.recipes.distillation.distiller import DistillationConfig, Distiller
 from mm_sparse.recipes.metrics import layer_figures, logit_change
 from mm_sparse.recipes.models import LanguageConfig
+from mm_sparse.recipes.run import SettingsCLI, program
 from mm_sparse.recipes.training import OptimizerConfig
 
 
@@ -63,12 +63,12 @@ class Distill(Distiller):
         self.log_dict({f"validation/{k}": v for k, v in change.items()}, sync_dist=True)
 
 
-def main(args: Any = None) -> LightningCLI:
+def main(args: Any = None) -> SettingsCLI:
     """Fit as the config of the command line says."""
     # Scores are ranked: TF32 is exact enough, and the batched products are most of a step.
     torch.set_float32_matmul_precision("high")
-    return LightningCLI(Distill, CorpusData, args=args, save_config_kwargs={"overwrite": True})
+    return SettingsCLI(Distill, CorpusData, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

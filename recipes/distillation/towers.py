@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -30,6 +29,7 @@ from mm_sparse.recipes.data import PackedData
 from mm_sparse.recipes.distillation.distiller import DistillationConfig, Distiller
 from mm_sparse.recipes.metrics import layer_figures
 from mm_sparse.recipes.models import VisionConfig
+from mm_sparse.recipes.run import SettingsCLI, program
 from mm_sparse.recipes.training import OptimizerConfig
 
 
@@ -184,11 +184,11 @@ class DistillTower(Distiller):
             self.log_layers(layer_figures(self.model, batch, self.run))
 
 
-def main(args: Any = None) -> LightningCLI:
+def main(args: Any = None) -> SettingsCLI:
     """Fit as the config of the command line says."""
     torch.set_float32_matmul_precision("high")
-    return LightningCLI(DistillTower, PackedData, args=args, save_config_kwargs={"overwrite": True})
+    return SettingsCLI(DistillTower, PackedData, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

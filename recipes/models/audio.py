@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
 from mm_sparse.recipes.data import RATE
+from mm_sparse.recipes.models.language import from_pretrained
 from mm_sparse.recipes.models.vision import spread
 
 HOP = 320
@@ -54,6 +55,11 @@ class AudioTower(nn.Module):
     longest: int | None = None
     """Samples that an audio clip may have."""
 
+    @property
+    def shortest(self) -> int:
+        """Samples that the longest clip of a batch must have."""
+        return 1
+
     def frames(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -64,6 +70,11 @@ class AudioTower(nn.Module):
                 f"{tuple(lengths.shape)}"
             )
         longest = int(lengths.max())
+        if longest < self.shortest:
+            raise ValueError(
+                f"waveforms must have at least {self.shortest} samples ({self.shortest / RATE:g} "
+                f"s) in the longest clip of a batch, got {longest} ({longest / RATE:g} s)"
+            )
         if self.longest is not None and longest > self.longest:
             raise ValueError(
                 f"waveforms must have up to {self.longest} samples ({self.longest / RATE:g} s), "
@@ -92,6 +103,11 @@ class ConformerTower(AudioTower):
         self.first = nn.Conv1d(bins, width, 3, padding=1)
         self.second = nn.Conv1d(width, width, 3, stride=2, padding=1)
         self.backbone = Conformer(width, heads, 2 * width, depth, kernel)
+
+    @property
+    def shortest(self) -> int:
+        # Batch normalisation learns from no single frame.
+        return HOP + 1 if self.training else 1
 
     def frames(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         x = gelu(self.second(gelu(self.first(self.mel(waveforms)))))
@@ -125,6 +141,12 @@ class Wav2Vec2Tower(AudioTower):
         self.backbone = model
         self.width = model.config.hidden_size
 
+    @property
+    def shortest(self) -> int:
+        config = self.backbone.config
+        masks = self.training and config.apply_spec_augment and config.mask_time_prob > 0
+        return config.mask_time_length * HOP if masks else 1
+
     def frames(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         inside = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
         count = lengths[:, None]
@@ -144,6 +166,10 @@ class FrameClassifier(AudioTower):
         super().__init__()
         self.tower, self.head = tower, nn.Linear(tower.width, classes)
         self.width, self.longest = classes, tower.longest
+
+    @property
+    def shortest(self) -> int:
+        return self.tower.shortest
 
     @property
     def backbone(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -213,7 +239,7 @@ def _whisper(path: str | None, options: dict[str, Any]) -> Any:
         raise ValueError(f"path must be a file if it ends with .safetensors, got {path!r}")
     if stored or path in FILES:
         return load_encoder(path)
-    return WhisperModel.from_pretrained(path, **options).encoder
+    return from_pretrained(WhisperModel, path, **options).encoder
 
 
 def _wav2vec2(path: str | None, options: dict[str, Any]) -> Any:
@@ -222,7 +248,7 @@ def _wav2vec2(path: str | None, options: dict[str, Any]) -> Any:
     # Sparse attention has no dropout on its weights, and refuses a layer that wants some.
     options = {"attention_dropout": 0.0, **options}
     if path is not None:
-        return AutoModel.from_pretrained(path, **options)
+        return from_pretrained(AutoModel, path, **options)
     return Wav2Vec2Model(Wav2Vec2Config(**options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -34,10 +35,27 @@ class LanguageConfig:
         if path == "smollm2":
             path, file = wheels.smollm2()
             options.setdefault("gguf_file", file)
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = from_pretrained(AutoModelForCausalLM, path, **options)
         if vocabulary > model.get_input_embeddings().weight.shape[0]:  # type: ignore[union-attr]
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
         return model
+
+
+def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, with an error that says what `path` must be.
+
+    Raises:
+        ValueError: there is no such folder and nothing of that name can be downloaded.
+    """
+    try:
+        return kind.from_pretrained(path, **options)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        raise ValueError(
+            "path must be a folder with a model of transformers, or a name that can be "
+            f"downloaded, got {path!r}: it is no folder, and the download failed"
+        ) from error
 
 
 @dataclass(frozen=True)

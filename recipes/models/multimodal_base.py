@@ -259,6 +259,13 @@ class MultimodalBase(L.LightningModule):
         super().train(mode)
         for part in self.frozen:
             getattr(self, part).eval()
+        if mode and self.checkpointing and "language" in self.frozen:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
+            # They recompute in train mode only; the modules in them stay in eval.
+            for layer in self.language.modules():
+                if isinstance(layer, GradientCheckpointingLayer) and not _drops(layer):
+                    layer.training = True
         return self
 
 
@@ -276,6 +283,15 @@ def load_weights(model: MultimodalBase, path: str) -> None:
             f"weights must be of a model with the same parts, {path} lacks {missing[:3]} "
             f"and has {unknown[:3]} beside"
         )
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether a layer has dropout of its own, in no module of its own."""
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in vars(layer).items()
+        if "dropout" in name
+    )
 
 
 def _until(ids: list[int], end: int) -> list[int]:

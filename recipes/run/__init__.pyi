@@ -5,6 +5,11 @@ from .language_options import (
     prepared as prepared,
 )
 from .lightning_cli import main as main
+from .settings_cli import (
+    SettingsCLI as SettingsCLI,
+    SettingsError as SettingsError,
+    program as program,
+)
 from .sparse_vs_dense import (
     RUNS as RUNS,
     on_device as on_device,

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,6 +22,7 @@ from mm_sparse.distillation import distillation_losses, dropped_mass
 from mm_sparse.integrations import scorers_of
 from mm_sparse.recipes.data import CorpusData
 from mm_sparse.recipes.models import LanguageConfig, LoraConfig
+from mm_sparse.recipes.run.settings_cli import SettingsCLI, program
 from mm_sparse.recipes.training import OptimizerConfig, optimize
 from mm_sparse.selection import Scores
 
@@ -119,11 +119,11 @@ def _dropped(scores: Scores, mass: Tensor, temperature: float) -> Tensor:
     return dropped_mass(scores.values, mass, scores.plan, temperature)
 
 
-def main(args: Any = None) -> LightningCLI:
+def main(args: Any = None) -> SettingsCLI:
     """Fit or validate as the config of the command line says."""
     torch.set_float32_matmul_precision("high")
-    return LightningCLI(FinetuneLM, CorpusData, args=args, save_config_kwargs={"overwrite": True})
+    return SettingsCLI(FinetuneLM, CorpusData, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -9,18 +9,34 @@ file may have any name.
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
 from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.run.callbacks import progress_bar
+from mm_sparse.recipes.run.settings_cli import SettingsCLI, SettingsError, program
 
 
-class RecipeCLI(LightningCLI):
+class RecipeCLI(SettingsCLI):
     """The data's tokenizer is the model's; a progress bar that suits where the output goes."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.tokenizer", "model.init_args.tokenizer", apply_on="instantiate")
         parser.set_defaults({"seed_everything": 0})
+
+    def before_validate(self) -> None:
+        self.need("validation")
+
+    def before_test(self) -> None:
+        self.need("test")
+
+    def need(self, split: str) -> None:
+        """Refuses to go on without the data of a split.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        if getattr(self.datamodule, split) is None:
+            raise SettingsError(f"data.{split} must be given, got None")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
@@ -43,4 +59,4 @@ def main(args: Any = None, run: bool = True) -> RecipeCLI:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

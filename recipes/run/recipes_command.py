@@ -57,10 +57,12 @@ def run(name: str, options: Sequence[str]) -> None:
     path = path_of(name)
     given = list(options)
     subcommand = given.pop(0) if given and given[0] in SUBCOMMANDS else "fit"
-    program = import_module(program_of(path))
+    module = import_module(program_of(path))
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
-    program.main([subcommand, f"--config={path}", *given])
+    from mm_sparse.recipes.run.settings_cli import program
+
+    program(lambda: module.main([subcommand, f"--config={path}", *given]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

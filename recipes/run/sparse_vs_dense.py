@@ -33,6 +33,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from mm_sparse.bench import machine
+from mm_sparse.recipes.run.settings_cli import SettingsError, program
 
 RUNS = ("sparse", "dense")
 SPEEDS = ("matmul_tflops", "copy_gb_per_s")
@@ -75,13 +76,13 @@ def dense_options(config: str) -> list[str]:
     """Options that run the model of a config file dense.
 
     Raises:
-        ValueError: the file names no class of a model.
+        SettingsError: the file names no class of a model.
     """
     record = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     model = record.get("model") if isinstance(record, dict) else None
     path = model.get("class_path") if isinstance(model, dict) else None
     if not isinstance(path, str):
-        raise ValueError(f"model.class_path of {config} must name a class, got {path!r}")
+        raise SettingsError(f"model.class_path of {config} must name a class, got {path!r}")
     module, _, name = path.rpartition(".")
     arguments = inspect.signature(getattr(import_module(module), name)).parameters
     return [
@@ -116,10 +117,10 @@ def validation_of(cli: Any, config: str) -> Any:
     """The validation data of what `prepare` made of `config`.
 
     Raises:
-        ValueError: there is none.
+        SettingsError: there is none.
     """
     if cli.datamodule.validation is None:
-        raise ValueError(f"data.validation of {config} must be given, got None")
+        raise SettingsError(f"data.validation of {config} must be given, got None")
     return cli.datamodule.validation
 
 
@@ -139,7 +140,7 @@ def run(name: str, config: str, options: list[str]) -> dict[str, Any]:
     """Train as a config file says; figures of the run and of a validation after its last step.
 
     Raises:
-        ValueError: the config has no validation data; nothing was trained then.
+        SettingsError: the config has no validation data; nothing was trained then.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -215,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -1,6 +1,7 @@
 """The vision-language model of the recipe: one step, objectives, freezing, bad input."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -292,3 +293,27 @@ def test_checkpointing_recomputes_each_layer_and_changes_no_gradient(
     assert any(name.startswith("scorers.") for name in plain) == learns
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("freeze", [(), ("language",)], ids=["all learn", "language frozen"])
+def test_trained_parts_are_in_train_mode_and_layers_are_recomputed(
+    freeze: tuple[Any, ...], tmp_path: Path
+) -> None:
+    LanguageConfig(options=TINY_LM).build(DigitTokenizer().size).save_pretrained(tmp_path)
+    made = MultimodalLM(
+        DigitTokenizer(), vision=VisionConfig(image_size=36, options=TINY_TOWER),
+        language=LanguageConfig(path=str(tmp_path)), projector=ProjectorConfig(positions=9),
+        freeze=("vision", *freeze), checkpointing=True,
+    )  # fmt: skip
+    made.on_train_start()
+    layer = made.language.model.layers[0]
+    assert not any(module.training for module in made.vision.modules())
+    assert made.projector.training
+    assert layer.mlp.training == (not freeze)
+    calls: list[int] = []
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    made.log = lambda *_, **__: None  # type: ignore[method-assign]
+    made.training_step(batch(), 0).backward()
+    assert len(calls) == 2
+    made.eval()
+    assert not any(module.training for module in made.modules())
