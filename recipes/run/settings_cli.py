@@ -18,6 +18,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from mm_sparse._extras import extra_of
+from mm_sparse.recipes.models import recipe_of
 
 MOST_LINES = 4
 NOISE = (
@@ -60,6 +61,12 @@ class LoggedConfig(SaveConfigCallback):
         record = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             logger.log_hyperparams(record)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if hasattr(pl_module, "recipe"):
+            # As plain values: a checkpoint holds it.
+            pl_module.recipe = recipe_of(yaml.safe_load(self.parser.dump(self.config)))
+        super().setup(trainer, pl_module, stage)
 
 
 class SettingsCLI(LightningCLI):
