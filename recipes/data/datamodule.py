@@ -120,6 +120,12 @@ class SampleData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         return self.loader(self.validation) if self.validation is not None else []
 
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        samples = self.test if self.test is not None else self.validation
+        if samples is None:
+            raise ValueError("test or validation must be given to predict on, got None")
+        return self.loader(samples)
+
     def test_dataloader(self) -> DataLoader[Batch]:
         if self.test is None:
             raise ValueError("test must be given to score on it, got None")

@@ -5,6 +5,11 @@ from .audio import (
     FrameProjectorConfig as FrameProjectorConfig,
     LogMel as LogMel,
 )
+from .exported import (
+    export_language as export_language,
+    from_checkpoint as from_checkpoint,
+    recipe_of as recipe_of,
+)
 from .language import LanguageConfig as LanguageConfig, LoraConfig as LoraConfig
 from .multimodal import MultimodalLM as MultimodalLM
 from .multimodal_training import (

@@ -70,12 +70,18 @@ class LoraConfig:
 
     def apply(self, language: nn.Module) -> None:
         """Put the adapters in, in place."""
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
 
-        config = LoraConfig(
+        inject_adapter_in_model(self.of_peft(), language)
+
+    def of_peft(self) -> Any:
+        """The same config as peft has it."""
+        from peft import LoraConfig
+
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=list(self.modules),
+            task_type="CAUSAL_LM",
         )
-        inject_adapter_in_model(config, language)

@@ -6,6 +6,7 @@ text. Each part of `sparse` runs sparse with its own config; parts without one r
 B rows, L tokens, E width of the language model
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from mm_sparse.checkpoints import read_scorers, scorers_folder
 from mm_sparse.integrations import find_all, scorers_of, set_modality
 from mm_sparse.modality import Modality
 from mm_sparse.recipes.data import IGNORED, Batch, Tokenizer
+from mm_sparse.recipes.models.exported import RECIPE, export_language, from_checkpoint
 from mm_sparse.recipes.models.language import LoraConfig
 from mm_sparse.recipes.training import Objectives, OptimizerConfig, shard
 
@@ -35,6 +37,8 @@ class MultimodalBase(L.LightningModule):
     """
 
     language: Any
+    recipe: dict[str, Any] | None = None
+    """What it was built from, if it came from a config: it goes into checkpoints."""
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class MultimodalBase(L.LightningModule):
                 "objectives.narrowing_steps must be 0 with scorers_from, whose layers have ratios "
                 f"of their own, got {self.objectives.narrowing_steps}"
             )
+        self.lora = lora
         self.frozen = tuple(part for part in self.freeze_names if part != "scorers")
         for part in self.frozen:
             getattr(self, part).requires_grad_(False)
@@ -250,6 +255,41 @@ class MultimodalBase(L.LightningModule):
                 pad_token_id=self.pad_id,
             )
         return [self.tokenizer.decode(_until(row, self.eos_id)) for row in ids.tolist()]
+
+    def export(self, folder: str | Path) -> None:
+        """Write the language model for transformers, with scorers and adapter beside it.
+
+        `AutoModelForCausalLM.from_pretrained(folder)` reads it, `mms.load_scorers(model,
+        folder/scorers)` makes it sparse, and peft reads `folder/adapter` of a model with `lora`.
+        """
+        lora = None if self.lora is None else self.lora.of_peft()
+        export_language(self.language, folder, lora=lora)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model of a recipe's checkpoint in eval mode; Lightning's own with more arguments.
+
+        Raises:
+            ValueError: no file, or a checkpoint of a model that was not built from a config.
+        """
+        if args or kwargs:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return from_checkpoint(checkpoint_path)
+
+    def read_weights(self, path: str) -> None:
+        """Weights of a checkpoint of the same model; scorers that it lacks stay as they are."""
+        load_weights(self, path)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.recipe is not None:
+            checkpoint[RECIPE] = json.dumps(self.recipe)
+
+    def predict_step(self, batch: Batch, index: int) -> list[dict[str, str]]:
+        """What the model says to each sample, and its first true answer."""
+        said = self.generate(batch, getattr(self, "max_new_tokens", 64))
+        first = batch["answer_index"].masked_fill(batch["labels"] == IGNORED, 1 << 40).amin(1)
+        wanted = [batch["answers"][number] for number in first.tolist()] if said else []
+        return [{"said": a, "wanted": b} for a, b in zip(said, wanted, strict=True)]
 
     def on_train_start(self) -> None:
         self.train()

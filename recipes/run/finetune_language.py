@@ -9,6 +9,7 @@ B rows, N tokens
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,7 @@ from mm_sparse import FineScorer, Modality
 from mm_sparse.distillation import distillation_losses, dropped_mass
 from mm_sparse.integrations import scorers_of
 from mm_sparse.recipes.data import CorpusData
-from mm_sparse.recipes.models import LanguageConfig, LoraConfig
+from mm_sparse.recipes.models import LanguageConfig, LoraConfig, export_language
 from mm_sparse.recipes.run.settings_cli import SettingsCLI, program
 from mm_sparse.recipes.training import OptimizerConfig, optimize
 from mm_sparse.selection import Scores
@@ -73,6 +74,7 @@ class FinetuneLM(L.LightningModule):
             if scorers_from is not None:
                 mms.load_scorers(self.language, scorers_from)
             self.scorers = scorers_of(self.language).requires_grad_(scorer_loss > 0)
+        self.lora = lora
         if lora is not None:
             self.language.requires_grad_(False)
             lora.apply(self.language)
@@ -109,6 +111,11 @@ class FinetuneLM(L.LightningModule):
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
         return optimize(self.optimizer_part, self, self.parts, steps)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model for transformers, with scorers and adapter beside it."""
+        lora = None if self.lora is None else self.lora.of_peft()
+        export_language(self.language, folder, lora=lora)
 
     def on_fit_end(self) -> None:
         if self.out is not None and len(self.scorers) and self.trainer.is_global_zero:

@@ -6,6 +6,7 @@
 file may have any name.
 """
 
+import json
 from typing import Any
 
 import lightning as L
@@ -28,6 +29,16 @@ class RecipeCLI(SettingsCLI):
 
     def before_test(self) -> None:
         self.need("test")
+
+    def before_predict(self) -> None:
+        if self.datamodule.test is None:
+            self.need("validation")
+
+    def after_predict(self) -> None:
+        """Print what was predicted, a line of JSON for each sample."""
+        for answers in self.trainer.predict_loop.predictions:
+            for answer in answers:
+                print(json.dumps(answer, ensure_ascii=False))
 
     def need(self, split: str) -> None:
         """Refuses to go on without the data of a split.

@@ -65,10 +65,28 @@ def run(name: str, options: Sequence[str]) -> None:
     program(lambda: module.main([subcommand, f"--config={path}", *given]))
 
 
+def export_checkpoint(checkpoint: str, folder: Path, config: str | None = None) -> Path:
+    """Write the language model of a checkpoint, with scorers and adapter beside it.
+
+    Raises:
+        ValueError: the checkpoint is none of a recipe, or `folder` holds files.
+    """
+    import yaml
+
+    from mm_sparse.recipes.models import from_checkpoint, recipe_of
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder must be new or empty, got {str(folder)!r}")
+    text = None if config is None else path_of(config).read_text(encoding="utf-8")
+    recipe = None if text is None else recipe_of(yaml.safe_load(text))
+    from_checkpoint(checkpoint, recipe).export(folder)
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """List, copy and run recipes."""
     parser = argparse.ArgumentParser(prog="mm-sparse recipes", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls | cp | run")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls | cp | run | export")
     verbs.add_parser("ls", help="list the recipes that ship")
     copy = verbs.add_parser("cp", help="copy a recipe, to change it")
     copy.add_argument("name", help="as `ls` lists it")
@@ -78,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     start.add_argument(
         "options", nargs=argparse.REMAINDER, help="[fit] and options of LightningCLI"
     )
+    export = verbs.add_parser("export", help="the language model of a checkpoint for transformers")
+    export.add_argument("checkpoint", help="of a recipe, runs/digits/checkpoints/last.ckpt for one")
+    export.add_argument("folder", type=Path, help="gets the model, its scorers and its adapter")
+    export.add_argument("--config", help="recipe of a checkpoint that does not hold its own")
     args = parser.parse_args(argv)
     try:
         if args.verb == "ls":
@@ -90,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parser.error(f"argument file: {target} exists, name another")
             shutil.copyfile(source, target)
             print(target)
+        elif args.verb == "export":
+            print(export_checkpoint(args.checkpoint, args.folder, args.config))
         else:
             run(args.name, args.options)
     except ValueError as error:

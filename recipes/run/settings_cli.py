@@ -14,9 +14,11 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import jsonargparse  # noqa: F401 lightning goes on without it, and fails later
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from mm_sparse._extras import extra_of
+from mm_sparse.recipes.models import recipe_of
 
 MOST_LINES = 4
 NOISE = (
@@ -52,11 +54,26 @@ class SettingsParser(LightningArgumentParser):
         sys.exit(2)
 
 
+class LoggedConfig(SaveConfigCallback):
+    """Writes the config beside the logs, and gives it to them as hyperparameters."""
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        record = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(record)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if hasattr(pl_module, "recipe"):
+            # As plain values: a checkpoint holds it.
+            pl_module.recipe = recipe_of(yaml.safe_load(self.parser.dump(self.config)))
+        super().setup(trainer, pl_module, stage)
+
+
 class SettingsCLI(LightningCLI):
     """The command line of a recipe."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("parser_class", SettingsParser)
+        kwargs.setdefault("save_config_callback", LoggedConfig)
         super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

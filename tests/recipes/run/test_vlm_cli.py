@@ -296,3 +296,36 @@ def test_logs_of_runs_have_the_names_of_the_runs(tmp_path):
         ]
         cli = sparse_vs_dense.prepare(name, DIGITS, options)
         assert Path(cli.trainer.logger.log_dir).name == name
+
+
+def test_logs_hold_the_config_and_a_checkpoint_is_stored_once(tmp_path):
+    loggers = "lightning.pytorch.loggers"
+    options = [
+        f"--trainer.logger={loggers}.CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path}",
+        f"--trainer.logger+={loggers}.TensorBoardLogger",
+        f"--trainer.logger.save_dir={tmp_path / 'tensorboard'}",
+        "--trainer.callbacks.save_last=link",
+    ]
+    fit(tmp_path, *options)
+    for file in (
+        next((tmp_path / "lightning_logs").rglob("hparams.yaml")),
+        next((tmp_path / "tensorboard").rglob("hparams.yaml")),
+    ):
+        shown = yaml.unsafe_load(file.read_text())
+        assert shown["model"]["init_args"]["sparse"]["ratio"] == 0.25
+        assert shown["trainer"]["max_steps"] == 4
+    checkpoints = list((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert sum(not path.is_symlink() for path in checkpoints) == 1
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_symlink()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_sparse_recipe_draws_figures_and_stores_a_checkpoint_once(path):
+    record = yaml.safe_load(path.read_text())
+    callbacks = record["trainer"].get("callbacks") or []
+    for callback in callbacks:
+        assert callback.get("init_args", {}).get("save_last", "link") == "link"
+    if path.parent.name in ("vlm", "speech", "omni") and record["model"]["init_args"]["sparse"]:
+        names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+        assert "InspectionFigures" in names
