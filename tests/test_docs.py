@@ -96,7 +96,9 @@ def test_commands_exist():
     # In code: `mm-sparse NAME ...`, or a line of a block that starts with it.
     found = missing(r"(?:`|^|\$ )mm-sparse (\w+)", lambda page, name: name in COMMANDS)
     found |= missing(r"(?m)^mm-sparse (\w+)", lambda page, name: name in COMMANDS)
-    found |= missing(r"mm-sparse recipes (\w+)", lambda page, name: name in ("ls", "cp", "run"))
+    found |= missing(
+        r"mm-sparse recipes (\w+)", lambda page, name: name in ("ls", "cp", "run", "export")
+    )
     assert {(page, name) for page, name in found if name != "COMMAND"} == set()
 
 

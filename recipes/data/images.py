@@ -29,6 +29,16 @@ TURNS = {
 BITS_PER_SAMPLE = 258
 
 
+def _bytes_of(source: Any) -> bytes:
+    """Contents of a file by its path, of an open file, or of bytes themselves."""
+    if isinstance(source, bytes):
+        return source
+    if not hasattr(source, "read"):
+        return Path(source).read_bytes()
+    source.seek(0)
+    return source.read()
+
+
 def read_image(
     source: str | Path | bytes, name: str = "", *, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
@@ -53,7 +63,7 @@ def read_image(
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         # A damaged header cannot ask for more bytes than there are.
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = _bytes_of(source)
         with Image.open(io.BytesIO(data)) as file:
             width, height = file.size
             if width * height > max_pixels:
