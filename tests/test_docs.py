@@ -92,13 +92,14 @@ def test_modules_that_are_run_exist():
     assert missing(r"python -m ([\w.]+)", runs) == set()
 
 
+RECIPE_VERBS = ("ls", "cp", "run", "export")
+
+
 def test_commands_exist():
     # In code: `mm-sparse NAME ...`, or a line of a block that starts with it.
     found = missing(r"(?:`|^|\$ )mm-sparse (\w+)", lambda page, name: name in COMMANDS)
     found |= missing(r"(?m)^mm-sparse (\w+)", lambda page, name: name in COMMANDS)
-    found |= missing(
-        r"mm-sparse recipes (\w+)", lambda page, name: name in ("ls", "cp", "run", "export")
-    )
+    found |= missing(r"mm-sparse recipes (\w+)", lambda page, name: name in RECIPE_VERBS)
     assert {(page, name) for page, name in found if name != "COMMAND"} == set()
 
 

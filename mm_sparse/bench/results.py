@@ -181,6 +181,19 @@ def table(records: Sequence[Timing]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def running_line(records: Sequence[Timing]) -> str:
+    """The last record as a line of a table that grows; a head where a shape begins."""
+    last, before = records[-1], records[-2:-1]
+    lines = []
+    if not before or before[0].group[:-1] != last.group[:-1]:
+        mask = "causal" if last.causal else "not causal"
+        lines += ["", f"{last.tokens} tokens, heads {last.heads}, head dim {last.head_dim}, {mask}"]
+        lines += [f"  {'':40} {'':8} {'density':>8} {'ms':>10} {'x dense':>8}"]
+    ratio = _cell(ratios(records)[-1]["times_dense"], 2)
+    cells = f"{last.density:>8.3f} {last.milliseconds:>10.3f} {ratio:>8}"
+    return "\n".join([*lines, f"  {last.what:40} {last.direction:8} {cells}"])
+
+
 def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 

@@ -125,7 +125,7 @@ class Runner:
             size = (self.k.numel() + self.v.numel()) * self.k.element_size()
             record.gb_per_s = round(size * made.density / value / 1e6, 1)
         self.records.append(record)
-        print(record, flush=True)
+        print(report.running_line(self.records), flush=True)
 
     def dense(self, eager: bool = False, backward: bool = True) -> None:
         """torch's SDPA, by backend on a GPU, flash-attn-4 there, and eager if asked."""

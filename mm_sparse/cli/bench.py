@@ -40,7 +40,7 @@ def bench_parser() -> argparse.ArgumentParser:
     )
     add("--ratio", type=share, metavar="R", help="share of visible keys kept (0.2; decoding 0.125)")
     add("--only", nargs="+", choices=FAMILIES, metavar="NAME", help=f"of {names}")
-    add("--quick", action="store_true", help="head dim 128, units 64 and 16, 60 seconds")
+    add("--quick", action="store_true", help="head dim 128, units 64 and 16, 60 s; small on a CPU")
     add("--seconds", type=seconds, metavar="S", help="start nothing after S seconds")
     mode = parser.add_argument_group("instead of the shapes, any of")
     mode.add_argument("--decode", action="store_true", help="one step with a long context")
@@ -99,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.out:
                 report.write(args.out, content, session)
 
+    # What a CPU can do in the time: every shape, dense beside sparse, one way.
+    short = args.quick and not cuda
+
     def every(bench: Runner) -> None:
         bench.dense(eager=cuda and not args.quick)
         for unit in units:
@@ -114,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if not (args.decode or args.lengths or args.long or args.memory):
             tokens, head_dims = (16384, 65536) if cuda else (8192,), (128, 64)
-            each(shapes(tokens, () if args.quick else head_dims), every)
+            kind = partial(Runner, longest=0) if short else Runner
+            tokens = (4096,) if short else tokens
+            each(shapes(tokens, () if args.quick else head_dims), every, kind)
         if args.lengths:
             lengths = [1024 << i for i in range(6 if cuda else 4)]
             forward_only = partial(Runner, longest=0)

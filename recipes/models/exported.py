@@ -45,8 +45,8 @@ def from_checkpoint(path: str | Path, recipe: dict[str, Any] | None = None) -> A
                 f"checkpoint must be of a recipe that was run from a config, got {str(path)!r}, "
                 "which holds none: give the config"
             )
-        recipe = json.loads(stored)
-    parser = ArgumentParser(exit_on_error=False)
+        recipe = dict(json.loads(stored))
+    parser: Any = ArgumentParser(exit_on_error=False)
     parser.add_argument("--tokenizer", type=Tokenizer)
     parser.add_subclass_arguments(L.LightningModule, "model")
     parser.link_arguments("tokenizer", "model.init_args.tokenizer", apply_on="instantiate")

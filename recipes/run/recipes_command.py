@@ -115,9 +115,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.verb == "export":
             print(export_checkpoint(args.checkpoint, args.folder, args.config))
         else:
-            run(args.name, args.options)
+            path_of(args.name)
     except ValueError as error:
         parser.error(str(error))
+    if args.verb == "run":
+        # Outside: errors of training keep their traceback.
+        run(args.name, args.options)
 
 
 if __name__ == "__main__":

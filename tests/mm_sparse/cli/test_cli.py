@@ -253,3 +253,22 @@ def test_inspect_names_what_a_target_lacks(tmp_path, monkeypatch):
         sample_of("no_module:x", [])
     with pytest.raises(ValueError, match="target must be MODULE:FUNCTION, got 'json:nothing'"):
         sample_of("json:nothing", [])
+
+
+def test_a_quick_run_on_a_cpu_pairs_sparse_with_dense_and_shows_a_growing_table(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "results.json"
+    main.main(["bench", "--quick", "--heads", "1/1", "--out", str(out)])
+    records = json.loads(out.read_text())["records"]
+    assert {r["tokens"] for r in records} == {4096}
+    for causal in (False, True):
+        names = [r["what"] for r in records if r["causal"] == causal]
+        assert names[0] == "dense sdpa"
+        assert {f"score + select + attend unit {unit}" for unit in (64, 16)} <= set(names)
+    assert {r["direction"] for r in records} == {"forward"}
+    shown = capsys.readouterr().out
+    assert "Timing(" not in shown
+    # Once while it runs, once at the end.
+    assert shown.count("4096 tokens, heads 1/1, head dim 64, causal") == 2

@@ -123,3 +123,12 @@ def test_a_model_without_images_and_audio_is_refused() -> None:
 
     with pytest.raises(ValueError, match="vision or audio must be given, got neither"):
         MultimodalLM(DigitTokenizer())
+
+
+def test_an_error_of_training_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(args: Any) -> None:
+        raise ValueError("in the third step")
+
+    monkeypatch.setattr(lightning_cli, "main", failing)
+    with pytest.raises(ValueError, match="in the third step"):
+        recipes_command.main(["run", "vlm/digits"])
