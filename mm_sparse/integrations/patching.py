@@ -79,13 +79,9 @@ def sparsify(
     names = (*sorted(registered_scorers()),)
     if not (scorer is None or scorer in names or callable(scorer)):
         raise ValueError(f"scorer must be None, one of {names} or a callable, got {scorer!r}")
-    previous = states_in(model)
-    for state in previous:
-        if part_of(model, state):
-            raise ValueError(
-                f"model must not be a part of a sparsified model, got a {type(model).__name__} of "
-                f"a {state.root}: sparsify that one again, or densify it first"
-            )
+    previous = _whole_states(
+        model, "not be a part of a sparsified model", "sparsify that one again, or densify it first"
+    )
     scorers = {id(la.module): la.scorer for state in previous for la in state.layers.values()}
     named = [cls for state in previous for cls in state.modules]
     modules = modules or tuple(dict.fromkeys(named))
@@ -114,14 +110,7 @@ def densify(model: M) -> M:
         ValueError: the model is a part of a sparsified one, or somebody replaced the forward of a
             layer after `sparsify`; nothing changes then.
     """
-    states = states_in(model)
-    for state in states:
-        if part_of(model, state):
-            raise ValueError(
-                f"model must be a whole sparsified model, got a {type(model).__name__} of a "
-                f"{state.root}: densify that one"
-            )
-    _take_out(states)
+    _take_out(_whole_states(model, "be a whole sparsified model", "densify that one"))
     return model
 
 
@@ -262,6 +251,17 @@ def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str]]
             known.append(part)
             configs.append((part, part._attn_implementation))
     return configs
+
+
+def _whole_states(model: nn.Module, wanted: str, advice: str) -> list[State]:
+    """The states in a model; an error where it holds a part of a sparsified model only."""
+    states = states_in(model)
+    for state in states:
+        if part_of(model, state):
+            raise ValueError(
+                f"model must {wanted}, got a {type(model).__name__} of a {state.root}: {advice}"
+            )
+    return states
 
 
 def _put_in(state: State) -> None:
