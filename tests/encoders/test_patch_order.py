@@ -126,11 +126,11 @@ def test_tokens_put_in_order_once_give_what_q_k_v_and_output_give_one_by_one() -
     encoder, batch = build("timm-dinov2")
     tokens = torch.randn(1, calls_of(encoder, batch, GRID)[0].q.shape[2], encoder.width)
     layers = state.attention_layers(encoder)
-    assert all(layer.place_in_order(tokens) is not None for layer in layers.values())
+    assert all(layer.layout_in_patch_order(tokens) is not None for layer in layers.values())
     once, _ = encoder(*batch)
     # Who looks into the module sees tokens as they are, and so it takes the other way.
     handles = [layer.module.qkv.register_forward_hook(lambda *_: None) for layer in layers.values()]
-    assert all(layer.place_in_order(tokens) is None for layer in layers.values())
+    assert all(layer.layout_in_patch_order(tokens) is None for layer in layers.values())
     one_by_one, _ = encoder(*batch)
     for handle in handles:
         handle.remove()
