@@ -3,5 +3,6 @@ from .functional import (
     attention_reference as attention_reference,
     sparse_attention as sparse_attention,
 )
+from .packed import PackedBounds as PackedBounds, packed_attention as packed_attention
 from .pipeline import score_select_attend as score_select_attend
 from .selected import attend as attend

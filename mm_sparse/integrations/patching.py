@@ -12,7 +12,7 @@ from torch import nn
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.discovery import AttentionModule, prefixes, scorer_shape
 from mm_sparse.integrations.forward_context import ForwardMemory
-from mm_sparse.integrations.hf.attention import NAME, HFLayer, register
+from mm_sparse.integrations.hf.attention import NAME, NAMES, PACKED_NAME, HFLayer, register
 from mm_sparse.integrations.hf.discovery import (
     HFAttentionModule,
     find_layers,
@@ -173,7 +173,7 @@ def _prepare(
     trackers: dict[int, ModalityTracker] = {}
     towers: dict[int, TowerTokens] = {}
     served: dict[str, SparseLayer] = {}
-    before: list[tuple[Any, str]] = []
+    before: list[tuple[Any, str, str]] = []
     for item in items:
         if isinstance(item, TowerAttentionModule):
             towers[id(item.tower)] = item.tower
@@ -185,7 +185,7 @@ def _prepare(
             served[item.name] = HFLayer(item, shared, tracker)
             tracker.follow(item.owners if item.modality is None else item.owners[:1])
             if item.refusal is None:
-                before += _configs(item, [config for config, _ in before])
+                before += _configs(item, [config for config, *_ in before])
     for part in (*trackers.values(), *towers.values()):
         part.memory = memory
     blocks = find_ordered_blocks(model, served.values())
@@ -242,14 +242,16 @@ def _number_of(item: AttentionModule) -> int | None:
     return number if isinstance(number, int) and item.modality is None else None
 
 
-def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str]]:
-    """Configs that name the attention of a layer and make its masks, and what they name."""
-    configs: list[tuple[Any, str]] = []
+def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str, str]]:
+    """Configs that name the attention of a layer and make its masks: with the names before, now."""
+    configs: list[tuple[Any, str, str]] = []
+    own = getattr(item.module, "config", None)
     for owner in (item.module, *item.owners) if uses_attention_interface(type(item.module)) else ():
         part = getattr(owner, "config", None)
         if part is not None and all(part is not other for other in known):
             known.append(part)
-            configs.append((part, part._attn_implementation))
+            name = PACKED_NAME if item.packed and part is own else NAME
+            configs.append((part, part._attn_implementation, name))
     return configs
 
 
@@ -267,8 +269,8 @@ def _whole_states(model: nn.Module, wanted: str, advice: str) -> list[State]:
 def _put_in(state: State) -> None:
     if state.before:
         register()
-    for config, _ in state.before:
-        config._attn_implementation_internal = NAME
+    for config, _, name in state.before:
+        config._attn_implementation_internal = name
     for layer in state.layers.values():
         vars(layer.module)[LAYER] = layer
         layer.attach()
@@ -296,7 +298,7 @@ def _take_out(states: Sequence[State]) -> None:
         for layer in state.layers.values():
             layer.detach()
             vars(layer.module).pop(LAYER, None)
-        for config, name in state.before:
+        for config, name, _ in state.before:
             # Unless `set_attn_implementation` named another one since.
-            if config._attn_implementation == NAME:
+            if config._attn_implementation in NAMES:
                 config._attn_implementation_internal = name

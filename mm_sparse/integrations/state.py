@@ -38,8 +38,8 @@ class State:
     handles: list[Any] = field(default_factory=list)
     modules: tuple[type[nn.Module], ...] = ()
     """Classes that `sparsify(modules=...)` named."""
-    before: list[tuple[Any, str]] = field(default_factory=list)
-    """Configs and the attention implementation that each named."""
+    before: list[tuple[Any, str, str]] = field(default_factory=list)
+    """Configs, the attention implementation that each named, and the one that it names now."""
     holders: list[nn.Module] = field(default_factory=list)
     """Models that have the scorers as a submodule."""
     owned: bool = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mm_sparse.attention import dense_attention
+from mm_sparse.attention import PackedBounds, dense_attention, dense_length, packed_attention
 from mm_sparse.integrations.discovery import defining_class
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf import kv_cache
@@ -33,6 +33,9 @@ from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.scorers import DescriptorCache
 
 NAME = "mm_sparse"
+# transformers hands all sequences of a packed row over in one call if the name says "flash".
+PACKED_NAME = "mm_sparse_flash"
+NAMES = (NAME, PACKED_NAME)
 
 
 class HFLayer(SparseLayer):
@@ -46,11 +49,14 @@ class HFLayer(SparseLayer):
         if encoder_decoder and modality is None and is_causal(item.module, AttentionOptions()):
             # The ids that the tracker sees are the encoder's; a decoder of this kind writes text.
             tracker = ModalityTracker(item.root)
-        super().__init__(item, shared, HFLayoutSource(tracker, modality, shared.plain, item.tower))
+        source = HFLayoutSource(tracker, modality, shared.plain, item.tower, item.packed)
+        super().__init__(item, shared, source)
         # A module without a config goes by the model around it, which makes its masks.
         self._named = getattr(self.module, "config", None) or item.owners[-1].config
         self.original = getattr(self._named, "_attn_implementation", None) or "sdpa"
         """The attention implementation that the layer had before."""
+        self.packed = item.packed
+        """Whether its calls are of rows of many images, windows or clips."""
         self._unserved: Any = None
         """Config, None without one, and hook of a module that keeps its own attention."""
 
@@ -71,7 +77,7 @@ class HFLayer(SparseLayer):
         A module that cannot be served, in a model where others are, keeps its own name for its
         attention and gets its own masks: it may do more with them than attend.
         """
-        if self.refusal is None or getattr(self._named, "_attn_implementation", None) != NAME:
+        if self.refusal is None or getattr(self._named, "_attn_implementation", None) not in NAMES:
             return
         config = getattr(self.module, "config", None)
         self._unserved = (
@@ -98,7 +104,7 @@ class HFLayer(SparseLayer):
     def taken_away(self) -> str:
         """Who else decides what the module attends with, after `sparsify`; empty if nobody."""
         name = getattr(getattr(self.module, "config", None), "_attn_implementation", NAME)
-        if self.refusal is not None or name == NAME:
+        if self.refusal is not None or name in NAMES:
             return ""
         return f"set_attn_implementation({name!r}) replaced it, sparsify again"
 
@@ -107,10 +113,18 @@ class HFLayer(SparseLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """A call as the model computes it by itself, with the arguments that transformers gives."""
         name = self.original
-        packed = options.get("cu_seq_lens_q") is not None and not self.source.takes_bounds_of_text
-        if packed and "flash" not in name and not self.cross:
+        given = options_of(options)
+        packed = None if self.cross or "flash" in name else self._bounds(given)
+        if packed is not None and mask is None and not given.sliding_window:
+            dropout = given.dropout if self.module.training else 0.0
+            causal = is_causal(self.module, given)
+            out = packed_attention(
+                q, k, v, packed, causal=causal, scale=given.scale, dropout=dropout
+            )
+            return out, None
+        if packed is not None:
             # The original functions would let packed sequences see each other.
-            call_layout = self.source.layout_of_call(self.module, q, k, mask, options_of(options))
+            call_layout = self.source.layout_of_call(self.module, q, k, mask, given)
             out = dense_attention(
                 q, k, v, layout=call_layout.layout, config=self.shared.config,
                 query_offset=call_layout.first, scale=options.get("scaling"),
@@ -118,12 +132,29 @@ class HFLayer(SparseLayer):
             return out.transpose(1, 2).contiguous(), None
         return run_original(self.module, name, q, k, v, mask, options)
 
+    def _bounds(self, options: AttentionOptions) -> PackedBounds | None:
+        """The sequences of the packed row of a call; None where it is not packed."""
+        if options.cu_seqlens is None or self.source.takes_bounds_of_text:
+            return None
+        return PackedBounds.of(options.cu_seqlens)
+
+    def differs_in_mode(self, q: Tensor, options: AttentionOptions) -> bool:
+        """Whether some sequences of a packed row are long enough to run sparse and others not."""
+        if options.cu_seqlens is None:
+            return False
+        config = self.shared.config
+        least = dense_length(config, q.device)
+        packed = PackedBounds.of(options.cu_seqlens)
+        return packed.shortest < least <= packed.longest and self.known_mode(config)[0] == "sparse"
+
     def _descriptors(self, k: Tensor) -> DescriptorCache | None:
         cache = self.source.tracker.running.cache
         return kv_cache.descriptors_for(cache, self.index, k, self.ranks)
 
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions) -> int | None:
         queries, keys = q.shape[2], k.shape[2]
+        if self.packed and options.cu_seqlens is not None:
+            return PackedBounds.of(options.cu_seqlens).longest
         if isinstance(mask, LazyMask):
             recipe = mask.recipe
             return None if recipe.is_cross else min(keys, recipe.first + queries)
@@ -169,12 +200,31 @@ def attention_forward(
     if layer is None:
         _warn_of_dense(type(module))
         return run_original(module, "sdpa", query, key, value, attention_mask, options)
+    given = options_of(options)
+    if layer.packed and layer.differs_in_mode(query, given):
+        return _run_by_length(layer, query, key, value, given, options), None
     out, _ = layer.run(
-        query, key, value, attention_mask, options_of(options),
+        query, key, value, attention_mask, given,
         original=lambda: layer.run_dense(query, key, value, attention_mask, options),
         format_output=_with_no_weights,
     )  # fmt: skip
     return out
+
+
+def _run_by_length(
+    layer: HFLayer, q: Tensor, k: Tensor, v: Tensor, given: AttentionOptions,
+    options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """(1, N, H, D) of a packed row of which some sequences run sparse and others are too short."""
+    least = dense_length(layer.shared.config, q.device)
+    long, short, place = PackedBounds.of(given.cu_seqlens).split(least)  # pyright: ignore
+    outs: list[Tensor] = []
+    # Those that run sparse come last: theirs is the call that `report` shows.
+    for tokens, bounds in (short, long):
+        part = {**options, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        rows = (x[:, :, tokens] for x in (q, k, v))
+        outs.insert(0, attention_forward(layer.module, *rows, None, **part)[0])
+    return torch.cat(outs, 1)[:, place]
 
 
 @cache
@@ -224,5 +274,6 @@ def register() -> None:
     """Make transformers know the name "mm_sparse"; again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, uncompiled(attention_forward))
-    AttentionMaskInterface.register(NAME, uncompiled(lazy_mask))
+    for name in NAMES:
+        AttentionInterface.register(name, uncompiled(attention_forward))
+        AttentionMaskInterface.register(name, uncompiled(lazy_mask))

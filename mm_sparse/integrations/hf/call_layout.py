@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.attention import PackedBounds
 from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import make_room
@@ -31,6 +32,8 @@ class HFLayoutSource:
     plain: dict[Any, CallLayout]
     tower: TowerTokens | None = None
     """What is known of the tokens of a vision model."""
+    packed: bool = False
+    """Whether the layer is given bounds of its own sequences."""
 
     def layout_of_call(
         self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions
@@ -41,7 +44,7 @@ class HFLayoutSource:
             ValueError: the mask is not one range of keys per query, or does not fit.
         """
         packed = None if self.takes_bounds_of_text else options.cu_seqlens
-        cuts = None if packed is None else tuple(packed.tolist())
+        cuts = None if packed is None else PackedBounds.of(packed).lengths
         causal, window = is_causal(module, options), options.sliding_window
         tokens, prefix, grid = k.shape[2], 0, None
         if self.tower is not None and q.shape[2] == tokens > self.tower.prefix and cuts is None:
@@ -80,7 +83,9 @@ class HFLayoutSource:
 
         transformers hands the arguments of the whole model on to its towers.
         """
-        return self.modality is not None and self.tracker.running.bounds is not None
+        if self.packed or self.modality is None:
+            return False
+        return self.tracker.running.bounds is not None
 
     def _memo(self, mask: Any) -> dict[Any, CallLayout]:
         if isinstance(mask, LazyMask):
@@ -128,15 +133,15 @@ def is_causal(module: nn.Module, options: AttentionOptions) -> bool:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _cut(span: Tensor, cuts: tuple[int, ...], keys: int) -> Tensor:
-    """Keep ranges inside the sequences of a packed row: `cuts` are their bounds."""
-    if len(span) != 1 or span.shape[1] != keys or cuts[0] != 0 or cuts[-1] != keys:
+def _cut(span: Tensor, lengths: tuple[int, ...], keys: int) -> Tensor:
+    """Keep ranges inside the sequences of a packed row."""
+    if len(span) != 1 or span.shape[1] != keys or sum(lengths) != keys:
         raise ValueError(
-            f"cu_seq_lens_q must cut one row of {keys} tokens, got {len(span)} rows and {cuts}"
+            f"cu_seq_lens_q must cut one row of {keys} tokens, got {len(span)} rows and sequences "
+            f"of {lengths[:8]} tokens"
         )
-    bounds = torch.tensor(cuts, device=span.device)
-    own = torch.arange(keys, device=span.device)
-    piece = torch.searchsorted(bounds, own, right=True) - 1
-    low = span[0, :, 0].maximum(bounds[piece])
-    high = span[0, :, 1].minimum(bounds[piece + 1])
+    sizes = torch.tensor(lengths)
+    end = sizes.cumsum(0)
+    low, high = (x.repeat_interleave(sizes).to(span.device) for x in (end - sizes, end))
+    low, high = span[0, :, 0].maximum(low), span[0, :, 1].minimum(high)
     return torch.stack([low, high], -1).to(torch.int32)[None]

@@ -40,6 +40,11 @@ class HFAttentionModule(AttentionModule):
     """What is known of its tokens if it reads images."""
 
     @property
+    def packed(self) -> bool:
+        """Whether it attends within the sequences of a packed row, whose bounds it is given."""
+        return attends_within_bounds(type(self.module))
+
+    @property
     def root(self) -> Any:
         """The outermost of `owners`."""
         return self.owners[0]
@@ -100,6 +105,17 @@ def _tower(owners: list[Any]) -> TowerTokens | None:
 def uses_attention_interface(cls: type) -> bool:
     """Whether the class's forward asks transformers' attention interface what to call."""
     return DISPATCH in forward_source(cls)
+
+
+@cache
+def attends_within_bounds(cls: type) -> bool:
+    """Whether the class's forward makes one call for all sequences of a packed row.
+
+    It does where the name of the attention implementation contains "flash"; else it calls
+    attention for one sequence after the other.
+    """
+    source = forward_source(cls)
+    return "is_flash_attention_requested(" in source and "cu_seq_lens_q=" in source
 
 
 def _computes_attention(module: nn.Module) -> bool:
