@@ -59,6 +59,10 @@ class SparseLayer(ABC):
         """What `sparsify` did to the model that the layer is of; set there."""
         self._scorer: Scorer | None = None
         self.record: LastCall | None = None
+        self._known_least: tuple[Any, Any, int] = (None, None, 0)
+        """Config and device of the last call, and from how many keys on it may run sparse there."""
+        self._noted: LastCall | None = None
+        """What `is_short` noted last."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -121,6 +125,31 @@ class SparseLayer(ABC):
         if tokens < least:
             return "dense", f"{tokens} tokens < dense_below ({least})"
         return "sparse", ""
+
+    def is_short(self, queries: int, keys: int, device: torch.device) -> bool:
+        """Whether a call has so few keys that it is dense whatever its mask shows; notes it then.
+
+        A short call may take less time than the questions that `run` asks of a call.
+        """
+        settings = self.shared.settings
+        if settings.watchers or keys >= self._least(settings.config, device):
+            return False
+        record = self.record
+        same = record is not None and record.keys == keys and record.queries == queries
+        if not same or self._noted is not record:
+            mode = "dense", f"{keys} tokens < dense_below ({self._known_least[2]})"
+            record = self._noted = LastCall(*mode, queries, keys)
+            self.record = record
+        return True
+
+    def _least(self, config: SparseConfig, device: torch.device) -> int:
+        """Keys below which every call is dense because it is short; 0 for layers never sparse."""
+        known, where, least = self._known_least
+        if known is not config or where != device:
+            sparse = self.known_mode(config)[0] == "sparse"
+            least = dense_length(config, device) if sparse else 0
+            self._known_least = config, device, least
+        return least
 
     def error(self, what: object) -> ValueError:
         """The error of a layer that cannot do what it is asked."""

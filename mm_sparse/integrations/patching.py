@@ -19,6 +19,7 @@ from mm_sparse.integrations.hf.discovery import (
     uses_attention_interface,
 )
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
+from mm_sparse.integrations.hf.packed_tower import PackedTower
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.scorers import SCORERS, hold_scorers, make_scorer
 from mm_sparse.integrations.shared_state import Settings, Shared
@@ -171,7 +172,7 @@ def _prepare(
     memory = ForwardMemory(_blocks_around(model, items))
     shared = Shared(Settings(config), strict, memory)
     trackers: dict[int, ModalityTracker] = {}
-    towers: dict[int, TowerTokens] = {}
+    towers: dict[int, TowerTokens | PackedTower] = {}
     served: dict[str, SparseLayer] = {}
     before: list[tuple[Any, str, str]] = []
     for item in items:
@@ -181,6 +182,8 @@ def _prepare(
         elif isinstance(item, HFAttentionModule):
             if item.tower is not None:
                 towers[id(item.tower)] = item.tower
+            if item.packed and id(item.owners[-1]) not in towers:
+                towers[id(item.owners[-1])] = PackedTower(item.owners[-1])
             tracker = trackers.setdefault(id(item.root), ModalityTracker(item.root))
             served[item.name] = HFLayer(item, shared, tracker)
             tracker.follow(item.owners if item.modality is None else item.owners[:1])

@@ -15,6 +15,7 @@ from torch import nn
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.forward_context import ForwardMemory
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
+from mm_sparse.integrations.hf.packed_tower import PackedTower
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.shared_state import Shared
 from mm_sparse.integrations.tower_tokens import TowerTokens
@@ -29,7 +30,7 @@ class State:
     layers: dict[str, SparseLayer]
     """By name in the model that `sparsify` was given."""
     trackers: list[ModalityTracker]
-    towers: list[TowerTokens]
+    towers: list[TowerTokens | PackedTower]
     blocks: list[OrderedBlocks]
     memory: ForwardMemory
     """Of all blocks that hold layers."""

@@ -113,8 +113,10 @@ class HFLayer(SparseLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """A call as the model computes it by itself, with the arguments that transformers gives."""
         name = self.original
+        if options.get("cu_seq_lens_q") is None or self.cross or "flash" in name:
+            return run_original(self.module, name, q, k, v, mask, options)
         given = options_of(options)
-        packed = None if self.cross or "flash" in name else self._bounds(given)
+        packed = self._bounds(given)
         if packed is not None and mask is None and not given.sliding_window:
             dropout = given.dropout if self.module.training else 0.0
             causal = is_causal(self.module, given)
@@ -200,6 +202,9 @@ def attention_forward(
     if layer is None:
         _warn_of_dense(type(module))
         return run_original(module, "sdpa", query, key, value, attention_mask, options)
+    alone = options.get("cu_seq_lens_q") is None
+    if alone and layer.is_short(query.shape[2], key.shape[2], query.device):
+        return layer.run_dense(query, key, value, attention_mask, options)
     given = options_of(options)
     if layer.packed and layer.differs_in_mode(query, given):
         return _run_by_length(layer, query, key, value, given, options), None

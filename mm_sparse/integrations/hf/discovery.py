@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import AttentionModule, forward_source, prefixes
 from mm_sparse.integrations.hf.known_classes import known_refusal
+from mm_sparse.integrations.hf.packed_tower import attends_within_bounds, joins_images
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.modality import Modality
 
@@ -42,7 +43,8 @@ class HFAttentionModule(AttentionModule):
     @property
     def packed(self) -> bool:
         """Whether it attends within the sequences of a packed row, whose bounds it is given."""
-        return attends_within_bounds(type(self.module))
+        own, owner = type(self.module), type(self.owners[-1])
+        return attends_within_bounds(own) or joins_images(owner)
 
     @property
     def root(self) -> Any:
@@ -105,17 +107,6 @@ def _tower(owners: list[Any]) -> TowerTokens | None:
 def uses_attention_interface(cls: type) -> bool:
     """Whether the class's forward asks transformers' attention interface what to call."""
     return DISPATCH in forward_source(cls)
-
-
-@cache
-def attends_within_bounds(cls: type) -> bool:
-    """Whether the class's forward makes one call for all sequences of a packed row.
-
-    It does where the name of the attention implementation contains "flash"; else it calls
-    attention for one sequence after the other.
-    """
-    source = forward_source(cls)
-    return "is_flash_attention_requested(" in source and "cu_seq_lens_q=" in source
 
 
 def _computes_attention(module: nn.Module) -> bool:

@@ -30,6 +30,10 @@ class MultiheadForward(Forward):
         refuse_export()
         layer = self.layer
         module: Any = layer.module
+        batched = query.dim() == 3
+        time = 1 if batched and module.batch_first else 0
+        own = query is key and key is value
+        short = own and layer.is_short(query.shape[time], key.shape[time], query.device)
 
         def original() -> tuple[Tensor, Tensor | None]:
             return self.original(
@@ -38,11 +42,8 @@ class MultiheadForward(Forward):
                 is_causal=is_causal,
             )  # fmt: skip
 
-        if is_causal and attn_mask is None:
-            return original()  # which says what is missing
-        batched = query.dim() == 3
-        time = 1 if batched and module.batch_first else 0
-        own = query is key and key is value
+        if short or (is_causal and attn_mask is None):
+            return original()  # which says what is missing of a mask
         early = layer.early_mode(key.shape[time] if own else None, query.device)
         if early[0] != "sparse" and not (batched and layer.shared.settings.watchers):
             layer.note(early, query.shape[time], key.shape[time])

@@ -1,0 +1,265 @@
+"""Whole models: time to the first token and of a training step, dense and sparse, in one run.
+
+Dense forms are the ones that a user has: the model as it is with SDPA (`stock`), the same with one
+call of `varlen_attn` for all images of a tower (`varlen`), and `flash` where torch is told to use
+FlashAttention-2. Scoring and selection are inside the time of sparse forms.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_sparse.bench.model_shapes import ModelShape
+from mm_sparse.bench.results import reason
+from mm_sparse.config import SparseConfig
+from mm_sparse.integrations import densify, sparsify
+
+VARLEN = "varlen_flash"
+DENSE_FORMS = ("stock", "varlen", "flash")
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """One form of a model with one input."""
+
+    model: str
+    work: str
+    """"prefill" or "train"."""
+    parts: int
+    """Images, clips or tokens of the input."""
+    tokens: int
+    """Of the language model."""
+    form: str
+    seconds: float | None
+    """Median; None where it did not run."""
+    tower_seconds: float | None = None
+    peak_gib: float | None = None
+    note: str = ""
+
+
+def run_models(
+    shape: ModelShape,
+    parts: Sequence[int],
+    forms: Sequence[str],
+    *,
+    train: bool = False,
+    small: bool = False,
+    device: str = "cuda",
+    repeats: int = 3,
+    show: Callable[[ModelTiming], None] | None = None,
+) -> list[ModelTiming]:
+    """Time forms of one model.
+
+    Args:
+        shape: which model.
+        parts: how many images, clips or tokens.
+        forms: of `DENSE_FORMS`, or "sparse" with unit and ratio, as in "sparse-64-0.2".
+        train: a LoRA step with gradient checkpointing in place of a prefill.
+        small: a model that two CPU cores can run.
+        repeats: runs behind the first, of which the median counts.
+        show: is given each result as it comes.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = shape.build(small).eval()
+    finally:
+        torch.set_default_dtype(before)
+    step = _train_step(model) if train else _prefill
+    results: list[ModelTiming] = []
+    for count in parts:
+        inputs = shape.inputs(model, count)
+        tokens = inputs["input_ids"].shape[1]
+        for form in forms:
+            work = "train" if train else "prefill"
+            try:
+                found = _measure(model, shape, inputs, form, step, repeats, device)
+            except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
+                found = {"seconds": None, "note": reason(error)[:120]}
+            result = ModelTiming(shape.name, work, count, tokens, form, **found)
+            results.append(result)
+            if show is not None:
+                show(result)
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return results
+
+
+def _measure(
+    model: nn.Module, shape: ModelShape, inputs: dict[str, Any], form: str,
+    step: Callable[[nn.Module, dict[str, Any]], Any], repeats: int, device: str,
+) -> dict[str, Any]:  # fmt: skip
+    cuda = device == "cuda"
+    with _in_form(model, form), _tower_clock(model, shape.tower, cuda) as tower:
+        times: list[tuple[float, float]] = []
+        for run in range(repeats + 1):
+            if cuda and run == 1:
+                torch.cuda.reset_peak_memory_stats()
+            tower[0] = 0.0
+            _wait(cuda)
+            start = time.perf_counter()
+            step(model, inputs)
+            _wait(cuda)
+            if run:
+                times.append((time.perf_counter() - start, tower[0]))
+    times.sort()
+    seconds, within = times[len(times) // 2]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    return {
+        "seconds": round(seconds, 4),
+        "tower_seconds": round(within, 4) if shape.tower else None,
+        "peak_gib": None if peak is None else round(peak, 2),
+    }
+
+
+@contextmanager
+def _in_form(model: Any, form: str) -> Iterator[None]:
+    """The model attends in one of the forms, around a block."""
+    if form.startswith("sparse"):
+        _, unit, ratio = form.split("-")
+        sparsify(model, SparseConfig(ratio=float(ratio), unit=int(unit)))
+        try:
+            yield
+        finally:
+            densify(model)
+        return
+    if form not in DENSE_FORMS:
+        raise ValueError(f'form must be one of {DENSE_FORMS} or as "sparse-64-0.2", got {form!r}')
+    if form == "varlen":
+        _register_varlen()
+        parts = getattr(model.config, "sub_configs", {})
+        towers = [name for name in parts if "vision" in name or "audio" in name]
+        model.set_attn_implementation({"": "sdpa", **dict.fromkeys(towers, VARLEN)})
+    try:
+        if form == "flash":
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                yield
+        else:
+            yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def _register_varlen() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+        cu_seq_lens_q: Any = None, max_length_q: Any = None, scaling: float | None = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        if cu_seq_lens_q is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **options
+            )
+        from torch.nn.attention.varlen import varlen_attn
+
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
+        return varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling)[None], None
+
+    AttentionInterface.register(VARLEN, attend)
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+@contextmanager
+def _tower_clock(model: nn.Module, name: str, cuda: bool) -> Iterator[list[float]]:
+    """Seconds that the forward of a submodule takes, in a list of one; waits for the device."""
+    spent = [0.0]
+    if not name:
+        yield spent
+        return
+    started: list[float] = []
+
+    def before(*_: Any) -> None:
+        _wait(cuda)
+        started.append(time.perf_counter())
+
+    def after(*_: Any) -> None:
+        _wait(cuda)
+        spent[0] += time.perf_counter() - started.pop()
+
+    tower = model.get_submodule(name)
+    handles = [tower.register_forward_pre_hook(before), tower.register_forward_hook(after)]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _wait(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def _prefill(model: nn.Module, inputs: dict[str, Any]) -> None:
+    model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def _train_step(model: Any) -> Callable[[nn.Module, dict[str, Any]], None]:
+    """A LoRA step of all linear layers of the language model, the base frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=16, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj|"
+                      r"model\.layers.*(q|k|v|o|gate|up|down)_proj")  # fmt: skip
+    model.requires_grad_(False)
+    inject_adapter_in_model(lora, model)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def step(model: nn.Module, inputs: dict[str, Any]) -> None:
+        ids = inputs["input_ids"]
+        # Answers are a small part of a row: the loss is over the last tokens alone.
+        out = model(**inputs, use_cache=False, logits_to_keep=256)
+        loss = nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, -255:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def model_table(results: Sequence[ModelTiming]) -> str:
+    """A table for people: seconds, and how many times as fast as each dense form."""
+    lines = ["model            work     parts  tokens   form             seconds  tower    GiB  over"]
+    for r in results:
+        same = [
+            x for x in results
+            if (x.model, x.work, x.parts) == (r.model, r.work, r.parts) and x.form in DENSE_FORMS
+        ]  # fmt: skip
+        over = " ".join(
+            f"{x.form} {x.seconds / r.seconds:.2f}x" for x in same
+            if x.seconds and r.seconds and x.form != r.form
+        )  # fmt: skip
+        took = f"{r.seconds:8.3f}" if r.seconds else "       -"
+        tower = f"{r.tower_seconds:6.3f}" if r.tower_seconds else "     -"
+        peak = f"{r.peak_gib:6.1f}" if r.peak_gib else "     -"
+        lines.append(
+            f"{r.model:16} {r.work:8} {r.parts:<6} {r.tokens:<8} {r.form:16} {took} {tower} {peak}"
+            f"  {over}{r.note}"
+        )
+    return "\n".join(lines)
+
+
+def as_records(results: Sequence[ModelTiming]) -> list[dict[str, Any]]:
+    """For a JSON file."""
+    return [asdict(r) for r in results]
