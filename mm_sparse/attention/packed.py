@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class PackedBounds:
                     "bounds of packed sequences must be numbers of tokens from 0 on, one for each "
                     f"sequence and one for the end, got {places[:8]} ..."
                 )
-            lengths = [b - a for a, b in zip(places, places[1:], strict=False) if b > a]
+            lengths = [b - a for a, b in pairwise(places) if b > a]
             made = cls(bounds.to(torch.int32), tuple(lengths))
             held = bounds._mm_sparse_bounds = (version, made)  # pyright: ignore
         return held[1]
@@ -171,19 +172,19 @@ def packed_attention(
         )
     if not packed.tokens:
         return q.transpose(1, 2)
-    rows = tuple(x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, D) each
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, D) each
     count = len(packed.lengths)
     if packed.longest == packed.shortest:
-        batch = (x.unflatten(0, (count, packed.longest)) for x in rows)
-        return _batch_attention(*batch, None, causal, scale, dropout).flatten(0, 1)[None]
+        q, k, v = (x.unflatten(0, (count, packed.longest)) for x in (q, k, v))
+        return _batch_attention(q, k, v, None, causal, scale, dropout).flatten(0, 1)[None]
     if not dropout and _served_by_varlen(q, v):
-        return _varlen_attention(*rows, packed, causal, scale)[None]
+        return _varlen_attention(q, k, v, packed, causal, scale)[None]
     parts = []
     for tokens, padding in packed.batches:
-        batch = (x[tokens] for x in rows)
         # A causal query sees no padding, which stands behind its sequence.
         seen = None if padding is None or causal else ~padding[:, None, None]
-        parts.append(_batch_attention(*batch, seen, causal, scale, dropout).flatten(0, 1))
+        out = _batch_attention(q[tokens], k[tokens], v[tokens], seen, causal, scale, dropout)
+        parts.append(out.flatten(0, 1))
     return torch.cat(parts)[packed.place][None]
 
 
@@ -225,4 +226,5 @@ def _varlen_attention(
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
     bounds, longest = packed.bounds, packed.longest
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, **options)
+    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, **options)
+    return out

@@ -169,9 +169,10 @@ def _register_varlen() -> None:
             )
         from torch.nn.attention.varlen import varlen_attn
 
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
-        return varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling)[None], None
+        out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling)
+        return out[None], None
 
     AttentionInterface.register(VARLEN, attend)
     AttentionMaskInterface.register(VARLEN, sdpa_mask)
@@ -240,7 +241,9 @@ def _train_step(model: Any) -> Callable[[nn.Module, dict[str, Any]], None]:
 
 def model_table(results: Sequence[ModelTiming]) -> str:
     """A table for people: seconds, and how many times as fast as each dense form."""
-    lines = ["model            work     parts  tokens   form             seconds  tower    GiB  over"]
+    lines = [
+        "model            work     parts  tokens   form             seconds  tower    GiB  over"
+    ]
     for r in results:
         same = [
             x for x in results

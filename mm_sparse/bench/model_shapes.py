@@ -100,9 +100,7 @@ def vision_inputs(model: Any, count: int) -> dict[str, Any]:
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == config.image_token_id).long(),
-        "pixel_values": torch.randn(
-            count * patches, width, device=model.device, dtype=model.dtype
-        ),
+        "pixel_values": torch.randn(count * patches, width, device=model.device, dtype=model.dtype),
         "image_grid_thw": torch.tensor([[1, side, side]] * count, device=model.device),
     }
 

@@ -227,8 +227,9 @@ def _run_by_length(
     # Those that run sparse come last: theirs is the call that `report` shows.
     for tokens, bounds in (short, long):
         part = {**options, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-        rows = (x[:, :, tokens] for x in (q, k, v))
-        outs.insert(0, attention_forward(layer.module, *rows, None, **part)[0])
+        rows = [x[:, :, tokens] for x in (q, k, v)]
+        out, _ = attention_forward(layer.module, rows[0], rows[1], rows[2], None, **part)
+        outs.insert(0, out)
     return torch.cat(outs, 1)[:, place]
 
 
