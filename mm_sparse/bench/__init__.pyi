@@ -1,4 +1,11 @@
 from .baselines import Shape as Shape
+from .model_bench import (
+    ModelTiming as ModelTiming,
+    as_records as as_records,
+    model_table as model_table,
+    run_models as run_models,
+)
+from .model_shapes import MODEL_SHAPES as MODEL_SHAPES, ModelShape as ModelShape
 from .overhead import measure_overhead as measure_overhead, overhead_table as overhead_table
 from .results import (
     FAMILIES as FAMILIES,

@@ -2,7 +2,8 @@
 
 Dense forms are the ones that a user has: the model as it is with SDPA (`stock`), the same with one
 call of `varlen_attn` for all images of a tower (`varlen`), and `flash` where torch is told to use
-FlashAttention-2. Scoring and selection are inside the time of sparse forms.
+FlashAttention-2. Scoring and selection are inside the time of sparse forms. Any form can have its
+blocks compiled one by one: "varlen+compile", "sparse-64-0.2+compile".
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def run_models(
     Args:
         shape: which model.
         parts: how many images, clips or tokens.
-        forms: of `DENSE_FORMS`, or "sparse" with unit and ratio, as in "sparse-64-0.2".
+        forms: of `DENSE_FORMS`, or "sparse" with unit and ratio, as in "sparse-64-0.2"; behind
+            each "+compile".
         train: a LoRA step with gradient checkpointing in place of a prefill.
         small: a model that two CPU cores can run.
         repeats: runs behind the first, of which the median counts.
@@ -126,6 +128,11 @@ def _measure(
 @contextmanager
 def _in_form(model: Any, form: str) -> Iterator[None]:
     """The model attends in one of the forms, around a block."""
+    form, _, compiled = form.partition("+")
+    if compiled:
+        with _in_form(model, form), _compiled_blocks(model):
+            yield
+        return
     if form.startswith("sparse"):
         _, unit, ratio = form.split("-")
         sparsify(model, SparseConfig(ratio=float(ratio), unit=int(unit)))
@@ -151,6 +158,20 @@ def _in_form(model: Any, form: str) -> Iterator[None]:
             yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def _compiled_blocks(model: Any) -> Iterator[None]:
+    names = set(model._no_split_modules or ())
+    blocks = [m for m in model.modules() if type(m).__name__ in names]
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch.compiler.reset()
 
 
 def _register_varlen() -> None:
@@ -247,7 +268,7 @@ def model_table(results: Sequence[ModelTiming]) -> str:
     for r in results:
         same = [
             x for x in results
-            if (x.model, x.work, x.parts) == (r.model, r.work, r.parts) and x.form in DENSE_FORMS
+            if (x.model, x.work, x.parts) == (r.model, r.work, r.parts) and x.form.split("+")[0] in DENSE_FORMS
         ]  # fmt: skip
         over = " ".join(
             f"{x.form} {x.seconds / r.seconds:.2f}x" for x in same

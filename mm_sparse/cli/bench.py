@@ -12,6 +12,10 @@ from typing import Any
 
 from mm_sparse.cli.arguments import head_counts, png_path, positive, seconds, share
 
+MODELS = "qwen2.5-vl-7b, qwen3-vl-8b, qwen2-audio-7b, llama-3-8b"
+PARTS = "images, clips or tokens of an input"
+FORMS = 'stock, varlen, flash, or as "sparse-64-0.2" (unit, ratio); behind each "+compile"'
+
 
 def bench_parser() -> argparse.ArgumentParser:
     """Options of `mm-sparse bench`."""
@@ -49,6 +53,12 @@ def bench_parser() -> argparse.ArgumentParser:
     mode.add_argument(
         "--overhead", action="store_true", help="Python time of a call, kernels replaced by nothing"
     )
+    mode.add_argument("--models", nargs="+", metavar="NAME", help="whole models: " + MODELS)
+    models = parser.add_argument_group("whole models (random weights)")
+    models.add_argument("--parts", type=positive, nargs="+", metavar="N", help=PARTS)
+    models.add_argument("--forms", nargs="+", metavar="FORM", help=FORMS)
+    models.add_argument("--train", action="store_true", help="a LoRA step, not a prefill")
+    models.add_argument("--small", action="store_true", help="of a size for two CPU cores")
     mode.add_argument("--memory", action="store_true", help="peak memory; needs a CUDA GPU")
     return parser
 
@@ -59,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.overhead:
         _overhead(args.out)
+        return
+    if args.models:
+        _models(parser, args)
         return
     # Imported behind the parser: help and wrong options need no torch.
     import torch
@@ -145,6 +158,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report.summary(content, session))
         if args.plot and session.records:
             report.plot(args.plot, session.records)
+
+
+def _models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """`--models`: a table, and a JSON file."""
+    import torch
+
+    from mm_sparse.bench import MODEL_SHAPES, as_records, machine, model_table, run_models
+
+    unknown = [name for name in args.models if name not in MODEL_SHAPES]
+    if unknown:
+        parser.error(f"argument --models: must be of {list(MODEL_SHAPES)}, got {unknown[0]!r}")
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    results = []
+    for name in args.models:
+        shape = MODEL_SHAPES[name]
+        counts = {"images": (8, 32), "clips": (60, 120), "tokens": (32768, 131072)}[shape.part]
+        if args.small:
+            counts = {"images": (1,), "clips": (2,), "tokens": (4096,)}[shape.part]
+        forms = ["stock", "sparse-64-0.2", "sparse-16-0.2"]
+        if cuda:
+            forms.insert(1, "varlen" if shape.part == "images" else "flash")
+        found = run_models(
+            shape, args.parts or counts, args.forms or forms, train=args.train, small=args.small,
+            device=device, show=lambda r: print(model_table([r]).splitlines()[-1], flush=True),
+        )  # fmt: skip
+        results += found
+        if args.out:
+            known = {"machine": machine(device, dtype), "weights": "random"}
+            content = {**known, "records": as_records(results)}
+            args.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(model_table(results))
 
 
 def _overhead(out: Path | None) -> None:
