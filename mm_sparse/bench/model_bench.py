@@ -266,13 +266,9 @@ def model_table(results: Sequence[ModelTiming]) -> str:
         "model            work     parts  tokens   form             seconds  tower    GiB  over"
     ]
     for r in results:
-        same = [
-            x for x in results
-            if (x.model, x.work, x.parts) == (r.model, r.work, r.parts) and x.form.split("+")[0] in DENSE_FORMS
-        ]  # fmt: skip
         over = " ".join(
-            f"{x.form} {x.seconds / r.seconds:.2f}x" for x in same
-            if x.seconds and r.seconds and x.form != r.form
+            f"{x.form} {x.seconds / r.seconds:.2f}x" for x in results
+            if _is_dense_form_beside(x, r) and x.seconds and r.seconds
         )  # fmt: skip
         took = f"{r.seconds:8.3f}" if r.seconds else "       -"
         tower = f"{r.tower_seconds:6.3f}" if r.tower_seconds else "     -"
@@ -282,6 +278,12 @@ def model_table(results: Sequence[ModelTiming]) -> str:
             f"  {over}{r.note}"
         )
     return "\n".join(lines)
+
+
+def _is_dense_form_beside(one: ModelTiming, other: ModelTiming) -> bool:
+    """Whether the first is a dense form, and another one, of what the second timed."""
+    same = (one.model, one.work, one.parts) == (other.model, other.work, other.parts)
+    return same and one.form != other.form and one.form.split("+")[0] in DENSE_FORMS
 
 
 def as_records(results: Sequence[ModelTiming]) -> list[dict[str, Any]]:
