@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mm_sparse.checkpoints.format import read_scorers, write_scorers
+from mm_sparse.checkpoints.hub import is_hub_name, push_folder
 from mm_sparse.checkpoints.pretrained import scorers_folder
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations import (
@@ -29,54 +30,74 @@ from mm_sparse.integrations import (
 M = TypeVar("M", bound=nn.Module)
 
 
-def save_scorers(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_scorers(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    push: str | None = None,
+    private: bool | None = None,
+) -> None:
     """Write the scorers of a sparsified model: safetensors, and JSON with one entry per layer.
 
     Args:
         dtype: of the weights in the file, theirs if None.
+        push: repository of the Hugging Face hub, "owner/name", to which the folder goes as well.
+        private: of a repository that is made for it; the owner's default if None.
     Raises:
-        ValueError: the model is not sparsified.
+        ValueError: the model is not sparsified, or `push` is no name of a repository.
 
     Example:
         >>> mms.save_scorers(model, "scorers")
     """
     state = state_of(model)
+    if push is not None and not is_hub_name(push):
+        raise ValueError(f'push must be a repository as "owner/name", got {push!r}')
     # A model that wraps the sparsified one has other names for its layers.
     renamed = {layer.name: name for name, layer in state.layers.items()}
     config = state.shared.config.with_layers_renamed(renamed)
     write_scorers(state.layers, config, Path(folder), dtype)
+    if push is not None:
+        push_folder(Path(folder), push, private)
 
 
 def load_scorers(
     model: M,
     folder: str | Path,
     *,
+    ratio: float | None = None,
     modules: Sequence[type[nn.Module]] = (),
     budgets: bool = True,
+    revision: str | None = None,
 ) -> M:
     """Read what `save_scorers` wrote; a model that is not sparsified is, with the stored config.
 
     A sparsified model keeps its config and gets the stored budgets of layers and heads, scaled to
-    its ratio, unless it has budgets of its own.
+    its ratio, in place of budgets of its own.
 
     Args:
         folder: of `save_scorers`, or the name of scorers that come with the package
-            (`mms.list_pretrained()`).
+            (`mms.list_pretrained()`), or of a repository of the Hugging Face hub, "owner/name",
+            which is fetched.
+        ratio: share of keys that the model keeps from now on; budgets are scaled to it. The stored
+            one, or the sparsified model's, if None.
         modules: as in `sparsify`, for a model that is not sparsified.
-        budgets: whether a sparsified model gets the stored budgets; False leaves it one ratio.
+        budgets: whether a sparsified model gets the stored budgets; False leaves it its own.
+        revision: branch, tag or commit of a repository.
     Raises:
         ValueError: the files are missing, or are of another model's layers; the model is then as
             it was.
 
     Example:
-        >>> mms.load_scorers(model, "smollm2-135m")
+        >>> mms.load_scorers(model, "smollm2-135m", ratio=0.1)
     """
-    stored = read_scorers(scorers_folder(folder))
+    stored = read_scorers(scorers_folder(folder, revision))
     was_sparse = is_sparsified(model)
+    wanted = stored.config if ratio is None else stored.config.scaled(ratio)
     if not was_sparse:
         adapters = (ModuleAdapter(modules),) if modules else ()
         names = [module.name for module in find_all(model, adapters)]
-        stored = stored.named_as(names)
+        stored = replace(stored, config=wanted).named_as(names)
         if names:
             stored.check_layers(names)
         sparsify(model, stored.config, modules=modules)
@@ -88,25 +109,28 @@ def load_scorers(
         if not was_sparse:
             densify(model)
         raise
-    if was_sparse and budgets:
-        _take_budgets(state, stored.config)
+    if was_sparse:
+        _take_budgets(state, stored.config, ratio, budgets)
     for holder in state.holders:
         hold_scorers(holder, scorers_of(holder))
     return model
 
 
-def _take_budgets(state: State, stored: SparseConfig) -> None:
-    """Give a sparsified model the budgets that were stored with its scorers."""
-    config = state.shared.base.config
-    if not stored.layer_ratio or config.layer_ratio == stored.layer_ratio:
-        return
-    if config.layer_ratio or config.head_ratio:
-        warnings.warn(
-            "the model keeps its own layer_ratio or head_ratio: the budgets that were stored with "
-            "the scorers are not used",
-            stacklevel=3,
-        )
-        return
-    own = {name: layer.name for name, layer in state.layers.items()}
-    ratios = stored.scaled(config.ratio).with_layers_renamed(own).layer_ratio
-    state.shared.base = replace(state.shared.base, config=replace(config, layer_ratio=ratios))
+def _take_budgets(state: State, stored: SparseConfig, ratio: float | None, budgets: bool) -> None:
+    """Give a sparsified model a ratio, and the budgets that were stored with its scorers."""
+    before = state.shared.base.config
+    config = before if ratio is None else before.scaled(ratio)
+    if budgets and stored.layer_ratio:
+        own = {name: layer.name for name, layer in state.layers.items()}
+        scaled = stored if stored.ratio == config.ratio else stored.scaled(config.ratio)
+        ratios = scaled.with_layers_renamed(own).layer_ratio
+        if before.head_ratio or before.layer_ratio not in ({}, ratios):
+            warnings.warn(
+                "the model's own layer_ratio and head_ratio give way to the budgets that were "
+                f"stored with the scorers, scaled to ratio {config.ratio:g}; budgets=False keeps "
+                "the model's own",
+                stacklevel=3,
+            )
+        config = replace(config, layer_ratio=ratios, head_ratio=())
+    if config != before:
+        state.shared.base = replace(state.shared.base, config=config)
