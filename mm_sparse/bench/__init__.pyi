@@ -1,4 +1,9 @@
 from .baselines import Shape as Shape
+from .estimate import (
+    Estimate as Estimate,
+    estimate as estimate,
+    estimate_table as estimate_table,
+)
 from .model_bench import (
     ModelTiming as ModelTiming,
     as_records as as_records,

@@ -15,6 +15,7 @@ Command = Callable[[Sequence[str]], object]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("mm_sparse.cli.bench:main", "Time attention beside dense and sparse baselines."),
+    "estimate": ("mm_sparse.cli.estimate:main", "Say whether it pays for a model, and how much."),
     "inspect": ("mm_sparse.cli.inspect:main", "Write an HTML page: what a model kept of a sample."),
     "eval": (
         "mm_sparse.recipes.evaluation.eval_command:main",

@@ -1,0 +1,60 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mm_sparse.bench import ModelShape, model_table, run_models
+from mm_sparse.bench.model_shapes import MODEL_SHAPES
+from mm_sparse.cli import bench as command
+from tests.support.hf_models import build
+
+pytest.importorskip("transformers")
+
+
+def small_ids(model: Any, count: int) -> dict[str, Any]:
+    return {"input_ids": torch.randint(3, 90, (1, count))}
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_forms_stand_beside_each_other(train: bool) -> None:
+    if train:
+        pytest.importorskip("peft")
+    shape = ModelShape("tiny", "tokens", lambda small: build("llama").model, small_ids)
+    forms = ["stock", "sparse-16-0.5", "fast"]
+    results = run_models(shape, [300], forms, device="cpu", repeats=1, train=train)
+    stock, sparse, wrong = results
+    assert stock.seconds
+    assert sparse.seconds
+    assert wrong.seconds is None
+    assert "form must be one of" in wrong.note
+    table = model_table(results)
+    assert f"stock {stock.seconds / sparse.seconds:.2f}x" in table
+    assert "form must be" in table
+
+
+@pytest.mark.parametrize("name", MODEL_SHAPES)
+def test_shapes_are_those_of_the_published_models(name: str) -> None:
+    with torch.device("meta"):
+        model = MODEL_SHAPES[name].build(False)
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    assert billions == pytest.approx(float(name.rsplit("-", 1)[1][:-1]), rel=0.2)
+    assert not MODEL_SHAPES[name].tower or model.get_submodule(MODEL_SHAPES[name].tower)
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_it_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "models.json"
+    command.main(["--models", "qwen2.5-vl-7b", "--small", "--out", str(out)])
+    records = json.loads(out.read_text())["records"]
+    assert [r["form"] for r in records] == ["stock", "sparse-64-0.2", "sparse-16-0.2"]
+    assert "stock" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--models", "gpt-5"])
+    assert "argument --models: must be of" in capsys.readouterr().err
