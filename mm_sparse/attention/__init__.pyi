@@ -1,3 +1,9 @@
+from .decoding import (
+    DecodingGeometry as DecodingGeometry,
+    LayerDecoding as LayerDecoding,
+    capacity_for as capacity_for,
+    decodes_in_place as decodes_in_place,
+)
 from .dense import dense_attention as dense_attention, dense_length as dense_length
 from .functional import (
     attention_reference as attention_reference,

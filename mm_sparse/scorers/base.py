@@ -79,6 +79,17 @@ class Scorer(nn.Module):
             return Scores(two_stage.values, plan, two_stage.runs)
         return Scores(block_scores(features, plan), plan)
 
+    def score_step(
+        self, q: Tensor, k: Tensor, plan: Plan, placed: Plan, scale: float, cache: DescriptorCache
+    ) -> Tensor:
+        """(B, K, 1, U) of a step of decoding, of scorers that write `describe`.
+
+        Args:
+            plan: whose tile is the query as it stands in q.
+            placed: the same with the tile where the query stands among the keys.
+        """
+        return block_scores(self._descriptors(q, k, plan, scale, cache), placed)
+
     def score(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
         """Scores of units, for scorers that do not write `describe`.
 

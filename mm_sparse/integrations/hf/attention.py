@@ -6,6 +6,7 @@ B batch, H query heads, N query tokens, D head dim
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from copy import copy
 from functools import cache
 from importlib import import_module
@@ -13,9 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
-from mm_sparse.attention import PackedBounds, dense_attention, dense_length, packed_attention
+from mm_sparse._checks import autocast_inputs
+from mm_sparse.attention import (
+    DecodingGeometry,
+    PackedBounds,
+    capacity_for,
+    decodes_in_place,
+    dense_attention,
+    dense_length,
+    packed_attention,
+)
 from mm_sparse.integrations.discovery import defining_class
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf import kv_cache
@@ -27,9 +38,11 @@ from mm_sparse.integrations.hf.discovery import (
 )
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layer import LAYER, SparseLayer
+from mm_sparse.integrations.last_call import LastCall, thinned
+from mm_sparse.integrations.layer import KEPT_ENTRIES, LAYER, SparseLayer
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Shared
+from mm_sparse.layout import TokenLayout
 from mm_sparse.scorers import DescriptorCache
 
 NAME = "mm_sparse"
@@ -140,6 +153,57 @@ class HFLayer(SparseLayer):
             return None
         return PackedBounds.of(options.cu_seqlens)
 
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
+    ) -> Tensor | None:
+        """(B, 1, H, D) of a step of decoding on what the steps before left; None of other calls.
+
+        A call is one if the cache of the model has its keys and all layers see a run of them.
+        """
+        settings = self.shared.settings
+        cache, scorer = self.source.tracker.running.cache, self.ranks
+        own = settings.watchers or settings.attention_override or cache is None
+        if own or torch.is_grad_enabled() or self.modality is not None or self.packed:
+            return None
+        seen = _run_of_keys(mask, q, k, options)
+        if seen is None or decodes_in_place(settings.config, scorer) is not None:
+            return None
+        low, tokens = seen
+        mode, _ = self.early_mode(tokens, q.device, settings.config)
+        if mode != "sparse" or self._problem(q, k, v, mask, options) is not None:
+            return None
+        config = self.shared.layer_config(self.index, self.name, 0, settings.config)
+
+        def make() -> tuple[Any, Callable[[], DecodingGeometry]]:
+            group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+            blocks = (config.tile, config.unit, config.sinks, config.window, config.query_pools)
+
+            def new() -> DecodingGeometry:
+                layout = self.source.layout_of_call(self.module, q, k, mask, options).layout
+                room = max(k.shape[2], capacity_for(tokens))
+                first = slice(0, tokens)
+                parts = (layout.modality, layout.segment, layout.document)
+                layout = TokenLayout(*(x[:, first] for x in parts))
+                return DecodingGeometry(layout, config, group, kv_heads, room)
+
+            return (blocks, group, kv_heads, options.sliding_window, q.device), new
+
+        decoding = kv_cache.decoding_for(cache, self.index, k, tokens, scorer, config, make)
+        if decoding is None:
+            return None
+        geometry = decoding.geometry
+        if geometry.tokens != tokens or geometry.low != low:
+            geometry.advance(tokens, low)
+        q, k, v = autocast_inputs(q, k, v)
+        width = v.shape[-1]
+        if width < k.shape[-1]:
+            v = pad(v, (0, k.shape[-1] - width))
+        scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
+        out, selection = decoding.step(q, k, v, scale)
+        kept = thinned(selection, KEPT_ENTRIES)
+        self.record = LastCall("sparse", "", 1, tokens, kept)
+        return out[..., :width].transpose(1, 2)
+
     def differs_in_mode(self, q: Tensor, options: AttentionOptions) -> bool:
         """Whether some sequences of a packed row are long enough to run sparse and others not."""
         if options.cu_seqlens is None:
@@ -206,6 +270,10 @@ def attention_forward(
     if alone and layer.is_short(query.shape[2], key.shape[2], query.device):
         return layer.run_dense(query, key, value, attention_mask, options)
     given = options_of(options)
+    if query.shape[2] == 1 and key.shape[2] > 1:
+        out = layer.decode(query, key, value, attention_mask, given)
+        if out is not None:
+            return out, None
     if layer.packed and layer.differs_in_mode(query, given):
         return _run_by_length(layer, query, key, value, given, options), None
     out, _ = layer.run(
@@ -231,6 +299,21 @@ def _run_by_length(
         out, _ = attention_forward(layer.module, rows[0], rows[1], rows[2], None, **part)
         outs.insert(0, out)
     return torch.cat(outs, 1)[:, place]
+
+
+def _run_of_keys(
+    mask: Any, q: Tensor, k: Tensor, options: AttentionOptions
+) -> tuple[int, int] | None:
+    """The first key that a step's query sees and the end of them; None where that is not known."""
+    if not isinstance(mask, LazyMask):
+        return None
+    recipe = mask.recipe
+    if recipe.offsets[1] or recipe.shape[0] not in (1, q.shape[0]) or recipe.shape[1] != 1:
+        return None
+    tokens = recipe.first + 1
+    if tokens > k.shape[2]:
+        return None
+    return (0, tokens) if recipe.is_causal and not options.sliding_window else None
 
 
 @cache

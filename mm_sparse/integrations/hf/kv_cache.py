@@ -8,11 +8,14 @@ very tensor that the step before has left, what was described is still true of i
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mm_sparse.attention import DecodingGeometry, LayerDecoding
+from mm_sparse.config import SparseConfig
 from mm_sparse.scorers import DescriptorCache, Scorer
 
 HELD = "_mm_sparse_descriptors"
@@ -26,6 +29,8 @@ class LayerDescriptors:
         self.intact = False
         """Whether the running forward found the keys as the one before left them."""
         self.scorer: Any = None
+        self.decoding: LayerDecoding | None = None
+        """What steps of decoding keep of these keys."""
         self._keys: Any = None
 
     def __reduce__(self) -> Any:
@@ -70,6 +75,44 @@ def descriptors_for(
         setattr(layer, HELD, held)
     held.remember(keys, known)
     return held.descriptors
+
+
+GEOMETRIES = "_mm_sparse_geometries"
+
+
+def decoding_for(
+    cached: Any, index: int | None, keys: Tensor, tokens: int, scorer: Scorer,
+    config: SparseConfig, make: Callable[[], tuple[Any, Callable[[], DecodingGeometry]]],
+) -> LayerDecoding | None:  # fmt: skip
+    """What a layer's steps keep, with its geometry written down for so many tokens.
+
+    Args:
+        cached: the KV cache of the model.
+        keys: of the layer's call.
+        tokens: M, the newest of them included.
+        make: key of a geometry that layers share, and what makes it.
+    """
+    layers = getattr(cached, "layers", ())
+    if index is None or index >= len(layers) or torch.is_grad_enabled():
+        return None
+    layer = layers[index]
+    if getattr(layer, "keys", None) is not keys:
+        return None
+    held, known = vars(layer).get(HELD), _known(scorer)
+    if held is None or not held.intact or held.scorer != known:
+        held = LayerDescriptors()
+        setattr(layer, HELD, held)
+    decoding = held.decoding
+    grown = decoding is not None and decoding.geometry.tokens in (tokens, tokens - 1)
+    if decoding is None or not grown or decoding.config != config or decoding.geometry.full(tokens):
+        key, new = make()
+        shared: dict[Any, DecodingGeometry] = vars(cached).setdefault(GEOMETRIES, {})
+        geometry = shared.get(key)
+        if geometry is None or geometry.tokens not in (tokens, tokens - 1) or geometry.full(tokens):
+            geometry = shared[key] = new()
+        decoding = held.decoding = LayerDecoding(geometry, config, scorer)
+    held.remember(keys, known)
+    return decoding
 
 
 def _known(scorer: Scorer) -> tuple[Any, ...]:

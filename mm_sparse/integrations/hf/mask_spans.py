@@ -62,6 +62,11 @@ class MaskRecipe:
         return end > keys or (self._kind() == "bidirectional" and end != keys)
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a query sees all keys up to itself, padding apart."""
+        return self._kind() == "causal"
+
+    @property
     def skips_causal(self) -> bool:
         """Whether no mask of `original` means a causal one, not one that shows all."""
         return not self.arguments.get("allow_is_bidirectional_skip", False)
