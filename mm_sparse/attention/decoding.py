@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mm_sparse.attention.selected import attend_selection
 from mm_sparse.config import SparseConfig
@@ -26,6 +27,8 @@ from mm_sparse.selection import Selection, topk_lists
 
 # Tokens to come that a growing cache gets room for, beside an eighth of what is there.
 SPARE_TOKENS = 2048
+# Room for units that are cut short by segments, of which the next sequence may have more.
+SPARE_UNITS = 128
 
 
 def decodes_in_place(config: SparseConfig, scorer: Scorer) -> str | None:
@@ -43,80 +46,106 @@ def decodes_in_place(config: SparseConfig, scorer: Scorer) -> str | None:
     return None
 
 
+def capacity_for(tokens: int) -> int:
+    """Room for a cache that grows: whole pages, so that it is made anew seldom."""
+    return math.ceil((tokens + tokens // 8 + 1) / SPARE_TOKENS) * SPARE_TOKENS
+
+
 class DecodingGeometry:
     """Tiles, units and budgets of a step with one query a row, for layers that see the same keys.
 
     Args:
-        layout: of the M tokens before the step and of those of the step itself.
-        config: whose tiles, units, sinks and window hold.
+        layout: of the tokens that are there, M of them, in their order.
+        config: whose tiles, units, sinks, window and floors hold.
         group: query heads of a KV head.
-        kv_heads: K.
         capacity: C, from M on.
     """
 
     def __init__(
-        self, layout: TokenLayout, config: SparseConfig, group: int, kv_heads: int, capacity: int
+        self, layout: TokenLayout, config: SparseConfig, group: int, capacity: int
     ) -> None:
-        self.capacity, self.config, self.kv_heads = capacity, config, kv_heads
-        self.layout = _with_text_to_come(layout, capacity)
-        whole = self.layout.new_plan(config, group, 1, capacity - 1)
+        self.capacity, self.config, self.group = capacity, config, group
+        whole = self._whole_plan(layout)
+        batch, units = whole.units.shape[:2]
+        room = units + units // 8 + SPARE_UNITS
         self.tokens = 0
-        """M of the step that is written down now; 0 before the first."""
+        """M of the step that is written down; 0 before the first, or where a graph wrote it."""
         self.low = 0
         """First key that its query sees."""
-        device, batch = layout.device, layout.batch
-        self._table = whole.units
-        """(B, U, 2): units as they are once all tokens are there."""
-        ends = self._table.long().sum(-1)
-        filler = self._table[..., 1] == 0
-        position = torch.arange(capacity, device=device).expand(batch, -1).contiguous()
-        self._unit_of = torch.searchsorted(
-            ends.masked_fill(filler, capacity + 1).contiguous(), position, right=True
-        ).to(torch.int32)
-        """(B, C): the unit of each token; of padding, the next one."""
-        self._before = torch.nn.functional.pad(self._table[..., 1].long().cumsum(1), (1, 0))
-        """(B, U + 1): tokens of the units before each."""
-        self._whole = whole
-        units = torch.zeros_like(self._table)
-        number = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._last = number
-        """(B, 1): the unit that the newest token is in."""
-        span = torch.zeros(batch, 1, 2, dtype=torch.int32, device=device)
-        self._visible_tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._window = torch.zeros_like(span)
-        self.place = torch.tensor([0, 1], dtype=torch.int32, device=device).repeat(batch, 1, 1)
+
+        def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=layout.device)
+
+        # Of the whole sequence, written by `begin`.
+        self._table, self._kind = new(room, 2), new(room, dtype=torch.int8)
+        self._sinks = new(room, dtype=torch.bool)
+        self._unit_of = new(capacity, dtype=torch.int64)
+        self._before = new(room + 1, dtype=torch.int64)
+        # Of a step, written by `advance`.
+        self._units, self._span, self._window = new(room, 2), new(1, 2), new(1, 2)
+        self._last = new(1, dtype=torch.int64)
+        self._visible_tokens = new(1, dtype=torch.int64)
+        self.place = new(1, 2)
         """(B, 1, 2): the position of the query and how many there are, for distances."""
+        self.place[..., 1] = 1
         self.plan = replace(
-            whole, query_offset=0, units=units, span=span, tile_span=span, unit_offset=-1,
+            whole, query_offset=0, units=self._units, unit_modality=self._kind, span=self._span,
+            tile_span=self._span, unit_offset=-1,
             tile_modality=torch.full_like(whole.tile_modality, int(Modality.TEXT)),
         )  # fmt: skip
         self.newest = replace(
-            self.plan, units=torch.zeros(batch, 1, 2, dtype=torch.int32, device=device),
-            unit_modality=torch.zeros(batch, 1, dtype=torch.int8, device=device),
+            self.plan, units=new(1, 2), unit_modality=new(1, dtype=torch.int8),
         )  # fmt: skip
         """The plan of the newest unit alone."""
         self._fixed: dict[Any, Any] = {
-            ("sinks", config.sinks): whole.sink_units,
+            ("sinks", config.sinks): self._sinks,
             ("near", config.window): self._window,
-            "modalities": whole.modalities | {int(Modality.TEXT)},
+            # Which they are would have to be looked up anew for every sequence.
+            "modalities": frozenset(map(int, Modality)),
             "visible_tokens": self._visible_tokens,
-            **{(name, c): x for (name, c), x in self._of_config(whole, config).items()},
         }
-        self._budgets: dict[SparseConfig, Tensor] = {}
-        self._fix()
+        self._of_config(whole, config)
         self.newest.memo["modalities"] = self._fixed["modalities"]
+        self._budgets: dict[SparseConfig, Tensor] = {}
+        self._widths: dict[SparseConfig, int] = {}
+        self._begin(whole)
 
-    @staticmethod
-    def _of_config(whole: Plan, config: SparseConfig) -> dict[Any, Any]:
-        return {
-            ("live_query_pools", config): whole.live_query_pools,
-            ("floors", config): whole.floors,
-        }
+    def _whole_plan(self, layout: TokenLayout) -> Plan:
+        """The plan of the sequence once it fills all the room."""
+        whole = _with_text_to_come(layout, self.capacity)
+        return whole.new_plan(self.config, self.group, 1, self.capacity - 1)
 
-    def _fix(self) -> None:
-        # What was computed of the step before is not true of this one.
-        self.plan.memo.clear()
-        self.plan.memo.update(self._fixed)
+    def begin(self, layout: TokenLayout) -> bool:
+        """Write down another sequence; False if it does not fit into what there is."""
+        if layout.length > self.capacity or layout.batch != len(self.place):
+            return False
+        whole = self._whole_plan(layout)
+        wide = any(
+            whole.sharing(config=config).max_kept > width for config, width in self._widths.items()
+        )
+        if whole.units.shape[1] > self._table.shape[1] or wide:
+            return False
+        self._begin(whole)
+        return True
+
+    def _begin(self, whole: Plan) -> None:
+        missing = self._table.shape[1] - whole.units.shape[1]
+        table = pad(whole.units, (0, 0, 0, missing))
+        self._table.copy_(table)
+        self._kind.copy_(pad(whole.unit_modality, (0, missing), value=-1))
+        self._sinks.copy_(pad(whole.sink_units, (0, missing)))
+        self._before.copy_(pad(table[..., 1].long().cumsum(1), (1, 0)))
+        ends = table.long().sum(-1).masked_fill(table[..., 1] == 0, self.capacity + 1)
+        position = torch.arange(self.capacity, device=table.device)
+        position = position.expand(len(table), -1).contiguous()
+        self._unit_of.copy_(torch.searchsorted(ends, position, right=True))
+        self._whole = whole
+        self.tokens = 0
+
+    def _of_config(self, whole: Plan, config: SparseConfig) -> None:
+        pools = whole.sharing(config=config).live_query_pools
+        self._fixed["live_query_pools", config] = pools
+        self._fixed["floors", config] = whole.sharing(config=config).floors
 
     def of_layer(self, config: SparseConfig) -> Plan:
         """The plan under a layer's budgets."""
@@ -124,14 +153,14 @@ class DecodingGeometry:
             whole = self._whole.sharing(config=config)
             heads = len(config.head_ratio) or 1
             budget = self._visible_tokens.new_zeros(len(self.place), heads, 1)
-            self._budgets[config] = budget
-            # One more than the whole keeps: rounding of a shorter sequence may go the other way.
-            most = min(whole.max_kept + 1, self._table.shape[1])
-            self._fixed |= self._of_config(whole, config)
-            self._fixed |= {("head_budget", config): budget, ("max_kept", config): most}
+            # Rounding of a shorter sequence may go the other way; another one may be cut finer.
+            width = min(whole.max_kept + whole.max_kept // 8 + 8, self._table.shape[1])
+            self._budgets[config], self._widths[config] = budget, width
+            self._of_config(whole, config)
+            self._fixed |= {("head_budget", config): budget, ("max_kept", config): width}
             self._fixed["budget", config] = budget[:, 0]
             self._write_budget(config, budget)
-            self._fix()
+            self._forget_step()
         return self.plan.sharing(config=config)
 
     def full(self, tokens: int) -> bool:
@@ -146,45 +175,64 @@ class DecodingGeometry:
         """
         if not 0 < tokens <= self.capacity:
             raise ValueError(f"tokens must be from 1 to {self.capacity}, got {tokens}")
-        last = self._unit_of[:, tokens - 1 : tokens].long()
-        if self.tokens == 0 or tokens != self.tokens + 1:
-            self._write_units(tokens)
+        end = self._last.new_full((), tokens)
+        if tokens != self.tokens + 1:
+            self._write_units(end)
+        self._write_step(end, low)
         self.tokens, self.low = tokens, low
+
+    def advance_to(self, end: Tensor) -> None:
+        """The same of a number of tokens that the device knows, () int64; see all from 0 on.
+
+        It must be one more than in the step before, or `advance` must have come before. The host
+        does not learn of it.
+        """
+        self._write_step(end, 0)
+        self.tokens = 0
+
+    def write_all(self, tokens: int) -> None:
+        """Write down the units of M tokens, for a first step by `advance_to`."""
+        self._write_units(self._last.new_full((), tokens))
+
+    def _write_units(self, end: Tensor) -> None:
+        start, size = self._table.long().unbind(-1)
+        low = start.minimum(end)
+        self._units.copy_(torch.stack([low, (start + size).minimum(end) - low], -1))
+
+    def _write_step(self, end: Tensor, low: int) -> None:
+        newest = (end - 1).expand(len(self.place), 1)
+        last = self._unit_of.gather(1, newest)
         self._last.copy_(last)
         pair = last[..., None].expand(-1, -1, 2)
-        unit = self._table.gather(1, pair)
-        unit[..., 1] = tokens - unit[..., 0]
-        self.plan.units.scatter_(1, pair, unit)
+        start = self._table.gather(1, pair)[..., 0]
+        unit = torch.stack([start, end - start], -1).to(torch.int32)
+        self._units.scatter_(1, pair, unit)
         self.newest.units.copy_(unit)
-        self.newest.unit_modality.copy_(self._whole.unit_modality.gather(1, last))
-        span = self.plan.span
-        span[..., 0] = low
-        span[..., 1] = tokens
-        self.place[..., 0] = tokens - 1
-        window = self.config.window
-        if window:
-            self._window[..., 0] = max(tokens - 1 - window + 1, low)
-            self._window[..., 1] = tokens
-        first = self._unit_of[:, low : low + 1].long()
-        seen = self._before.gather(1, last) - self._before.gather(1, first.minimum(last))
+        self.newest.unit_modality.copy_(self._kind.gather(1, last))
+        self._span[..., 0] = low
+        self._span[..., 1] = end
+        self.place[..., 0] = end - 1
+        if self.config.window:
+            self._window[..., 0] = (end - self.config.window).clamp(min=low)
+            self._window[..., 1] = end
+        first = self._unit_of[:, low : low + 1].minimum(last)
+        seen = self._before.gather(1, last) - self._before.gather(1, first)
         self._visible_tokens.copy_(seen + unit[..., 1])
         for config, budget in self._budgets.items():
             self._write_budget(config, budget)
-        self._fix()
+        self._forget_step()
 
-    def _write_units(self, tokens: int) -> None:
-        start, size = self._table.unbind(-1)
-        self.plan.units[..., 0] = start.clamp(max=tokens)
-        self.plan.units[..., 1] = (start + size).clamp(max=tokens) - start.clamp(max=tokens)
+    def _forget_step(self) -> None:
+        # What was computed of the step before is not true of this one.
+        self.plan.memo.clear()
+        self.plan.memo.update(self._fixed)
 
     def _write_budget(self, config: SparseConfig, budget: Tensor) -> None:
         keys = self._visible_tokens[:, None]  # (B, 1, 1)
         if config.tokens is not None:
             budget.copy_(keys.clamp(max=config.tokens).expand_as(budget))
             return
-        ratios: Any = config.ratio
-        if config.head_ratio:
-            ratios = self._ratios(config)
+        ratios = self._ratios(config) if config.head_ratio else config.ratio
         budget.copy_((keys * ratios).round().long().clamp(min=1).minimum(keys))
 
     def _ratios(self, config: SparseConfig) -> Tensor:
@@ -213,37 +261,45 @@ def _with_text_to_come(layout: TokenLayout, capacity: int) -> TokenLayout:
     )
 
 
-class _UnitDescriptors(DescriptorCache):
+class UnitDescriptors(DescriptorCache):
     """Descriptors of all units of a geometry, of which a step makes those of the newest anew."""
 
     def __init__(self, geometry: DecodingGeometry) -> None:
-        self.geometry, self.table = geometry, torch.empty(0)
-        self.described = 0
-        """Tokens that are described."""
+        super().__init__()
+        self.geometry = geometry
+        self.table: Tensor | None = None
+        """(B, K, U, ...)."""
+        self.stale = True
+        """Whether the next call describes all units."""
 
     def update(self, k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:
         geometry = self.geometry
-        if self.described != geometry.tokens - 1:
-            self.table = describe(plan).clone()
-        else:
-            new = describe(geometry.newest)
-            place = geometry._last.view(-1, 1, 1, *(1,) * (new.dim() - 3))
-            self.table.scatter_(2, place.expand_as(new), new.to(self.table.dtype))
-        self.described = geometry.tokens
-        return self.table
+        if self.stale or self.table is None:
+            made = describe(plan)
+            if self.table is None or self.table.shape != made.shape:
+                self.table = made.clone()
+            else:
+                # A graph that was recorded reads it where it is.
+                self.table.copy_(made)
+            self.stale = False
+            return self.table
+        new = describe(geometry.newest)
+        place = geometry._last.view(-1, 1, 1, *(1,) * (new.dim() - 3))
+        return self.table.scatter_(2, place.expand_as(new), new.to(self.table.dtype))
 
 
-@dataclass
 class LayerDecoding:
-    """What one layer keeps between steps."""
+    """What one layer keeps between steps.
 
-    geometry: DecodingGeometry
-    config: SparseConfig
-    """The layer's own."""
-    scorer: Scorer
+    Args:
+        geometry: that of the keys.
+        config: the layer's own.
+        scorer: the layer's own; one for which `decodes_in_place` knows no reason against.
+    """
 
-    def __post_init__(self) -> None:
-        self.descriptors = _UnitDescriptors(self.geometry)
+    def __init__(self, geometry: DecodingGeometry, config: SparseConfig, scorer: Scorer) -> None:
+        self.geometry, self.config, self.scorer = geometry, config, scorer
+        self.descriptors = UnitDescriptors(geometry)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Selection]:
         """Attention of the newest token, (B, H, 1, D), and what it kept.
@@ -258,8 +314,3 @@ class LayerDecoding:
         index, count = topk_lists(scores, plan)
         selection = Selection(index, count, plan)
         return attend_selection(q, k, v, selection, scale), selection
-
-
-def capacity_for(tokens: int) -> int:
-    """Room for a cache that grows: whole pages, so that it is made anew seldom."""
-    return math.ceil((tokens + tokens // 8 + 1) / SPARE_TOKENS) * SPARE_TOKENS

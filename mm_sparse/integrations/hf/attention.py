@@ -184,7 +184,7 @@ class HFLayer(SparseLayer):
                 first = slice(0, tokens)
                 parts = (layout.modality, layout.segment, layout.document)
                 layout = TokenLayout(*(x[:, first] for x in parts))
-                return DecodingGeometry(layout, config, group, kv_heads, room)
+                return DecodingGeometry(layout, config, group, room)
 
             return (blocks, group, kv_heads, options.sliding_window, q.device), new
 

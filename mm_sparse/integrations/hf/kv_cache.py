@@ -103,16 +103,20 @@ def decoding_for(
         held = LayerDescriptors()
         setattr(layer, HELD, held)
     decoding = held.decoding
-    grown = decoding is not None and decoding.geometry.tokens in (tokens, tokens - 1)
-    if decoding is None or not grown or decoding.config != config or decoding.geometry.full(tokens):
+    if decoding is None or decoding.config != config or not _goes_on(decoding.geometry, tokens):
         key, new = make()
         shared: dict[Any, DecodingGeometry] = vars(cached).setdefault(GEOMETRIES, {})
         geometry = shared.get(key)
-        if geometry is None or geometry.tokens not in (tokens, tokens - 1) or geometry.full(tokens):
+        if geometry is None or not _goes_on(geometry, tokens):
             geometry = shared[key] = new()
         decoding = held.decoding = LayerDecoding(geometry, config, scorer)
     held.remember(keys, known)
     return decoding
+
+
+def _goes_on(geometry: DecodingGeometry, tokens: int) -> bool:
+    """Whether a geometry is written down for so many tokens, or for one less with room."""
+    return geometry.tokens in (tokens, tokens - 1) and not geometry.full(tokens)
 
 
 def _known(scorer: Scorer) -> tuple[Any, ...]:
