@@ -91,7 +91,7 @@ def test_gradients_reach_the_parts() -> None:
         ({"prefix": -1}, "prefix must be an int of at least 0, got -1"),
         ({"document": True}, "document must be an int of at least 0, got True"),
         ({"lengths": [3]}, r"lengths must be a \(B,\) tensor, got \[3\]"),
-        ({"lengths": torch.tensor([3])}, "lengths must be None for an image with a grid"),
+        ({"lengths": torch.tensor([3])}, "lengths must be None for IMAGE with a grid"),
     ],
 )
 def test_pieces_that_contradict_themselves_are_refused(change, message: str) -> None:

@@ -17,7 +17,7 @@ from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import make_room
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
 from mm_sparse.integrations.options import AttentionOptions
-from mm_sparse.integrations.tower_tokens import TowerTokens, with_image_grid
+from mm_sparse.integrations.tower_tokens import TowerTokens, with_grid
 from mm_sparse.layout import CallLayout
 from mm_sparse.modality import Modality
 
@@ -73,7 +73,7 @@ class HFLayoutSource:
                 span = _cut(span, cuts, keys)
             kinds = self._kinds(rows, start, keys, first + queries, q.device)
             layout = layout_from_spans(span, valid, first, kinds)
-            layout = with_image_grid(layout, prefix, grid)
+            layout = with_grid(layout, prefix, grid)
             call = memo[key] = CallLayout(layout, first, prefix)
         return call
 

@@ -1,4 +1,4 @@
-"""Which positions of a sequence are image or audio, in a prefill and while tokens are generated.
+"""Which positions are image, audio or video, in a prefill and while tokens are generated.
 
 B batch, N new tokens, M tokens so far
 """
@@ -26,11 +26,12 @@ from mm_sparse.modality import Modality
 
 # A cache carries the modality of what is in it: copies and several sequences at once stay right.
 CARRIED = "_mm_sparse_modality"
+# An id that a config gives to both is that of images, which come last.
 _NAMES = {
+    "video_token_id": Modality.VIDEO,
+    "video_token_index": Modality.VIDEO,
     "image_token_id": Modality.IMAGE,
     "image_token_index": Modality.IMAGE,
-    "video_token_id": Modality.IMAGE,
-    "video_token_index": Modality.IMAGE,
     "audio_token_id": Modality.AUDIO,
     "audio_token_index": Modality.AUDIO,
 }
@@ -187,8 +188,8 @@ class ModalityTracker:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{why}: what is not known to be an image or audio counts as text; say what the "
-                "tokens are with `mms.set_modality`",
+                f"{why}: what is not known to be image, audio or video counts as text; say what "
+                "the tokens are with `mms.set_modality`",
                 stacklevel=2,
             )
 

@@ -16,6 +16,8 @@ from tests.support.layouts import (
 )
 
 IMG = 900
+KINDS = "['text', 'image', 'audio', 'video', 'pad']"
+SIDES = "size must be (height, width) of an image or (frames, height, width) of a video"
 
 
 def ids(*rows: list[int]) -> Tensor:
@@ -25,15 +27,18 @@ def ids(*rows: list[int]) -> Tensor:
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
-        ([("video", 3)], "kind must be one of ['text', 'image', 'audio', 'pad'], got 'video'"),
-        ([(["text"], 3)], "kind must be one of ['text', 'image', 'audio', 'pad'], got ['text']"),
+        ([("smell", 3)], f"kind must be one of {KINDS}, got 'smell'"),
+        ([(["text"], 3)], f"kind must be one of {KINDS}, got ['text']"),
         ([("text", -1)], "size must be a number of tokens, got -1 (text)"),
         ([("text", 2.5)], "size must be a number of tokens, got 2.5 (text)"),
         ([("text", True)], "size must be a number of tokens, got True (text)"),
-        ([("text", (2, 3))], "size must be (height, width) of an image, got (2, 3) (text)"),
-        ([("image", (2, 3, 4))], "size must be (height, width) of an image, got (2, 3, 4) (image)"),
-        ([("image", (0, 4))], "size must be (height, width) of an image, got (0, 4) (image)"),
-        ([("image", (2, 1.5))], "size must be (height, width) of an image, got (2, 1.5) (image)"),
+        ([("text", (2, 3))], f"{SIDES}, got (2, 3) (text)"),
+        ([("image", (2, 3, 4))], f"{SIDES}, got (2, 3, 4) (image)"),
+        ([("image", (0, 4))], f"{SIDES}, got (0, 4) (image)"),
+        ([("image", (2, 1.5))], f"{SIDES}, got (2, 1.5) (image)"),
+        ([("video", (2, 3))], f"{SIDES}, got (2, 3) (video)"),
+        ([("video", (2, 3, 0))], f"{SIDES}, got (2, 3, 0) (video)"),
+        ([("audio", (2, 3, 4))], f"{SIDES}, got (2, 3, 4) (audio)"),
         (["text"], "spans must be (kind, size) or (kind, size, document), got 'text'"),
         ([("text",)], "spans must be (kind, size) or (kind, size, document), got ('text',)"),
         (

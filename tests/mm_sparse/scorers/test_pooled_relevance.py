@@ -141,7 +141,7 @@ def trained_step(rows: list[Row]) -> RelevanceScorer:
 
 
 def test_gradients_reach_every_tower_of_the_modalities_that_are_there() -> None:
-    scorer = trained_step([MIXED])
+    scorer = trained_step([[*MIXED, ("video", (2, 4, 5)), ("text", 9)]])
     for name in ("query_tower", "key_tower"):
         grad = getattr(scorer, name).grad
         assert grad.isfinite().all()
