@@ -56,7 +56,9 @@ def rows(draw: st.DrawFn, most: int = 40) -> Row:
     row: Row = []
     document = 0
     for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(["text", "text", "image", "grid", "audio", "video", "frames", "pad"]))
+        kind = draw(
+            st.sampled_from(["text", "text", "image", "grid", "audio", "video", "frames", "pad"])
+        )
         document += draw(st.integers(0, 3)) == 0
         if kind == "pad":
             row.append(("pad", draw(st.integers(1, 9))))
@@ -104,16 +106,18 @@ def configs(draw: st.DrawFn, **fixed: Any) -> mms.SparseConfig:
     return mms.SparseConfig(**{**fields, **fixed})
 
 
-def tokens_of(row: Row) -> list[tuple[str, float, int]]:
-    """Kind, number of the span (of the frame in it, too) and document of every token, without the padding of the batch."""
+def tokens_of(row: Row) -> list[tuple[str, int, int]]:
+    """Kind, segment and document of every token, without the padding of the batch."""
     tokens = []
-    for number, item in enumerate(row):
+    number = 0
+    for item in row:
         kind, size, document = (*item, 0)[:3]
         count = size if isinstance(size, int) else prod(size)
         frames = size[0] if kind == "video" and not isinstance(size, int) else 1
-        for token in range(count):
-            segment = number + token * frames // count / frames
-            tokens.append((kind, segment, -1 if kind == "pad" else document))
+        for frame in range(frames):
+            own = (kind, number + frame, -1 if kind == "pad" else document)
+            tokens += [own] * (count // frames)
+        number += frames
     return tokens
 
 

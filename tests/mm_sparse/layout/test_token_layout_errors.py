@@ -58,6 +58,22 @@ def test_bad_spans_are_refused(spans: list, message: str) -> None:
         TokenLayout.from_spans(spans)
 
 
+def test_a_frame_with_a_break_is_refused() -> None:
+    message = (
+        "video_grids must be of frames without a break, got (2, 2, 1) for the video tokens from 0 "
+        "to 2 of row 0"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenLayout.from_input_ids(
+            ids([IMG, 5, IMG, IMG, IMG]), video_token_id=IMG, video_grids=[(2, 2, 1)]
+        )
+    message = "video_grids must follow the rows, got (2, 1, 2) across two rows"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenLayout.from_input_ids(
+            ids([5, IMG, IMG], [IMG, IMG, 5]), video_token_id=IMG, video_grids=[(2, 1, 2)]
+        )
+
+
 def test_an_unknown_padding_side_is_refused() -> None:
     with pytest.raises(ValueError, match='padding_side must be "left" or "right", got \'both\''):
         TokenLayout.from_rows([TEXT], padding_side="both")
@@ -96,6 +112,14 @@ EIGHT = torch.tensor([[1, IMG, IMG, IMG, IMG, IMG, IMG, 2]])
         (
             {"image_grids": [(0, 4), (2, 3)]},
             "image_grids must be (height, width) of at least 1, got (0, 4)",
+        ),
+        (
+            {"video_grids": [(2, 3)]},
+            "video_grids must be (frames, height, width) of at least 1, got (2, 3)",
+        ),
+        (
+            {"video_grids": [(1, 2, 3)]},
+            "video_grids must cover the 0 video tokens, got [(1, 2, 3)] which cover 6",
         ),
         (
             {"image_grids": [(2, 3, 1)]},
