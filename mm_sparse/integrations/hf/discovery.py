@@ -70,7 +70,7 @@ def find_layers(model: nn.Module) -> list[HFAttentionModule]:
             continue
         modality = _modality(name, module, owners)
         tower = None
-        if modality in (Modality.IMAGE, Modality.VIDEO):
+        if modality is not None and modality in (Modality.IMAGE, Modality.VIDEO):
             tower = towers.setdefault(id(owners[-1]), _tower(owners, modality))
         refusal, cross = _refusal(module), _is_cross(name, module)
         layers.append(
