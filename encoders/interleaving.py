@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ class TokenSpec:
     """The part of a `TokenLayout` that (B, N, E) tokens of one modality make up."""
 
     modality: Modality
-    grid: tuple[int, int] | None = None
-    """Height and width in tokens of an image, without the prefix; its tokens go row by row."""
+    grid: tuple[int, ...] | None = None
+    """Sides in tokens, without the prefix: (height, width) of an image, whose tokens go row by row,
+    or (frames, height, width) of a video."""
     prefix: int = 0
     """Class and register tokens in front."""
     rate: float | None = None
@@ -36,9 +38,10 @@ class TokenSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.modality, Modality):
             raise TypeError(f"modality must be a Modality, got {self.modality!r}")
-        for name, kind in (("grid", Modality.IMAGE), ("rate", Modality.AUDIO)):
+        pictures = (Modality.IMAGE, Modality.VIDEO)
+        for name, kinds in (("grid", pictures), ("rate", (Modality.AUDIO,))):
             value = getattr(self, name)
-            if value is not None and self.modality != kind:
+            if value is not None and self.modality not in kinds:
                 raise ValueError(f"{name} must be None for {self.modality.name}, got {value!r}")
         for name in ("prefix", "document"):
             value = getattr(self, name)
@@ -49,7 +52,9 @@ class TokenSpec:
         if not isinstance(self.lengths, Tensor) or self.lengths.dim() != 1:
             raise ValueError(f"lengths must be a (B,) tensor, got {self.lengths!r}")
         if self.grid is not None:
-            raise ValueError("lengths must be None for an image with a grid, whose rows are whole")
+            raise ValueError(
+                f"lengths must be None for {self.modality.name} with a grid, whose rows are whole"
+            )
 
     @property
     def seconds(self) -> Tensor | None:
@@ -62,7 +67,7 @@ class TokenSpec:
             shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else tokens
             raise ValueError(f"tokens must be (B, N, E), got {shape!r}")
         rows, count = tokens.shape[:2]
-        if self.grid is not None and count != self.prefix + self.grid[0] * self.grid[1]:
+        if self.grid is not None and count != self.prefix + prod(self.grid):
             raise ValueError(
                 f"grid must cover the tokens, got {self.prefix} in front and {self.grid} "
                 f"for {count} tokens"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from math import ceil
+from math import ceil, fsum
 from statistics import fmean
 from typing import Any
 
@@ -23,6 +23,9 @@ _FORMER_NAMES = {
     "subpools": "query_pools",
     "grid_order": "patch_order",
 }
+# What a stored config says of the modalities that there were.
+_KNOWN = "modalities"
+IMAGE, VIDEO = Modality.IMAGE.name, Modality.VIDEO.name
 BACKENDS = ("auto", "triton", "torch", "dense")
 
 
@@ -57,18 +60,21 @@ class SparseConfig:
     """Key tokens that are kept or dropped together: 16, 32, 64 or 128."""
     causal: bool = True
     """Whether a token sees only what comes before it (an explicit span of a layout overrules)."""
-    bidirectional: tuple[Modality, ...] = (Modality.IMAGE,)
-    """Modalities whose segments see themselves in both directions inside causal sequences."""
+    bidirectional: tuple[Modality, ...] = (Modality.IMAGE, Modality.VIDEO)
+    """Modalities whose segments (an image, a frame of a video) see themselves in both directions
+    inside causal sequences."""
     patch_order: bool = True
     """Whether tiles and units of an image are compact patches of its grid (8 x 8 and 4 x 4 tokens
-    for 64 and 16) instead of runs along its rows. Only where the grid is known and every query sees
-    all of the image or none of it."""
+    for 64 and 16) instead of runs along its rows, and those of a video compact in time, too
+    (4 x 4 x 4 and 2 x 2 x 4). Only where the grid is known and every query sees all of the image,
+    video or frame or none of it."""
     sinks: int = 64
     """First tokens of a document, always kept."""
     window: int = 128
     """Tokens next to a query, always kept: before it, or half on either side if it sees both."""
     modality_floor: float | Mapping[Modality, float] = 0.0
-    """Least share of the budget for every modality in view, one number or one per modality."""
+    """Least share of the budget for every modality in view, one number or one per modality. They
+    add up to at most 1, where of IMAGE and VIDEO the larger counts."""
     sample_ratio: float = 0.0
     """Share of the budget, in [0, 1), that goes to an even sample of the units that are not among
     the best. It stands for all of them: their keys count as often as there are others for each."""
@@ -139,7 +145,10 @@ class SparseConfig:
         object.__setattr__(self, "layer_ratio", _ratios(self.layer_ratio))
         object.__setattr__(self, "head_ratio", _heads("head_ratio", self.head_ratio))
         floors = self.floors()
-        if sum(floors.values()) > 1:
+        pictures = {Modality.IMAGE, Modality.VIDEO} & floors.keys()
+        # Video was counted as IMAGE once: what was a floor of both is one of each.
+        shares = [share for kind, share in floors.items() if kind not in pictures]
+        if fsum([*shares, *sorted(floors[kind] for kind in pictures)[-1:]]) > 1:
             raise ValueError(
                 f"modality_floor must add up to at most 1 over modalities, got {floors}"
             )
@@ -249,6 +258,7 @@ class SparseConfig:
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives an equal config back."""
         record = asdict(self)
+        record[_KNOWN] = [m.name for m in Modality]
         record["bidirectional"] = [m.name for m in self.bidirectional]
         record["dense_layers"] = list(self.dense_layers)
         if isinstance(self.modality_floor, Mapping):
@@ -257,15 +267,29 @@ class SparseConfig:
 
     @classmethod
     def from_json(cls, text: str) -> SparseConfig:
-        """Inverse of `to_json`; reads former names of fields too, and refuses unknown ones."""
+        """Inverse of `to_json`; reads former names of fields too, and refuses unknown ones.
+
+        What was written when video counted as IMAGE says of VIDEO what it says of IMAGE.
+        """
         record: Any = json.loads(text)
         if not isinstance(record, dict):
             raise ValueError(f"text must hold a JSON object, got {record!r}")
         record = {_FORMER_NAMES.get(name, name): value for name, value in record.items()}
+        if VIDEO not in record.pop(_KNOWN, ()):
+            _video_as_image(record)
         unknown = sorted(set(record) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"text must hold fields of SparseConfig only, got also {unknown}")
         return cls(**record)
+
+
+def _video_as_image(record: dict[str, Any]) -> None:
+    """Say of VIDEO what a record says of IMAGE."""
+    kinds, floors = record.get("bidirectional", ()), record.get("modality_floor")
+    if isinstance(kinds, list) and IMAGE in kinds and VIDEO not in kinds:
+        record["bidirectional"] = [*kinds, VIDEO]
+    if isinstance(floors, dict) and IMAGE in floors:
+        record["modality_floor"] = {VIDEO: floors[IMAGE], **floors}
 
 
 def _heads(name: str, value: Any) -> tuple[float, ...]:

@@ -78,7 +78,8 @@ def kept_patches(
         grid: (h, w) image tokens of the image.
         path: where the drawing goes; None draws nothing.
         row: row of the batch.
-        start: position of the image's first token; the row's first image token if None.
+        start: position of the image's first token; the row's first image token if None. With it,
+            the image may be a frame of a video.
         title: text above: the question, what the model answers and what is true, for one.
         asked: pixels (top, left, bottom, right) of what a question asks for.
     Returns:

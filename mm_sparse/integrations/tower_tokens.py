@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from mm_sparse.modality import Modality
 
 @dataclass(frozen=True)
 class _Image:
-    """The image of the running forward of a tower."""
+    """The image or video of the running forward of a tower."""
 
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     outer: _Image | None = None
     """That of the forward around it."""
 
@@ -35,12 +36,15 @@ class TowerTokens:
     modality: Modality
     prefix: int = 0
     """Class and register tokens in front."""
-    grid: tuple[int, int] | None = None
-    """Height and width of every image in tokens; None where images differ or it is unknown."""
+    grid: tuple[int, ...] | None = None
+    """Sides in tokens of every image (height, width) or video (frames, height, width); None where
+    they differ or it is unknown."""
     embed: Any = None
     """The module that gets images and cuts them into patches; it tells the grid of each."""
     patch: tuple[int, int] | None = None
     """Height and width of a patch in pixels; None where `embed` tells the grid of any size."""
+    tubelet: int | None = None
+    """Frames that a token of a video covers; None for towers of images."""
     owner: Any = None
     """The tower, if `embed` is given: with its forward ends what is known of an image."""
     memory: ForwardMemory | None = None
@@ -71,30 +75,39 @@ class TowerTokens:
     def look(self, embed: Any, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
         refuse_export()
-        pixels, grid = args[0] if args else None, None
-        if isinstance(pixels, Tensor) and pixels.dim() == 4:
-            height, width = pixels.shape[-2:]
-            if self.patch is not None:
-                grid = height // self.patch[0], width // self.patch[1]
-            else:
-                height, width = embed.dynamic_feat_size((height, width))
-                grid = int(height), int(width)
+        grid = self._grid(embed, args[0] if args else None)
         image = current(self)
         assign(self, _Image(grid, None if image is None else image.outer))
         if self.memory is not None and torch.is_grad_enabled():
             self.memory.attach()
 
-    def grid_of(self, tokens: int) -> tuple[int, int] | None:
-        """The grid of the running forward's image, if it is that of so many tokens."""
+    def _grid(self, embed: Any, pixels: Any) -> tuple[int, ...] | None:
+        """Of images (B, C, height, width), or of videos (B, frames, C, height, width)."""
+        if not isinstance(pixels, Tensor) or pixels.dim() not in (4, 5):
+            return None
+        height, width = pixels.shape[-2:]
+        if pixels.dim() == 5:
+            if self.tubelet is None or self.patch is None:
+                return None
+            # A video of fewer frames than a token covers is repeated.
+            frames = max(pixels.shape[1] // self.tubelet, 1)
+            return frames, height // self.patch[0], width // self.patch[1]
+        if self.patch is not None:
+            return height // self.patch[0], width // self.patch[1]
+        height, width = embed.dynamic_feat_size((height, width))
+        return int(height), int(width)
+
+    def grid_of(self, tokens: int) -> tuple[int, ...] | None:
+        """The grid of the running forward's image or video, if it is that of so many tokens."""
         image = current(self)
         grid = self.grid if image is None else image.grid
-        if grid is None or grid[0] * grid[1] != tokens - self.prefix:
+        if grid is None or prod(grid) != tokens - self.prefix:
             return None
         return grid
 
 
-def with_image_grid(layout: TokenLayout, prefix: int, grid: tuple[int, int] | None) -> TokenLayout:
-    """Make the prefix a segment of its own, and note the grid of a whole image."""
+def with_grid(layout: TokenLayout, prefix: int, grid: tuple[int, ...] | None) -> TokenLayout:
+    """Make the prefix a segment of its own, and note the grid of a whole image or video."""
     behind = torch.arange(layout.length, device=layout.device) >= prefix
     segment = layout.segment + behind.to(torch.int32) if prefix else layout.segment
     grids = layout.grids

@@ -1,4 +1,4 @@
-"""Tokens of an image in an order whose runs are compact patches of its grid, not rows of it.
+"""Tokens of an image or video in an order whose runs are compact patches of its grid.
 
 B batch, H heads, N query tokens, M key tokens, D head dim
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,51 +16,61 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.call_layout import CallLayout
+from mm_sparse.layout.parsing import Grid, frame_starts
 from mm_sparse.layout.token_layout import TokenLayout
 
 # Sizes that runs are cut to: tiles, units, and the parts of both that scorers look at.
 RUNS = (128, 64, 32, 16, 4)
-# A cut between lines that lie so many apart leaves squares of 64 tokens whole.
-SIDE = 8
+# Cuts between lines that lie so many apart leave squares, or cubes, of 64 tokens whole.
+SIDES = {2: 8, 3: 4}
 RUN_BYTES = 16
 # Keys for a query up to which images move.
 FEWEST = 16
 
 
 @lru_cache(maxsize=64)
-def patch_order(height: int, width: int) -> np.ndarray:
-    """Raster positions in patch order: (height * width,) int64, read only.
+def patch_order(*sides: int) -> np.ndarray:
+    """Raster positions of a (height, width) or (frames, height, width) grid in patch order.
 
-    Every aligned run of 128, 64, 32, 16 or 4 tokens is a compact patch (8 x 16 to 2 x 2 where
-    the grid allows) on a grid of any size, and only the last is short: the grid is halved across
-    its longer side, again and again, so that all parts but the last hold whole runs.
+    Every aligned run of 128, 64, 32, 16 or 4 tokens is a compact patch on a grid of any size, and
+    only the last is short: 8 x 16 to 2 x 2 of an image, 4 x 4 x 8 to 1 x 2 x 2 of a video, where
+    the grid allows. The grid is halved across its longest side, again and again, so that all parts
+    but the last hold whole runs.
+
+    Returns:
+        int64, one for each token, read only.
+
+    Example:
+        >>> patch_order(8, 14, 14)[:16]  # a unit of a video: 2 frames, 2 rows, 4 columns
     """
-    row, column = np.divmod(np.arange(height * width), width)
+    if len(sides) == 3 and sides[0] == 1:
+        return patch_order(*sides[1:])
+    axes = np.indices(sides).reshape(len(sides), -1)
     done: list[np.ndarray] = []
-    rest = [np.arange(height * width)]
+    rest = [np.arange(axes.shape[1])]
     while rest:
         part = rest.pop()
         size = next((size for size in RUNS if size < len(part)), None)
         if size is None:
             done.append(part)
             continue
-        along, across = row[part], column[part]
-        if np.ptp(along) < np.ptp(across):
-            along, across = across, along
-        order = np.lexsort((across, along))
-        part, cut = part[order], _cut(along[order], size)
+        places = axes[:, part]
+        along = places[np.ptp(places, axis=1).argmax()]
+        # The last key counts most; of equal ones tokens stay in raster order.
+        order = np.lexsort((*places[::-1], along))
+        part, cut = part[order], _cut(along[order], size, SIDES[len(sides)])
         rest += [part[cut:], part[:cut]]
     order = np.concatenate(done)
     order.flags.writeable = False
     return order
 
 
-def _cut(line: np.ndarray, size: int) -> int:
+def _cut(line: np.ndarray, size: int, side: int) -> int:
     """Where to halve tokens that lie on these lines: after whole runs, best between lines."""
     runs = -(-len(line) // size)
     cuts = np.arange(-(-runs // 3), max(2 * runs // 3, 1) + 1) * size
     ragged = line[cuts - 1] == line[cuts]
-    uneven = (line[cuts] - line[0]) % SIDE != 0
+    uneven = (line[cuts] - line[0]) % side != 0
     best = np.lexsort((abs(cuts - len(line) / 2), uneven, ragged))
     return int(cuts[best[0]])
 
@@ -76,7 +87,8 @@ def ordered_layout(
     An image moves if `config.patch_order` says so, its grid is known, every query sees all of it
     or none (in causal text, an image that does not see itself in both directions stays), and the
     N queries are all of its tokens or none of them, and are not few, as in decoding. Its tokens
-    keep the places of its segment.
+    keep the places of its segment. A video moves as a whole, and is one segment then, or else by
+    frames, each like an image.
     `num_queries` and `query_offset` are those of `TokenLayout.plan`.
 
     Returns:
@@ -114,38 +126,58 @@ def _ordered(layout: TokenLayout, config: SparseConfig, first: int, end: int) ->
     rows = []
     for images in moves[:1] if same else moves:
         order = np.arange(layout.length)
-        for start, height, width in images:
-            order[start : start + height * width] = start + patch_order(height, width)
+        for start, sides in images:
+            order[start : start + prod(sides)] = start + patch_order(*sides)
         rows.append(torch.from_numpy(order))
     order = torch.stack(rows).to(layout.device)
     span = layout.span
     if span is not None:
         span = span.gather(1, order[..., None].expand(layout.batch, -1, 2))
-    return replace(layout, span=span, order=order, memo={})
+    segment = layout.segment
+    videos = [[move for move in row if len(move[1]) == 3] for row in moves]
+    if any(videos):
+        segment = segment.clone()
+        for row, found in enumerate(videos):
+            for start, sides in found:
+                segment[row, start : start + prod(sides)] = segment[row, start].clone()
+    return replace(layout, segment=segment, span=span, order=order, memo={})
 
 
 def _moves(
-    grids: dict[int, tuple[int, int]],
+    grids: dict[int, Grid],
     segment: list[int],
     document: list[int],
     edges: list[bool],
     first: int,
     end: int,
-) -> list[tuple[int, int, int]]:
-    """Start, height and width of the images of a row that can be put in another order."""
-    images = []
-    for number, (height, width) in sorted(grids.items()):
-        count = height * width
-        if number not in segment:
-            continue
-        start = segment.index(number)
+) -> list[tuple[int, Grid]]:
+    """Start and sides of images, videos and frames of a row that can be put in another order."""
+
+    def moves(start: int, count: int, segments: list[int]) -> bool:
         stop = start + count
-        whole = segment[start:stop] == [number] * count
+        whole = segment[start:stop] == segments
         whole = whole and document[start:stop] == [max(document[start], 0)] * count
         apart = stop <= first or start >= end or (first <= start and stop <= end)
-        if whole and apart and not any(edges[start + 1 : stop]):
-            images.append((start, height, width))
-    return images
+        return whole and apart and not any(edges[start + 1 : stop])
+
+    found: list[tuple[int, Grid]] = []
+    for number, sides in sorted(grids.items()):
+        if number not in segment:
+            continue
+        start, count = segment.index(number), prod(sides)
+        # Frames of a video are segments, or all of it is one.
+        starts = frame_starts(start, sides)
+        by_frame = [number + i for i in range(len(starts)) for _ in range(count // len(starts))]
+        if moves(start, count, [number] * count) or moves(start, count, by_frame):
+            found.append((start, sides))
+        elif len(starts) > 1:
+            size = count // len(starts)
+            found += [
+                (at, sides[1:])
+                for i, at in enumerate(starts)
+                if moves(at, size, [number + i] * size)
+            ]
+    return found
 
 
 class _Take(torch.autograd.Function):
@@ -208,7 +240,7 @@ def restore(x: Tensor, layout: TokenLayout, first: int = 0, *, dim: int = 2) -> 
 def in_patch_order(
     placed: CallLayout, config: SparseConfig, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[CallLayout, Tensor, Tensor, Tensor]:
-    """The call of a layer, q (B, H, N, D), k and v (B, K, M, D), with its images in order."""
+    """The call of a layer, q (B, H, N, D), k and v (B, K, M, D), in the order of its layout."""
     layout = ordered_layout(
         placed.layout, config, num_queries=q.shape[2], query_offset=placed.first
     )

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout.build_plan import build_plan
-from mm_sparse.layout.parsing import PAD, Span, image_starts, parse_row, shape_of
+from mm_sparse.layout.parsing import (
+    PAD,
+    Grid,
+    Span,
+    frame_starts,
+    grid_starts,
+    parse_row,
+    shape_of,
+)
 from mm_sparse.layout.partition import fill_documents, piece_edges
 from mm_sparse.layout.plan import Plan
 from mm_sparse.modality import Modality
@@ -25,7 +33,8 @@ from mm_sparse.modality import Modality
 class TokenLayout:
     """Modality, segment and document of every token of a batch of sequences.
 
-    A segment is a run of one modality from one source; a document is what may attend to each other.
+    A segment is a run of one modality from one source (an image, a frame of a video, a clip of
+    audio, a stretch of text); a document is what may attend to each other.
     Documents of a row follow one another; padding may stand before, between and behind them.
     """
 
@@ -37,8 +46,9 @@ class TokenLayout:
     """(B, M) int32, non-decreasing along a row; -1 is padding."""
     span: Tensor | None = None
     """(B, M, 2) int32 or None: half-open range of keys each token sees, by a model's mask."""
-    grids: tuple[dict[int, tuple[int, int]], ...] = ()
-    """Per row, (height, width) in tokens of image segments, by segment number."""
+    grids: tuple[dict[int, Grid], ...] = ()
+    """Per row, sides in tokens by segment number: (height, width) of an image, (frames, height,
+    width) of a video, whose frames are this segment and the next ones, or all in this one."""
     order: Tensor | None = None
     """(B or 1, M) int64 or None: which token of the sequence stands at each place, where that is
     another (`grid_order.ordered_layout`); all else here is by place."""
@@ -94,7 +104,13 @@ class TokenLayout:
 
         Args:
             spans: (kind, size) or (kind, size, document) in order; kind is "text", "image",
-                "audio" or "pad"; size is a number of tokens or the (height, width) of an image.
+                "audio", "video" or "pad"; size is a number of tokens, the (height, width) of an
+                image or the (frames, height, width) of a video.
+        Raises:
+            ValueError: a span is none of these.
+
+        Example:
+            >>> TokenLayout.from_spans([("text", 12), ("video", (8, 14, 14)), ("text", 40)])
         """
         row = cls.from_rows([spans], device=device)
         fields = (x.repeat(batch, 1) for x in (row.modality, row.segment, row.document))
@@ -135,19 +151,29 @@ class TokenLayout:
         *,
         image_token_id: int | Iterable[int] | None = None,
         audio_token_id: int | Iterable[int] | None = None,
+        video_token_id: int | Iterable[int] | None = None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         image_grids: Sequence[tuple[int, int]] | Tensor | None = None,
+        video_grids: Sequence[tuple[int, int, int]] | Tensor | None = None,
     ) -> TokenLayout:
-        """Layout of a processor's output: placeholder ids stand for image and audio tokens.
+        """Layout of a processor's output: placeholder ids stand for image, audio and video tokens.
 
         Args:
             input_ids: (B, M).
-            image_token_id, audio_token_id: placeholder ids.
+            image_token_id, audio_token_id, video_token_id: placeholder ids.
             attention_mask: (B, M), zero on padding.
             document_ids: (B, M), non-decreasing along a row; negative is padding.
             image_grids: (height, width) in tokens of every image of the batch, row by row. Without
                 them, images that touch are one segment.
+            video_grids: (frames, height, width) in tokens of every video of the batch, row by row;
+                frames may lie apart, with text between them. Without them, frames that touch are
+                one segment.
+        Raises:
+            ValueError: shapes do not fit, or grids do not fit the tokens.
+
+        Example:
+            >>> TokenLayout.from_input_ids(ids, video_token_id=151656, video_grids=[(8, 14, 14)])
         """
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             raise ValueError(
@@ -156,7 +182,11 @@ class TokenLayout:
         if input_ids.is_floating_point():
             raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
         modality = torch.zeros_like(input_ids, dtype=torch.int8)
-        for ids, kind in ((image_token_id, Modality.IMAGE), (audio_token_id, Modality.AUDIO)):
+        for ids, kind in (
+            (image_token_id, Modality.IMAGE),
+            (audio_token_id, Modality.AUDIO),
+            (video_token_id, Modality.VIDEO),
+        ):
             for token in [ids] if isinstance(ids, int) else ids or ():
                 modality.masked_fill_(input_ids == token, int(kind))
         return cls.from_modality(
@@ -164,6 +194,7 @@ class TokenLayout:
             attention_mask=attention_mask,
             document_ids=document_ids,
             image_grids=image_grids,
+            video_grids=video_grids,
         )
 
     @classmethod
@@ -174,6 +205,7 @@ class TokenLayout:
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         image_grids: Sequence[tuple[int, int]] | Tensor | None = None,
+        video_grids: Sequence[tuple[int, int, int]] | Tensor | None = None,
         span: Tensor | None = None,
     ) -> TokenLayout:
         """Layout from a (B, M) tensor of modalities; other arguments as in `from_input_ids`."""
@@ -206,10 +238,13 @@ class TokenLayout:
         change[:, 1:] = (modality[:, 1:] != modality[:, :-1]) | (
             document[:, 1:] != document[:, :-1]
         )
-        grids: tuple[dict[int, tuple[int, int]], ...] = tuple({} for _ in range(len(modality)))
-        heads = image_starts(modality, document, image_grids) if image_grids is not None else []
-        for row, column, _ in heads:
-            change[row, column] = True
+        grids: tuple[dict[int, Grid], ...] = tuple({} for _ in range(len(modality)))
+        heads: list[tuple[int, int, Grid]] = []
+        for kind, given in ((Modality.IMAGE, image_grids), (Modality.VIDEO, video_grids)):
+            if given is not None:
+                heads += grid_starts(modality, document, given, kind)
+        for row, column, grid in heads:
+            change[row, list(frame_starts(column, grid))] = True
         segment = change.cumsum(1).to(torch.int32) - 1
         for row, column, grid in heads:
             grids[row][int(segment[row, column])] = grid

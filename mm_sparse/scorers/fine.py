@@ -19,7 +19,7 @@ from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, block_scores
 from mm_sparse.scorers.descriptor_cache import DescriptorCache, cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features
-from mm_sparse.scorers.modality_maps import WeightCache, describe
+from mm_sparse.scorers.modality_maps import WeightCache, add_video, describe
 from mm_sparse.scorers.registry import register_scorer
 
 
@@ -41,8 +41,8 @@ class FineScorer(Scorer):
     Args:
         num_query_heads, num_kv_heads, head_dim: H, K, D of the layer.
         parts: C, which divides 16.
-        modalities: which have maps of their own; tokens of others count with their means. None: one
-            map that all share.
+        modalities: which have maps of their own; tokens of others count with their means, video
+            with the map of IMAGE where there is one. None: one map that all share.
         pairs: a bias per pair of modalities and distance; without, per distance only.
     """
 
@@ -68,8 +68,7 @@ class FineScorer(Scorer):
         if not isinstance(pairs, bool):
             raise TypeError(f"pairs must be a bool, got {pairs!r}")
         self.modalities, self.pairs = own, pairs
-        kinds, all_kinds = 1 if own is None else len(own), len(Modality)
-        bias_kinds = all_kinds if pairs else 1
+        kinds, bias_kinds = 1 if own is None else len(own), len(Modality) if pairs else 1
         self.query_map = nn.Parameter(torch.zeros(kinds, num_query_heads, 3 * head_dim, head_dim))
         self.key_map = nn.Parameter(torch.zeros(kinds, num_kv_heads, 3 * head_dim, head_dim))
         self.pair_bias = nn.Parameter(
@@ -77,9 +76,8 @@ class FineScorer(Scorer):
         )
         self.register_buffer("query_size", torch.ones(num_query_heads, 3 * head_dim))
         self.register_buffer("key_size", torch.ones(num_kv_heads, 3 * head_dim))
-        place = torch.full((all_kinds,), -1 if own else 0)
-        place[[int(m) for m in own or ()]] = torch.arange(len(own or ()))
-        self.register_buffer("map_of", place, persistent=False)
+        self._places = [_place(kind, own) for kind in Modality]
+        self.register_buffer("map_of", torch.tensor(self._places), persistent=False)
         self._kept = WeightCache()
 
     def init_args(self) -> dict[str, Any]:
@@ -98,6 +96,16 @@ class FineScorer(Scorer):
         if args.get("modalities") is not None:
             args["modalities"] = [Modality[name] for name in args["modalities"]]
         return cls(**args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Also tensors that were stored before there was VIDEO."""
+        own = self.modalities
+        if own and Modality.VIDEO in own and Modality.IMAGE in own:
+            place, image = own.index(Modality.VIDEO), own.index(Modality.IMAGE)
+            for name in ("query_map", "key_map"):
+                add_video(state_dict, prefix + name, (0,), getattr(self, name), place, image)
+        add_video(state_dict, f"{prefix}pair_bias", (1, 2), self.pair_bias)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     query_size: Tensor
     """(H, 3 D): root mean squares that features are divided by before they are mapped."""
@@ -197,4 +205,14 @@ class FineScorer(Scorer):
     def _describe(self, x: Tensor, maps: Tensor, modality: Tensor, plan: Plan) -> Tensor:
         if self.modalities is None:
             return x.to(maps.dtype) @ maps[0]
-        return describe(x, maps, self.map_of, [int(m) for m in self.modalities], modality, plan)
+        return describe(x, maps, self.map_of, self._places, modality, plan)
+
+
+def _place(kind: Modality, own: tuple[Modality, ...] | None) -> int:
+    """Which map a modality has, -1 for none."""
+    if own is None:
+        return 0
+    if kind == Modality.VIDEO and kind not in own:
+        # Files of scorers were trained with frames as images.
+        kind = Modality.IMAGE
+    return own.index(kind) if kind in own else -1

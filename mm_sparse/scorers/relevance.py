@@ -19,7 +19,7 @@ from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors
 from mm_sparse.scorers.descriptor_cache import DescriptorCache, cached_descriptors
 from mm_sparse.scorers.descriptors import piece_features, tile_descriptors, unit_descriptors
-from mm_sparse.scorers.modality_maps import WeightCache, describe
+from mm_sparse.scorers.modality_maps import WeightCache, add_video, describe
 from mm_sparse.scorers.registry import register_scorer
 
 
@@ -64,6 +64,13 @@ class RelevanceScorer(Scorer):
             "head_dim": self.head_dim,
             "rank": self.rank,
         }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Also tensors that were stored before there was VIDEO."""
+        for name in ("query_tower", "key_tower"):
+            add_video(state_dict, prefix + name, (0,), getattr(self, name))
+        add_video(state_dict, f"{prefix}pair_bias", (1, 2), self.pair_bias)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     map_of: Tensor
     """(modalities,): each has a tower of its own."""

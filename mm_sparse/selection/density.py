@@ -17,9 +17,10 @@ BLOCK = 1 << 22
 
 
 def count_pairs(index: Tensor, count: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Kept and visible pairs of all KV heads by modality of query and key, (4, 3) float64 each.
+    """Kept and visible pairs of all KV heads by modality of query and key, float64.
 
-    The last row is of tiles of padding, which may see keys all the same.
+    Both have a column for each modality, a row for each and one more, of tiles of padding, which
+    may see keys all the same.
 
     Args:
         index: (B, K, T, L) unit ids, up to

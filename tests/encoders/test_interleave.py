@@ -82,6 +82,16 @@ def test_gradients_reach_the_parts() -> None:
     assert parts[1].grad.eq(1).all()
 
 
+def test_a_video_is_a_part_with_its_frames() -> None:
+    spec = TokenSpec(mms.Modality.VIDEO, grid=(2, 2, 3), prefix=1)
+    _, layout = interleave([(torch.zeros(1, 5, 4), text_spec()), (torch.zeros(1, 13, 4), spec)])
+    assert layout.modality[0].tolist() == [0] * 5 + [3] * 13
+    assert layout.grids == ({2: (2, 2, 3)},)
+    assert layout.segment[0].unique(return_counts=True)[1].tolist() == [5, 1, 6, 6]
+    with pytest.raises(ValueError, match=r"grid must cover the tokens, got 1 in front and \(2,"):
+        spec.check(torch.zeros(1, 12, 4))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -91,7 +101,7 @@ def test_gradients_reach_the_parts() -> None:
         ({"prefix": -1}, "prefix must be an int of at least 0, got -1"),
         ({"document": True}, "document must be an int of at least 0, got True"),
         ({"lengths": [3]}, r"lengths must be a \(B,\) tensor, got \[3\]"),
-        ({"lengths": torch.tensor([3])}, "lengths must be None for an image with a grid"),
+        ({"lengths": torch.tensor([3])}, "lengths must be None for IMAGE with a grid"),
     ],
 )
 def test_pieces_that_contradict_themselves_are_refused(change, message: str) -> None:

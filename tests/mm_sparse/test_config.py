@@ -17,7 +17,7 @@ import mm_sparse as mms
 from mm_sparse import Modality, SparseConfig
 from tests.support.layouts import FEW, configs
 
-MODALITIES = "modalities among TEXT, IMAGE, AUDIO"
+MODALITIES = "modalities among TEXT, IMAGE, AUDIO, VIDEO"
 
 
 @given(configs(), st.sampled_from(["auto", "triton", "torch", "dense"]), st.integers(1, 9))
@@ -42,7 +42,7 @@ def test_json_is_one_line_of_plain_names() -> None:
     record = json.loads(text)
     assert record["modality_floor"] == {"IMAGE": 0.25}
     assert record["bidirectional"] == ["AUDIO"]
-    assert set(record) == {f.name for f in dataclasses.fields(SparseConfig)}
+    assert set(record) == {f.name for f in dataclasses.fields(SparseConfig)} | {"modalities"}
 
 
 def test_json_with_an_unknown_field_is_refused() -> None:
@@ -83,7 +83,7 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("causal", 1, TypeError, "causal must be a bool, got 1"),
         ("patch_order", "2d", TypeError, "patch_order must be a bool, got '2d'"),
         ("bidirectional", (7,), ValueError, f"bidirectional must name {MODALITIES}, got 7"),
-        ("bidirectional", ("VIDEO",), ValueError, f"{MODALITIES}, got 'VIDEO'"),
+        ("bidirectional", ("SMELL",), ValueError, f"{MODALITIES}, got 'SMELL'"),
         ("bidirectional", 1, TypeError, "bidirectional must be a sequence of modalities, got 1"),
         ("bidirectional", "IMAGE", TypeError, "must be a sequence of modalities, got 'IMAGE'"),
         ("sinks", -1, ValueError, "sinks must be at least 0, got -1"),
@@ -197,7 +197,40 @@ def test_numbers_that_are_equal_hash_alike() -> None:
 
 
 def test_modalities_keep_their_numbers() -> None:
-    assert {m.name: int(m) for m in mms.Modality} == {"TEXT": 0, "IMAGE": 1, "AUDIO": 2}
+    numbers = {"TEXT": 0, "IMAGE": 1, "AUDIO": 2, "VIDEO": 3}
+    assert {m.name: int(m) for m in mms.Modality} == numbers
+
+
+def without_video(config: SparseConfig) -> str:
+    """JSON as it was written when there were three modalities."""
+    record = json.loads(config.to_json())
+    assert record.pop("modalities") == [m.name for m in Modality]
+    return json.dumps(record)
+
+
+def test_json_of_three_modalities_says_of_video_what_it_says_of_images() -> None:
+    floors = {Modality.TEXT: 0.4, Modality.IMAGE: 0.6}
+    old = SparseConfig(modality_floor=floors, bidirectional=(Modality.IMAGE, Modality.AUDIO))
+    found = SparseConfig.from_json(without_video(old))
+    assert found.floors() == {**floors, Modality.VIDEO: 0.6}
+    assert found.bidirectional == (Modality.IMAGE, Modality.AUDIO, Modality.VIDEO)
+    assert SparseConfig.from_json(found.to_json()) == found
+    assert SparseConfig.from_json(old.to_json()) == old
+    for config in (
+        SparseConfig(bidirectional=()),
+        SparseConfig(modality_floor={"AUDIO": 1.0}, bidirectional=("AUDIO",)),
+        SparseConfig(modality_floor=1 / 3),
+        SparseConfig.preset("text"),
+    ):
+        assert SparseConfig.from_json(without_video(config)) == config
+    assert SparseConfig.from_json("{}") == SparseConfig()
+
+
+def test_floors_of_images_and_of_video_count_once() -> None:
+    floors = {"TEXT": 0.5, "IMAGE": 0.5, "VIDEO": 0.4}
+    assert len(SparseConfig(modality_floor=floors).floors()) == 3
+    with pytest.raises(ValueError, match="modality_floor must add up to at most 1"):
+        SparseConfig(modality_floor={"TEXT": 0.5, "VIDEO": 0.6})
 
 
 def test_ratios_of_heads_survive_json_and_become_those_of_their_layer() -> None:

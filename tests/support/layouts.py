@@ -3,6 +3,7 @@
 B batch, H query heads, K KV heads, N query tokens, M key tokens, T tiles, U units
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ PACKED: Row = [
     ("text", 2, 2),
     ("audio", 37, 2),
 ]
+FRAMES: Row = [("text", 9), ("video", (3, 5, 7)), ("text", 6), ("video", 40), ("image", (6, 6))]
 HOLE: Row = [("text", 25), ("pad", 9), ("image", 20), ("pad", 1), ("text", 18)]
 SHORT: Row = [("text", 1), ("image", 1), ("audio", 2)] * 12
 
@@ -37,27 +39,34 @@ BATCHES: dict[str, tuple[list[Row], str]] = {
     "padded-right": ([MIXED, TEXT], "right"),
     "packed": ([PACKED], "right"),
     "hole": ([HOLE], "right"),
+    "video": ([FRAMES, [("video", (5, 4, 6))]], "left"),
     "short-segments": ([SHORT], "right"),
 }
 IDS = list(BATCHES)
 # Query heads and KV heads.
 GROUPS = [(1, 1), (8, 1), (6, 2)]
 
-KINDS = {"text": 0, "image": 1, "audio": 2}
+KINDS = {"text": 0, "image": 1, "audio": 2, "video": 3}
 
 
 @st.composite
 def rows(draw: st.DrawFn, most: int = 40) -> Row:
-    """A row of spans: several documents, pictures with and without a grid, holes of padding."""
+    """A row of spans: several documents, pictures and videos with and without a grid, holes of
+    padding."""
     row: Row = []
     document = 0
     for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(["text", "text", "image", "grid", "audio", "pad"]))
+        kind = draw(
+            st.sampled_from(["text", "text", "image", "grid", "audio", "video", "frames", "pad"])
+        )
         document += draw(st.integers(0, 3)) == 0
         if kind == "pad":
             row.append(("pad", draw(st.integers(1, 9))))
         elif kind == "grid":
             row.append(("image", draw(st.tuples(st.integers(1, 6), st.integers(1, 6))), document))
+        elif kind == "frames":
+            sides = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
+            row.append(("video", draw(sides), document))
         else:
             row.append((kind, draw(st.integers(0, most)), document))
     return row
@@ -98,12 +107,17 @@ def configs(draw: st.DrawFn, **fixed: Any) -> mms.SparseConfig:
 
 
 def tokens_of(row: Row) -> list[tuple[str, int, int]]:
-    """Kind, number of the span and document of every token, without the padding of the batch."""
+    """Kind, segment and document of every token, without the padding of the batch."""
     tokens = []
-    for number, item in enumerate(row):
+    number = 0
+    for item in row:
         kind, size, document = (*item, 0)[:3]
-        count = size if isinstance(size, int) else size[0] * size[1]
-        tokens += [(kind, number, -1 if kind == "pad" else document)] * count
+        count = size if isinstance(size, int) else prod(size)
+        frames = size[0] if kind == "video" and not isinstance(size, int) else 1
+        for frame in range(frames):
+            own = (kind, number + frame, -1 if kind == "pad" else document)
+            tokens += [own] * (count // frames)
+        number += frames
     return tokens
 
 

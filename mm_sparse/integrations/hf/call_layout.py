@@ -5,7 +5,7 @@ B batch, N query tokens, M key tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import make_room
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
 from mm_sparse.integrations.options import AttentionOptions
-from mm_sparse.integrations.tower_tokens import TowerTokens, with_image_grid
-from mm_sparse.layout import CallLayout
+from mm_sparse.integrations.tower_tokens import TowerTokens, with_grid
+from mm_sparse.layout import CallLayout, TokenLayout
 from mm_sparse.modality import Modality
 
 
@@ -73,7 +73,8 @@ class HFLayoutSource:
                 span = _cut(span, cuts, keys)
             kinds = self._kinds(rows, start, keys, first + queries, q.device)
             layout = layout_from_spans(span, valid, first, kinds)
-            layout = with_image_grid(layout, prefix, grid)
+            layout = self._parted_by_frames(layout, start)
+            layout = with_grid(layout, prefix, grid)
             call = memo[key] = CallLayout(layout, first, prefix)
         return call
 
@@ -125,6 +126,16 @@ class HFLayoutSource:
         known = known[:, start : start + keys]
         kinds[:, : known.shape[1]] = known
         return kinds
+
+    def _parted_by_frames(self, layout: TokenLayout, start: int) -> TokenLayout:
+        """The layout of keys from `start` on with every frame of a video as a segment."""
+        frames = None if self.modality is not None else self.tracker.running.frames
+        if frames is None or len(frames) != layout.batch:
+            return layout
+        frames = frames[:, start : start + layout.length].to(layout.device)
+        more = torch.zeros_like(layout.segment)
+        more[:, : frames.shape[1]] = frames.cumsum(1)
+        return replace(layout, segment=layout.segment + more)
 
 
 def is_causal(module: nn.Module, options: AttentionOptions) -> bool:

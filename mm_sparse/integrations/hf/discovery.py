@@ -38,7 +38,7 @@ class HFAttentionModule(AttentionModule):
     owners: tuple[Any, ...]
     """The transformers models around it, outermost first."""
     tower: TowerTokens | None
-    """What is known of its tokens if it reads images."""
+    """What is known of its tokens if it reads images or videos."""
 
     @property
     def packed(self) -> bool:
@@ -70,8 +70,8 @@ def find_layers(model: nn.Module) -> list[HFAttentionModule]:
             continue
         modality = _modality(name, module, owners)
         tower = None
-        if modality == Modality.IMAGE:
-            tower = towers.setdefault(id(owners[-1]), _tower(owners))
+        if modality is not None and modality in (Modality.IMAGE, Modality.VIDEO):
+            tower = towers.setdefault(id(owners[-1]), _tower(owners, modality))
         refusal, cross = _refusal(module), _is_cross(name, module)
         layers.append(
             HFAttentionModule(name, module, modality, refusal, cross, tuple(owners), tower)
@@ -89,16 +89,22 @@ def prefix_tokens(embeddings: nn.Module) -> int:
     return count
 
 
-def _tower(owners: list[Any]) -> TowerTokens | None:
+def _tower(owners: list[Any], modality: Modality) -> TowerTokens | None:
     """What vision models around a layer say of its tokens; None if none cuts patches itself."""
     for owner in reversed(owners):
         embeddings = getattr(owner, "embeddings", None)
+        if embeddings is None and modality == Modality.VIDEO:
+            embeddings = getattr(getattr(owner, "encoder", None), "embeddings", None)
         patch = getattr(owner.config, "patch_size", None)
+        tubelet = getattr(owner.config, "tubelet_size", None)
+        if not isinstance(tubelet, int | None):
+            # Of ViViT: frames, height and width.
+            tubelet, *patch = tubelet
         if isinstance(embeddings, nn.Module) and patch is not None:
             height, width = (patch, patch) if isinstance(patch, int) else patch
             prefix = prefix_tokens(embeddings)
             return TowerTokens(
-                Modality.IMAGE, prefix, None, embeddings, (height, width), owner=owner
+                modality, prefix, None, embeddings, (height, width), tubelet, owner=owner
             )
     return None
 
@@ -163,6 +169,8 @@ def _modality(name: str, module: nn.Module, owners: list[nn.Module]) -> Modality
     if kinds == {"text"}:
         return None
     if not kinds & {"text", "time"}:
+        if kinds == {"video"}:
+            return Modality.VIDEO
         return Modality.AUDIO if "audio" in kinds else Modality.IMAGE
     text = f"{name} {type(module).__name__}".lower()
     if re.search(r"audio|speech", text):

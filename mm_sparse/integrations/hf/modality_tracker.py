@@ -1,4 +1,4 @@
-"""Which positions of a sequence are image or audio, in a prefill and while tokens are generated.
+"""Which positions are image, audio or video, in a prefill and while tokens are generated.
 
 B batch, N new tokens, M tokens so far
 """
@@ -22,15 +22,18 @@ from mm_sparse.integrations.forward_context import (
     uncompiled,
 )
 from mm_sparse.integrations.hf import kv_cache
+from mm_sparse.integrations.hf.video_frames import GRIDS, first_of_frames, merge_size
 from mm_sparse.modality import Modality
 
 # A cache carries the modality of what is in it: copies and several sequences at once stay right.
 CARRIED = "_mm_sparse_modality"
+CARRIED_FRAMES = "_mm_sparse_frames"
+# An id that a config gives to both is that of images, which come last.
 _NAMES = {
+    "video_token_id": Modality.VIDEO,
+    "video_token_index": Modality.VIDEO,
     "image_token_id": Modality.IMAGE,
     "image_token_index": Modality.IMAGE,
-    "video_token_id": Modality.IMAGE,
-    "video_token_index": Modality.IMAGE,
     "audio_token_id": Modality.AUDIO,
     "audio_token_index": Modality.AUDIO,
 }
@@ -55,6 +58,8 @@ class RunningForward:
 
     modality: Tensor | None = None
     """(B, M) int8, of all tokens so far; None if nothing tells."""
+    frames: Tensor | None = None
+    """(B, M) bool, the first token of every frame of a video; None where no grid tells."""
     given: Tensor | None = None
     """What the caller said instead."""
     cache: Any = None
@@ -84,6 +89,7 @@ class ModalityTracker:
     def __init__(self, root: Any) -> None:
         self.root, self.name = root, type(root).__name__
         self.tokens = special_tokens(root.config)
+        self.merge = merge_size(root.config)
         self.memory: ForwardMemory | None = None
         """Finds the modality again where a checkpoint computes blocks again."""
         self._models: list[nn.Module] = []
@@ -163,11 +169,13 @@ class ModalityTracker:
             given = running.given.to(fresh.device, torch.int8)
             given = self._match_rows(given, len(fresh))[:, past : past + fresh.shape[1]]
             fresh = torch.cat([given, fresh[:, given.shape[1] :]], 1)
+        frames = first_of_frames(fresh, self._argument(module, args, kwargs, GRIDS), self.merge)
         if past:
+            frames = self._with_past_frames(frames, cached, past, fresh)
             fresh = torch.cat([self._past(running.given, cached, past, fresh), fresh], 1)
         if cached is not None:
-            setattr(cached, CARRIED, fresh)
-        return replace(running, modality=fresh, from_ids=ids is not None)
+            _carry(cached, fresh, frames)
+        return replace(running, modality=fresh, frames=frames, from_ids=ids is not None)
 
     @uncompiled
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -178,7 +186,7 @@ class ModalityTracker:
             return
         cached = getattr(output, "past_key_values", None)
         if cached is not None and running.modality is not None:
-            setattr(cached, CARRIED, running.modality)
+            _carry(cached, running.modality, running.frames)
         given = None if running.given is None else RunningForward(given=running.given)
         assign(self, given if running.outer is None else running.outer)
 
@@ -187,8 +195,8 @@ class ModalityTracker:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{why}: what is not known to be an image or audio counts as text; say what the "
-                "tokens are with `mms.set_modality`",
+                f"{why}: what is not known to be image, audio or video counts as text; say what "
+                "the tokens are with `mms.set_modality`",
                 stacklevel=2,
             )
 
@@ -220,6 +228,18 @@ class ModalityTracker:
         before = before[:, :past].to(fresh.device, torch.int8)
         return self._match_rows(before, len(fresh))
 
+    def _with_past_frames(
+        self, frames: Tensor | None, cached: Any, past: int, fresh: Tensor
+    ) -> Tensor | None:
+        before = getattr(cached, CARRIED_FRAMES, None)
+        if before is None and frames is None:
+            return None
+        none = torch.zeros_like(fresh, dtype=torch.bool)
+        if before is None or before.shape[1] < past:
+            before = none.new_zeros(len(fresh), past)
+        before = self._match_rows(before[:, :past].to(fresh.device), len(fresh))
+        return torch.cat([before, none if frames is None else frames], 1)
+
     def _match_rows(self, known: Tensor, rows: int) -> Tensor:
         if len(known) == rows:
             return known
@@ -229,3 +249,9 @@ class ModalityTracker:
                 f"group of copies, got {len(known)} in {self.name}"
             )
         return known.repeat_interleave(rows // len(known), 0)
+
+
+def _carry(cached: Any, modality: Tensor, frames: Tensor | None) -> None:
+    """Let a cache carry what its tokens are."""
+    setattr(cached, CARRIED, modality)
+    setattr(cached, CARRIED_FRAMES, frames)

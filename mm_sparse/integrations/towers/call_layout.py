@@ -19,7 +19,7 @@ from mm_sparse.integrations.mask_spans import (
     visible_from_mask,
 )
 from mm_sparse.integrations.options import AttentionOptions
-from mm_sparse.integrations.tower_tokens import TowerTokens, with_image_grid
+from mm_sparse.integrations.tower_tokens import TowerTokens, with_grid
 from mm_sparse.layout import CallLayout
 
 # Numbers down from here hide a key: torchaudio writes -10000, which bfloat16 rounds.
@@ -85,7 +85,7 @@ class TowerLayoutSource:
             span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
             kinds = torch.full_like(valid, int(self.tower.modality), dtype=torch.int8)
             layout = layout_from_spans(span, valid, first, kinds)
-            layout = with_image_grid(layout, prefix, grid)
+            layout = with_grid(layout, prefix, grid)
             call = memo[key] = CallLayout(layout, first, prefix)
         return call
 

@@ -23,6 +23,7 @@ from tests.support.layouts import (
 IMG = 900
 
 AUD = 901
+VID = 902
 
 
 def pairs_of(layout: TokenLayout, config: mms.SparseConfig) -> Tensor:
@@ -185,29 +186,53 @@ def test_pictures_that_touch_are_one_segment_without_grids() -> None:
     assert layout.grids == ({},)
 
 
+def test_frames_of_a_video_are_segments() -> None:
+    layout = TokenLayout.from_spans([("text", 2), ("video", (3, 2, 4)), ("video", 5)], batch=2)
+    assert runs(layout.segment[0]) == [2, 8, 8, 8, 5]
+    assert layout.grids == ({1: (3, 2, 4)},) * 2
+    assert layout.modality[0].tolist() == [0] * 2 + [3] * 29
+    low, high = layout.visible_span(True, (Modality.VIDEO,))[0].unbind(-1)
+    assert low.eq(0).all()
+    assert high.tolist() == [1, 2] + [10] * 8 + [18] * 8 + [26] * 8 + [31] * 5
+    assert layout.visible_span(True)[0, :, 1].tolist() == list(range(1, 32))
+
+
+@pytest.mark.parametrize("grids", [[(2, 1, 3), (3, 2, 1)], torch.tensor([[2, 1, 3], [3, 2, 1]])])
+def test_frames_lie_where_their_tokens_are(grids: list | Tensor) -> None:
+    # The first video lies in one piece, the second has a time before its last frame.
+    row = [1] + [VID] * 10 + [5] + [VID] * 2 + [2]
+    layout = TokenLayout.from_input_ids(ids(row), video_token_id=VID, video_grids=grids)
+    assert runs(layout.segment[0]) == [1, 3, 3, 2, 2, 1, 2, 1]
+    assert layout.grids == ({1: (2, 1, 3), 3: (2, 2, 1), 6: (1, 2, 1)},)
+    plain = TokenLayout.from_input_ids(ids(row), video_token_id=[VID])
+    assert runs(plain.segment[0]) == [1, 10, 1, 2, 1]
+    assert plain.grids == ({},)
+
+
 @given(batches())
 @FEW
 def test_placeholder_ids_and_spans_describe_the_same_row(batch: tuple[list[Row], str]) -> None:
     rows, side = batch
     spans = TokenLayout.from_rows(rows, padding_side=side)
-    number = torch.tensor([7, IMG, AUD])[spans.modality.long()]
-    grids = [
-        (1, item[1]) if isinstance(item[1], int) else item[1]
-        for row in rows
-        for item in row
-        if item[0] == "image" and item[1] != 0
-    ]
+    number = torch.tensor([7, IMG, AUD, VID])[spans.modality.long()]
+
+    def grids(kind: str, *sides: int) -> list:
+        items = [item for row in rows for item in row if item[0] == kind and item[1] != 0]
+        return [(*sides, x[1]) if isinstance(x[1], int) else x[1] for x in items]
+
     other = TokenLayout.from_input_ids(
         number,
         image_token_id=IMG,
         audio_token_id=AUD,
         attention_mask=spans.valid.long(),
         document_ids=spans.document,
-        image_grids=grids,
+        video_token_id=VID,
+        image_grids=grids("image", 1),
+        video_grids=grids("video", 1, 1),
     )
     assert torch.equal(other.modality, spans.modality)
     assert torch.equal(other.document, spans.document)
-    for kinds in ((), (Modality.IMAGE,)):
+    for kinds in ((), (Modality.IMAGE, Modality.VIDEO)):
         assert torch.equal(other.visible_span(True, kinds), spans.visible_span(True, kinds))
 
 

@@ -16,6 +16,8 @@ from tests.support.layouts import (
 )
 
 IMG = 900
+KINDS = "['text', 'image', 'audio', 'video', 'pad']"
+SIDES = "size must be (height, width) of an image or (frames, height, width) of a video"
 
 
 def ids(*rows: list[int]) -> Tensor:
@@ -25,15 +27,18 @@ def ids(*rows: list[int]) -> Tensor:
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
-        ([("video", 3)], "kind must be one of ['text', 'image', 'audio', 'pad'], got 'video'"),
-        ([(["text"], 3)], "kind must be one of ['text', 'image', 'audio', 'pad'], got ['text']"),
+        ([("smell", 3)], f"kind must be one of {KINDS}, got 'smell'"),
+        ([(["text"], 3)], f"kind must be one of {KINDS}, got ['text']"),
         ([("text", -1)], "size must be a number of tokens, got -1 (text)"),
         ([("text", 2.5)], "size must be a number of tokens, got 2.5 (text)"),
         ([("text", True)], "size must be a number of tokens, got True (text)"),
-        ([("text", (2, 3))], "size must be (height, width) of an image, got (2, 3) (text)"),
-        ([("image", (2, 3, 4))], "size must be (height, width) of an image, got (2, 3, 4) (image)"),
-        ([("image", (0, 4))], "size must be (height, width) of an image, got (0, 4) (image)"),
-        ([("image", (2, 1.5))], "size must be (height, width) of an image, got (2, 1.5) (image)"),
+        ([("text", (2, 3))], f"{SIDES}, got (2, 3) (text)"),
+        ([("image", (2, 3, 4))], f"{SIDES}, got (2, 3, 4) (image)"),
+        ([("image", (0, 4))], f"{SIDES}, got (0, 4) (image)"),
+        ([("image", (2, 1.5))], f"{SIDES}, got (2, 1.5) (image)"),
+        ([("video", (2, 3))], f"{SIDES}, got (2, 3) (video)"),
+        ([("video", (2, 3, 0))], f"{SIDES}, got (2, 3, 0) (video)"),
+        ([("audio", (2, 3, 4))], f"{SIDES}, got (2, 3, 4) (audio)"),
         (["text"], "spans must be (kind, size) or (kind, size, document), got 'text'"),
         ([("text",)], "spans must be (kind, size) or (kind, size, document), got ('text',)"),
         (
@@ -51,6 +56,22 @@ def ids(*rows: list[int]) -> Tensor:
 def test_bad_spans_are_refused(spans: list, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TokenLayout.from_spans(spans)
+
+
+def test_a_frame_with_a_break_is_refused() -> None:
+    message = (
+        "video_grids must be of frames without a break, got (2, 2, 1) for the video tokens from 0 "
+        "to 2 of row 0"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenLayout.from_input_ids(
+            ids([IMG, 5, IMG, IMG, IMG]), video_token_id=IMG, video_grids=[(2, 2, 1)]
+        )
+    message = "video_grids must follow the rows, got (2, 1, 2) across two rows"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenLayout.from_input_ids(
+            ids([5, IMG, IMG], [IMG, IMG, 5]), video_token_id=IMG, video_grids=[(2, 1, 2)]
+        )
 
 
 def test_an_unknown_padding_side_is_refused() -> None:
@@ -91,6 +112,14 @@ EIGHT = torch.tensor([[1, IMG, IMG, IMG, IMG, IMG, IMG, 2]])
         (
             {"image_grids": [(0, 4), (2, 3)]},
             "image_grids must be (height, width) of at least 1, got (0, 4)",
+        ),
+        (
+            {"video_grids": [(2, 3)]},
+            "video_grids must be (frames, height, width) of at least 1, got (2, 3)",
+        ),
+        (
+            {"video_grids": [(1, 2, 3)]},
+            "video_grids must cover the 0 video tokens, got [(1, 2, 3)] which cover 6",
         ),
         (
             {"image_grids": [(2, 3, 1)]},

@@ -116,8 +116,8 @@ def test_variants_have_the_parameters_that_they_should() -> None:
         first = next(iter(scorers.values()))
         shapes[name] = len(first.query_map), len(first.key_map), *first.pair_bias.shape[1:3]
     assert shapes == {
-        "blind": (1, 1, 1, 1), "maps": (3, 3, 1, 1), "bias": (1, 1, 3, 3),
-        "maps and bias": (3, 3, 3, 3),
+        "blind": (1, 1, 1, 1), "maps": (4, 4, 1, 1), "bias": (1, 1, 4, 4),
+        "maps and bias": (4, 4, 4, 4),
     }  # fmt: skip
 
 
