@@ -72,6 +72,8 @@ class DecodingGeometry:
         """M of the step that is written down; 0 before the first, or where a graph wrote it."""
         self.low = 0
         """First key that its query sees."""
+        self.leader: Any = None
+        """A weak reference to whoever writes down the steps that the host does not see."""
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=layout.device)
@@ -160,7 +162,7 @@ class DecodingGeometry:
             self._fixed |= {("head_budget", config): budget, ("max_kept", config): width}
             self._fixed["budget", config] = budget[:, 0]
             self._write_budget(config, budget)
-            self._forget_step()
+            self.forget_step()
         return self.plan.sharing(config=config)
 
     def full(self, tokens: int) -> bool:
@@ -190,10 +192,6 @@ class DecodingGeometry:
         self._write_step(end, 0)
         self.tokens = 0
 
-    def write_all(self, tokens: int) -> None:
-        """Write down the units of M tokens, for a first step by `advance_to`."""
-        self._write_units(self._last.new_full((), tokens))
-
     def _write_units(self, end: Tensor) -> None:
         start, size = self._table.long().unbind(-1)
         low = start.minimum(end)
@@ -220,10 +218,10 @@ class DecodingGeometry:
         self._visible_tokens.copy_(seen + unit[..., 1])
         for config, budget in self._budgets.items():
             self._write_budget(config, budget)
-        self._forget_step()
+        self.forget_step()
 
-    def _forget_step(self) -> None:
-        # What was computed of the step before is not true of this one.
+    def forget_step(self) -> None:
+        """Drop what was computed of a step: it is not true of the next one."""
         self.plan.memo.clear()
         self.plan.memo.update(self._fixed)
 
@@ -277,10 +275,11 @@ class UnitDescriptors(DescriptorCache):
         if self.stale or self.table is None:
             made = describe(plan)
             if self.table is None or self.table.shape != made.shape:
-                self.table = made.clone()
-            else:
-                # A graph that was recorded reads it where it is.
-                self.table.copy_(made)
+                # Made to be written to in every mode of autograd.
+                with torch.inference_mode(False):
+                    self.table = torch.empty_like(made, memory_format=torch.contiguous_format)
+            # A graph that was recorded reads it where it is.
+            self.table.copy_(made)
             self.stale = False
             return self.table
         new = describe(geometry.newest)
@@ -300,6 +299,12 @@ class LayerDecoding:
     def __init__(self, geometry: DecodingGeometry, config: SparseConfig, scorer: Scorer) -> None:
         self.geometry, self.config, self.scorer = geometry, config, scorer
         self.descriptors = UnitDescriptors(geometry)
+
+    def describe(self, q: Tensor, k: Tensor, scale: float) -> None:
+        """Describe all units, before steps that the host does not see."""
+        plan = self.geometry.of_layer(self.config)
+        self.descriptors.stale = True
+        self.scorer.score_step(q, k, plan, plan, scale, self.descriptors)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Selection]:
         """Attention of the newest token, (B, H, 1, D), and what it kept.

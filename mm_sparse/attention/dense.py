@@ -17,14 +17,20 @@ from mm_sparse.layout import TokenLayout
 
 # Tokens below which dense SDPA was faster than score + select + attend (docs/results/speed.md).
 BREAK_EVEN = {"cpu": 3072, "cuda": 8192}
+# The same of a step of decoding.
+BREAK_EVEN_OF_STEPS = {"cpu": 3072, "cuda": 32768}
 
 
-def dense_length(config: SparseConfig, device: torch.device) -> int:
-    """Number of tokens below which a layer runs dense."""
+def dense_length(config: SparseConfig, device: torch.device, steps: bool = False) -> int:
+    """Number of tokens below which a layer runs dense.
+
+    Args:
+        steps: of a step of decoding.
+    """
     if config.dense_below is not None:
         return config.dense_below
     # No kernel was written for other devices: dense, unless the config says a length.
-    return BREAK_EVEN.get(device.type, sys.maxsize)
+    return (BREAK_EVEN_OF_STEPS if steps else BREAK_EVEN).get(device.type, sys.maxsize)
 
 
 def dense_attention(

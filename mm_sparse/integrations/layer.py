@@ -112,16 +112,21 @@ class SparseLayer(ABC):
         return "sparse", ""
 
     def early_mode(
-        self, tokens: int | None, device: torch.device, config: SparseConfig | None = None
-    ) -> tuple[str, str]:
-        """The same of a call that sees so many tokens; None where they are another sequence's."""
+        self, tokens: int | None, device: torch.device, config: SparseConfig | None = None,
+        steps: bool = False,
+    ) -> tuple[str, str]:  # fmt: skip
+        """The same of a call that sees so many tokens; None where they are another sequence's.
+
+        Args:
+            steps: whether it is a step of decoding.
+        """
         config = self.shared.config if config is None else config
         known = self.known_mode(config)
         if known[0] != "sparse":
             return known
         if tokens is None:
             return "dense", "cross-attention"
-        least = dense_length(config, device)
+        least = dense_length(config, device, steps)
         if tokens < least:
             return "dense", f"{tokens} tokens < dense_below ({least})"
         return "sparse", ""
@@ -186,7 +191,7 @@ class SparseLayer(ABC):
         in_view = self._in_view(q, k, mask, options)
         mode, reason = self.early_mode(in_view, q.device, settings.config)
         if mode == "sparse":
-            problem: object = self._problem(q, k, v, mask, options)
+            problem: object = self.problem(q, k, v, mask, options)
             if problem is None:
                 try:
                     call = ordered or self.source.layout_of_call(self.module, q, k, mask, options)
@@ -286,7 +291,7 @@ class SparseLayer(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> CallLayout | None:
         """Where the tokens of a call that runs dense would be, if its layout can be found."""
-        if self.refusal is not None or self._problem(q, k, v, mask, options) is not None:
+        if self.refusal is not None or self.problem(q, k, v, mask, options) is not None:
             return None
         try:
             return self.source.layout_of_call(self.module, q, k, mask, options)
@@ -297,7 +302,7 @@ class SparseLayer(ABC):
     def _in_view(self, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions) -> int | None:
         """Tokens that a call sees; None where they are another sequence's."""
 
-    def _problem(
+    def problem(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> str | None:
         """Why a call cannot be served, None if it can."""

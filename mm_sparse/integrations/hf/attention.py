@@ -6,23 +6,19 @@ B batch, H query heads, N query tokens, D head dim
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from copy import copy
 from functools import cache
 from importlib import import_module
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
-from mm_sparse._checks import autocast_inputs
 from mm_sparse.attention import (
-    DecodingGeometry,
+    LayerDecoding,
     PackedBounds,
-    capacity_for,
-    decodes_in_place,
     dense_attention,
     dense_length,
     packed_attention,
@@ -31,6 +27,7 @@ from mm_sparse.integrations.discovery import defining_class
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
+from mm_sparse.integrations.hf.decoding import NUMBER, prepare_steps, run_step, traced_step
 from mm_sparse.integrations.hf.discovery import (
     DISPATCH,
     UNSERVED,
@@ -38,11 +35,9 @@ from mm_sparse.integrations.hf.discovery import (
 )
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.last_call import LastCall, thinned
-from mm_sparse.integrations.layer import KEPT_ENTRIES, LAYER, SparseLayer
+from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Shared
-from mm_sparse.layout import TokenLayout
 from mm_sparse.scorers import DescriptorCache
 
 NAME = "mm_sparse"
@@ -70,6 +65,10 @@ class HFLayer(SparseLayer):
         """The attention implementation that the layer had before."""
         self.packed = item.packed
         """Whether its calls are of rows of many images, windows or clips."""
+        self.static_steps: WeakValueDictionary[int, LayerDecoding] = WeakValueDictionary()
+        """What steps in a graph keep, by the address of the keys of a static cache."""
+        self.recorded: dict[int, LayerDecoding] = {}
+        """Those of them that a graph may have recorded, by id: they must not go away."""
         self._unserved: Any = None
         """Config, None without one, and hook of a module that keeps its own attention."""
 
@@ -153,57 +152,6 @@ class HFLayer(SparseLayer):
             return None
         return PackedBounds.of(options.cu_seqlens)
 
-    def decode(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
-    ) -> Tensor | None:
-        """(B, 1, H, D) of a step of decoding on what the steps before left; None of other calls.
-
-        A call is one if the cache of the model has its keys and all layers see a run of them.
-        """
-        settings = self.shared.settings
-        cache, scorer = self.source.tracker.running.cache, self.ranks
-        own = settings.watchers or settings.attention_override or cache is None
-        if own or torch.is_grad_enabled() or self.modality is not None or self.packed:
-            return None
-        seen = _run_of_keys(mask, q, k, options)
-        if seen is None or decodes_in_place(settings.config, scorer) is not None:
-            return None
-        low, tokens = seen
-        mode, _ = self.early_mode(tokens, q.device, settings.config)
-        if mode != "sparse" or self._problem(q, k, v, mask, options) is not None:
-            return None
-        config = self.shared.layer_config(self.index, self.name, 0, settings.config)
-
-        def make() -> tuple[Any, Callable[[], DecodingGeometry]]:
-            group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-            blocks = (config.tile, config.unit, config.sinks, config.window, config.query_pools)
-
-            def new() -> DecodingGeometry:
-                layout = self.source.layout_of_call(self.module, q, k, mask, options).layout
-                room = max(k.shape[2], capacity_for(tokens))
-                first = slice(0, tokens)
-                parts = (layout.modality, layout.segment, layout.document)
-                layout = TokenLayout(*(x[:, first] for x in parts))
-                return DecodingGeometry(layout, config, group, room)
-
-            return (blocks, group, kv_heads, options.sliding_window, q.device), new
-
-        decoding = kv_cache.decoding_for(cache, self.index, k, tokens, scorer, config, make)
-        if decoding is None:
-            return None
-        geometry = decoding.geometry
-        if geometry.tokens != tokens or geometry.low != low:
-            geometry.advance(tokens, low)
-        q, k, v = autocast_inputs(q, k, v)
-        width = v.shape[-1]
-        if width < k.shape[-1]:
-            v = pad(v, (0, k.shape[-1] - width))
-        scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
-        out, selection = decoding.step(q, k, v, scale)
-        kept = thinned(selection, KEPT_ENTRIES)
-        self.record = LastCall("sparse", "", 1, tokens, kept)
-        return out[..., :width].transpose(1, 2)
-
     def differs_in_mode(self, q: Tensor, options: AttentionOptions) -> bool:
         """Whether some sequences of a packed row are long enough to run sparse and others not."""
         if options.cu_seqlens is None:
@@ -227,7 +175,7 @@ class HFLayer(SparseLayer):
         alone = mask is None and not is_causal(self.module, options)
         return None if alone and keys != queries else keys
 
-    def _problem(
+    def problem(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> str | None:
         if self.source.tracker.running.wants_weights:
@@ -238,7 +186,7 @@ class HFLayer(SparseLayer):
             want, rows = (q.shape[2], k.shape[2]), mask.recipe.shape[0]
             if mask.recipe.shape[1:] != want or rows not in (1, q.shape[0]):
                 return f"its mask is {mask.recipe.shape}, q and k are for {(q.shape[0], *want)}"
-        return super()._problem(q, k, v, mask, options)
+        return super().problem(q, k, v, mask, options)
 
 
 def options_of(given: dict[str, Any]) -> AttentionOptions:
@@ -271,9 +219,9 @@ def attention_forward(
         return layer.run_dense(query, key, value, attention_mask, options)
     given = options_of(options)
     if query.shape[2] == 1 and key.shape[2] > 1:
-        out = layer.decode(query, key, value, attention_mask, given)
-        if out is not None:
-            return out, None
+        step = run_step(layer, query, key, value, attention_mask, given)
+        if step is not None:
+            return step, None
     if layer.packed and layer.differs_in_mode(query, given):
         return _run_by_length(layer, query, key, value, given, options), None
     out, _ = layer.run(
@@ -281,6 +229,8 @@ def attention_forward(
         original=lambda: layer.run_dense(query, key, value, attention_mask, options),
         format_output=_with_no_weights,
     )  # fmt: skip
+    if query.shape[2] < key.shape[2]:
+        prepare_steps(layer, query, key, value, attention_mask, given)
     return out
 
 
@@ -299,21 +249,6 @@ def _run_by_length(
         out, _ = attention_forward(layer.module, rows[0], rows[1], rows[2], None, **part)
         outs.insert(0, out)
     return torch.cat(outs, 1)[:, place]
-
-
-def _run_of_keys(
-    mask: Any, q: Tensor, k: Tensor, options: AttentionOptions
-) -> tuple[int, int] | None:
-    """The first key that a step's query sees and the end of them; None where that is not known."""
-    if not isinstance(mask, LazyMask):
-        return None
-    recipe = mask.recipe
-    if recipe.offsets[1] or recipe.shape[0] not in (1, q.shape[0]) or recipe.shape[1] != 1:
-        return None
-    tokens = recipe.first + 1
-    if tokens > k.shape[2]:
-        return None
-    return (0, tokens) if recipe.is_causal and not options.sliding_window else None
 
 
 @cache
@@ -359,10 +294,43 @@ def _stock_function(cls: type, name: str) -> Any:
     return interface["sdpa" if name == "eager" else name]
 
 
+_uncompiled_attention = uncompiled(attention_forward)
+_uncompiled_mask = uncompiled(lazy_mask)
+
+
+def dispatch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`attention_forward`, of which a step of decoding can be part of a compiled graph."""
+    if torch.compiler.is_compiling() and query.shape[2] == 1:
+        if getattr(module, NUMBER, None) is not None and attention_mask is not None:
+            scale = options.get("scaling")
+            return traced_step(module, query, key, value, attention_mask, scale), None
+        return _sdpa(module, query, key, value, attention_mask, **options)
+    return _uncompiled_attention(module, query, key, value, attention_mask, **options)
+
+
+def mask_or_lazy(**arguments: Any) -> Any:
+    """`lazy_mask`; of a compiled step of decoding, the mask that SDPA gets."""
+    if torch.compiler.is_compiling() and arguments.get("q_length") == 1:
+        from transformers.masking_utils import sdpa_mask
+
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(**{**arguments, **skips})  # pyright: ignore
+    return _uncompiled_mask(**arguments)
+
+
+def _sdpa(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, *args, **options)
+
+
 def register() -> None:
     """Make transformers know the name "mm_sparse"; again is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for name in NAMES:
-        AttentionInterface.register(name, uncompiled(attention_forward))
-        AttentionMaskInterface.register(name, uncompiled(lazy_mask))
+        AttentionInterface.register(name, dispatch)
+        AttentionMaskInterface.register(name, mask_or_lazy)

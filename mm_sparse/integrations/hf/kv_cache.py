@@ -8,14 +8,12 @@ very tensor that the step before has left, what was described is still true of i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mm_sparse.attention import DecodingGeometry, LayerDecoding
-from mm_sparse.config import SparseConfig
 from mm_sparse.scorers import DescriptorCache, Scorer
 
 HELD = "_mm_sparse_descriptors"
@@ -80,38 +78,52 @@ def descriptors_for(
 GEOMETRIES = "_mm_sparse_geometries"
 
 
-def decoding_for(
-    cached: Any, index: int | None, keys: Tensor, tokens: int, scorer: Scorer,
-    config: SparseConfig, make: Callable[[], tuple[Any, Callable[[], DecodingGeometry]]],
-) -> LayerDecoding | None:  # fmt: skip
-    """What a layer's steps keep, with its geometry written down for so many tokens.
+def cache_layer(cached: Any, index: int | None) -> Any:
+    """The layer of a cache with a number; None if it has none."""
+    layers = getattr(cached, "layers", ())
+    return None if index is None or index >= len(layers) else layers[index]
+
+
+def decoding_for(cached: Any, index: int | None, keys: Tensor, wanted: Any) -> LayerDecoding | None:
+    """What a layer's steps keep of its keys; None if these are not what the cache holds.
 
     Args:
         cached: the KV cache of the model.
         keys: of the layer's call.
-        tokens: M, the newest of them included.
-        make: key of a geometry that layers share, and what makes it.
+        wanted: `key` of a geometry that layers share, `layout` and `new` that make one for
+            `tokens`, `config` and `scorer` of the layer, and `again` for another sequence.
     """
-    layers = getattr(cached, "layers", ())
-    if index is None or index >= len(layers) or torch.is_grad_enabled():
+    layer = cache_layer(cached, index)
+    if layer is None or getattr(layer, "keys", None) is not keys or torch.is_grad_enabled():
         return None
-    layer = layers[index]
-    if getattr(layer, "keys", None) is not keys:
-        return None
-    held, known = vars(layer).get(HELD), _known(scorer)
-    if held is None or not held.intact or held.scorer != known:
+    held, known = vars(layer).get(HELD), _known(wanted.scorer)
+    if held is None:
         held = LayerDescriptors()
         setattr(layer, HELD, held)
+    intact = held.intact and held.scorer == known and not wanted.again
     decoding = held.decoding
-    if decoding is None or decoding.config != config or not _goes_on(decoding.geometry, tokens):
-        key, new = make()
-        shared: dict[Any, DecodingGeometry] = vars(cached).setdefault(GEOMETRIES, {})
-        geometry = shared.get(key)
-        if geometry is None or not _goes_on(geometry, tokens):
-            geometry = shared[key] = new()
-        decoding = held.decoding = LayerDecoding(geometry, config, scorer)
+    if decoding is None or decoding.config != wanted.config or decoding.scorer is not wanted.scorer:
+        decoding = None
+    if decoding is None or not intact or not _goes_on(decoding.geometry, wanted.tokens):
+        geometry = _geometry(cached, wanted, intact)
+        if decoding is None or decoding.geometry is not geometry:
+            decoding = held.decoding = LayerDecoding(geometry, wanted.config, wanted.scorer)
+        decoding.descriptors.stale = True
     held.remember(keys, known)
     return decoding
+
+
+def _geometry(cached: Any, wanted: Any, intact: bool) -> DecodingGeometry:
+    """That of the layers that were asked before in this forward, or written down anew."""
+    shared: dict[Any, DecodingGeometry] = vars(cached).setdefault(GEOMETRIES, {})
+    geometry = shared.get(wanted.key)
+    if geometry is not None and geometry.tokens == wanted.tokens:
+        return geometry
+    if geometry is not None and intact and _goes_on(geometry, wanted.tokens):
+        return geometry
+    if geometry is None or not geometry.begin(wanted.layout()):
+        geometry = shared[wanted.key] = wanted.new()
+    return geometry
 
 
 def _goes_on(geometry: DecodingGeometry, tokens: int) -> bool:

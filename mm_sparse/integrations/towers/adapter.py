@@ -97,7 +97,7 @@ class TowerLayer(SparseLayer):
         queries, keys = q.shape[-2], k.shape[-2]
         return keys if queries == keys and not options.cross else None
 
-    def _problem(
+    def problem(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
     ) -> str | None:
         if options.need_weights:
@@ -106,4 +106,4 @@ class TowerLayer(SparseLayer):
             return f"queries must be (batch, heads, tokens, head dim), got {tuple(q.shape)}"
         if mask is not None and options.is_causal:
             return "it came with a mask and with `is_causal`"
-        return super()._problem(q, k, v, mask, options)
+        return super().problem(q, k, v, mask, options)
