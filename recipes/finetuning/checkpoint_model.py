@@ -58,6 +58,7 @@ class CheckpointModel(L.LightningModule):
         pack: bool = False,
         optimizer: OptimizerConfig | None = None,
         max_new_tokens: int = 64,
+        out: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         """
@@ -78,6 +79,8 @@ class CheckpointModel(L.LightningModule):
                 own, instead of padding them.
             max_new_tokens: longest answer in validation and prediction; 0 generates none in
                 validation.
+            out: folder that is exported to at the end: the model with its scorers, or
+                `out/scorers` alone where the model is frozen.
             options: further arguments of `from_pretrained`.
         Raises:
             ValueError: an argument does not fit the folder or another argument.
@@ -100,7 +103,7 @@ class CheckpointModel(L.LightningModule):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         self.folder, self.lora, self.pack = folder, lora, pack
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.out = max_new_tokens, out
         self.optimizer_part = optimizer or OptimizerConfig()
         self.processor = load_processor(folder)
         model = load_model(folder, dtype=dtype, load_in_4bit=load_in_4bit, **(options or {}))
@@ -240,6 +243,14 @@ class CheckpointModel(L.LightningModule):
         self.processor.save_pretrained(folder)
         if is_sparsified(self.base):
             mms.save_scorers(self.base, Path(folder) / "scorers")
+
+    def on_fit_end(self) -> None:
+        if self.out is None or not self.trainer.is_global_zero:
+            return
+        if self.teaches:
+            mms.save_scorers(self.base, Path(self.out) / "scorers")
+        else:
+            self.export(self.out, merge=not getattr(self.base, "is_quantized", False))
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
