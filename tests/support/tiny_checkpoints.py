@@ -162,8 +162,12 @@ def _qwen2_audio(text: Any, ids: Any, words: Any, template: str) -> tuple[Any, A
     return Qwen2AudioForConditionalGeneration(config), Qwen2AudioProcessor(ears, words, template)
 
 
-def write_pictures(folder: Path, count: int = 6) -> str:
-    """Squares of one color, what they are asked and what is right, as JSON lines of messages."""
+def write_pictures(folder: Path, count: int = 6, words: int = 1) -> str:
+    """Squares of one color, what they are asked and what is right, as JSON lines of messages.
+
+    Args:
+        words: how often the question is put, for prompts in which there is something to leave out.
+    """
     from PIL import Image
 
     rows = []
@@ -171,7 +175,10 @@ def write_pictures(folder: Path, count: int = 6) -> str:
         name = list(COLORS)[number % len(COLORS)]
         size = (24 + 4 * number, 24)
         Image.new("RGB", size, COLORS[name]).save(folder / f"{number}.png")
-        parts = [{"type": "image", "path": f"{number}.png"}, {"type": "text", "text": QUESTION}]
+        parts = [
+            {"type": "image", "path": f"{number}.png"},
+            {"type": "text", "text": QUESTION * words},
+        ]
         rows.append({"messages": [
             {"role": "user", "content": parts}, {"role": "assistant", "content": name},
         ]})  # fmt: skip
