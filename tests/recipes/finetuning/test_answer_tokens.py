@@ -72,12 +72,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(processor: Any, monke
 
 
 def test_marks_that_lack_an_answer_are_refused(processor: Any, monkeypatch) -> None:
-    marked = "{% generation %}{% if loop.last %}" in (
-        template := chat_template("qwen2_5_vl", marked=True).replace(
-            "{% if m['role'] == 'assistant' %}", "{% if loop.last %}"
-        )
-    )
-    assert not marked
+    template = chat_template("qwen2_5_vl", marked=True)
+    template = template.replace("{% if m['role'] == 'assistant' %}", "{% if loop.last %}")
     monkeypatch.setattr(processor, "chat_template", template)
     with pytest.raises(ValueError, match="mark each of 3 answers with generation, got 1 marks"):
         learned(processor, CHAT)
@@ -95,13 +91,16 @@ def test_answers_are_found_in_the_tokens_of_the_processor(processor: Any) -> Non
         find_answers(processor, messages, ids[::-1])
 
 
-def test_a_sample_without_answer_and_a_processor_without_template(processor: Any) -> None:
+def test_a_sample_without_answer_and_a_processor_without_template(
+    processor: Any, monkeypatch
+) -> None:
     with pytest.raises(ValueError, match="sample must have an answer, got none in row 3"):
         ChatCollator(processor)([Sample(CHAT[:2], "row 3")])
-    with pytest.raises(ValueError, match="processor must have a chat template, got Tokenizers"):
-        ChatCollator(processor.tokenizer)
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         ChatCollator(processor, max_length=0)
+    monkeypatch.setattr(processor, "chat_template", None)
+    with pytest.raises(ValueError, match="processor must have a chat template, got Qwen2_5_VLProc"):
+        ChatCollator(processor)
 
 
 def test_long_conversations_are_dropped_counted_and_named(
