@@ -33,16 +33,17 @@ def main() -> None:
         lora=LoraConfig(rank=16, alpha=32),
         optimizer=OptimizerConfig(lr=2e-4, warmup=10),
         checkpointing=True,
+        max_new_tokens=16,
     )
     samples = Messages(args.data)
     data = ChatData(args.folder, samples, validation=samples, batch_size=args.batch_size)
-    trainer = L.Trainer(max_steps=args.steps, default_root_dir=args.out, limit_val_batches=8)
-    trainer.fit(model, data)
-    print({name: round(float(value), 3) for name, value in trainer.logged_metrics.items()})
-    model.export(f"{args.out}/model")
-    print(
-        f"{args.out}/model: from_pretrained, then mms.load_scorers(model, '{args.out}/model/scorers')"
+    trainer = L.Trainer(
+        max_steps=args.steps, default_root_dir=args.out, limit_val_batches=8, num_sanity_val_steps=0
     )
+    trainer.fit(model, data)
+    trainer.validate(model, data)  # prints how well generated answers match
+    model.export(f"{args.out}/model")
+    print(f"from_pretrained reads {args.out}/model, mms.load_scorers {args.out}/model/scorers")
 
 
 if __name__ == "__main__":

@@ -38,14 +38,17 @@ def main() -> None:
     model = get_peft_model(model, lora)
     config = mms.SparseConfig(ratio=args.ratio, bidirectional=())
     mms.sparsify(model, config, scorer="fine")
-    mms.register_scorers(model)  # they are among the parameters and in the checkpoints
+    mms.register_scorers(model)  # they are among the parameters that the trainer optimizes
     settings = TrainingArguments(
         args.out, max_steps=args.steps, learning_rate=2e-4, per_device_train_batch_size=2,
         remove_unused_columns=False, logging_steps=10, report_to="none",
     )  # fmt: skip
     data = Messages(args.data)
     collator = ChatCollator(processor)
-    SparseTrainer(model, settings, data_collator=collator, train_dataset=data).train()
+    SparseTrainer(
+        model, settings, data_collator=collator, train_dataset=data,
+        callbacks=[mms.TrainerScorerCallback()],  # peft writes adapters alone into checkpoints
+    ).train()  # fmt: skip
     model.save_pretrained(f"{args.out}/adapter")
     processor.save_pretrained(f"{args.out}/adapter")
     mms.save_scorers(model, f"{args.out}/adapter/scorers")

@@ -127,6 +127,7 @@ def test_a_checkpoint_learns_on_under_lightning(checkpoint, tmp_path: Path) -> N
 def test_a_checkpoint_learns_on_with_the_trainer(checkpoint, tmp_path: Path) -> None:
     done = run(*checkpoint, "--steps=2", f"--out={tmp_path}", example="finetune_vlm_trainer")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint-2" / "scorers" / "scorers.json").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "adapter" / "scorers" / "scorers.json").is_file()
     lines = (ROOT / "examples" / "finetune_vlm_trainer.py").read_text().splitlines()

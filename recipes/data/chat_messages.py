@@ -165,14 +165,13 @@ def _parse_part(where: str, part: Any, folder: Path) -> Part:
         return part["text"]
     if kind not in ("image", "audio", "video"):
         raise ValueError(f"{where}: a part must be text, image, audio or video, got {part!r}")
-    file = part.get("path") or part.get("url") or part.get(kind)
-    names = file if kind == "video" and isinstance(file, list) and file else [file]
+    file: Any = part.get("path") or part.get("url") or part.get(kind)
+    names: list[Any] = file if kind == "video" and isinstance(file, list) and file else [file]
     article = "a" if kind == "video" else "an"
     for name in names:
         if not isinstance(name, str) or not (folder / name).is_file():
             raise ValueError(f"{where}: 'path' must be {article} {kind} file, got {name!r}")
     if kind == "video":
         return VideoPart(tuple(folder / name for name in names))
-    if kind == "image":
-        return ImagePart(folder / file)
-    return AudioPart(folder / file, segment_of(where, part))
+    path = folder / names[0]
+    return ImagePart(path) if kind == "image" else AudioPart(path, segment_of(where, part))

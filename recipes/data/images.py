@@ -132,7 +132,8 @@ def read_video(
         from transformers.video_utils import load_video
 
         try:
-            decoded, _ = load_video(str(paths[0]), sample_indices_fn=_spread(frames))
+            file: Any = str(paths[0])
+            decoded, _ = load_video(file, sample_indices_fn=_spread(frames))
         except ImportError:
             raise
         # A decoder raises whatever a damaged file leads it to.

@@ -70,7 +70,7 @@ def _joined(name: str, value: Any, keep: Tensor) -> Any:
 def _positions(model: Any, batch: dict[str, Any], keep: Tensor) -> Tensor:
     """(1, N), or (4, 1, N) for rotary positions of time, height and width: text first."""
     plain = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)[keep]
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     if not hasattr(inner, "get_rope_index"):
         return plain[None]
     names = (
