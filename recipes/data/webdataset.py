@@ -109,6 +109,8 @@ class ImageShards(MediaSamples):
                 if suffix is None:
                     wanted = ", ".join(IMAGE_SUFFIXES)
                     raise ValueError(f"{name}: must have an image among {wanted}")
+                if asked is not None and "json" not in members:
+                    raise ValueError(f"{name}: must have a json member with {asked!r}")
                 with Path(path).open("rb") as file:
                     text = _text_of(file, name, members, answer)
                     own = question if asked is None else _text_of(file, name, members, asked)

@@ -44,12 +44,12 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
         raise ValueError("merge must be false for weights of 4 or 8 bits, export the adapter")
-    tuned: list[tuple[str, Any]] = [
-        (name, module)
-        for name, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
-    deltas = {f"{name}.weight": module.get_delta_weight("default") for name, module in tuned}
+    inside: list[tuple[str, Any]] = list(base.named_modules())
+    deltas: dict[str, Tensor] = {}
+    for name, module in inside:
+        layer: Any = module if isinstance(module, BaseTunerLayer) else None
+        if layer is not None:
+            deltas[f"{name}.weight"] = layer.get_delta_weight("default")
     weights = {}
     for name, value in base.state_dict().items():
         if "lora_" in name:
