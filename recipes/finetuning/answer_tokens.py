@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
+from mm_sparse.recipes.finetuning.chat_templates import as_wanted, encode, render
 from mm_sparse.recipes.finetuning.conversations import Message, count_media
 
 Span = tuple[int, int]
@@ -54,7 +55,8 @@ def find_answers(processor: Any, messages: list[Message], ids: Sequence[int]) ->
             added = len(ids) - len(bare.ids)
         else:
             head = messages[: number + 1]
-            added = len(encode(processor, head)) - len(_Tokens.of(processor, head).ids)
+            whole = encode(processor, [head], {"padding": False})["input_ids"][0]
+            added = len(whole) - len(_Tokens.of(processor, head).ids)
         first, last = bare.span(start, end)
         own = bare.ids[first:last]
         if not own or list(ids[first + added : last + added]) != own:
@@ -66,43 +68,6 @@ def find_answers(processor: Any, messages: list[Message], ids: Sequence[int]) ->
     return found
 
 
-def render(processor: Any, messages: list[Message], **options: Any) -> str:
-    """The text of a conversation before placeholders are replaced."""
-    # SmolVLM's warns of settings of its own where it is given none.
-    quiet = {"padding": False}
-    return processor.apply_chat_template(
-        messages, tokenize=False, processor_kwargs=quiet, **options
-    )
-
-
-def encode(processor: Any, messages: list[Message]) -> list[int]:
-    """The tokens of a conversation, those of images and audio included."""
-    wanted = processor_options(processor, [messages])
-    given = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, processor_kwargs=wanted
-    )
-    ids = given["input_ids"]
-    return list(ids[0]) if ids and isinstance(ids[0], list) else list(ids)
-
-
-def processor_options(processor: Any, chats: list[list[Message]]) -> dict[str, Any]:
-    """What the processor must be told of the images, videos and clips of conversations."""
-    kinds = {p["type"] for chat in chats for message in chat for p in message["content"]}
-    options: dict[str, Any] = {"padding": False}
-    if "video" in kinds:
-        # The reader has chosen the frames.
-        options["do_sample_frames"] = False
-    rate = sampling_rate(processor)
-    if "audio" in kinds and rate is not None:
-        options["sampling_rate"] = rate
-    return options
-
-
-def sampling_rate(processor: Any) -> int | None:
-    """Samples a second of the audio that a processor wants."""
-    return getattr(getattr(processor, "feature_extractor", None), "sampling_rate", None)
-
-
 def _marked(processor: Any, messages: list[Message]) -> list[Span]:
     """Characters that the template marks; none if it marks nothing."""
     template = getattr(processor, "chat_template", None)
@@ -111,7 +76,7 @@ def _marked(processor: Any, messages: list[Message]) -> list[Span]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _, marks = render_jinja_template(
-        conversations=[messages],
+        conversations=[as_wanted(processor, messages)],
         chat_template=template,
         return_assistant_tokens_mask=True,
         **processor.tokenizer.special_tokens_map,

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from mm_sparse.recipes.data import IGNORED, RATE, Sample
-from mm_sparse.recipes.finetuning.answer_tokens import (
-    find_answers,
-    processor_options,
-    sampling_rate,
-)
+from mm_sparse.recipes.finetuning.answer_tokens import find_answers
+from mm_sparse.recipes.finetuning.chat_templates import check_template, encode, sampling_rate
 from mm_sparse.recipes.finetuning.conversations import Message, messages_of, text_of
 
 logger = logging.getLogger(__name__)
@@ -50,11 +47,7 @@ class ChatCollator:
         Raises:
             ValueError: the processor has no chat template, or `max_length` is below 1.
         """
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(
-                f"processor must have a chat template, got {type(processor).__name__} without: "
-                "put chat_template.jinja into its folder"
-            )
+        check_template(processor)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.processor, self.max_length, self.prompts = processor, max_length, prompts
@@ -90,12 +83,8 @@ class ChatCollator:
         self, chats: list[list[Message]], side: str = "right", **options: Any
     ) -> dict[str, Any]:
         """What the processor makes of conversations."""
-        wanted = processor_options(self.processor, chats)
-        wanted |= {"padding": True, "padding_side": side, "return_tensors": "pt"}
-        made = self.processor.apply_chat_template(
-            chats, tokenize=True, return_dict=True, processor_kwargs=wanted, **options
-        )
-        return dict(made)
+        wanted = {"padding": True, "padding_side": side, "return_tensors": "pt"}
+        return encode(self.processor, chats, wanted, **options)
 
     def labels(self, chats: list[list[Message]], batch: dict[str, Any]) -> Tensor:
         """(B, L) int64 of a batch that is padded on the right."""

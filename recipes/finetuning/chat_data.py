@@ -43,7 +43,7 @@ class ChatData(L.LightningDataModule):
             batch_size: conversations of a step.
             workers: processes that prepare batches.
             shuffle: whether training draws conversations at random.
-            processor: arguments of `AutoProcessor.from_pretrained`, `max_pixels` for one.
+            processor: arguments of `AutoProcessor.from_pretrained`, those of the model.
         """
         super().__init__()
         for name, value, low in (("batch_size", batch_size, 1), ("workers", workers, 0)):

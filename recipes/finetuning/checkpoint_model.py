@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
+from mm_sparse.checkpoints import read_scorers, scorers_folder
 from mm_sparse.distillation import distillation_losses
 from mm_sparse.integrations import is_sparsified
 from mm_sparse.recipes.finetuning.adapters import add_adapters, merged_weights
@@ -52,6 +53,7 @@ class CheckpointModel(L.LightningModule):
         objectives: Objectives | None = None,
         lora: LoraConfig | None = None,
         freeze: tuple[str, ...] = (),
+        processor: dict[str, Any] | None = None,
         dtype: str = "auto",
         load_in_4bit: bool = False,
         checkpointing: bool = False,
@@ -72,6 +74,7 @@ class CheckpointModel(L.LightningModule):
                 alone learn from its dense attention.
             lora: adapters on the language model, all else frozen; None trains all of it.
             freeze: names of submodules that stay as they are, "model.vision_model" for one.
+            processor: arguments of `AutoProcessor.from_pretrained`, `max_pixels` for one.
             dtype: of the weights, "bfloat16" for one; "auto" takes that of the folder.
             load_in_4bit: hold the frozen weights in 4 bits, under adapters; needs bitsandbytes.
             checkpointing: compute layers again in the backward pass, to save memory.
@@ -105,7 +108,7 @@ class CheckpointModel(L.LightningModule):
         self.folder, self.lora, self.pack = folder, lora, pack
         self.max_new_tokens, self.out = max_new_tokens, out
         self.optimizer_part = optimizer or OptimizerConfig()
-        self.processor = load_processor(folder)
+        self.processor = load_processor(folder, **(processor or {}))
         model = load_model(folder, dtype=dtype, load_in_4bit=load_in_4bit, **(options or {}))
         if pack:
             check_packs(model)
@@ -311,6 +314,8 @@ def _sparsify(
     """Make a model sparse if it is asked for; its scorers, in float32."""
     if sparse is None and scorers_from is None:
         return nn.ModuleDict()
+    if sparse is None and scorers_from is not None and not strict:
+        sparse = read_scorers(scorers_folder(scorers_from)).config
     if sparse is not None:
         learned = None if scorer == "pooled" else scorer
         mms.sparsify(model, sparse, scorer=learned, strict=strict)

@@ -17,10 +17,11 @@ from mm_sparse.recipes.run.settings_cli import program
 
 
 class CheckpointCLI(RecipeCLI):
-    """The folder of the model is that of the data's processor."""
+    """The processor of the model is that of the data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.init_args.folder", "data.folder")
+        parser.link_arguments("model.init_args.processor", "data.processor")
         parser.set_defaults({"seed_everything": 0})
 
 

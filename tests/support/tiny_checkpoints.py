@@ -32,12 +32,16 @@ PADS = {
     ),
     "smolvlm": ("<image>", "<video>"),
     "qwen2_audio": ("", ""),
+    "granite_speech": ("", ""),
 }  # fmt: skip
 
 
 def chat_template(kind: str, *, marked: bool = False) -> str:
     """Of ChatML; `marked` puts answers between `{% generation %}` marks."""
     said = "<|im_end|>"
+    if kind == "granite_speech":
+        # It takes texts, and would print a list of parts.
+        return HEAD + "{{ m['content'] }}" + said + "\n" + TAIL
     if marked:
         answer = f"{{% generation %}}{BODY}{said}{{% endgeneration %}}"
         middle = f"{{% if m['role'] == 'assistant' %}}{answer}{{% else %}}{BODY}{said}{{% endif %}}"
@@ -77,7 +81,12 @@ def write_checkpoint(folder: Path, kind: str, *, marked: bool = False) -> str:
         **TEXT, "vocab_size": len(words), "max_position_embeddings": 2048, "bos_token_id": None,
         "pad_token_id": ids[SPECIAL[0]], "eos_token_id": ids[SPECIAL[2]], "initializer_range": 0.1,
     }  # fmt: skip
-    make = {"qwen2_5_vl": _qwen2_5_vl, "smolvlm": _smolvlm, "qwen2_audio": _qwen2_audio}[kind]
+    make = {
+        "qwen2_5_vl": _qwen2_5_vl,
+        "smolvlm": _smolvlm,
+        "qwen2_audio": _qwen2_audio,
+        "granite_speech": _granite_speech,
+    }[kind]
     model, processor = make(text, ids, words, chat_template(kind, marked=marked))
     model.generation_config.eos_token_id = ids[SPECIAL[2]]
     model.generation_config.pad_token_id = ids[SPECIAL[0]]
@@ -160,6 +169,33 @@ def _qwen2_audio(text: Any, ids: Any, words: Any, template: str) -> tuple[Any, A
     )  # fmt: skip
     ears = WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     return Qwen2AudioForConditionalGeneration(config), Qwen2AudioProcessor(ears, words, template)
+
+
+def _granite_speech(text: Any, ids: Any, words: Any, template: str) -> tuple[Any, Any]:
+    from transformers import (
+        GraniteSpeechConfig,
+        GraniteSpeechFeatureExtractor,
+        GraniteSpeechForConditionalGeneration,
+        GraniteSpeechProcessor,
+    )
+
+    config = GraniteSpeechConfig(
+        text_config={**text, "model_type": "granite"},
+        encoder_config={
+            "input_dim": 160, "num_layers": 2, "hidden_dim": 32, "num_heads": 2,
+            "context_size": 20, "max_pos_emb": 32, "output_dim": 8,
+        },
+        projector_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "encoder_hidden_size": 32,
+        },
+        audio_token_index=ids["<|AUDIO|>"],
+        has_lora_adapter=False,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    ears = GraniteSpeechFeatureExtractor()
+    processor = GraniteSpeechProcessor(ears, words, "<|AUDIO|>", template)
+    return GraniteSpeechForConditionalGeneration(config), processor
 
 
 def write_pictures(folder: Path, count: int = 6, words: int = 1) -> str:

@@ -99,6 +99,7 @@ def test_a_sample_without_answer_and_a_processor_without_template(
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         ChatCollator(processor, max_length=0)
     monkeypatch.setattr(processor, "chat_template", None)
+    monkeypatch.setattr(processor.tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="processor must have a chat template, got Qwen2_5_VLProc"):
         ChatCollator(processor)
 
@@ -128,3 +129,16 @@ def test_a_video_is_a_list_of_pictures(processor: Any, tmp_path: Path) -> None:
     assert batch["video_grid_thw"].tolist() == [[2, 6, 6]]
     assert len(batch["image_grid_thw"]) == 1
     assert learned(processor, turns) == [["red", ""]]
+
+
+def test_a_template_of_texts_gets_placeholders(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "granite_speech")
+    processor = load_processor(folder)
+    tones = [torch.sin(torch.arange(size) / 9.0) for size in (8000, 9000)]
+    chat = (
+        Turn((tones[0], "What?")), Turn(("red blue",), answer=True),
+        Turn((tones[1],)), Turn(("green",), answer=True),
+    )  # fmt: skip
+    assert learned(processor, chat, chat[:2]) == [["red blue", "green", ""], ["red blue", ""]]
+    with pytest.raises(ValueError, match="GraniteSpeechProcessor cannot take, got image"):
+        learned(processor, CHAT)

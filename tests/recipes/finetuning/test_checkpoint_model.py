@@ -181,16 +181,20 @@ def test_an_adapter_is_exported_for_peft(folder: str, pictures: Messages, tmp_pa
     torch.testing.assert_close(logits(again, batch), logits(module.model, batch))
 
 
-def test_a_speech_model_goes_all_the_way(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*counts as text")  # The queries of Granite's projector.
+@pytest.mark.parametrize("kind", ["qwen2_audio", "granite_speech"])
+def test_a_speech_model_goes_all_the_way(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    folder = write_checkpoint(tmp_path / "checkpoint", "qwen2_audio", marked=True)
+    folder = write_checkpoint(tmp_path / "checkpoint", kind, marked=True)
     tones = Manifest(write_tones(tmp_path))
     data = ChatData(folder, tones, validation=tones, batch_size=2)
     goals = Objectives(language=1.0, scorers=0.5)
-    module = CheckpointModel(folder, SPARSE, objectives=goals, pack=True, **FAST)
+    module = CheckpointModel(
+        folder, SPARSE, objectives=goals, pack=True, strict=kind == "qwen2_audio", **FAST
+    )
     trainer = train(module, data, 12)
     found = trainer.logged_metrics
-    assert found["validation/loss"] < 3
+    assert found["validation/loss"] < 4
     assert "validation/token_f1" in found
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     again = CheckpointModel.load_from_checkpoint(tmp_path / "end.ckpt")
@@ -200,6 +204,8 @@ def test_a_speech_model_goes_all_the_way(tmp_path: Path) -> None:
     assert [answer["wanted"] for batch in said for answer in batch] == ["low", "high"] * 2
     again.export(tmp_path / "exported")
     plain = AutoModelForMultimodalLM.from_pretrained(tmp_path / "exported")
+    if kind == "granite_speech":
+        mms.sparsify(plain, SPARSE, strict=False)
     mms.load_scorers(plain, tmp_path / "exported" / "scorers")
     batch = ChatCollator(AutoProcessor.from_pretrained(tmp_path / "exported"))([tones[0], tones[1]])
     torch.testing.assert_close(logits(plain, batch), logits(again.model, batch))
