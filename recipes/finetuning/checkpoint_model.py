@@ -6,6 +6,7 @@ A answers
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from mm_sparse.recipes.metrics import exact_match, token_f1
 from mm_sparse.recipes.models import RECIPE, LoraConfig, ScorerName, from_checkpoint
 from mm_sparse.recipes.training import Objectives, OptimizerConfig, optimize
 
+logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 """Of `ChatCollator`."""
 
@@ -106,6 +108,7 @@ class CheckpointModel(L.LightningModule):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         self.folder, self.lora, self.pack = folder, lora, pack
+        self._warned = False
         self.max_new_tokens, self.out = max_new_tokens, out
         self.optimizer_part = optimizer or OptimizerConfig()
         self.processor = load_processor(folder, **(processor or {}))
@@ -155,7 +158,7 @@ class CheckpointModel(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         goals, loss = self.objectives, torch.zeros((), device=self.device)
         if not batch:
-            return loss + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+            return self._nothing()
         config = mms.sparse_config(self.base) if len(self.scorers) else None
         changed = goals.changes(config, self.global_step)
         dense = changed.get("backend") == "dense"
@@ -183,9 +186,19 @@ class CheckpointModel(L.LightningModule):
             ):
                 self(batch)
             loss = loss + self._scorer_loss(learned.mean(), size)
-        return loss
+        return loss if loss.requires_grad else self._nothing()
+
+    def _nothing(self) -> Tensor:
+        """A loss of zero, for a step in which there is nothing to learn from."""
+        return torch.stack([0 * p.sum() for p in self.parameters() if p.requires_grad]).sum()
 
     def _scorer_loss(self, attention_kl: Tensor, size: int) -> Tensor:
+        if not attention_kl.requires_grad and not self._warned:
+            self._warned = True
+            logger.warning(
+                "no scorer learned in step %d: no layer ran sparse, set sparse.dense_below below "
+                "the tokens of a conversation", self.global_step,
+            )  # fmt: skip
         self.log("train/scorer_kl", attention_kl.detach(), prog_bar=True, batch_size=size)
         return self.objectives.scorers * attention_kl
 

@@ -165,6 +165,26 @@ def test_scorers_learn_alone_and_then_the_sparse_model(
     assert (tmp_path / "second" / "scorers").is_dir()
 
 
+def test_conversations_too_short_to_run_sparse_teach_nothing(
+    folder: str, pictures: Messages, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = mms.SparseConfig(dense_below=4096, bidirectional=())
+    module = CheckpointModel(folder, config, objectives=Objectives(0.0, 1.0), **FAST)
+    before = copies(module)
+    train(module, ChatData(folder, pictures), 2)
+    assert not moved(module, before)
+    assert caplog.text.count("no scorer learned in step 0") == 1
+
+
+def test_batches_of_conversations_that_are_too_long_teach_nothing(
+    folder: str, pictures: Messages
+) -> None:
+    module = CheckpointModel(folder, optimizer=OptimizerConfig(weight_decay=0.0))
+    before = copies(module)
+    train(module, ChatData(folder, pictures, validation=pictures, max_length=5), 2)
+    assert not moved(module, before)
+
+
 def test_an_adapter_is_exported_for_peft(folder: str, pictures: Messages, tmp_path: Path) -> None:
     from peft import PeftModel
 
