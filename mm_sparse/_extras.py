@@ -19,6 +19,7 @@ EXTRAS = {
         "sklearn",
         "matplotlib",
     ),
+    "quantize": ("bitsandbytes",),
 }
 """Packages that the extras of this one install, as they are imported."""
 

@@ -103,3 +103,32 @@ def test_the_quickstart_installs_no_tools_of_developers() -> None:
     script = (ROOT / "examples" / "quickstart.sh").read_text()
     assert "dev" not in script.split("pip install", 1)[1]
     assert "OMP_WAIT_POLICY" in script
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A tiny vision-language model of a folder, and conversations for it."""
+    from tests.support.tiny_checkpoints import write_checkpoint, write_pictures
+
+    folder = tmp_path_factory.mktemp("finetuning")
+    return write_checkpoint(folder / "model", "qwen2_5_vl"), write_pictures(folder)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_learns_on_under_lightning(checkpoint, tmp_path: Path) -> None:
+    done = run(*checkpoint, "--steps=2", f"--out={tmp_path}", example="finetune_vlm")
+    assert done.returncode == 0, done.stderr
+    assert "validation/token_f1" in done.stdout
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "model" / "scorers" / "scorers.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_learns_on_with_the_trainer(checkpoint, tmp_path: Path) -> None:
+    done = run(*checkpoint, "--steps=2", f"--out={tmp_path}", example="finetune_vlm_trainer")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint-2" / "scorers" / "scorers.json").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "adapter" / "scorers" / "scorers.json").is_file()
+    lines = (ROOT / "examples" / "finetune_vlm_trainer.py").read_text().splitlines()
+    assert len(lines) < 60

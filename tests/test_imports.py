@@ -46,6 +46,7 @@ ORDER = [
     ["recipes.metrics"],
     ["recipes.training"],
     ["recipes.models"],
+    ["recipes.finetuning"],
     ["recipes.run"],
     ["recipes.distillation"],
     ["recipes.evaluation"],

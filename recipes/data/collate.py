@@ -107,6 +107,8 @@ class Collator:
                 elif part.ndim == 1:
                     count = self.audio_tokens(part, sample.name)
                     out.add([self.tokenizer.audio_id] * count)
+                elif part.ndim == 4:
+                    raise ValueError(f"{sample.name}: content must hold no video, got one")
                 else:
                     h, w = self.grid(part, sample.name)
                     out.grids.append((h, w))

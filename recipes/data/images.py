@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,58 @@ def on_white(
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """(height, width, 3) uint8 -> (3, height, width) in [0, 1]."""
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def read_tensor(
+    source: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """An image file of any size, transparent parts white: (3, height, width) in [0, 1]."""
+    image = read_image(source, name, max_pixels=max_pixels)
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image)
+    return to_tensor(np.array(canvas))
+
+
+def read_video(
+    paths: Sequence[Path], frames: int, *, name: str = "", max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """A video file, or images of one size in order: (frames, 3, height, width) in [0, 1].
+
+    Of a longer one it is `frames` pictures, evenly spread. A file needs PyAV.
+
+    Raises:
+        MediaError: it cannot be read, or its pictures differ in size.
+    """
+    if len(paths) == 1 and not _is_image(paths[0]):
+        from transformers.video_utils import load_video
+
+        try:
+            file: Any = str(paths[0])
+            decoded, _ = load_video(file, sample_indices_fn=_spread(frames))
+        except ImportError:
+            raise
+        # A decoder raises whatever a damaged file leads it to.
+        except Exception as error:
+            raise MediaError(f"{name}: {paths[0]}: {error}") from error
+        return torch.from_numpy(np.asarray(decoded)).permute(0, 3, 1, 2).float() / 255
+    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(frames, len(paths))).astype(int)]
+    pictures = [read_tensor(p, name=f"{name}: {p}", max_pixels=max_pixels) for p in chosen]
+    sizes = {tuple(picture.shape) for picture in pictures}
+    if len(sizes) > 1:
+        raise MediaError(f"{name}: frames of a video must have one size, got {sorted(sizes)}")
+    return torch.stack(pictures)
+
+
+def _spread(frames: int) -> Any:
+    def indices(metadata: Any, **_: Any) -> np.ndarray:
+        total = metadata.total_num_frames
+        return np.linspace(0, total - 1, min(frames, total)).astype(int)
+
+    return indices
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in Image.registered_extensions()
 
 
 def _orientation(file: Any) -> Any:

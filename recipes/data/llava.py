@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_sparse.recipes.data.images import MAX_PIXELS, on_white, to_tensor
+from mm_sparse.recipes.data.images import MAX_PIXELS, on_white, read_tensor, to_tensor
 from mm_sparse.recipes.data.samples import MediaSamples, Sample, Turn
 
 TAG = "<image>"
@@ -35,15 +35,15 @@ class LlavaJson(MediaSamples):
         path: str,
         image_folder: str = ".",
         *,
-        image_size: int = 224,
+        image_size: int | None = 224,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        """Images are fitted into a white square of `image_size` pixels.
+        """Images are fitted into a white square of `image_size` pixels; None keeps their own size.
 
         `max_pixels` is that of `read_image`: an image with more counts as damaged.
         """
         super().__init__()
-        if image_size < 1:
+        if image_size is not None and image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.path, self.folder, self.image_size = Path(path), Path(image_folder), image_size
         self.max_pixels = max_pixels
@@ -130,10 +130,13 @@ class LlavaJson(MediaSamples):
                     content.append(self._image(index, next(images)))
                 if text:
                     content.append(text)
-            turns.append(Turn(tuple(content), SPEAKERS[turn["from"]]))
+            speaker = turn["from"]
+            turns.append(Turn(tuple(content), SPEAKERS[speaker], system=speaker == "system"))
         return Sample(tuple(turns), f"{self.path}: row {index}")
 
     def _image(self, index: int, path: Path) -> Tensor:
         name = f"{self.name(index)}: image {str(path)!r}"
         size = self.image_size
+        if size is None:
+            return read_tensor(path, name=name, max_pixels=self.max_pixels)
         return to_tensor(on_white(path, size, size, name=name, max_pixels=self.max_pixels))

@@ -25,11 +25,14 @@ class Turn:
     """What one side says: text, images and audio in reading order."""
 
     content: tuple[str | Tensor, ...]
-    """Text, images (3, height, width) in [0, 1], and audio (samples,) of 16 kHz in [-1, 1]."""
+    """Text, images (3, height, width) and videos (frames, 3, height, width) in [0, 1], and audio
+    (samples,) of 16 kHz in [-1, 1]."""
     answer: bool = False
     """Whether the model learns to say this turn."""
     asked: tuple[int, int, int, int] | None = None
     """Pixels (top, left, bottom, right) of the picture that the question is about, if known."""
+    system: bool = False
+    """Whether it instructs the model ahead of the conversation."""
 
     def __post_init__(self) -> None:
         for part in self.content:
@@ -40,19 +43,18 @@ class Turn:
                         f"got {part.dtype} {tuple(part.shape)}"
                     )
             elif isinstance(part, Tensor):
-                if part.ndim != 3 or part.shape[0] != 3 or not part.is_floating_point():
+                video, is_float = part.ndim == 4, part.is_floating_point()
+                if part.ndim not in (3, 4) or part.shape[-3] != 3 or not is_float:
+                    shape = "(frames, 3, height, width)" if video else "(3, height, width)"
                     raise ValueError(
-                        "content: an image must be a float tensor (3, height, width), "
-                        f"got {part.dtype} {tuple(part.shape)}"
+                        f"content: {'a video' if video else 'an image'} must be a float tensor "
+                        f"{shape}, got {part.dtype} {tuple(part.shape)}"
                     )
             elif not isinstance(part, str):
                 raise TypeError(f"content must be str or Tensor, got {type(part).__name__}")
         if self.answer and any(isinstance(part, Tensor) for part in self.content):
-            kind = next(
-                "audio" if p.ndim == 1 else "an image"
-                for p in self.content
-                if isinstance(p, Tensor)
-            )
+            kinds = {1: "audio", 3: "an image", 4: "a video"}
+            kind = next(kinds[p.ndim] for p in self.content if isinstance(p, Tensor))
             raise ValueError(f"content: an answer must be text, got {kind} in it")
 
 

@@ -1,19 +1,24 @@
-"""Speech in tar files, as WebDataset keeps it.
+"""Speech and images in tar files, as WebDataset keeps them.
 
 TarShards(["part-000.tar"])       key.wav, key.txt or key.json with "text"
+ImageShards(["part-000.tar"])     key.jpg, key.txt or key.json with "text"
 """
 
 import json
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mm_sparse.recipes.data.audio_files import MAX_SAMPLES, SUFFIXES, read_audio
-from mm_sparse.recipes.data.samples import MediaError
+from mm_sparse.recipes.data.images import MAX_PIXELS, read_tensor
+from mm_sparse.recipes.data.samples import MediaError, MediaSamples, Sample, Turn
 from mm_sparse.recipes.data.speech_manifests import QUESTION, Clip, Clips, need
 from mm_sparse.recipes.data.splits import Split
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class TarShards(Clips):
@@ -62,6 +67,72 @@ class TarShards(Clips):
         return read_audio(data, clip.name, max_samples=self.max_samples)
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image in a tar file, and what is said about it."""
+
+    path: Path
+    place: tuple[int, int]
+    question: str
+    text: str
+    name: str
+
+
+class ImageShards(MediaSamples):
+    """Tar files whose members KEY.jpg (jpeg, png, webp) and KEY.txt, or KEY.json, belong together.
+
+    Read in place: a first pass notes where members lie. The image stands before the question.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        *,
+        question: str = "Describe the image.",
+        answer: str = "text",
+        asked: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """
+        Args:
+            question: what is asked about each image.
+            answer: key of a JSON member that the model is to say, "caption" for one.
+            asked: key of a JSON member that is asked instead of `question`.
+            max_pixels: that of `read_image`; an image with more counts as damaged.
+        """
+        super().__init__()
+        self.max_pixels = max_pixels
+        self.pictures: list[Picture] = []
+        for path in paths:
+            for name, members in shard_members(path).items():
+                suffix = next((s for s in IMAGE_SUFFIXES if s[1:] in members), None)
+                if suffix is None:
+                    wanted = ", ".join(IMAGE_SUFFIXES)
+                    raise ValueError(f"{name}: must have an image among {wanted}")
+                if asked is not None and "json" not in members:
+                    raise ValueError(f"{name}: must have a json member with {asked!r}")
+                with Path(path).open("rb") as file:
+                    text = _text_of(file, name, members, answer)
+                    own = question if asked is None else _text_of(file, name, members, asked)
+                place = members[suffix[1:]]
+                self.pictures.append(Picture(Path(path), place, own, text, name))
+        if not self.pictures:
+            raise ValueError(f"paths must hold an image with a text, got none in {paths}")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def read(self, index: int) -> Sample:
+        picture = self.pictures[index]
+        try:
+            data = _slice(picture.path, picture.place)
+        except OSError as error:
+            raise MediaError(f"{picture.name}: {error}") from error
+        image = read_tensor(data, name=picture.name, max_pixels=self.max_pixels)
+        turns = (Turn((image, picture.question)), Turn((picture.text,), answer=True))
+        return Sample(turns, picture.name)
+
+
 def shard_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
     """By sample, the place (offset, bytes) of each member by its suffix."""
     members_by_key: dict[str, dict[str, tuple[int, int]]] = {}
@@ -87,7 +158,7 @@ def _slice(path: Path, place: tuple[int, int]) -> bytes:
 def _text_of(file: Any, name: str, members: dict[str, tuple[int, int]], answer: str) -> str:
     kind = "json" if "json" in members else "txt"
     if kind not in members:
-        raise ValueError(f"{name}: must have a txt or a json member beside the audio")
+        raise ValueError(f"{name}: must have a txt or a json member beside the file")
     file.seek(members[kind][0])
     try:
         text: Any = file.read(members[kind][1]).decode("utf-8")

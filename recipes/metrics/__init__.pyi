@@ -1,3 +1,4 @@
+from .answers import exact_match as exact_match, token_f1 as token_f1
 from .budgets import budgets_of as budgets_of
 from .density import densities as densities
 from .layers import kept_units as kept_units, layer_figures as layer_figures

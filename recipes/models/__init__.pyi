@@ -6,12 +6,14 @@ from .audio import (
     LogMel as LogMel,
 )
 from .exported import (
+    RECIPE as RECIPE,
     export_language as export_language,
     from_checkpoint as from_checkpoint,
     recipe_of as recipe_of,
 )
 from .language import LanguageConfig as LanguageConfig, LoraConfig as LoraConfig
 from .multimodal import MultimodalLM as MultimodalLM
+from .multimodal_base import ScorerName as ScorerName
 from .multimodal_training import (
     AnswerLogits as AnswerLogits,
     AnswerLoss as AnswerLoss,

@@ -49,7 +49,8 @@ def from_checkpoint(path: str | Path, recipe: dict[str, Any] | None = None) -> A
     parser: Any = ArgumentParser(exit_on_error=False)
     parser.add_argument("--tokenizer", type=Tokenizer)
     parser.add_subclass_arguments(L.LightningModule, "model")
-    parser.link_arguments("tokenizer", "model.init_args.tokenizer", apply_on="instantiate")
+    if recipe.get("tokenizer") is not None:
+        parser.link_arguments("tokenizer", "model.init_args.tokenizer", apply_on="instantiate")
     model = parser.instantiate_classes(parser.parse_object(_without_weights(recipe))).model
     model.read_weights(str(path))
     return model.eval()
@@ -62,7 +63,9 @@ def _without_weights(recipe: dict[str, Any]) -> dict[str, Any]:
     for name in ("vision", "audio"):
         if isinstance(arguments.get(name), dict):
             arguments[name] = {**arguments[name], "weights": None}
-    return {**recipe, "model": {**model, "init_args": {**arguments, "weights": None}}}
+    if "weights" in arguments:
+        arguments["weights"] = None
+    return {**recipe, "model": {**model, "init_args": arguments}}
 
 
 def export_language(language: Any, folder: str | Path, *, lora: Any = None) -> None:

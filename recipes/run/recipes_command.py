@@ -11,9 +11,12 @@ PROGRAMS = {
     "distill/smollm2": "mm_sparse.recipes.distillation.language",
     "distill/vit": "mm_sparse.recipes.distillation.towers",
     "distill/whisper": "mm_sparse.recipes.distillation.towers",
+    "finetune/qwen2_5_vl_7b": "mm_sparse.recipes.run.finetune_checkpoint",
+    "finetune/qwen2_audio": "mm_sparse.recipes.run.finetune_checkpoint",
     "finetune/smollm2": "mm_sparse.recipes.run.finetune_language",
+    "finetune/smolvlm": "mm_sparse.recipes.run.finetune_checkpoint",
 }
-"""Programs of recipes that are not multimodal models."""
+"""Programs of recipes that are no towers and language models put together."""
 
 
 def names() -> list[str]:

@@ -240,7 +240,11 @@ def test_messages_hold_audio_among_text(tmp_path):
         ([message("bot")], "row 0: message 0: 'role' must be system, user or assistant"),
         ([message("assistant")], "row 0: message 0: an answer must be text, got audio in it"),
         ([message(content=[])], r"row 0: message 0: 'content' must be a text or a list, got \[\]"),
-        ([message(content=[{"type": "video"}])], "message 0: a part must be text or audio"),
+        (
+            [message(content=[{"type": "video"}])],
+            "'path' must be a video file, got None",
+        ),
+        ([message(content=[{"type": "smell"}])], "a part must be text, image, audio or video"),
         (
             [message(content=[{"type": "audio", "path": "b.wav"}])],
             "must be an audio file, got 'b.w",

@@ -69,7 +69,10 @@ def test_a_recipe_says_its_command_and_what_it_needs_first(path):
         "distill/vit": "distillation.towers",
         "distill/whisper": "distillation.towers",
         "distill/smollm2": "distillation.language",
+        "finetune/qwen2_5_vl_7b": "run.finetune_checkpoint",
+        "finetune/qwen2_audio": "run.finetune_checkpoint",
         "finetune/smollm2": "run.finetune_language",
+        "finetune/smolvlm": "run.finetune_checkpoint",
     }.get(f"{path.parent.name}/{path.stem}", "run.lightning_cli")
     config = path.relative_to(ROOT).as_posix()
     assert lines[0] == f"# python -m mm_sparse.recipes.{program} fit --config {config}"

@@ -1,0 +1,5 @@
+"""Finetuning of checkpoints that transformers loads, on conversations with images and audio."""
+
+from mm_sparse._exports import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,0 +1,7 @@
+from .answer_tokens import find_answers as find_answers
+from .chat_collator import ChatCollator as ChatCollator
+from .chat_data import ChatData as ChatData
+from .checkpoint_folders import load_model as load_model, load_processor as load_processor
+from .checkpoint_model import CheckpointModel as CheckpointModel
+from .conversations import messages_of as messages_of
+from .packing import check_packs as check_packs, pack_rows as pack_rows
