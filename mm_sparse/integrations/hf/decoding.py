@@ -68,12 +68,11 @@ def prepare_steps(
     """After the prefill of a static cache: write down what steps in a graph need."""
     module = vars(layer.module)
     tokens = _tokens_in_view(mask, q, k, options)
-    last = q[:, :, -1:]
     may = tokens is not None and _is_static(layer, k)
-    if not may or not _may_step(layer, last, k, v, mask, options, tokens or 0):
+    if not may or not _may_step(layer, q, k, v, mask, options, tokens or 0):
         module.pop(NUMBER, None)
         return
-    decoding = _decoding(layer, last, k, mask, options, tokens or 0, again=True)
+    decoding = _decoding(layer, q, k, mask, options, tokens or 0, again=True)
     if decoding is None:
         module.pop(NUMBER, None)
         return
@@ -83,7 +82,7 @@ def prepare_steps(
     if geometry.leader is None or geometry.leader() is None:
         geometry.leader = weakref.ref(layer)
     scale = _scale(q, options.scale)
-    decoding.describe(autocast_inputs(last, k, v)[0], k, scale)
+    decoding.describe(*autocast_inputs(q[:, :, -1:], k), scale)
     layer.static_steps[k.data_ptr()] = decoding
     if module.get(NUMBER) != id(layer):
         _LAYERS[id(layer)] = layer

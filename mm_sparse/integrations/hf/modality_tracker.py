@@ -83,6 +83,17 @@ class RunningForward:
 NO_FORWARD = RunningForward()
 
 
+def is_compiled_step(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is a step of decoding in a graph, whose token is text."""
+    if not torch.compiler.is_compiling():
+        return False
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None and args:
+        tokens = args[0]
+    return isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] == 1
+
+
 class ModalityTracker:
     """Hooks on a model that know the modality of every position of the running forward."""
 
@@ -119,9 +130,13 @@ class ModalityTracker:
             )
         return handles
 
-    @uncompiled
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        if not is_compiled_step(args, kwargs):
+            self._before(module, args, kwargs)
+
+    @uncompiled
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         refuse_export()
         running = self.running
         if running.depth == 0 or module is self.root:
@@ -177,9 +192,13 @@ class ModalityTracker:
             _carry(cached, fresh, frames)
         return replace(running, modality=fresh, frames=frames, from_ids=ids is not None)
 
-    @uncompiled
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook: a cache that the model made itself carries the modality from here on."""
+        if not is_compiled_step(args, kwargs):
+            self._after(output)
+
+    @uncompiled
+    def _after(self, output: Any) -> None:
         running = self.running
         if running.depth > 1:
             assign(self, replace(running, depth=running.depth - 1))
