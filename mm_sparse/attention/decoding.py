@@ -72,6 +72,8 @@ class DecodingGeometry:
         """M of the step that is written down; 0 before the first, or where a graph wrote it."""
         self.low = 0
         """First key that its query sees."""
+        self.sequence: Any = None
+        """A weak reference to what the sequence is known by."""
         self.leader: Any = None
         """A weak reference to whoever writes down the steps that the host does not see."""
 
@@ -154,7 +156,10 @@ class DecodingGeometry:
         if config not in self._budgets:
             whole = self._whole.sharing(config=config)
             heads = len(config.head_ratio) or 1
-            budget = self._visible_tokens.new_zeros(len(self.place), heads, 1)
+            # Written to in every mode of autograd.
+            with torch.inference_mode(False):
+                shape = (len(self.place), heads, 1)
+                budget = torch.zeros(shape, dtype=torch.int64, device=self.place.device)
             # Rounding of a shorter sequence may go the other way; another one may be cut finer.
             width = min(whole.max_kept + whole.max_kept // 8 + 8, self._table.shape[1])
             self._budgets[config], self._widths[config] = budget, width

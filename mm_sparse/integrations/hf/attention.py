@@ -10,7 +10,6 @@ from copy import copy
 from functools import cache
 from importlib import import_module
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +64,8 @@ class HFLayer(SparseLayer):
         """The attention implementation that the layer had before."""
         self.packed = item.packed
         """Whether its calls are of rows of many images, windows or clips."""
-        self.static_steps: WeakValueDictionary[int, LayerDecoding] = WeakValueDictionary()
-        """What steps in a graph keep, by the address of the keys of a static cache."""
-        self.recorded: dict[int, LayerDecoding] = {}
-        """Those of them that a graph may have recorded, by id: they must not go away."""
+        self.recorded: dict[Any, LayerDecoding] = {}
+        """What steps in a graph read, by address and shape of the keys of a static cache."""
         self._unserved: Any = None
         """Config, None without one, and hook of a module that keeps its own attention."""
 

@@ -10,12 +10,12 @@ D head dim
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from mm_sparse._checks import autocast_inputs
 from mm_sparse.attention import (
@@ -24,7 +24,6 @@ from mm_sparse.attention import (
     capacity_for,
     decodes_in_place,
 )
-from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.last_call import LastCall, thinned
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 KEPT_ENTRIES = 1 << 16
 NUMBER = "_mm_sparse_step"
 """Attribute of a module: the number of its layer where steps in a graph are sparse."""
+_NUMBERS = count()
 _LAYERS: weakref.WeakValueDictionary[int, HFLayer] = weakref.WeakValueDictionary()
 
 
@@ -67,26 +67,32 @@ def prepare_steps(
 ) -> None:
     """After the prefill of a static cache: write down what steps in a graph need."""
     module = vars(layer.module)
+    if not _is_static(layer, k):
+        return
     tokens = _tokens_in_view(mask, q, k, options)
-    may = tokens is not None and _is_static(layer, k)
-    if not may or not _may_step(layer, q, k, v, mask, options, tokens or 0):
+    place = k.data_ptr(), tuple(k.shape)
+    recorded = layer.recorded.get(place)
+    # A graph that was recorded for these keys goes by what is written down, whatever the length.
+    least = None if recorded is None else 0
+    if tokens is None or not _may_step(layer, q, k, v, mask, options, tokens, least):
+        layer.recorded.pop(place, None)
         module.pop(NUMBER, None)
         return
-    decoding = _decoding(layer, q, k, mask, options, tokens or 0, again=True)
+    decoding = _decoding(layer, q, k, mask, options, tokens, recorded)
     if decoding is None:
-        module.pop(NUMBER, None)
         return
     geometry = decoding.geometry
     if geometry.tokens != tokens:
-        geometry.advance(tokens or 0)
+        geometry.advance(tokens)
     if geometry.leader is None or geometry.leader() is None:
         geometry.leader = weakref.ref(layer)
-    scale = _scale(q, options.scale)
-    decoding.describe(*autocast_inputs(q[:, :, -1:], k), scale)
-    layer.static_steps[k.data_ptr()] = decoding
-    if module.get(NUMBER) != id(layer):
-        _LAYERS[id(layer)] = layer
-        module[NUMBER] = id(layer)
+    newest, k, _ = autocast_inputs(q[:, :, -1:], k, v)
+    decoding.describe(newest, k, _scale(q, options.scale))
+    if decoding is not recorded or NUMBER not in module:
+        layer.recorded[place] = decoding
+        # Another number makes whoever compiled a step compile, and record, anew.
+        number = module[NUMBER] = next(_NUMBERS)
+        _LAYERS[number] = layer
 
 
 def traced_step(
@@ -111,12 +117,14 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, number: int, scal
         number: of the layer, whose prefill came before.
     """
     layer = _LAYERS.get(number)
-    decoding = None if layer is None else layer.static_steps.get(k.data_ptr())
-    if layer is None or decoding is None:
-        raise ValueError(
-            "a compiled step must come after a prefill of the same static cache that was not "
-            "compiled, got keys that no prefill has written"
-        )
+    if layer is None:
+        raise ValueError(f"number must be that of a layer of a sparsified model, got {number}")
+    decoding = layer.recorded.get((k.data_ptr(), tuple(k.shape)))
+    if decoding is None:
+        # Keys of a cache whose prefill ran dense, or was compiled.
+        gqa = q.shape[1] != k.shape[1]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        return out.transpose(1, 2).contiguous()
     geometry = decoding.geometry
     if geometry.leader is not None and geometry.leader() is layer:
         position = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
@@ -124,8 +132,6 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, number: int, scal
     out, _ = _attend(decoding, q, k, v, scale)
     # What this step computed lies in memory of the graph.
     geometry.forget_step()
-    # A recorded graph reads the tables where they are.
-    layer.recorded[id(decoding)] = decoding
     return out.contiguous()
 
 
@@ -151,9 +157,13 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 def _may_step(
     layer: HFLayer, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions,
-    tokens: int,
+    tokens: int, least: int | None = None,
 ) -> bool:  # fmt: skip
-    """Whether a step of the layer with so many tokens is sparse and needs no plan of its own."""
+    """Whether a step of the layer with so many tokens is sparse and needs no plan of its own.
+
+    Args:
+        least: tokens from which steps are sparse, if not those of the config.
+    """
     settings = layer.shared.settings
     if settings.watchers or settings.attention_override or torch.is_grad_enabled():
         return False
@@ -161,7 +171,10 @@ def _may_step(
         return False
     if decodes_in_place(settings.config, layer.ranks) is not None:
         return False
-    if layer.early_mode(tokens, q.device, settings.config, steps=True)[0] != "sparse":
+    mode = layer.known_mode(settings.config)
+    if least is None and mode[0] == "sparse":
+        mode = layer.early_mode(tokens, q.device, settings.config, steps=True)
+    if mode[0] != "sparse":
         return False
     return layer.problem(q, k, v, mask, options) is None
 
@@ -187,17 +200,23 @@ def _is_static(layer: HFLayer, k: Tensor) -> bool:
 
 def _decoding(
     layer: HFLayer, q: Tensor, k: Tensor, mask: Any, options: AttentionOptions, tokens: int,
-    again: bool = False,
+    recorded: LayerDecoding | None = None,
 ) -> LayerDecoding | None:  # fmt: skip
-    """What the layer keeps of the keys; None where the cache does not hold them."""
+    """What the layer keeps of the keys; None where the cache does not hold them.
+
+    Args:
+        recorded: what a graph reads, to be written to if it has room.
+    """
     config = layer.shared.layer_config(layer.index, layer.name, 0, layer.shared.config)
     group = q.shape[1] // k.shape[1]
     blocks = (config.tile, config.unit, config.sinks, config.window, config.query_pools)
 
     def layout() -> TokenLayout:
         whole = layer.source.layout_of_call(layer.module, q, k, mask, options).layout
-        parts = (whole.modality, whole.segment, whole.document)
-        return TokenLayout(*(x[:, :tokens] for x in parts))
+        first = slice(0, tokens)
+        return TokenLayout(
+            whole.modality[:, first], whole.segment[:, first], whole.document[:, first]
+        )
 
     def new() -> DecodingGeometry:
         room = k.shape[2] if _is_static(layer, k) else max(k.shape[2], capacity_for(tokens))
@@ -206,17 +225,8 @@ def _decoding(
             return DecodingGeometry(layout(), config, group, room)
 
     key = (blocks, config.floors and tuple(config.floors().items()), group, q.device)
-    wanted = _Wanted(key, tokens, config, layer.ranks, layout, new, again)
+    wanted = kv_cache.Wanted(
+        key, tokens, config, layer.ranks, mask.recipe, layout, new, q.shape[2] > 1, recorded
+    )
     cache = layer.source.tracker.running.cache
     return kv_cache.decoding_for(cache, layer.index, k, wanted)
-
-
-class _Wanted:
-    """What a layer asks of a cache."""
-
-    def __init__(
-        self, key: Any, tokens: int, config: SparseConfig, scorer: Any,
-        layout: Callable[[], TokenLayout], new: Callable[[], DecodingGeometry], again: bool,
-    ) -> None:  # fmt: skip
-        self.key, self.tokens, self.config, self.scorer = key, tokens, config, scorer
-        self.layout, self.new, self.again = layout, new, again

@@ -8,12 +8,16 @@ very tensor that the step before has left, what was described is still true of i
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mm_sparse.attention import DecodingGeometry, LayerDecoding
+from mm_sparse.config import SparseConfig
+from mm_sparse.layout import TokenLayout
 from mm_sparse.scorers import DescriptorCache, Scorer
 
 HELD = "_mm_sparse_descriptors"
@@ -78,6 +82,29 @@ def descriptors_for(
 GEOMETRIES = "_mm_sparse_geometries"
 
 
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a layer asks of a cache."""
+
+    key: Any
+    """Layers with the same share a geometry."""
+    tokens: int
+    """M, the newest of them included."""
+    config: SparseConfig
+    """The layer's own."""
+    scorer: Scorer
+    recipe: Any
+    """Of the mask of the running forward."""
+    layout: Callable[[], TokenLayout]
+    """Of the M tokens."""
+    new: Callable[[], DecodingGeometry]
+    """A geometry for this sequence."""
+    again: bool
+    """Whether this is a prefill: the sequence may be another one."""
+    recorded: LayerDecoding | None = None
+    """What a graph reads, to be written to if it has room."""
+
+
 def cache_layer(cached: Any, index: int | None) -> Any:
     """The layer of a cache with a number; None if it has none."""
     layers = getattr(cached, "layers", ())
@@ -90,8 +117,7 @@ def decoding_for(cached: Any, index: int | None, keys: Tensor, wanted: Any) -> L
     Args:
         cached: the KV cache of the model.
         keys: of the layer's call.
-        wanted: `key` of a geometry that layers share, `layout` and `new` that make one for
-            `tokens`, `config` and `scorer` of the layer, and `again` for another sequence.
+        wanted: see `Wanted`.
     """
     layer = cache_layer(cached, index)
     if layer is None or getattr(layer, "keys", None) is not keys or torch.is_grad_enabled():
@@ -101,28 +127,37 @@ def decoding_for(cached: Any, index: int | None, keys: Tensor, wanted: Any) -> L
         held = LayerDescriptors()
         setattr(layer, HELD, held)
     intact = held.intact and held.scorer == known and not wanted.again
-    decoding = held.decoding
+    decoding = wanted.recorded or held.decoding
     if decoding is None or decoding.config != wanted.config or decoding.scorer is not wanted.scorer:
         decoding = None
     if decoding is None or not intact or not _goes_on(decoding.geometry, wanted.tokens):
-        geometry = _geometry(cached, wanted, intact)
+        geometry = _geometry(cached, wanted, intact, decoding)
         if decoding is None or decoding.geometry is not geometry:
-            decoding = held.decoding = LayerDecoding(geometry, wanted.config, wanted.scorer)
+            decoding = LayerDecoding(geometry, wanted.config, wanted.scorer)
         decoding.descriptors.stale = True
+    held.decoding = decoding
     held.remember(keys, known)
     return decoding
 
 
-def _geometry(cached: Any, wanted: Any, intact: bool) -> DecodingGeometry:
+def _geometry(
+    cached: Any, wanted: Wanted, intact: bool, decoding: LayerDecoding | None
+) -> DecodingGeometry:
     """That of the layers that were asked before in this forward, or written down anew."""
     shared: dict[Any, DecodingGeometry] = vars(cached).setdefault(GEOMETRIES, {})
+    if decoding is not None and wanted.recorded is decoding:
+        # Another cache may lie where a graph expects the one before.
+        shared.setdefault(wanted.key, decoding.geometry)
     geometry = shared.get(wanted.key)
-    if geometry is not None and geometry.tokens == wanted.tokens:
+    # Layers of one forward share its mask.
+    known = None if geometry is None or geometry.sequence is None else geometry.sequence()
+    if geometry is not None and known is wanted.recipe and not geometry.full(wanted.tokens):
         return geometry
     if geometry is not None and intact and _goes_on(geometry, wanted.tokens):
         return geometry
     if geometry is None or not geometry.begin(wanted.layout()):
         geometry = shared[wanted.key] = wanted.new()
+    geometry.sequence = weakref.ref(wanted.recipe)
     return geometry
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mm_sparse.integrations.forward_context import (
     ForwardMemory,
@@ -81,6 +82,10 @@ class RunningForward:
 
 
 NO_FORWARD = RunningForward()
+
+
+def _is_static(cached: Any) -> bool:
+    return bool(getattr(cached, "is_compileable", False))
 
 
 def is_compiled_step(args: Any, kwargs: dict[str, Any]) -> bool:
@@ -238,6 +243,9 @@ class ModalityTracker:
         before = getattr(cached, CARRIED, None)
         if given is not None and given.shape[1] >= past:
             before = given
+        if before is not None and before.shape[1] < past and _is_static(cached):
+            # Tokens that compiled steps have written, which are text.
+            before = pad(before, (0, past - before.shape[1]), value=int(Modality.TEXT))
         if before is None or before.shape[1] < past:
             raise ValueError(
                 f"past_key_values must come from a call of the sparsified {self.name}, or the "

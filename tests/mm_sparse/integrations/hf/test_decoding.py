@@ -1,0 +1,317 @@
+"""Steps of decoding: in place, and inside a compiled graph."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mm_sparse as mms
+from mm_sparse.integrations.hf import attention, decoding
+from tests.support.hf_models import build, long_ids
+
+pytest.importorskip("transformers")
+
+CONFIG = mms.SparseConfig(ratio=0.3, dense_below=0, sinks=16, window=16)
+BUDGETS = {"model.layers.0.self_attn": (0.2, 0.5), "model.layers.1.self_attn": 0.4}
+CONFIGS = {
+    "ratio": CONFIG,
+    "heads": mms.SparseConfig(ratio=0.3, dense_below=0, window=0, layer_ratio=BUDGETS),
+    "tokens": mms.SparseConfig(tokens=64, dense_below=0, sinks=0, unit=32),
+    "floors": mms.SparseConfig(ratio=0.3, dense_below=0, modality_floor=0.1),
+}
+
+
+def llama(config: mms.SparseConfig, scorer: str | None = None) -> Any:
+    torch.manual_seed(0)
+    model = mms.sparsify(build("llama").model, config, scorer=scorer)
+    for own in mms.scorers_of(model).values():
+        for parameter in own.parameters() if scorer else ():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@contextmanager
+def with_plans_of_their_own() -> Iterator[None]:
+    """Steps make layouts and plans as any other call does."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(attention, "run_step", lambda *_: None)
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+@contextmanager
+def counted_steps() -> Iterator[list[int]]:
+    found: list[int] = []
+    patch = pytest.MonkeyPatch()
+    run_step = decoding.run_step
+
+    def counted(*args: Any) -> Any:
+        out = run_step(*args)
+        found.append(int(out is not None))
+        return out
+
+    patch.setattr(attention, "run_step", counted)
+    try:
+        yield found
+    finally:
+        patch.undo()
+
+
+def masks(rows: int, tokens: int, padding: str) -> Tensor:
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    if padding == "left":
+        mask[0, :7] = 0
+    if padding == "hole":
+        mask[0, 20:29] = 0
+    return mask
+
+
+def steps(model: Any, ids: Tensor, mask: Tensor, first: int, cache: Any = None) -> list[Tensor]:
+    out = model(ids[:, :first], attention_mask=mask[:, :first], past_key_values=cache)
+    cache, logits = out.past_key_values, [out.logits[:, -1]]
+    for t in range(first, ids.shape[1]):
+        out = model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
+        logits.append(out.logits[:, -1])
+    return logits
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "hole"])
+@pytest.mark.parametrize("scorer", [None, "fine", "relevance"])
+@pytest.mark.parametrize("config", CONFIGS)
+@torch.no_grad()
+def test_steps_equal_those_with_plans_of_their_own(
+    config: str, scorer: str | None, padding: str
+) -> None:
+    model, ids = llama(CONFIGS[config], scorer), long_ids(140)
+    mask = masks(2, 140, padding)
+    with with_plans_of_their_own():
+        want = steps(model, ids, mask, 90)
+    with counted_steps() as counts:
+        found = steps(model, ids, mask, 90)
+    assert counts == [1] * 100
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_that_grows_beyond_its_room_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "capacity_for", lambda tokens: tokens + 10)
+    model, ids = llama(CONFIG), long_ids(140)[:1]
+    mask = masks(1, 140, "none")
+    found = steps(model, ids, mask, 90)
+    with with_plans_of_their_own():
+        want = steps(model, ids, mask, 90)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "written"])
+@torch.no_grad()
+def test_a_cache_that_others_changed_is_described_anew(change: str) -> None:
+    model, ids = llama(CONFIG, "fine"), long_ids(140)
+
+    def run() -> Tensor:
+        cache = model(ids[:, :100]).past_key_values
+        for t in range(100, 110):
+            model(ids[:, t : t + 1], past_key_values=cache)
+        rows = torch.tensor([1, 0])
+        if change == "crop":
+            cache.crop(95)
+        elif change == "reorder":
+            cache.reorder_cache(rows)
+        elif change == "repeat":
+            cache.batch_repeat_interleave(2)
+            rows = torch.tensor([0, 0, 1, 1])
+        elif change == "select":
+            cache.batch_select_indices(rows)
+        else:
+            cache.layers[1].keys.mul_(-1)
+        rows = rows if change in ("reorder", "repeat", "select") else torch.arange(2)
+        logits = []
+        for t in range(110, 116):
+            out = model(ids[rows, t : t + 1], past_key_values=cache)
+            logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    found = run()
+    with with_plans_of_their_own():
+        want = run()
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_is_continued_several_times() -> None:
+    from copy import deepcopy
+
+    model, ids = llama(CONFIG, "fine"), long_ids(140)[:1]
+
+    def run() -> Tensor:
+        prefix = model(ids[:, :100]).past_key_values
+        logits = []
+        for start in (100, 120):
+            cache = deepcopy(prefix)
+            for t in range(start, start + 12):
+                out = model(ids[:, t : t + 1], past_key_values=cache)
+                logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    found = run()
+    with with_plans_of_their_own():
+        want = run()
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_modes_of_autograd_may_change_between_steps() -> None:
+    model, ids = llama(CONFIG, "fine"), long_ids(130)[:1]
+    with torch.inference_mode():
+        cache = model(ids[:, :100]).past_key_values
+        model(ids[:, 100:101], past_key_values=cache)
+    out = model(ids[:, 101:102], past_key_values=cache)
+    with with_plans_of_their_own():
+        cache = model(ids[:, :100]).past_key_values
+        model(ids[:, 100:101], past_key_values=cache)
+        want = model(ids[:, 101:102], past_key_values=cache)
+    torch.testing.assert_close(out.logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_reads_no_more_masks_or_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step does is of the same size at every length."""
+    from mm_sparse.layout import TokenLayout
+
+    model, ids = llama(CONFIG), long_ids(140)[:1]
+    cache = model(ids[:, :100]).past_key_values
+    model(ids[:, 100:101], past_key_values=cache)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a step made a plan")
+
+    monkeypatch.setattr(TokenLayout, "new_plan", refused)
+    for t in range(101, 140):
+        model(ids[:, t : t + 1], past_key_values=cache)
+
+
+def static_cache(model: Any, room: int = 256) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=room)
+
+
+def static_steps(
+    model: Any, ids: Tensor, mask: Tensor, first: int, cache: Any, compiled: bool
+) -> list[Tensor]:
+    """Prefill and steps on a static cache."""
+    cache.reset()
+    out = model(ids[:, :first], attention_mask=mask[:, :first], past_key_values=cache)
+    logits = [out.logits[:, -1]]
+    step = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    for t in range(first, ids.shape[1]):
+        whole = torch.zeros(len(ids), 256, dtype=torch.long)
+        whole[:, : t + 1] = mask[:, : t + 1]
+        out = step(ids[:, t : t + 1], attention_mask=whole, past_key_values=cache)
+        logits.append(out.logits[:, -1].clone())
+    return logits
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("scorer", [None, "fine"])
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_compiled_steps_equal_eager_ones(scorer: str | None, padding: str) -> None:
+    model, ids, mask = llama(CONFIG, scorer), long_ids(130), masks(2, 130, padding)
+    cache = static_cache(model)
+    for first in (100, 90):  # Another sequence in the same cache.
+        found = static_steps(model, ids, mask, first, cache, compiled=True)
+        want = steps(model, ids, mask, first)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert any(decoding.NUMBER in vars(m) for m in model.modules())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_another_cache_and_a_short_prompt_are_not_answered_from_what_was_before() -> None:
+    config = mms.SparseConfig(ratio=0.3, dense_below=80, sinks=16, window=16)
+    model, ids = llama(config), long_ids(130)[:1]
+    mask = masks(1, 130, "none")
+    one, other = static_cache(model), static_cache(model)
+    for cache, first in ((one, 100), (other, 110), (one, 105), (other, 20), (one, 30)):
+        found = static_steps(model, ids[:, : first + 10], mask, first, cache, compiled=True)
+        if first >= 80:
+            want = steps(model, ids[:, : first + 10], mask, first)
+        else:
+            # What a graph has recorded for a cache stays sparse.
+            with mms.override_config(model, dense_below=0):
+                want = steps(model, ids[:, : first + 10], mask, first)
+            want[0] = found[0]
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_steps_compile_as_often_as_those_of_the_stock_model() -> None:
+    from torch._dynamo.utils import counters
+
+    ids, mask = long_ids(130)[:1], masks(1, 130, "none")
+    graphs = []
+    for sparse in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        model = llama(CONFIG) if sparse else build("llama").model
+        static_steps(model, ids, mask, 100, static_cache(model), compiled=True)
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"]
+    assert graphs[1] <= graphs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_generate_takes_a_static_cache() -> None:
+    model, ids = llama(CONFIG), long_ids(120)[:1]
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    want = model.generate(ids, **options)
+    assert model.generate(ids, cache_implementation="static", **options).equal(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unit", [16, 64])
+@torch.no_grad()
+def test_gpu_steps_in_a_graph_equal_eager_ones(unit: int) -> None:
+    from mm_sparse.cuda_graph import capture
+
+    torch.compiler.reset()
+    config = mms.SparseConfig(ratio=0.3, dense_below=0, unit=unit)
+    model = mms.sparsify(build("llama").model.cuda(), config)
+    ids = long_ids(240)[:1].cuda()
+    want = steps(model, ids, torch.ones_like(ids), 200)
+    cache = static_cache(model)
+    model(ids[:, :200], past_key_values=cache)
+    token = ids[:, 200:201].clone()
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    # Capturing runs the step three times: they are steps of the sequence.
+    fed = iter(range(200, 203))
+
+    def run() -> Tensor:
+        if not torch.cuda.is_current_stream_capturing():
+            token.copy_(ids[:, (t := next(fed)) : t + 1])
+        return step(token, past_key_values=cache).logits
+
+    replay = capture(run)
+    for t in range(203, 240):
+        token.copy_(ids[:, t : t + 1])
+        torch.testing.assert_close(replay()[:, -1], want[t - 199], atol=2e-3, rtol=2e-3)
