@@ -1,7 +1,7 @@
 from .baselines import Shape as Shape
 from .estimate import (
     Estimate as Estimate,
-    estimate as estimate,
+    estimate_model as estimate_model,
     estimate_table as estimate_table,
 )
 from .model_bench import (

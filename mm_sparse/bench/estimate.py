@@ -63,7 +63,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(
+def estimate_model(
     config: Any,
     tokens: int,
     *,
@@ -87,7 +87,7 @@ def estimate(
 
     Example:
         >>> config = transformers.AutoConfig.from_pretrained("path/to/a/model")
-        >>> print(estimate_table(estimate(config, 131072, images=32)))
+        >>> print(estimate_table(estimate_model(config, 131072, images=32)))
     """
     if tokens < 1 or images < 0:
         raise ValueError(f"tokens must be from 1 and images from 0, got {tokens} and {images}")

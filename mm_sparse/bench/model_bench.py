@@ -3,7 +3,8 @@
 Dense forms are the ones that a user has: the model as it is with SDPA (`stock`), the same with one
 call of `varlen_attn` for all images of a tower (`varlen`), and `flash` where torch is told to use
 FlashAttention-2. Scoring and selection are inside the time of sparse forms. Any form can have its
-blocks compiled one by one: "varlen+compile", "sparse-64-0.2+compile".
+blocks compiled one by one ("varlen+compile", "sparse-64-0.2+compile"), and in decoding a static
+cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph").
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from torch import Tensor, nn
 from mm_sparse.bench.model_shapes import ModelShape
 from mm_sparse.bench.results import reason
 from mm_sparse.config import SparseConfig
+from mm_sparse.cuda_graph import capture
 from mm_sparse.integrations import densify, sparsify
 
 VARLEN = "varlen_flash"
 DENSE_FORMS = ("stock", "varlen", "flash")
+WORKS = ("prefill", "train", "decode")
+# Steps of decoding that are timed.
+STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ModelTiming:
 
     model: str
     work: str
-    """"prefill" or "train"."""
+    """Of `WORKS`."""
     parts: int
     """Images, clips or tokens of the input."""
     tokens: int
@@ -51,7 +56,7 @@ def run_models(
     parts: Sequence[int],
     forms: Sequence[str],
     *,
-    train: bool = False,
+    work: str = "prefill",
     small: bool = False,
     device: str = "cuda",
     repeats: int = 3,
@@ -63,8 +68,9 @@ def run_models(
         shape: which model.
         parts: how many images, clips or tokens.
         forms: of `DENSE_FORMS`, or "sparse" with unit and ratio, as in "sparse-64-0.2"; behind
-            each "+compile".
-        train: a LoRA step with gradient checkpointing in place of a prefill.
+            each "+compile" or, in decoding, "+graph".
+        work: "prefill" (time to the first token), "train" (a LoRA step with gradient checkpointing)
+            or "decode" (seconds of a token behind so many parts).
         small: a model that two CPU cores can run.
         repeats: runs behind the first, of which the median counts.
         show: is given each result as it comes.
@@ -77,15 +83,19 @@ def run_models(
             model = shape.build(small).eval()
     finally:
         torch.set_default_dtype(before)
-    step = _train_step(model) if train else _prefill
+    if work not in WORKS:
+        raise ValueError(f"work must be one of {WORKS}, got {work!r}")
+    step = _train_step(model) if work == "train" else _prefill
     results: list[ModelTiming] = []
     for count in parts:
         inputs = shape.inputs(model, count)
         tokens = inputs["input_ids"].shape[1]
         for form in forms:
-            work = "train" if train else "prefill"
             try:
-                found = _measure(model, shape, inputs, form, step, repeats, device)
+                if work == "decode":
+                    found = _measure_decoding(model, inputs, form, device)
+                else:
+                    found = _measure(model, shape, inputs, form, step, repeats, device)
             except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
                 found = {"seconds": None, "note": reason(error)[:120]}
             result = ModelTiming(shape.name, work, count, tokens, form, **found)
@@ -123,6 +133,51 @@ def _measure(
         "tower_seconds": round(within, 4) if shape.tower else None,
         "peak_gib": None if peak is None else round(peak, 2),
     }
+
+
+def _measure_decoding(model: Any, inputs: dict[str, Any], form: str, device: str) -> dict[str, Any]:
+    """Seconds of a token, after a prefill in the same form."""
+    cuda, (form, _, graph) = device == "cuda", form.partition("+")
+    tokens = inputs["input_ids"].shape[1]
+    one = inputs["input_ids"][:, -1:].clone()
+    with _in_form(model, form), torch.no_grad():
+        if not graph:
+            cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+            def run() -> None:
+                model(one, past_key_values=cache)
+        else:
+            run = _step_in_graph(model, inputs, tokens, one, graph)
+        for _ in range(3):
+            run()
+        _wait(cuda)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            run()
+        _wait(cuda)
+        seconds = (time.perf_counter() - start) / STEPS
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    return {
+        "seconds": round(seconds, 6),
+        "peak_gib": None if peak is None else round(peak, 2),
+    }
+
+
+def _step_in_graph(
+    model: Any, inputs: dict[str, Any], tokens: int, one: Tensor, how: str
+) -> Callable[[], Any]:
+    """A step on a static cache as one CUDA graph."""
+    from transformers import StaticCache
+
+    if how != "graph":
+        raise ValueError(f'a form of decoding must end with "+graph" or nothing, got "+{how}"')
+    cache = StaticCache(config=model.config, max_cache_len=tokens + 2 * STEPS)
+    model(**inputs, past_key_values=cache, logits_to_keep=1)
+    torch.compiler.reset()
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    return capture(lambda: step(one, past_key_values=cache))
 
 
 @contextmanager
@@ -270,7 +325,7 @@ def model_table(results: Sequence[ModelTiming]) -> str:
             f"{x.form} {x.seconds / r.seconds:.2f}x" for x in results
             if _is_dense_form_beside(x, r) and x.seconds and r.seconds
         )  # fmt: skip
-        took = f"{r.seconds:8.3f}" if r.seconds else "       -"
+        took = f"{r.seconds:8.4f}" if r.seconds else "       -"
         tower = f"{r.tower_seconds:6.3f}" if r.tower_seconds else "     -"
         peak = f"{r.peak_gib:6.1f}" if r.peak_gib else "     -"
         lines.append(

@@ -14,7 +14,9 @@ from mm_sparse.cli.arguments import head_counts, png_path, positive, seconds, sh
 
 MODELS = "qwen2.5-vl-7b, qwen3-vl-8b, qwen2-audio-7b, llama-3-8b"
 PARTS = "images, clips or tokens of an input"
-FORMS = 'stock, varlen, flash, or as "sparse-64-0.2" (unit, ratio); behind each "+compile"'
+FORMS = (
+    'stock, varlen, flash, or as "sparse-64-0.2" (unit, ratio); behind each "+compile", "+graph"'
+)
 
 
 def bench_parser() -> argparse.ArgumentParser:
@@ -57,7 +59,8 @@ def bench_parser() -> argparse.ArgumentParser:
     models = parser.add_argument_group("whole models (random weights)")
     models.add_argument("--parts", type=positive, nargs="+", metavar="N", help=PARTS)
     models.add_argument("--forms", nargs="+", metavar="FORM", help=FORMS)
-    models.add_argument("--train", action="store_true", help="a LoRA step, not a prefill")
+    models.add_argument("--work", choices=("prefill", "train", "decode"), default="prefill",
+                        help="prefill, a LoRA step, or a token of decoding")  # fmt: skip
     models.add_argument("--small", action="store_true", help="of a size for two CPU cores")
     mode.add_argument("--memory", action="store_true", help="peak memory; needs a CUDA GPU")
     return parser
@@ -181,7 +184,7 @@ def _models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if cuda:
             forms.insert(1, "varlen" if shape.part == "images" else "flash")
         found = run_models(
-            shape, args.parts or counts, args.forms or forms, train=args.train, small=args.small,
+            shape, args.parts or counts, args.forms or forms, work=args.work, small=args.small,
             device=device, show=lambda r: print(model_table([r]).splitlines()[-1], flush=True),
         )  # fmt: skip
         results += found

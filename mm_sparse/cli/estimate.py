@@ -34,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print what a model would take, dense and sparse."""
     parser = estimate_parser()
     args = parser.parse_args(argv)
-    from mm_sparse.bench import estimate, estimate_table
+    from mm_sparse.bench import estimate_model, estimate_table
     from mm_sparse.config import SparseConfig
 
     try:
         config = read_config(args.model)
-        found = estimate(
+        found = estimate_model(
             config, args.tokens, images=args.images, works=args.works,
             sparse=SparseConfig(ratio=args.ratio, unit=args.unit), name=Path(args.model).name,
         )  # fmt: skip

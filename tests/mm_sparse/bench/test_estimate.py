@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import mm_sparse as mms
-from mm_sparse.bench import estimate, estimate_table
+from mm_sparse.bench import estimate_model, estimate_table
 from mm_sparse.bench.estimate import _at, _with_few_layers
 from mm_sparse.cli import main as cli
 from tests.support.hf_models import build
@@ -44,7 +44,7 @@ def test_layers_of_every_kind_are_built_and_counted() -> None:
 
 
 def test_every_work_is_estimated_and_shown() -> None:
-    found = estimate(llama(num_hidden_layers=5), 256, sparse=mms.SparseConfig(dense_below=0))
+    found = estimate_model(llama(num_hidden_layers=5), 256, sparse=mms.SparseConfig(dense_below=0))
     assert set(found.seconds) == {"prefill", "decode", "train"}
     assert all(x > 0 for row in found.seconds.values() for x in row.values())
     assert found.layers == 5
@@ -58,7 +58,7 @@ def test_every_work_is_estimated_and_shown() -> None:
 
 def test_a_tower_is_timed() -> None:
     config = build("qwen2_5_vl").model.config
-    found = estimate(config, 64, images=3, works=["prefill"])
+    found = estimate_model(config, 64, images=3, works=["prefill"])
     assert found.tower_seconds["dense"] > 0
     assert found.seconds["prefill"]["dense"] > found.tower_seconds["dense"]
 
@@ -73,14 +73,14 @@ def test_a_tower_is_timed() -> None:
 )
 def test_what_cannot_be_estimated_is_refused(options: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        estimate(llama(), **options)
+        estimate_model(llama(), **options)
 
 
 def test_a_config_without_a_language_model_is_refused() -> None:
     from transformers import ViTConfig
 
     with pytest.raises(ValueError, match="config must be of a language model, got ViTConfig"):
-        estimate(ViTConfig(), 64)
+        estimate_model(ViTConfig(), 64)
 
 
 def test_the_command_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

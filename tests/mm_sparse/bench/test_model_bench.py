@@ -17,13 +17,13 @@ def small_ids(model: Any, count: int) -> dict[str, Any]:
     return {"input_ids": torch.randint(3, 90, (1, count))}
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_forms_stand_beside_each_other(train: bool) -> None:
-    if train:
+@pytest.mark.parametrize("work", ["prefill", "train", "decode"])
+def test_forms_stand_beside_each_other(work: str) -> None:
+    if work == "train":
         pytest.importorskip("peft")
     shape = ModelShape("tiny", "tokens", lambda small: build("llama").model, small_ids)
     forms = ["stock", "sparse-16-0.5", "fast"]
-    results = run_models(shape, [300], forms, device="cpu", repeats=1, train=train)
+    results = run_models(shape, [300], forms, device="cpu", repeats=1, work=work)
     stock, sparse, wrong = results
     assert stock.seconds
     assert sparse.seconds
