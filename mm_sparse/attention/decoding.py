@@ -67,7 +67,8 @@ class DecodingGeometry:
         self.capacity, self.config, self.group = capacity, config, group
         whole = self._whole_plan(layout)
         batch, units = whole.units.shape[:2]
-        room = units + units // 8 + SPARE_UNITS
+        # Whole multiples: kernels are compiled for what a number of units divides by.
+        room = math.ceil((units + units // 8 + SPARE_UNITS) / 64) * 64
         self.tokens = 0
         """M of the step that is written down; 0 before the first, or where a graph wrote it."""
         self.low = 0

@@ -315,3 +315,24 @@ def test_gpu_steps_in_a_graph_equal_eager_ones(unit: int) -> None:
     for t in range(203, 240):
         token.copy_(ids[:, t : t + 1])
         torch.testing.assert_close(replay()[:, -1], want[t - 199], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_three_hundred_steps_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cross units, and pages of a cache that grows."""
+    from triton import knobs
+
+    monkeypatch.setattr(decoding, "capacity_for", lambda tokens: tokens + 64)
+    compiled: list[str] = []
+    model = mms.sparsify(build("llama").model.cuda(), mms.SparseConfig(ratio=0.3, dense_below=0))
+    ids = torch.randint(3, 99, (1, 810), device="cuda")
+    cache = model(ids[:, :500]).past_key_values
+    for t in range(500, 502):
+        model(ids[:, t : t + 1], past_key_values=cache)
+    monkeypatch.setattr(
+        knobs.compilation, "listener", lambda *, src, **_: compiled.append(src.name)
+    )
+    for t in range(502, 810):
+        model(ids[:, t : t + 1], past_key_values=cache)
+    assert not compiled
