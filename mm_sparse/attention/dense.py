@@ -15,22 +15,27 @@ from torch.nn.functional import scaled_dot_product_attention
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import TokenLayout
 
-# Tokens below which dense SDPA was faster than score + select + attend (docs/results/speed.md).
-BREAK_EVEN = {"cpu": 3072, "cuda": 8192}
-# The same of a step of decoding.
-BREAK_EVEN_OF_STEPS = {"cpu": 3072, "cuda": 32768}
+# Tokens below which dense SDPA was faster than score + select + attend, by kind of a call
+# (docs/results/speed.md, docs/results/models.md).
+BREAK_EVEN = {
+    "call": {"cpu": 3072, "cuda": 8192},
+    # One query that goes on in place where the step before ended.
+    "step": {"cpu": 3072, "cuda": 32768},
+    # One query with a layout and a plan of its own.
+    "planned step": {"cpu": 3072, "cuda": 262144},
+}
 
 
-def dense_length(config: SparseConfig, device: torch.device, steps: bool = False) -> int:
+def dense_length(config: SparseConfig, device: torch.device, kind: str = "call") -> int:
     """Number of tokens below which a layer runs dense.
 
     Args:
-        steps: of a step of decoding.
+        kind: of `BREAK_EVEN`.
     """
     if config.dense_below is not None:
         return config.dense_below
     # No kernel was written for other devices: dense, unless the config says a length.
-    return (BREAK_EVEN_OF_STEPS if steps else BREAK_EVEN).get(device.type, sys.maxsize)
+    return BREAK_EVEN[kind].get(device.type, sys.maxsize)
 
 
 def dense_attention(

@@ -113,12 +113,12 @@ class SparseLayer(ABC):
 
     def early_mode(
         self, tokens: int | None, device: torch.device, config: SparseConfig | None = None,
-        steps: bool = False,
+        kind: str = "call",
     ) -> tuple[str, str]:  # fmt: skip
         """The same of a call that sees so many tokens; None where they are another sequence's.
 
         Args:
-            steps: whether it is a step of decoding.
+            kind: of the call, as `dense_length` has it.
         """
         config = self.shared.config if config is None else config
         known = self.known_mode(config)
@@ -126,7 +126,7 @@ class SparseLayer(ABC):
             return known
         if tokens is None:
             return "dense", "cross-attention"
-        least = dense_length(config, device, steps)
+        least = dense_length(config, device, kind)
         if tokens < least:
             return "dense", f"{tokens} tokens < dense_below ({least})"
         return "sparse", ""
@@ -189,7 +189,8 @@ class SparseLayer(ABC):
         start = _clock(q) if settings.timed else None
         call, kept, shown = None, None, (None, None)
         in_view = self._in_view(q, k, mask, options)
-        mode, reason = self.early_mode(in_view, q.device, settings.config)
+        kind = "planned step" if q.shape[2] == 1 < k.shape[2] else "call"
+        mode, reason = self.early_mode(in_view, q.device, settings.config, kind)
         if mode == "sparse":
             problem: object = self.problem(q, k, v, mask, options)
             if problem is None:

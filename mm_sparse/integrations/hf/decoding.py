@@ -173,7 +173,7 @@ def _may_step(
         return False
     mode = layer.known_mode(settings.config)
     if least is None and mode[0] == "sparse":
-        mode = layer.early_mode(tokens, q.device, settings.config, steps=True)
+        mode = layer.early_mode(tokens, q.device, settings.config, "step")
     if mode[0] != "sparse":
         return False
     return layer.problem(q, k, v, mask, options) is None

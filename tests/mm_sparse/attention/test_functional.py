@@ -189,7 +189,7 @@ def test_what_is_long_enough_runs_sparse(dense_below: int) -> None:
 
 @pytest.mark.usefixtures("no_dense_path")
 def test_the_measured_length_decides_by_default() -> None:
-    layout = TokenLayout.text(1, BREAK_EVEN["cpu"])
+    layout = TokenLayout.text(1, BREAK_EVEN["call"]["cpu"])
     q, k = random_qk(layout, 1, 1)
     mms.sparse_attention(q, k, k, layout=layout, config=small_config(dense_below=None))
 
