@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_sparse._extras import extra_of
 from mm_sparse.cli.arguments import positive, share
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor = load_processor(args.folder)
         inputs = prompt_of(processor, args)
         model = load(args, device)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         # Messages of transformers have several lines.
-        raise SystemExit(f"mm-sparse generate: {' '.join(str(error).split())}") from error
+        said = " ".join(f"{error}{extra_of(error)}".split())
+        raise SystemExit(f"mm-sparse generate: {said}") from error
     found = generate(
         model, processor, inputs, max_new_tokens=args.max_new_tokens, static=args.static
     )
@@ -117,9 +119,11 @@ def check_files(args: argparse.Namespace) -> None:
         if not os.path.isfile(file):
             raise ValueError(f"{name} must be a file, got {file!r}")
     folder = args.folder
-    named = folder.count("/") <= 1 and not folder.startswith((".", "/", "~"))
+    named = folder.count("/") == 1 and not folder.startswith((".", "/", "~"))
     if not os.path.isdir(folder) and (os.path.exists(folder) or not named):
-        raise ValueError(f"folder must be a folder with a model, got {folder!r}")
+        raise ValueError(
+            f"folder must be a folder with a model, or OWNER/NAME of the hub, got {folder!r}"
+        )
 
 
 def device_of(name: str | None) -> Any:
@@ -145,10 +149,23 @@ def load_processor(folder: str) -> Any:
     """The processor of a folder, or the tokenizer of one with a model of text.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is neither, or no model.
     """
-    from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import (
+        AutoConfig,
+        AutoProcessor,
+        AutoTokenizer,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+    )
 
+    try:
+        # Of a repository that is not there, one file is asked for, not ten.
+        AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"folder must hold a model of transformers, got {folder!r}: {error}"
+        ) from error
     try:
         found: Any = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError):
@@ -189,12 +206,12 @@ def prompt_of(processor: Any, args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         return text_prompt(processor, text)
-    content: list[Any] = [read_tensor(path) for path in args.image]
+    content: list[Any] = [read_tensor(path, name=f"image {path}") for path in args.image]
     if args.video:
         paths = [Path(path) for path in args.video]
         frames = FRAMES if len(paths) == 1 else len(paths)
         content.append(read_video(paths, frames, name="video"))
-    content += [read_audio(path) for path in args.audio]
+    content += [read_audio(path, f"audio {path}") for path in args.audio]
     try:
         check_template(processor)
     except ValueError:
@@ -242,7 +259,12 @@ def load(args: argparse.Namespace, device: Any) -> Any:
 
     model = load_model(args.folder, dtype=args.dtype).eval().to(device)
     if args.scorers is not None:
-        mms.load_scorers(model, args.scorers, ratio=args.ratio)
+        try:
+            mms.load_scorers(model, args.scorers, ratio=args.ratio)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"scorers must fit the model, got {args.scorers!r}: {error}"
+            ) from error
     elif not args.dense:
         given = {"ratio": args.ratio, "unit": args.unit}
         changes = {name: value for name, value in given.items() if value is not None}

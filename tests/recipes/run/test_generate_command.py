@@ -57,6 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         plain: Any = cls.from_pretrained(made[kind])
         mms.sparsify(plain, SPARSE, scorer="relevance")
         mms.save_scorers(plain, home / f"{kind}-scorers")
+    model.config.save_pretrained(home / "bare")
     write_pictures(home)
     write_tones(home)
     (home / "long.txt").write_text(LONG)
@@ -189,18 +190,23 @@ def test_a_ratio_of_ones_own_scales_the_scorers(
         (["FOLDER", "--image", "PICTURE", "?"],
          "image must not be given to a model that takes text alone, got '.*0.png' for"),
         (["FOLDER", "--file", "PICTURE", "?"], "file must hold UTF-8 text, got '.*0.png'"),
-        (["./nothing/here", "?"], "folder must be a folder with a model, got './nothing/here'"),
-        (["HOME", "?"], "folder must hold a processor or a tokenizer, got"),
+        (["./nothing/here", "?"], "folder must be a folder with a model, .* got './nothing/here'"),
+        (["nothing", "?"], "folder must be a folder with a model, .* got 'nothing'"),
+        (["HOME", "?"], "folder must hold a model of transformers, got"),
+        (["BARE", "?"], "folder must hold a processor or a tokenizer, got"),
         (["FOLDER", "--device", "abacus", "?"], "device must be one of this machine, got 'abacus'"),
         (["FOLDER", "--dtype", "float7", "?"], "dtype must be 'auto' or a dtype .* 'float7'"),
-        (["FOLDER", "--scorers", "smollm2-135m", "?"], "folder must hold scorers of the model's"),
+        (["FOLDER", "--scorers", "smollm2-135m", "?"], "scorers must fit the model, got 'smollm2-135m': "),
+        (["SEES", "--image", "TEXT", "?"], "image .*long.txt: cannot identify"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_a_sentence(
     folders: dict[str, str], argv: list[str], message: str
 ) -> None:
+    home = folders["home"]
     places = {
-        "FOLDER": folders["text"], "HOME": folders["home"], "PICTURE": f"{folders['home']}/0.png",
+        "FOLDER": folders["text"], "HOME": home, "PICTURE": f"{home}/0.png", "BARE": f"{home}/bare",
+        "SEES": folders["qwen2_5_vl"], "TEXT": f"{home}/long.txt",
     }  # fmt: skip
     with pytest.raises(SystemExit, match=f"^mm-sparse generate: {message}"):
         generate_command.main([places.get(word, word) for word in argv])
