@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_sparse._extras import extra_of
-from mm_sparse.cli.arguments import positive, share
+from mm_sparse.cli import positive, share
 
 if TYPE_CHECKING:
     from mm_sparse.analysis import Report
