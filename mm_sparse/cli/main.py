@@ -17,6 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("mm_sparse.cli.bench:main", "Time attention beside dense and sparse baselines."),
     "estimate": ("mm_sparse.cli.estimate:main", "Say whether it pays for a model, and how much."),
     "inspect": ("mm_sparse.cli.inspect:main", "Write an HTML page: what a model kept of a sample."),
+    "generate": (
+        "mm_sparse.recipes.run.generate_command:main",
+        "Answer a question about texts, images, audio or a video.",
+    ),
     "eval": (
         "mm_sparse.recipes.evaluation.eval_command:main",
         "Measure the quality of shipped scorers again.",

@@ -1,7 +1,13 @@
 from .audio_files import read_audio as read_audio, resample as resample
 from .chat_messages import Messages as Messages
 from .datamodule import SampleData as SampleData
-from .images import on_white as on_white, read_image as read_image, to_tensor as to_tensor
+from .images import (
+    on_white as on_white,
+    read_image as read_image,
+    read_tensor as read_tensor,
+    read_video as read_video,
+    to_tensor as to_tensor,
+)
 from .llava import LlavaJson as LlavaJson
 from .packed_inputs import PackedData as PackedData, write_packed as write_packed
 from .samplers import ResumableLoader as ResumableLoader

@@ -32,8 +32,8 @@ def load_model(
 ) -> Any:
     """The model that generates texts, of the class that the folder's config names.
 
-    Without a name that transformers knows it is `AutoModelForImageTextToText`, or
-    `AutoModelForMultimodalLM` for models that hear.
+    Without a name that transformers knows it is `AutoModelForImageTextToText`,
+    `AutoModelForMultimodalLM` for models that hear, or `AutoModelForCausalLM` for models of text.
 
     Args:
         folder: a local folder, or a name that is downloaded.
@@ -59,9 +59,13 @@ def load_model(
     named = (getattr(config, "architectures", None) or [""])[0]
     kind = getattr(transformers, named, None) if named else None
     if kind is None:
-        seen = transformers.AutoModelForImageTextToText
-        known = type(config) in seen._model_mapping
-        kind = seen if known else transformers.AutoModelForMultimodalLM
+        autos = (
+            transformers.AutoModelForImageTextToText,
+            transformers.AutoModelForMultimodalLM,
+            transformers.AutoModelForCausalLM,
+        )
+        known = (auto for auto in autos if type(config) in auto._model_mapping)
+        kind = next(known, transformers.AutoModelForMultimodalLM)
     model = kind.from_pretrained(folder, dtype=dtype, **options)
     if not getattr(model, "can_generate", lambda: False)():
         raise ValueError(f"folder must hold a model that generates, got {type(model).__name__}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mm_sparse.recipes.data import RATE, Sample
+from mm_sparse.recipes.data import RATE, Sample, Turn
 
 Message = dict[str, Any]
 """{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", ...}]}."""
@@ -27,12 +27,21 @@ def messages_of(sample: Sample, rate: int = RATE) -> list[Message]:
     """
     if not any(turn.answer for turn in sample.turns):
         raise ValueError(f"sample must have an answer, got none in {sample.name or 'it'}")
-    messages = []
-    for turn in sample.turns:
-        role = "assistant" if turn.answer else "system" if turn.system else "user"
-        content = [_part(part, rate) for part in turn.content]
-        messages.append({"role": role, "content": content})
-    return messages
+    return [message_of(turn, rate) for turn in sample.turns]
+
+
+def message_of(turn: Turn, rate: int = RATE) -> Message:
+    """One turn as a message that `processor.apply_chat_template` takes.
+
+    Args:
+        rate: samples a second of the audio that the processor wants.
+
+    Example:
+        >>> message_of(Turn(("Hi",)))
+        {'role': 'user', 'content': [{'type': 'text', 'text': 'Hi'}]}
+    """
+    role = "assistant" if turn.answer else "system" if turn.system else "user"
+    return {"role": role, "content": [_part(part, rate) for part in turn.content]}
 
 
 def text_of(message: Message) -> str:

@@ -1,0 +1,1 @@
+from .arguments import positive as positive, share as share
