@@ -353,7 +353,10 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 def _plain(value: Any) -> Any:
     """An argument as JSON has it."""
     if isinstance(value, mms.SparseConfig):
-        return json.loads(value.to_json())
+        record = json.loads(value.to_json())
+        # Not a field: it says what the others speak of.
+        record.pop("modalities")
+        return record
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return list(value) if isinstance(value, tuple) else value

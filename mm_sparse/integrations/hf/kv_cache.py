@@ -82,6 +82,14 @@ def descriptors_for(
 GEOMETRIES = "_mm_sparse_geometries"
 
 
+class Geometries(dict[Any, DecodingGeometry]):
+    """What layers of a cache share."""
+
+    def __reduce__(self) -> Any:
+        # A copy of the cache has keys of its own.
+        return Geometries, ()
+
+
 @dataclass(frozen=True, eq=False)
 class Wanted:
     """What a layer asks of a cache."""
@@ -134,6 +142,8 @@ def decoding_for(cached: Any, index: int | None, keys: Tensor, wanted: Any) -> L
         geometry = _geometry(cached, wanted, intact, decoding)
         if decoding is None or decoding.geometry is not geometry:
             decoding = LayerDecoding(geometry, wanted.config, wanted.scorer)
+            # Steps keep descriptors of their own.
+            held.descriptors.clear()
         decoding.descriptors.stale = True
     held.decoding = decoding
     held.remember(keys, known)
@@ -144,7 +154,7 @@ def _geometry(
     cached: Any, wanted: Wanted, intact: bool, decoding: LayerDecoding | None
 ) -> DecodingGeometry:
     """That of the layers that were asked before in this forward, or written down anew."""
-    shared: dict[Any, DecodingGeometry] = vars(cached).setdefault(GEOMETRIES, {})
+    shared: dict[Any, DecodingGeometry] = vars(cached).setdefault(GEOMETRIES, Geometries())
     if decoding is not None and wanted.recorded is decoding:
         # Another cache may lie where a graph expects the one before.
         shared.setdefault(wanted.key, decoding.geometry)

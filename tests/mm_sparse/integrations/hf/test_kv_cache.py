@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import mm_sparse as mms
-from mm_sparse.integrations.hf import kv_cache
+from mm_sparse.attention import decoding
+from mm_sparse.integrations.hf import attention, kv_cache
 from mm_sparse.scorers import descriptor_cache as caches
 from tests.support.hf_models import TEXT
 
@@ -31,16 +32,22 @@ def model() -> Any:
 @pytest.fixture
 def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many units each call described."""
-    found, update = [], caches.DescriptorCache.update
+    found: list[int] = []
 
-    def spied(self: Any, k: Tensor, plan: Any, describe: Callable[[Any], Tensor]) -> Tensor:
-        def counted(part: Any) -> Tensor:
-            found.append(part.units.shape[1])
-            return describe(part)
+    def spy_on(cls: Any) -> None:
+        update = cls.update
 
-        return update(self, k, plan, counted)
+        def spied(self: Any, k: Tensor, plan: Any, describe: Callable[[Any], Tensor]) -> Tensor:
+            def counted(part: Any) -> Tensor:
+                found.append(int((part.units[0, :, 1] > 0).sum()))
+                return describe(part)
 
-    monkeypatch.setattr(caches.DescriptorCache, "update", spied)
+            return update(self, k, plan, counted)
+
+        monkeypatch.setattr(cls, "update", spied)
+
+    spy_on(caches.DescriptorCache)
+    spy_on(decoding.UnitDescriptors)
     return found
 
 
@@ -51,6 +58,7 @@ def prompt(rows: int = 2, tokens: int = 70) -> Tensor:
 def without(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "descriptors_for", lambda *_: None)
+        patch.setattr(attention, "run_step", lambda *_: None)
         return run()
 
 
@@ -70,9 +78,9 @@ def test_generated_tokens_are_those_without(
     assert not described
     assert torch.equal(run(), want)
     if beams == 1:
-        # Two layers describe the prompt, then every step its last unit.
-        assert min(described[:2]) > 3
-        assert max(described[2:]) <= 2
+        # Two layers describe the prompt, the first step all of it, and every other its last unit.
+        assert min(described[:4]) > 3
+        assert set(described[4:]) == {1}
     else:
         assert min(described) > 3
 
@@ -91,8 +99,8 @@ def test_a_prefill_in_parts_and_steps_say_what_they_say_without(
 
     want = without(monkeypatch, run)
     torch.testing.assert_close(run(), want)
-    assert described[:4] == [3, 3, 3, 3]
-    assert set(described[4:]) == {1}
+    assert described[:6] == [3, 3, 3, 3, 6, 6]
+    assert set(described[6:]) == {1}
 
 
 @torch.no_grad()
@@ -119,6 +127,7 @@ def test_keys_that_somebody_changed_are_described_anew(
         def run(change: Callable[[Any], Any] = change) -> Tensor:
             cache = DynamicCache(config=model.config)
             model(prompt(1, 90), past_key_values=cache)
+            model(prompt(1, 1), past_key_values=cache)
             cache = change(cache)
             described.clear()
             return model(prompt(1, 1), past_key_values=cache).logits
@@ -134,6 +143,7 @@ def test_keys_that_somebody_changed_are_described_anew(
 def test_another_scorer_describes_for_itself(model: Any, described: list[int]) -> None:
     cache = DynamicCache(config=model.config)
     model(prompt(1, 90), past_key_values=cache)
+    model(prompt(1, 1), past_key_values=cache)
     described.clear()
     layer = next(iter(mms.attention_layers(model).values()))
     layer.scorer = mms.RelevanceScorer(num_query_heads=4, num_kv_heads=2, head_dim=8)
@@ -160,4 +170,4 @@ def test_watchers_are_shown_scores_of_all(model: Any, described: list[int]) -> N
         model(prompt(1, 1), past_key_values=cache)
     assert not described
     model(prompt(1, 1), past_key_values=cache)
-    assert min(described) > 3
+    assert described == [6, 6]
