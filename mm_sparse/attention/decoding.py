@@ -305,6 +305,8 @@ class LayerDecoding:
     def __init__(self, geometry: DecodingGeometry, config: SparseConfig, scorer: Scorer) -> None:
         self.geometry, self.config, self.scorer = geometry, config, scorer
         self.descriptors = UnitDescriptors(geometry)
+        self.weights: Any = None
+        """State of the scorer's weights when a graph was prepared."""
 
     def describe(self, q: Tensor, k: Tensor, scale: float) -> None:
         """Describe all units, before steps that the host does not see."""

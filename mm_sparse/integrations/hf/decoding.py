@@ -27,14 +27,15 @@ from mm_sparse.attention import (
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.last_call import LastCall, thinned
+from mm_sparse.integrations.layer import KEPT_ENTRIES
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.layout import TokenLayout
 
 if TYPE_CHECKING:
     from mm_sparse.integrations.hf.attention import HFLayer
 
-# Entries of a selection that a layer keeps for `report`.
-KEPT_ENTRIES = 1 << 16
+# Static caches of which a layer keeps what graphs read.
+RECORDED = 2
 NUMBER = "_mm_sparse_step"
 """Attribute of a module: the number of its layer where steps in a graph are sparse."""
 _NUMBERS = count()
@@ -72,6 +73,10 @@ def prepare_steps(
     tokens = _tokens_in_view(mask, q, k, options)
     place = k.data_ptr(), tuple(k.shape)
     recorded = layer.recorded.get(place)
+    weights = kv_cache.scorer_state(layer.ranks)
+    if recorded is not None and recorded.weights != weights:
+        # What a scorer made of its weights lies elsewhere now.
+        recorded = None
     # A graph that was recorded for these keys goes by what is written down, whatever the length.
     least = None if recorded is None else 0
     if tokens is None or not _may_step(layer, q, k, v, mask, options, tokens, least):
@@ -88,8 +93,12 @@ def prepare_steps(
         geometry.leader = weakref.ref(layer)
     newest, k, _ = autocast_inputs(q[:, :, -1:], k, v)
     decoding.describe(newest, k, _scale(q, options.scale))
+    decoding.weights = weights
     if decoding is not recorded or NUMBER not in module:
+        layer.recorded.pop(place, None)
         layer.recorded[place] = decoding
+        for old in list(layer.recorded)[:-RECORDED]:
+            del layer.recorded[old]
         # Another number makes whoever compiled a step compile, and record, anew.
         number = module[NUMBER] = next(_NUMBERS)
         _LAYERS[number] = layer

@@ -71,7 +71,7 @@ def descriptors_for(
     layer = layers[index]
     if getattr(layer, "keys", None) is not keys:
         return None
-    held, known = vars(layer).get(HELD), _known(scorer)
+    held, known = vars(layer).get(HELD), scorer_state(scorer)
     if held is None or not held.intact or held.scorer != known:
         held = LayerDescriptors()
         setattr(layer, HELD, held)
@@ -119,7 +119,9 @@ def cache_layer(cached: Any, index: int | None) -> Any:
     return None if index is None or index >= len(layers) else layers[index]
 
 
-def decoding_for(cached: Any, index: int | None, keys: Tensor, wanted: Any) -> LayerDecoding | None:
+def decoding_for(
+    cached: Any, index: int | None, keys: Tensor, wanted: Wanted
+) -> LayerDecoding | None:
     """What a layer's steps keep of its keys; None if these are not what the cache holds.
 
     Args:
@@ -130,12 +132,12 @@ def decoding_for(cached: Any, index: int | None, keys: Tensor, wanted: Any) -> L
     layer = cache_layer(cached, index)
     if layer is None or getattr(layer, "keys", None) is not keys or torch.is_grad_enabled():
         return None
-    held, known = vars(layer).get(HELD), _known(wanted.scorer)
+    held, known = vars(layer).get(HELD), scorer_state(wanted.scorer)
     if held is None:
         held = LayerDescriptors()
         setattr(layer, HELD, held)
     intact = held.intact and held.scorer == known and not wanted.again
-    decoding = wanted.recorded or held.decoding
+    decoding = wanted.recorded or (None if wanted.again else held.decoding)
     if decoding is None or decoding.config != wanted.config or decoding.scorer is not wanted.scorer:
         decoding = None
     if decoding is None or not intact or not _goes_on(decoding.geometry, wanted.tokens):
@@ -176,7 +178,7 @@ def _goes_on(geometry: DecodingGeometry, tokens: int) -> bool:
     return geometry.tokens in (tokens, tokens - 1) and not geometry.full(tokens)
 
 
-def _known(scorer: Scorer) -> tuple[Any, ...]:
+def scorer_state(scorer: Scorer) -> tuple[Any, ...]:
     """The scorer and the state of its weights: other weights describe otherwise."""
     return scorer, *((id(p), _version(p)) for p in scorer.parameters())
 

@@ -336,3 +336,30 @@ def test_gpu_three_hundred_steps_compile_nothing(monkeypatch: pytest.MonkeyPatch
     for t in range(502, 810):
         model(ids[:, t : t + 1], past_key_values=cache)
     assert not compiled
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_other_weights_of_a_scorer_are_compiled_anew() -> None:
+    model, ids, mask = llama(CONFIG, "fine"), long_ids(120)[:1], masks(1, 120, "none")
+    cache = static_cache(model)
+    for _ in range(2):
+        found = static_steps(model, ids, mask, 100, cache, compiled=True)
+        want = steps(model, ids, mask, 100)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        for scorer in mms.scorers_of(model).values():
+            scorer.key_map += 0.05 * torch.randn_like(scorer.key_map)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_what_graphs_read_of_many_caches_is_not_kept() -> None:
+    model, ids, mask = llama(CONFIG), long_ids(110)[:1], masks(1, 110, "none")
+    for cache in [static_cache(model) for _ in range(4)]:
+        found = static_steps(model, ids, mask, 100, cache, compiled=True)
+        want = steps(model, ids, mask, 100)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    layers = mms.attention_layers(model).values()
+    assert all(len(layer.recorded) == decoding.RECORDED for layer in layers)
