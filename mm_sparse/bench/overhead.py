@@ -20,7 +20,7 @@ import torch
 
 from mm_sparse.attention import sparse_attention
 from mm_sparse.config import SparseConfig
-from mm_sparse.integrations import sparsify
+from mm_sparse.integrations import densify, sparsify
 from mm_sparse.layout import TokenLayout
 from mm_sparse.scorers import FineScorer, PooledScorer
 
@@ -136,31 +136,78 @@ def _row(what: str, run: Callable[[], Any]) -> dict[str, Any]:
 def _llama(config: SparseConfig) -> list[dict[str, Any]]:
     """Attention calls of a small Llama of random weights, as transformers makes them."""
     try:
-        from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         return []
     small: Any = LlamaConfig(
         vocab_size=64, hidden_size=HEADS * DIM, intermediate_size=64, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=TOKENS,
     )  # fmt: skip
-    model = sparsify(LlamaForCausalLM(small).eval(), config)
     ids = torch.randint(0, 64, (1, TOKENS))
+    rows = []
+    model = sparsify(LlamaForCausalLM(small).eval(), config)
+    what = "attention of a Llama layer, prefill"
+    _in_last_layer(lambda: model(ids, use_cache=False), lambda call: rows.append(_row(what, call)))
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :1], past_key_values=cache)
+    step = "attention of a Llama layer, step of decoding"
+    _in_last_layer(
+        lambda: model(ids[:, :1], past_key_values=cache), lambda call: rows.append(_row(step, call))
+    )
+    densify(model)
+    rows.append(_dense_on_top(model, ids))
+    return rows
+
+
+def _in_last_layer(run: Callable[[], Any], measure: Callable[[Callable[[], Any]], Any]) -> None:
+    """Give a sparsified model's last attention call in a forward to who measures it.
+
+    Not the first: it makes the layout that all layers of a forward share. Inside of the forward,
+    since what is known of it ends with it.
+    """
+    from transformers import AttentionInterface
+
     interface: Any = AttentionInterface()
     attend = interface["mm_sparse"]
-    calls: list[tuple[Any, Any]] = []
+    calls = 0
 
-    def recorded(*args: Any, **options: Any) -> Any:
-        calls.append((args, options))
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == LAYERS:
+            measure(lambda: attend(*args, **options))
         return attend(*args, **options)
 
-    AttentionInterface.register("mm_sparse", recorded)
+    AttentionInterface.register("mm_sparse", counted)
     try:
-        model(ids, use_cache=False)
+        run()
     finally:
         AttentionInterface.register("mm_sparse", attend)
-    # Not the first: it makes the layout that all layers of a forward share.
-    args, options = calls[-1]
-    return [_row("attention of a Llama layer, prefill", lambda: attend(*args, **options))]
+
+
+def _dense_on_top(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """What a call that stays dense takes beside attention that takes no time."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def nothing(module: Any, query: Any, *_: Any, **__: Any) -> Any:
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("nothing", nothing)
+    AttentionMaskInterface.register("nothing", sdpa_mask)
+    model.set_attn_implementation("nothing")
+    sparsify(model, SparseConfig(dense_below=1 << 30))
+    rows: list[dict[str, Any]] = []
+
+    def measure(call: Callable[[], Any]) -> None:
+        row = _row("a call that stays dense, on top", call)
+        q = torch.zeros(1, 1, 1, 1)
+        alone = microseconds(lambda: nothing(model, q, q, q, None, dropout=0.0, scaling=1.0))
+        rows.append({**row, "us": round(row["us"] - alone, 1)})
+
+    _in_last_layer(lambda: model(ids, use_cache=False), measure)
+    densify(model)
+    return rows[0]
 
 
 def overhead_table(rows: list[dict[str, Any]]) -> str:
