@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mm_sparse.integrations.hf.attention import HFLayer
 
 # Static caches of which a layer keeps what graphs read.
-RECORDED = 2
+RECORDED = 4
 NUMBER = "_mm_sparse_step"
 """Attribute of a module: the number of its layer where steps in a graph are sparse."""
 _NUMBERS = count()
@@ -94,12 +94,14 @@ def prepare_steps(
     newest, k, _ = autocast_inputs(q[:, :, -1:], k, v)
     decoding.describe(newest, k, _scale(q, options.scale))
     decoding.weights = weights
-    if decoding is not recorded or NUMBER not in module:
-        layer.recorded.pop(place, None)
-        layer.recorded[place] = decoding
-        for old in list(layer.recorded)[:-RECORDED]:
-            del layer.recorded[old]
-        # Another number makes whoever compiled a step compile, and record, anew.
+    known = layer.recorded.pop(place, decoding)
+    layer.recorded[place] = decoding
+    gone = list(layer.recorded)[:-RECORDED]
+    for old in gone:
+        del layer.recorded[old]
+    if known is not decoding or gone or NUMBER not in module:
+        # A graph may read what is gone. Another number makes whoever compiled a step compile, and
+        # record, anew.
         number = module[NUMBER] = next(_NUMBERS)
         _LAYERS[number] = layer
 

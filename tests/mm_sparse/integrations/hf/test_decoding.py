@@ -356,7 +356,7 @@ def test_other_weights_of_a_scorer_are_compiled_anew() -> None:
 @torch.no_grad()
 def test_what_graphs_read_of_many_caches_is_not_kept() -> None:
     model, ids, mask = llama(CONFIG), long_ids(110)[:1], masks(1, 110, "none")
-    for cache in [static_cache(model) for _ in range(4)]:
+    for cache in [static_cache(model) for _ in range(6)]:
         found = static_steps(model, ids, mask, 100, cache, compiled=True)
         want = steps(model, ids, mask, 100)
         for a, b in zip(found, want, strict=True):
