@@ -77,6 +77,10 @@ class DecodingGeometry:
         """A weak reference to what the sequence is known by."""
         self.leader: Any = None
         """A weak reference to whoever writes down the steps that the host does not see."""
+        self.led: Any = None
+        """A weak reference to what the sequence was known by when the leader was chosen."""
+        self.written = 0
+        """How many sequences were written down."""
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=layout.device)
@@ -146,6 +150,7 @@ class DecodingGeometry:
         self._unit_of.copy_(torch.searchsorted(ends, position, right=True))
         self._whole = whole
         self.tokens = 0
+        self.written += 1
 
     def _of_config(self, whole: Plan, config: SparseConfig) -> None:
         pools = whole.sharing(config=config).live_query_pools
@@ -170,6 +175,11 @@ class DecodingGeometry:
             self._write_budget(config, budget)
             self.forget_step()
         return self.plan.sharing(config=config)
+
+    def hides_alike(self, padding: Tensor, tokens: int) -> bool:
+        """Whether a mask, (B or 1, at least M) bool, hides the tokens that the layout hides."""
+        known = self._whole.layout.document[:, :tokens] >= 0
+        return padding.shape[1] >= tokens and bool((padding[:, :tokens] == known).all())
 
     def full(self, tokens: int) -> bool:
         """Whether there is no room for so many tokens."""
@@ -275,10 +285,12 @@ class UnitDescriptors(DescriptorCache):
         """(B, K, U, ...)."""
         self.stale = True
         """Whether the next call describes all units."""
+        self._written = 0
+        """`written` of the geometry when all were described."""
 
     def update(self, k: Tensor, plan: Plan, describe: Callable[[Plan], Tensor]) -> Tensor:
         geometry = self.geometry
-        if self.stale or self.table is None:
+        if self.stale or self.table is None or self._written != geometry.written:
             made = describe(plan)
             if self.table is None or self.table.shape != made.shape:
                 # Made to be written to in every mode of autograd.
@@ -286,7 +298,7 @@ class UnitDescriptors(DescriptorCache):
                     self.table = torch.empty_like(made, memory_format=torch.contiguous_format)
             # A graph that was recorded reads it where it is.
             self.table.copy_(made)
-            self.stale = False
+            self.stale, self._written = False, geometry.written
             return self.table
         new = describe(geometry.newest)
         place = geometry._last.view(-1, 1, 1, *(1,) * (new.dim() - 3))

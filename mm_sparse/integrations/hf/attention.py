@@ -213,7 +213,11 @@ def attention_forward(
         return run_original(module, "sdpa", query, key, value, attention_mask, options)
     alone = options.get("cu_seq_lens_q") is None
     if alone and layer.is_short(query.shape[2], key.shape[2], query.device):
-        return layer.run_dense(query, key, value, attention_mask, options)
+        out = layer.run_dense(query, key, value, attention_mask, options)
+        if layer.recorded and query.shape[2] < key.shape[2]:
+            # Graphs go by what the prefill before has written down.
+            prepare_steps(layer, query, key, value, attention_mask, options_of(options))
+        return out
     given = options_of(options)
     if query.shape[2] == 1 and key.shape[2] > 1:
         step = run_step(layer, query, key, value, attention_mask, given)

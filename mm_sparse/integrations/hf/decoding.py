@@ -30,6 +30,7 @@ from mm_sparse.integrations.last_call import LastCall, thinned
 from mm_sparse.integrations.layer import KEPT_ENTRIES
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.layout import TokenLayout
+from mm_sparse.modality import Modality
 
 if TYPE_CHECKING:
     from mm_sparse.integrations.hf.attention import HFLayer
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 RECORDED = 4
 NUMBER = "_mm_sparse_step"
 """Attribute of a module: the number of its layer where steps in a graph are sparse."""
+_NEWEST = "newest is text"
 _NUMBERS = count()
 _LAYERS: weakref.WeakValueDictionary[int, HFLayer] = weakref.WeakValueDictionary()
 
@@ -51,6 +53,8 @@ def run_step(
     """
     tokens = _tokens_in_view(mask, q, k, options)
     if tokens is None or not _may_step(layer, q, k, v, mask, options, tokens):
+        return None
+    if not _newest_is_text(layer, mask, tokens):
         return None
     decoding = _decoding(layer, q, k, mask, options, tokens)
     if decoding is None:
@@ -77,8 +81,9 @@ def prepare_steps(
     if recorded is not None and recorded.weights != weights:
         # What a scorer made of its weights lies elsewhere now.
         recorded = None
+    config = layer.shared.layer_config(layer.index, layer.name, 0, layer.shared.config)
     # A graph that was recorded for these keys goes by what is written down, whatever the length.
-    least = None if recorded is None else 0
+    least = None if recorded is None or recorded.config != config else 0
     if tokens is None or not _may_step(layer, q, k, v, mask, options, tokens, least):
         layer.recorded.pop(place, None)
         module.pop(NUMBER, None)
@@ -89,8 +94,9 @@ def prepare_steps(
     geometry = decoding.geometry
     if geometry.tokens != tokens:
         geometry.advance(tokens)
-    if geometry.leader is None or geometry.leader() is None:
-        geometry.leader = weakref.ref(layer)
+    # The first layer of this prefill: the one before may be dense now, or of another model.
+    if geometry.led is None or geometry.led() is not mask.recipe:
+        geometry.leader, geometry.led = weakref.ref(layer), weakref.ref(mask.recipe)
     newest, k, _ = autocast_inputs(q[:, :, -1:], k, v)
     decoding.describe(newest, k, _scale(q, options.scale))
     decoding.weights = weights
@@ -202,6 +208,16 @@ def _tokens_in_view(mask: Any, q: Tensor, k: Tensor, options: AttentionOptions) 
         return None
     tokens = recipe.first + queries
     return tokens if tokens <= keys else None
+
+
+def _newest_is_text(layer: HFLayer, mask: LazyMask, tokens: int) -> bool:
+    """Whether the newest token is text in all rows, as a geometry expects; asked once a forward."""
+    known, memo = layer.source.tracker.running.modality, mask.recipe.layouts
+    if known is None or known.shape[1] < tokens:
+        return True
+    if _NEWEST not in memo:
+        memo[_NEWEST] = bool((known[:, tokens - 1] == int(Modality.TEXT)).all())
+    return memo[_NEWEST]
 
 
 def _is_static(layer: HFLayer, k: Tensor) -> bool:

@@ -30,6 +30,8 @@ class LayerDescriptors:
         self.descriptors = DescriptorCache()
         self.intact = False
         """Whether the running forward found the keys as the one before left them."""
+        self.asked = False
+        """Whether the last forward that was seen came here."""
         self.scorer: Any = None
         self.decoding: LayerDecoding | None = None
         """What steps of decoding keep of these keys."""
@@ -41,7 +43,7 @@ class LayerDescriptors:
 
     def remember(self, keys: Tensor, scorer: Any) -> None:
         """These are the keys that are described, by this scorer."""
-        self.intact = False
+        self.intact, self.asked = False, True
         self.scorer = scorer
         self._keys = weakref.ref(keys), _version(keys)
 
@@ -58,7 +60,9 @@ def check_unchanged(cached: Any) -> None:
     for layer in getattr(cached, "layers", ()):
         held = vars(layer).get(HELD)
         if held is not None:
-            held.intact = held.describes(getattr(layer, "keys", None))
+            # Keys that were made in inference mode do not tell who has written to them.
+            held.intact = held.asked and held.describes(getattr(layer, "keys", None))
+            held.asked = False
 
 
 def descriptors_for(
@@ -140,6 +144,8 @@ def decoding_for(
     decoding = wanted.recorded or (None if wanted.again else held.decoding)
     if decoding is None or decoding.config != wanted.config or decoding.scorer is not wanted.scorer:
         decoding = None
+    if decoding is not None and intact and not _hides_alike(decoding.geometry, wanted):
+        intact = False
     if decoding is None or not intact or not _goes_on(decoding.geometry, wanted.tokens):
         geometry = _geometry(cached, wanted, intact, decoding)
         if decoding is None or decoding.geometry is not geometry:
@@ -178,9 +184,18 @@ def _goes_on(geometry: DecodingGeometry, tokens: int) -> bool:
     return geometry.tokens in (tokens, tokens - 1) and not geometry.full(tokens)
 
 
+def _hides_alike(geometry: DecodingGeometry, wanted: Wanted) -> bool:
+    """Whether the mask of a step hides what those of the steps before hid."""
+    padding = wanted.recipe.arguments.get("attention_mask")
+    # The first layer that shares the geometry asks; it is written down for this step then.
+    if padding is None or geometry.tokens != wanted.tokens - 1 or geometry.full(wanted.tokens):
+        return True
+    return geometry.hides_alike(padding.to(torch.bool), wanted.tokens)
+
+
 def scorer_state(scorer: Scorer) -> tuple[Any, ...]:
     """The scorer and the state of its weights: other weights describe otherwise."""
-    return scorer, *((id(p), _version(p)) for p in scorer.parameters())
+    return scorer, *((id(p), p.data_ptr(), _version(p)) for p in scorer.parameters())
 
 
 def _version(x: Tensor) -> int:
