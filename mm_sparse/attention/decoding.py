@@ -319,6 +319,8 @@ class LayerDecoding:
         self.descriptors = UnitDescriptors(geometry)
         self.weights: Any = None
         """State of the scorer's weights when a graph was prepared."""
+        self.keys: Any = None
+        """A weak reference to the keys of the static cache that it was prepared for."""
 
     def describe(self, q: Tensor, k: Tensor, scale: float) -> None:
         """Describe all units, before steps that the host does not see."""

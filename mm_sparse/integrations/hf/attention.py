@@ -66,6 +66,8 @@ class HFLayer(SparseLayer):
         """Whether its calls are of rows of many images, windows or clips."""
         self.recorded: dict[Any, LayerDecoding] = {}
         """What steps in a graph read, by address and shape of the keys of a static cache."""
+        self.forgotten: set[Any] = set()
+        """Places of caches that are gone, of which a graph may have read."""
         self._unserved: Any = None
         """Config, None without one, and hook of a module that keeps its own attention."""
 
@@ -99,6 +101,7 @@ class HFLayer(SparseLayer):
             self.module.config = own
 
     def detach(self) -> None:
+        vars(self.module).pop(NUMBER, None)
         if self._unserved is not None:
             config, handle = self._unserved
             handle.remove()

@@ -100,16 +100,30 @@ def prepare_steps(
     newest, k, _ = autocast_inputs(q[:, :, -1:], k, v)
     decoding.describe(newest, k, _scale(q, options.scale))
     decoding.weights = weights
-    known = layer.recorded.pop(place, decoding)
-    layer.recorded[place] = decoding
-    gone = list(layer.recorded)[:-RECORDED]
-    for old in gone:
-        del layer.recorded[old]
-    if known is not decoding or gone or NUMBER not in module:
-        # A graph may read what is gone. Another number makes whoever compiled a step compile, and
-        # record, anew.
+    if _record(layer, place, decoding, k) or _LAYERS.get(module.get(NUMBER, -1)) is not layer:
         number = module[NUMBER] = next(_NUMBERS)
         _LAYERS[number] = layer
+
+
+def _record(layer: HFLayer, place: Any, decoding: LayerDecoding, k: Tensor) -> bool:
+    """Keep what graphs read; True if one may read what is gone.
+
+    Whoever compiled a step must then be given another number, to compile and to record anew.
+    """
+    known = layer.recorded.pop(place, None)
+    gone = place in layer.forgotten or (known is not None and known is not decoding)
+    layer.forgotten.discard(place)
+    decoding.keys = weakref.ref(k)
+    for old, other in list(layer.recorded.items()):
+        alive = other.keys is not None and other.keys() is not None
+        if alive and len(layer.recorded) < RECORDED:
+            continue
+        # Another cache may come to lie where a dead one was.
+        layer.forgotten.add(old)
+        del layer.recorded[old]
+        gone |= alive
+    layer.recorded[place] = decoding
+    return gone
 
 
 def traced_step(
