@@ -4,7 +4,11 @@ from .decoding import (
     capacity_for as capacity_for,
     decodes_in_place as decodes_in_place,
 )
-from .dense import dense_attention as dense_attention, dense_length as dense_length
+from .dense import (
+    BREAK_EVEN as BREAK_EVEN,
+    dense_attention as dense_attention,
+    dense_length as dense_length,
+)
 from .functional import (
     attention_reference as attention_reference,
     sparse_attention as sparse_attention,

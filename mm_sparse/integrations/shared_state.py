@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,10 @@ from mm_sparse.integrations.forward_context import ForwardMemory, assigned, curr
 from mm_sparse.integrations.layout_cache import LayoutCache
 from mm_sparse.layout import CallLayout
 from mm_sparse.scorers import Scorer
+
+CHANGED = [0]
+"""How many blocks with other settings are entered, in all threads; compiled graphs guard on it."""
+_LOCK = Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +69,14 @@ class Shared:
         """Other settings around a block, in this thread, also where blocks are recomputed later."""
         if self.memory is not None:
             self.memory.attach()
-        with assigned(self, replace(self.settings, **changes)):
-            yield
+        with _LOCK:
+            CHANGED[0] += 1
+        try:
+            with assigned(self, replace(self.settings, **changes)):
+                yield
+        finally:
+            with _LOCK:
+                CHANGED[0] -= 1
 
     def layer_config(
         self, index: int | None, name: str, prefix: int, now: SparseConfig | None = None

@@ -5,6 +5,7 @@ B batch, H query heads, N query tokens, D head dim
 
 from __future__ import annotations
 
+import sys
 import warnings
 from copy import copy
 from functools import cache
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mm_sparse.attention import (
+    BREAK_EVEN,
     LayerDecoding,
     PackedBounds,
     dense_attention,
@@ -36,13 +38,15 @@ from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.options import AttentionOptions
-from mm_sparse.integrations.shared_state import Shared
+from mm_sparse.integrations.shared_state import CHANGED, Shared
 from mm_sparse.scorers import DescriptorCache
 
 NAME = "mm_sparse"
 # transformers hands all sequences of a packed row over in one call if the name says "flash".
 PACKED_NAME = "mm_sparse_flash"
 NAMES = (NAME, PACKED_NAME)
+# Attributes of modules: by device, tokens below which a call, or a step, is the model's own.
+DENSE_CALLS, DENSE_STEPS = "_mm_sparse_dense_calls", "_mm_sparse_dense_steps"
 
 
 class HFLayer(SparseLayer):
@@ -60,7 +64,9 @@ class HFLayer(SparseLayer):
         super().__init__(item, shared, source)
         # A module without a config goes by the model around it, which makes its masks.
         self._named = getattr(self.module, "config", None) or item.owners[-1].config
-        self.original = getattr(self._named, "_attn_implementation", None) or "sdpa"
+        named = getattr(self._named, "_attn_implementation", None) or "sdpa"
+        # The config may be that of another sparsified model.
+        self.original = "sdpa" if named in NAMES else named
         """The attention implementation that the layer had before."""
         self.packed = item.packed
         """Whether its calls are of rows of many images, windows or clips."""
@@ -88,6 +94,7 @@ class HFLayer(SparseLayer):
         A module that cannot be served, in a model where others are, keeps its own name for its
         attention and gets its own masks: it may do more with them than attend.
         """
+        self._tell_compiler()
         if self.refusal is None or getattr(self._named, "_attn_implementation", None) not in NAMES:
             return
         config = getattr(self.module, "config", None)
@@ -100,8 +107,28 @@ class HFLayer(SparseLayer):
             own._attn_implementation_internal = self.original
             self.module.config = own
 
+    def _tell_compiler(self) -> None:
+        """Note where the model's own SDPA answers, for calls inside a compiled graph."""
+        tracker = self.source.tracker
+        if self.original != "sdpa" or self.refusal is not None:
+            tracker.traceable = False
+            return
+        config = self.shared.base.config
+        sparse = self.known_mode(config)[0] == "sparse"
+        for kind, least in (("call", DENSE_CALLS), ("planned step", DENSE_STEPS)):
+            lengths = {
+                device: dense_length(config, torch.device(device), kind) if sparse else sys.maxsize
+                for device in ("cpu", "cuda")
+            }
+            vars(self.module)[least] = lengths
+            if kind == "call":
+                for device, length in lengths.items():
+                    known = tracker.dense_below.get(device, sys.maxsize)
+                    tracker.dense_below[device] = min(known, length)
+
     def detach(self) -> None:
-        vars(self.module).pop(NUMBER, None)
+        for name in (NUMBER, DENSE_CALLS, DENSE_STEPS):
+            vars(self.module).pop(name, None)
         if self._unserved is not None:
             config, handle = self._unserved
             handle.remove()
@@ -306,23 +333,37 @@ def dispatch(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`attention_forward`, of which a step of decoding can be part of a compiled graph."""
-    if torch.compiler.is_compiling() and query.shape[2] == 1:
-        if getattr(module, NUMBER, None) is not None and attention_mask is not None:
+    """`attention_forward`, of which steps of decoding and dense calls stay in a compiled graph."""
+    if torch.compiler.is_compiling() and not CHANGED[0]:
+        step = query.shape[2] == 1
+        if step and getattr(module, NUMBER, None) is not None and attention_mask is not None:
             scale = options.get("scaling")
             return traced_step(module, query, key, value, attention_mask, scale), None
-        return _sdpa(module, query, key, value, attention_mask, **options)
+        least = getattr(module, DENSE_STEPS if step else DENSE_CALLS, None)
+        known = least is not None and key.shape[2] < least.get(query.device.type, sys.maxsize)
+        if known and not isinstance(attention_mask, LazyMask) and _plain(options):
+            return _sdpa(module, query, key, value, attention_mask, **options)
     return _uncompiled_attention(module, query, key, value, attention_mask, **options)
 
 
 def mask_or_lazy(**arguments: Any) -> Any:
-    """`lazy_mask`; of a compiled step of decoding, the mask that SDPA gets."""
-    if torch.compiler.is_compiling() and arguments.get("q_length") == 1:
+    """`lazy_mask`; inside a compiled graph, of steps and short calls, the mask that SDPA gets."""
+    if torch.compiler.is_compiling() and not CHANGED[0]:
         from transformers.masking_utils import sdpa_mask
 
-        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(**{**arguments, **skips})  # pyright: ignore
+        queries, keys = arguments.get("q_length"), arguments.get("kv_length", 0)
+        if queries == 1:
+            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return sdpa_mask(**{**arguments, **skips})  # pyright: ignore
+        device = torch.device(arguments.get("device", "cpu")).type
+        if queries == keys and keys < BREAK_EVEN["call"].get(device, 0):
+            return sdpa_mask(**arguments)  # pyright: ignore
     return _uncompiled_mask(**arguments)
+
+
+def _plain(options: dict[str, Any]) -> bool:
+    """Whether SDPA honours all that a call comes with."""
+    return all(options.get(name) is None for name in (*UNSERVED, "cu_seq_lens_q"))
 
 
 def _sdpa(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:

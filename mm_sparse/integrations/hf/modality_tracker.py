@@ -24,6 +24,7 @@ from mm_sparse.integrations.forward_context import (
 )
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.video_frames import GRIDS, first_of_frames, merge_size
+from mm_sparse.integrations.shared_state import CHANGED
 from mm_sparse.modality import Modality
 
 # A cache carries the modality of what is in it: copies and several sequences at once stay right.
@@ -88,15 +89,13 @@ def _is_static(cached: Any) -> bool:
     return bool(getattr(cached, "is_compileable", False))
 
 
-def is_compiled_step(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward is a step of decoding in a graph, whose token is text."""
-    if not torch.compiler.is_compiling():
-        return False
+def _tokens_of(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """What a forward was given: ids (B, N) or embeddings (B, N, width)."""
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if tokens is None and args:
         tokens = args[0]
-    return isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] == 1
+    return tokens if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
 
 
 class ModalityTracker:
@@ -108,6 +107,10 @@ class ModalityTracker:
         self.merge = merge_size(root.config)
         self.memory: ForwardMemory | None = None
         """Finds the modality again where a checkpoint computes blocks again."""
+        self.dense_below: dict[str, int] = {}
+        """By device, tokens below which all layers are the model's own SDPA."""
+        self.traceable = True
+        """Whether all layers have SDPA for their own attention."""
         self._models: list[nn.Module] = []
         self._parameters: dict[type, list[str]] = {}
         self._warned = False
@@ -137,8 +140,21 @@ class ModalityTracker:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if not is_compiled_step(args, kwargs):
+        if not self._needs_nothing(args, kwargs):
             self._before(module, args, kwargs)
+
+    def _needs_nothing(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward in a compiled graph is a step, whose token is text, or all dense."""
+        if not torch.compiler.is_compiling() or CHANGED[0]:
+            return False
+        tokens = _tokens_of(args, kwargs)
+        if tokens is None:
+            return False
+        if tokens.shape[1] == 1:
+            return True
+        if self.tokens or not self.traceable or kwargs.get("past_key_values") is not None:
+            return False
+        return tokens.shape[1] < self.dense_below.get(tokens.device.type, 0)
 
     @uncompiled
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -199,7 +215,7 @@ class ModalityTracker:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook: a cache that the model made itself carries the modality from here on."""
-        if not is_compiled_step(args, kwargs):
+        if not self._needs_nothing(args, kwargs):
             self._after(output)
 
     @uncompiled

@@ -154,3 +154,63 @@ def _other(name: str):
     return tf.WhisperForConditionalGeneration(config).eval(), {
         "input_features": torch.randn(2, 16, 80), "decoder_input_ids": ids,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_short_calls_compile_as_those_of_the_stock_model(train: bool) -> None:
+    """Where all layers are dense a graph has no break, forward and backward."""
+    from torch._dynamo.utils import counters
+
+    ids = torch.randint(3, 99, (2, 60))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    found = []
+    for sparse in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        model = build("llama").model
+        if sparse:
+            mms.sparsify(model, mms.SparseConfig())
+        step = torch.compile(model, backend="aot_eager" if train else "eager", fullgraph=True)
+        with torch.set_grad_enabled(train):
+            logits = step(ids, attention_mask=mask, use_cache=False).logits
+            if train:
+                logits.square().mean().backward()
+        assert counters["stats"]["unique_graphs"] == 1
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert bool(grads) == train
+        found.append([logits, *grads])
+    torch.compiler.reset()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_compiled_calls_go_by_settings_of_a_block() -> None:
+    torch.compiler.reset()
+    model = mms.sparsify(build("llama").model, mms.SparseConfig())
+    ids = torch.randint(3, 99, (1, 200))
+    compiled = torch.compile(model, backend="eager")
+    dense = compiled(ids, use_cache=False).logits
+    few = {"dense_below": 0, "ratio": 0.1, "sinks": 0, "window": 0}
+    with mms.override_config(model, **few):
+        found, want = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, dense, atol=1e-3)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, dense)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_a_config_object_may_be_that_of_two_models() -> None:
+    from copy import deepcopy
+
+    one = build("llama").model
+    ids = torch.randint(3, 99, (1, 40))
+    want = one(ids).logits
+    other = type(one)(one.config).eval()
+    other.load_state_dict(deepcopy(one.state_dict()))
+    mms.sparsify(one, mms.SparseConfig())
+    mms.sparsify(other, mms.SparseConfig())
+    for model in (one, other):
+        torch.testing.assert_close(model(ids).logits, want)
