@@ -28,7 +28,13 @@ from mm_sparse.integrations.discovery import defining_class
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
-from mm_sparse.integrations.hf.decoding import NUMBER, prepare_steps, run_step, traced_step
+from mm_sparse.integrations.hf.decoding import (
+    DENSE,
+    NUMBER,
+    prepare_steps,
+    run_step,
+    traced_step,
+)
 from mm_sparse.integrations.hf.discovery import (
     DISPATCH,
     UNSERVED,
@@ -334,21 +340,24 @@ def dispatch(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`attention_forward`, of which steps of decoding and dense calls stay in a compiled graph."""
-    if torch.compiler.is_compiling() and not CHANGED[0]:
+    if torch.compiler.is_compiling():
         step = query.shape[2] == 1
-        if step and getattr(module, NUMBER, None) is not None and attention_mask is not None:
+        number = getattr(module, NUMBER, None) if step else None
+        if number is not None and number != DENSE and attention_mask is not None:
             scale = options.get("scaling")
             return traced_step(module, query, key, value, attention_mask, scale), None
         least = getattr(module, DENSE_STEPS if step else DENSE_CALLS, None)
-        known = least is not None and key.shape[2] < least.get(query.device.type, sys.maxsize)
-        if known and not isinstance(attention_mask, LazyMask) and _plain(options):
+        known = least is not None and not CHANGED[0]
+        known = known and key.shape[2] < least.get(query.device.type, sys.maxsize)
+        lazy = isinstance(attention_mask, LazyMask)
+        if (known or number == DENSE) and not lazy and _plain(options):
             return _sdpa(module, query, key, value, attention_mask, **options)
     return _uncompiled_attention(module, query, key, value, attention_mask, **options)
 
 
 def mask_or_lazy(**arguments: Any) -> Any:
     """`lazy_mask`; inside a compiled graph, of steps and short calls, the mask that SDPA gets."""
-    if torch.compiler.is_compiling() and not CHANGED[0]:
+    if torch.compiler.is_compiling():
         from transformers.masking_utils import sdpa_mask
 
         queries, keys = arguments.get("q_length"), arguments.get("kv_length", 0)
@@ -356,7 +365,7 @@ def mask_or_lazy(**arguments: Any) -> Any:
             skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             return sdpa_mask(**{**arguments, **skips})  # pyright: ignore
         device = torch.device(arguments.get("device", "cpu")).type
-        if queries == keys and keys < BREAK_EVEN["call"].get(device, 0):
+        if queries == keys and not CHANGED[0] and keys < BREAK_EVEN["call"].get(device, 0):
             return sdpa_mask(**arguments)  # pyright: ignore
     return _uncompiled_mask(**arguments)
 

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 # Static caches of which a layer keeps what graphs read.
 RECORDED = 4
 NUMBER = "_mm_sparse_step"
-"""Attribute of a module: the number of its layer where steps in a graph are sparse."""
+"""Attribute of a module whose static cache has had a prefill: the number of its layer where steps
+in a graph are sparse, `DENSE` where they are not."""
+DENSE = -1
 _NEWEST = "newest is text"
 _NUMBERS = count()
 _LAYERS: weakref.WeakValueDictionary[int, HFLayer] = weakref.WeakValueDictionary()
@@ -86,7 +88,7 @@ def prepare_steps(
     least = None if recorded is None or recorded.config != config else 0
     if tokens is None or not _may_step(layer, q, k, v, mask, options, tokens, least):
         layer.recorded.pop(place, None)
-        module.pop(NUMBER, None)
+        module[NUMBER] = DENSE
         return
     decoding = _decoding(layer, q, k, mask, options, tokens, recorded)
     if decoding is None:
@@ -100,7 +102,7 @@ def prepare_steps(
     newest, k, _ = autocast_inputs(q[:, :, -1:], k, v)
     decoding.describe(newest, k, _scale(q, options.scale))
     decoding.weights = weights
-    if _record(layer, place, decoding, k) or _LAYERS.get(module.get(NUMBER, -1)) is not layer:
+    if _record(layer, place, decoding, k) or _LAYERS.get(module.get(NUMBER, DENSE)) is not layer:
         number = module[NUMBER] = next(_NUMBERS)
         _LAYERS[number] = layer
 
@@ -114,16 +116,19 @@ def _record(layer: HFLayer, place: Any, decoding: LayerDecoding, k: Tensor) -> b
     gone = place in layer.forgotten or (known is not None and known is not decoding)
     layer.forgotten.discard(place)
     decoding.keys = weakref.ref(k)
-    for old, other in list(layer.recorded.items()):
-        alive = other.keys is not None and other.keys() is not None
-        if alive and len(layer.recorded) < RECORDED:
-            continue
-        # Another cache may come to lie where a dead one was.
+    # Dead caches first, and then the oldest. A new cache often lies where a dead one was.
+    for old in sorted(layer.recorded, key=lambda at: _is_alive(layer.recorded[at])):
+        if len(layer.recorded) < RECORDED:
+            break
+        gone |= _is_alive(layer.recorded[old])
         layer.forgotten.add(old)
         del layer.recorded[old]
-        gone |= alive
     layer.recorded[place] = decoding
     return gone
+
+
+def _is_alive(decoding: LayerDecoding) -> bool:
+    return decoding.keys is not None and decoding.keys() is not None
 
 
 def traced_step(

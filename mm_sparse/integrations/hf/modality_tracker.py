@@ -145,14 +145,19 @@ class ModalityTracker:
 
     def _needs_nothing(self, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a forward in a compiled graph is a step, whose token is text, or all dense."""
-        if not torch.compiler.is_compiling() or CHANGED[0]:
+        if not torch.compiler.is_compiling():
             return False
         tokens = _tokens_of(args, kwargs)
         if tokens is None:
             return False
         if tokens.shape[1] == 1:
             return True
-        if self.tokens or not self.traceable or kwargs.get("past_key_values") is not None:
+        if (
+            CHANGED[0]
+            or self.tokens
+            or not self.traceable
+            or kwargs.get("past_key_values") is not None
+        ):
             return False
         return tokens.shape[1] < self.dense_below.get(tokens.device.type, 0)
 

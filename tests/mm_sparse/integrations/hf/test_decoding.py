@@ -364,9 +364,12 @@ def test_what_graphs_read_of_many_caches_is_not_kept() -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     layers = mms.attention_layers(model).values()
     assert all(len(layer.recorded) == decoding.RECORDED for layer in layers)
-    del caches, cache, found
+    del caches, cache
     model(ids[:, :100], past_key_values=static_cache(model))
-    assert all(len(layer.recorded) == 1 for layer in layers)
+    for layer in layers:
+        alive = [1 for kept in layer.recorded.values() if kept.keys() is not None]
+        assert len(layer.recorded) == decoding.RECORDED
+        assert len(alive) <= 1
 
 
 FINE = mms.SparseConfig(ratio=0.3, dense_below=0, sinks=0, window=16, unit=16)
@@ -517,16 +520,6 @@ def test_new_caches_compile_nothing_anew() -> None:
         graphs.append(counters["stats"]["unique_graphs"])
         del cache
     assert graphs[-1] == graphs[1]
-
-
-@torch.no_grad()
-def test_what_is_recorded_goes_with_its_cache() -> None:
-    model, ids, recorded = llama(FINE), long_ids(100), []
-    for room in (200, 220, 240):
-        model(ids, past_key_values=static_cache(model, room))
-        layer = vars(model.model.layers[0].self_attn)[attention.LAYER]
-        recorded.append(len(layer.recorded))
-    assert recorded[-1] == 1
 
 
 @pytest.mark.xfail(strict=True, reason="a graph sees of a mask only where its sequence ends")
