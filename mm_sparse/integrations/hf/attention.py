@@ -346,9 +346,8 @@ def dispatch(
         if number is not None and number != DENSE and attention_mask is not None:
             scale = options.get("scaling")
             return traced_step(module, query, key, value, attention_mask, scale), None
-        least = getattr(module, DENSE_STEPS if step else DENSE_CALLS, None)
-        known = least is not None and not CHANGED[0]
-        known = known and key.shape[2] < least.get(query.device.type, sys.maxsize)
+        least: dict[str, int] = getattr(module, DENSE_STEPS if step else DENSE_CALLS, {})
+        known = not CHANGED[0] and key.shape[2] < least.get(query.device.type, 0)
         lazy = isinstance(attention_mask, LazyMask)
         if (known or number == DENSE) and not lazy and _plain(options):
             return _sdpa(module, query, key, value, attention_mask, **options)
