@@ -514,11 +514,10 @@ def test_new_caches_compile_nothing_anew() -> None:
 
     model, ids, graphs = llama(FINE), long_ids(104), []
     counters.clear()
-    for _ in range(10):
-        cache = static_cache(model)
+    caches = [static_cache(model) for _ in range(decoding.RECORDED)]
+    for cache in caches:
         static_steps(model, ids, torch.ones_like(ids), 100, cache, compiled=True)
         graphs.append(counters["stats"]["unique_graphs"])
-        del cache
     assert graphs[-1] == graphs[1]
 
 
