@@ -173,7 +173,8 @@ def test_every_variant_stands_at_one_density(outcome: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_attention_of_a_query_adds_up_to_one(outcome: dict[str, Any]) -> None:
     found = outcome["dense"]["attention_by_pair"]
-    for kind in Modality:
+    # The sequences have no video.
+    for kind in set(Modality) - {Modality.VIDEO}:
         whole = sum(share for pair, share in found.items() if pair.startswith(f"{kind.name}>"))
         assert whole == pytest.approx(1, abs=1e-3)
     assert 0.99 < sum(outcome["budgets"].values()) <= 1
