@@ -364,7 +364,8 @@ def mask_or_lazy(**arguments: Any) -> Any:
             skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             return sdpa_mask(**{**arguments, **skips})  # pyright: ignore
         device = torch.device(arguments.get("device", "cpu")).type
-        if queries == keys and not CHANGED[0] and keys < BREAK_EVEN["call"].get(device, 0):
+        simple = queries == keys and not CHANGED[0] and not arguments.get("use_vmap")
+        if simple and keys < BREAK_EVEN["call"].get(device, 0):
             return sdpa_mask(**arguments)  # pyright: ignore
     return _uncompiled_mask(**arguments)
 
