@@ -71,8 +71,6 @@ class DecodingGeometry:
         room = math.ceil((units + units // 8 + SPARE_UNITS) / 64) * 64
         self.tokens = 0
         """M of the step that is written down; 0 before the first, or where a graph wrote it."""
-        self.low = 0
-        """First key that its query sees."""
         self.sequence: Any = None
         """A weak reference to what the sequence is known by."""
         self.leader: Any = None
@@ -185,8 +183,8 @@ class DecodingGeometry:
         """Whether there is no room for so many tokens."""
         return tokens > self.capacity
 
-    def advance(self, tokens: int, low: int = 0) -> None:
-        """Write down a step: M tokens, of which the query, the last one, sees those from `low` on.
+    def advance(self, tokens: int) -> None:
+        """Write down a step: M tokens, of which the query is the last one.
 
         Raises:
             ValueError: there is no room for so many.
@@ -196,16 +194,16 @@ class DecodingGeometry:
         end = self._last.new_full((), tokens)
         if tokens != self.tokens + 1:
             self._write_units(end)
-        self._write_step(end, low)
-        self.tokens, self.low = tokens, low
+        self._write_step(end)
+        self.tokens = tokens
 
     def advance_to(self, end: Tensor) -> None:
-        """The same of a number of tokens that the device knows, () int64; see all from 0 on.
+        """The same of a number of tokens that the device knows, () int64.
 
         It must be one more than in the step before, or `advance` must have come before. The host
         does not learn of it.
         """
-        self._write_step(end, 0)
+        self._write_step(end)
         self.tokens = 0
 
     def _write_units(self, end: Tensor) -> None:
@@ -213,7 +211,7 @@ class DecodingGeometry:
         low = start.minimum(end)
         self._units.copy_(torch.stack([low, (start + size).minimum(end) - low], -1))
 
-    def _write_step(self, end: Tensor, low: int) -> None:
+    def _write_step(self, end: Tensor) -> None:
         newest = (end - 1).expand(len(self.place), 1)
         last = self._unit_of.gather(1, newest)
         self._last.copy_(last)
@@ -223,15 +221,12 @@ class DecodingGeometry:
         self._units.scatter_(1, pair, unit)
         self.newest.units.copy_(unit)
         self.newest.unit_modality.copy_(self._kind.gather(1, last))
-        self._span[..., 0] = low
         self._span[..., 1] = end
         self.place[..., 0] = end - 1
         if self.config.window:
-            self._window[..., 0] = (end - self.config.window).clamp(min=low)
+            self._window[..., 0] = (end - self.config.window).clamp(min=0)
             self._window[..., 1] = end
-        first = self._unit_of[:, low : low + 1].minimum(last)
-        seen = self._before.gather(1, last) - self._before.gather(1, first)
-        self._visible_tokens.copy_(seen + unit[..., 1])
+        self._visible_tokens.copy_(self._before.gather(1, last) + unit[..., 1])
         for config, budget in self._budgets.items():
             self._write_budget(config, budget)
         self.forget_step()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import time
 import warnings
 from collections import Counter
@@ -373,9 +372,9 @@ def _time_tower(
             if form == "sparse":
                 densify(model)
         found.tower_seconds[form] = sorted(times)[1] * images
-        for work, factor in (("prefill", 1.0), ("train", 1.0)):
+        for work in ("prefill", "train"):
             if work in found.seconds:
-                found.seconds[work][form] += factor * found.tower_seconds[form]
+                found.seconds[work][form] += found.tower_seconds[form]
 
 
 def _tower_inputs(tower: Any, device: str) -> dict[str, Any] | None:
@@ -428,6 +427,4 @@ def estimate_table(found: Estimate) -> str:
         "at no length that ran" if pays is None else f"from {pays} tokens (of the lengths that ran)"
     )
     lines += ["", f"a sparse prefill pays {at}", *found.notes]
-    if any(math.isinf(x) for row in found.seconds.values() for x in row.values()):
-        lines.append("a time could not be computed")
     return "\n".join(lines)

@@ -200,7 +200,7 @@ class SparseLayer(ABC):
                     problem = error
             if problem is not None:
                 mode, reason = self.refuse(problem)
-        scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
+        scale = scale_of(q, options.scale)
         if call is None:
             result = original()
             if settings.watchers and settings.config.backend == "dense" and not self.cross:
@@ -253,9 +253,7 @@ class SparseLayer(ABC):
             weight = next(scorer.parameters(), None)
             if weight is not None and weight.device != q.device:
                 scorer.to(q.device)
-        width = v.shape[-1]
-        if width < k.shape[-1]:
-            v = pad(v, (0, k.shape[-1] - width))
+        width, v = v.shape[-1], as_wide_as_keys(v, k)
         parts: list[SelectionSnapshot] = []
         shown: Shown = (None, None)
         watched = bool(settings.watchers)
@@ -316,6 +314,17 @@ class SparseLayer(ABC):
         config = self.shared.config
         # A watcher of a dense run asks what could run sparse.
         return supports(q, k, config.unit, "auto" if config.backend == "dense" else config.backend)
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """Factor on q.k: the one that a call names, else 1 / sqrt(D)."""
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def as_wide_as_keys(v: Tensor, k: Tensor) -> Tensor:
+    """Values with zeros behind them where keys have more dimensions."""
+    missing = k.shape[-1] - v.shape[-1]
+    return pad(v, (0, missing)) if missing > 0 else v
 
 
 def _clock(q: Tensor) -> float:

@@ -7,12 +7,11 @@
 
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mm_sparse.recipes.finetuning import ChatData
-from mm_sparse.recipes.run.lightning_cli import RecipeCLI
+from mm_sparse.recipes.run.lightning_cli import RecipeCLI, run_cli
 from mm_sparse.recipes.run.settings_cli import program
 
 
@@ -28,14 +27,7 @@ class CheckpointCLI(RecipeCLI):
 def main(args: Any = None, run: bool = True) -> CheckpointCLI:
     """Fit, validate or predict as the config of the command line says."""
     torch.set_float32_matmul_precision("high")
-    return CheckpointCLI(
-        L.LightningModule,
-        ChatData,
-        subclass_mode_model=True,
-        args=args,
-        run=run,
-        save_config_kwargs={"overwrite": True},
-    )
+    return run_cli(CheckpointCLI, ChatData, args, run)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ file may have any name.
 """
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
@@ -15,6 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from mm_sparse.recipes.data import SampleData
 from mm_sparse.recipes.run.callbacks import progress_bar
 from mm_sparse.recipes.run.settings_cli import SettingsCLI, SettingsError, program
+
+C = TypeVar("C", bound=SettingsCLI)
 
 
 class RecipeCLI(SettingsCLI):
@@ -59,9 +61,14 @@ class RecipeCLI(SettingsCLI):
 
 def main(args: Any = None, run: bool = True) -> RecipeCLI:
     """Parse `args` (the command line if None) and, if `run`, do what they say."""
-    return RecipeCLI(
+    return run_cli(RecipeCLI, SampleData, args, run)
+
+
+def run_cli(cli: type[C], data: type[L.LightningDataModule], args: Any, run: bool) -> C:
+    """A command line for any model of a YAML, and for data of one class."""
+    return cli(
         L.LightningModule,
-        SampleData,
+        data,
         subclass_mode_model=True,
         args=args,
         run=run,

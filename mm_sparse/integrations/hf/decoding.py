@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from mm_sparse._checks import autocast_inputs
 from mm_sparse.attention import (
@@ -27,7 +27,7 @@ from mm_sparse.attention import (
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.last_call import LastCall, thinned
-from mm_sparse.integrations.layer import KEPT_ENTRIES
+from mm_sparse.integrations.layer import KEPT_ENTRIES, as_wide_as_keys, scale_of
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
@@ -99,8 +99,8 @@ def prepare_steps(
     # The first layer of this prefill: the one before may be dense now, or of another model.
     if geometry.led is None or geometry.led() is not mask.recipe:
         geometry.leader, geometry.led = weakref.ref(layer), weakref.ref(mask.recipe)
-    newest, k, _ = autocast_inputs(q[:, :, -1:], k, v)
-    decoding.describe(newest, k, _scale(q, options.scale))
+    newest, keys, _ = autocast_inputs(q[:, :, -1:], k, v)
+    decoding.describe(newest, keys, scale_of(q, options.scale))
     decoding.weights = weights
     if _record(layer, place, decoding, k) or _LAYERS.get(module.get(NUMBER, DENSE)) is not layer:
         number = module[NUMBER] = next(_NUMBERS)
@@ -139,7 +139,7 @@ def traced_step(
     Args:
         mask: (B, 1, 1, C) bool, what the query sees.
     """
-    return decode_step(q, k, v, mask, getattr(module, NUMBER), _scale(q, scale))
+    return decode_step(q, k, v, mask, getattr(module, NUMBER), scale_of(q, scale))
 
 
 @torch.library.custom_op("mm_sparse::decode_step", mutates_args=())
@@ -180,15 +180,8 @@ def _attend(
     decoding: LayerDecoding, q: Tensor, k: Tensor, v: Tensor, scale: float | None
 ) -> tuple[Tensor, Any]:
     q, k, v = autocast_inputs(q, k, v)
-    width = v.shape[-1]
-    if width < k.shape[-1]:
-        v = pad(v, (0, k.shape[-1] - width))
-    out, selection = decoding.step(q, k, v, _scale(q, scale))
-    return out[..., :width].transpose(1, 2), selection
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, selection = decoding.step(q, k, as_wide_as_keys(v, k), scale_of(q, scale))
+    return out[..., : v.shape[-1]].transpose(1, 2), selection
 
 
 def _may_step(
@@ -270,7 +263,7 @@ def _decoding(
         with torch.inference_mode(False), torch.no_grad():
             return DecodingGeometry(layout(), config, group, room)
 
-    key = (blocks, config.floors and tuple(config.floors().items()), group, q.device)
+    key = (blocks, tuple(config.floors().items()), group, q.device)
     wanted = kv_cache.Wanted(
         key, tokens, config, layer.ranks, mask.recipe, layout, new, q.shape[2] > 1, recorded
     )
