@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from functools import cache
 
 import torch
@@ -21,6 +22,32 @@ def runs_triton(x: Tensor, backend: str) -> bool:
     The one place that decides which implementation runs: scoring, selection and attention ask it.
     """
     return (x.is_cuda and backend != "torch") or backend == "triton"
+
+
+class _Streams(threading.local):
+    """The stream that a thread used last outside of a capture."""
+
+    last = 0
+
+
+_STREAMS = _Streams()
+
+
+def stream_of(device: torch.device) -> int:
+    """Number of a device's current stream, 0 off CUDA: another one might read what it makes early.
+
+    A capture takes part in the stream that its thread used before: what was made there is made.
+    """
+    if device.type != "cuda":
+        return 0
+    if not torch.cuda.is_current_stream_capturing():
+        _STREAMS.last = torch._C._cuda_getCurrentRawStream(device.index or 0)
+    return _STREAMS.last
+
+
+def captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, which will read the tensors of now for ever."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def generation(x: Tensor) -> int:

@@ -11,12 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_sparse.kernels.device import captures
 from mm_sparse.layout import CallLayout
 
 # Shapes that came without a mask, such as the windows of a vision tower, whose layouts are kept.
 PLAIN_LAYOUTS = 8
 # Entries of a mask up to which it is compared with the one before.
 COMPARED = 1 << 20
+
+
+class PlainLayouts(dict[Any, CallLayout]):
+    """Layouts of calls without a mask by their key, and all layouts that CUDA graphs read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._captured: dict[int, CallLayout] = {}
+
+    def __reduce__(self) -> Any:
+        return PlainLayouts, ()
+
+    def make_room(self) -> None:
+        """Forget the oldest of more layouts than are kept."""
+        for key in list(self)[:-PLAIN_LAYOUTS]:
+            self.pop(key, None)
+
+    def keep_captured(self, call: CallLayout) -> None:
+        """Keep a layout as long as the model if a CUDA graph is being captured that reads it."""
+        if captures(call.layout.device):
+            self._captured[id(call)] = call
 
 
 class LayoutCache:
@@ -69,9 +91,3 @@ def one_for_all(mask: Tensor) -> Tensor:
     """The part for one query of a mask that is expanded over queries, others as they are."""
     expanded = mask.dim() > 1 and mask.stride(-2) == 0 and mask.shape[-2] > 1
     return mask[..., :1, :] if expanded else mask
-
-
-def make_room(plain: dict[Any, CallLayout]) -> None:
-    """Forget the oldest of more layouts than are kept."""
-    for key in list(plain)[:-PLAIN_LAYOUTS]:
-        plain.pop(key, None)

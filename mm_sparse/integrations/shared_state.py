@@ -13,8 +13,7 @@ from torch import Tensor
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.forward_context import ForwardMemory, assigned, current
-from mm_sparse.integrations.layout_cache import LayoutCache
-from mm_sparse.layout import CallLayout
+from mm_sparse.integrations.layout_cache import LayoutCache, PlainLayouts
 from mm_sparse.scorers import Scorer
 
 CHANGED = [0]
@@ -49,8 +48,7 @@ class Shared:
     """Outside of all blocks that change them."""
     strict: bool
     memory: ForwardMemory | None = None
-    plain: dict[Any, CallLayout] = field(default_factory=dict)
-    """Layouts of calls without a mask."""
+    plain: PlainLayouts = field(default_factory=PlainLayouts)
     own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
     """By name of a layer and prefix: `config` as it was, and the layer's own."""
     masked: LayoutCache = field(default_factory=LayoutCache)

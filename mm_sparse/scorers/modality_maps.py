@@ -11,28 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_sparse.kernels.device import stream_of
 from mm_sparse.layout import Plan
 from mm_sparse.modality import Modality
 
 
 class WeightCache:
-    """What was made of tensors, until one of them changes or something else is asked for."""
+    """What was made of tensors, until one of them changes; threads may use it at the same time."""
 
     def __init__(self) -> None:
-        self._state: Any = None
-        self._made: Any = None
+        self._made: dict[Any, tuple[Any, Any]] = {}
 
     def __reduce__(self) -> Any:
         return WeightCache, ()
 
     def get(self, tensors: Sequence[Tensor], asked: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gave when these very tensors had these values and `asked` was the same."""
+        """What `make` gave when these very tensors had these values and `asked` was the same.
+
+        Each stream makes its own; that of a CUDA graph stays where the graph reads it.
+        """
         if any(x.is_inference() for x in tensors):
             return make()
-        state = (asked, *((x.data_ptr(), x._version) for x in tensors))
-        if self._state != state:
-            self._state, self._made = state, make()
-        return self._made
+        state = tuple((x.data_ptr(), x._version) for x in tensors)
+        key = asked, stream_of(tensors[0].device)
+        before, made = self._made.get(key, (None, None))
+        if before != state:
+            made = make()
+            self._made[key] = state, made
+        return made
 
 
 def describe(

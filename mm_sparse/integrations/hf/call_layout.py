@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from mm_sparse.attention import PackedBounds
 from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
-from mm_sparse.integrations.layout_cache import make_room
+from mm_sparse.integrations.layout_cache import PlainLayouts
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_of_tensor, spans_without_mask
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.tower_tokens import TowerTokens, with_grid
+from mm_sparse.kernels.device import stream_of
 from mm_sparse.layout import CallLayout, TokenLayout
 from mm_sparse.modality import Modality
 
@@ -29,7 +30,7 @@ class HFLayoutSource:
     tracker: ModalityTracker
     modality: Modality | None
     """What all tokens are; None where the tracker knows."""
-    plain: dict[Any, CallLayout]
+    plain: PlainLayouts
     tower: TowerTokens | None = None
     """What is known of the tokens of a vision model."""
     packed: bool = False
@@ -50,8 +51,8 @@ class HFLayoutSource:
         if self.tower is not None and q.shape[2] == tokens > self.tower.prefix and cuts is None:
             prefix, grid = self.tower.prefix, self.tower.grid_of(tokens)
         # What is made in inference mode is of no use to a backward pass.
-        inference = torch.is_inference_mode_enabled()
-        key = (self.modality, q.shape[0], q.device, cuts, prefix, grid, inference)
+        where = q.device, stream_of(q.device), torch.is_inference_mode_enabled()
+        key = (self.modality, q.shape[0], cuts, prefix, grid, where)
         if mask is None:
             key += (q.shape[2], k.shape[2], causal, window)
         memo = self._memo(mask)
@@ -76,6 +77,7 @@ class HFLayoutSource:
             layout = self._parted_by_frames(layout, start)
             layout = with_grid(layout, prefix, grid)
             call = memo[key] = CallLayout(layout, first, prefix)
+        self.plain.keep_captured(call)
         return call
 
     @property
@@ -93,7 +95,7 @@ class HFLayoutSource:
             return mask.recipe.layouts
         now = self.tracker.running.modality
         if mask is None:
-            make_room(self.plain)
+            self.plain.make_room()
             return self.plain if now is None or self.modality is not None else {}
         # A layer that is called by itself, outside of a forward, finds what the forward made.
         held = getattr(mask, "_mm_sparse_layouts", None)

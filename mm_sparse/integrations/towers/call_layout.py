@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sparse.integrations.layout_cache import LayoutCache, make_room, one_for_all
+from mm_sparse.integrations.layout_cache import LayoutCache, PlainLayouts, one_for_all
 from mm_sparse.integrations.mask_spans import (
     layout_from_spans,
     spans_of_tensor,
@@ -20,6 +20,7 @@ from mm_sparse.integrations.mask_spans import (
 )
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.tower_tokens import TowerTokens, with_grid
+from mm_sparse.kernels.device import stream_of
 from mm_sparse.layout import CallLayout
 
 # Numbers down from here hide a key: torchaudio writes -10000, which bfloat16 rounds.
@@ -55,7 +56,7 @@ class TowerLayoutSource:
     """Where the layouts of a tower's layers come from."""
 
     tower: TowerTokens
-    plain: dict[Any, CallLayout]
+    plain: PlainLayouts
     masked: LayoutCache
 
     def layout_of_call(
@@ -72,7 +73,7 @@ class TowerLayoutSource:
         # The same tensor may come where True shows and where True hides.
         form = type(mask), getattr(mask, "attention", None) is None
         # What is made in inference mode is of no use to a backward pass.
-        where = q.device, torch.is_inference_mode_enabled()
+        where = q.device, stream_of(q.device), torch.is_inference_mode_enabled()
         key = (self.tower.modality, prefix, grid, rows, heads, tokens, causal, form, where)
         memo = self._memo(mask)
         call = memo.get(key)
@@ -87,11 +88,12 @@ class TowerLayoutSource:
             layout = layout_from_spans(span, valid, first, kinds)
             layout = with_grid(layout, prefix, grid)
             call = memo[key] = CallLayout(layout, first, prefix)
+        self.plain.keep_captured(call)
         return call
 
     def _memo(self, mask: Any) -> dict[Any, CallLayout]:
         if mask is None:
-            make_room(self.plain)
+            self.plain.make_room()
             return self.plain
         return self.masked.of(mask.parts() if isinstance(mask, MultiheadMasks) else (mask,))
 

@@ -1,9 +1,14 @@
 """Sparsified models on a GPU, where the Triton kernels serve them."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 import mm_sparse as mms
+from mm_sparse.cuda_graph import capture
 from tests.support.hf_models import MODELS, SPARSE, WHOLE, build, long_ids
 
 pytest.importorskip("transformers")
@@ -41,3 +46,72 @@ def test_sparse_training_agrees_with_the_cpu() -> None:
     torch.testing.assert_close(losses[1], losses[0], atol=1e-4, rtol=1e-4)
     for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() <= 2e-2 * a.norm() + 1e-6
+
+
+def small_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", dynamic_img_size=True, embed_dim=64, depth=3, num_heads=2
+    )
+    config = mms.SparseConfig(ratio=0.3, tile=64, unit=16, dense_below=0, sinks=0, window=0)
+    return mms.sparsify(model.eval().cuda(), config)
+
+
+@torch.no_grad()
+def test_a_stream_does_not_read_what_another_one_still_makes() -> None:
+    images = torch.randn(1, 3, 320, 256, device="cuda")
+    want = small_vit()(images)
+    model = small_vit()
+    torch.cuda.synchronize()
+    found = []
+    for cycles in (1 << 28, 0):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(cycles)
+            found.append(model(images))
+    torch.cuda.synchronize()
+    for out in found:
+        assert torch.equal(out, want)
+
+
+@torch.no_grad()
+def test_threads_with_streams_of_their_own_get_what_each_gets_alone() -> None:
+    model = small_vit()
+    images = [torch.randn(1, 3, *size, device="cuda") for size in ((320, 256), (256, 320))]
+    want = [model(x) for x in images]
+    torch.cuda.synchronize()
+    ready = Barrier(4)
+
+    def work(x: Tensor) -> list[Tensor]:
+        found = []
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                ready.wait(60)
+                found.append(model(x).clone())
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, alone in zip(pool.map(work, images * 2), want * 2, strict=True):
+            for out in found:
+                assert torch.equal(out, alone)
+
+
+@torch.no_grad()
+def test_a_graph_stays_right_behind_images_of_many_other_sizes() -> None:
+    model = small_vit()
+    images = torch.randn(1, 3, 320, 256, device="cuda")
+    want = model(images).clone()
+    replay = capture(lambda: model(images))
+    for wide in range(10):
+        model(torch.randn(1, 3, 256, 256 + 16 * wide, device="cuda"))
+    # Whatever was freed is written over.
+    full = [
+        torch.full((1 << n,), 77, device="cuda", dtype=torch.int32)
+        for n in range(4, 20)
+        for _ in range(8)
+    ]
+    out = replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)
+    del full
