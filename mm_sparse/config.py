@@ -100,10 +100,12 @@ class SparseConfig:
     """Ratios of the KV heads instead of `ratio`, one for each, where given."""
     backend: str = "auto"
     """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
-    deterministic: bool = True
+    deterministic: bool | None = None
     """Whether gradients repeat bit for bit. False lets a Hopper GPU add those of keys and values up
     in any order, where that is faster (16-bit numbers, head dims 64 and 128, tiles of 128): up to
-    twice as fast, for float32 sums in memory. torch.use_deterministic_algorithms overrules."""
+    four times as fast, for float32 sums in memory. None: True where each query head has keys of
+    its own, False where heads share keys, whose sums are small.
+    torch.use_deterministic_algorithms overrules."""
 
     def __post_init__(self) -> None:
         _between("ratio", self.ratio)
@@ -130,9 +132,11 @@ class SparseConfig:
             raise ValueError(f"coarse_budget must be at least 1, got {self.coarse_budget!r}")
         if self.dense_below is not None:
             _count("dense_below", self.dense_below)
-        for name in ("causal", "patch_order", "deterministic"):
+        for name in ("causal", "patch_order"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.deterministic, bool | None):
+            raise TypeError(f"deterministic must be a bool or None, got {self.deterministic!r}")
         layers = _sequence("dense_layers", self.dense_layers, "ints or names")
         for layer in layers:
             if not isinstance(layer, str) or layer.isdecimal():

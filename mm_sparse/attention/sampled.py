@@ -36,7 +36,7 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sample: Sample, plan: Plan, scale: float
     ) -> Tensor:
         log = of_queries(sample.weight, plan)
-        options = scale, plan.config.backend, plan.config.deterministic
+        options = scale, plan.config.backend, plan.deterministic
         lists = plan.block_lists(sample.best_index, sample.best_count)
         best, seen = ops.attend(q, k, v, lists, *options)
         lists = plan.block_lists(sample.index, sample.count)
@@ -52,7 +52,7 @@ class _Attend(torch.autograd.Function):
         sample, plan, scale = ctx.own
         dout = grads[0]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        options = scale, plan.config.backend, plan.config.deterministic
+        options = scale, plan.config.backend, plan.deterministic
         gradients = []
         for log, index, count in (
             (whole, sample.best_index, sample.best_count),

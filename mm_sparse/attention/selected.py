@@ -24,7 +24,7 @@ def attend(
 
     Where the selection has a sample (`SparseConfig.sample_ratio`), its keys count several times.
     Differentiable in q, k and v. Sums run in a fixed order, so results repeat bit for bit;
-    gradients of k and v need not with `SparseConfig(deterministic=False)`.
+    gradients of k and v need not where `SparseConfig.deterministic` lets them.
     Under autocast the inputs are cast to its dtype.
 
     Args:
@@ -73,4 +73,4 @@ def attend_selection(
     if selection.sample is not None:
         return attend_sampled(q, k, v, selection.sample, plan, scale)
     lists = plan.block_lists(selection.index, selection.count)
-    return ops.attend(q, k, v, lists, scale, config.backend, config.deterministic)[0]
+    return ops.attend(q, k, v, lists, scale, config.backend, plan.deterministic)[0]

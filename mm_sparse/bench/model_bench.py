@@ -300,6 +300,8 @@ def _train_step(model: Any) -> Callable[[nn.Module, dict[str, Any]], None]:
     inject_adapter_in_model(lora, model)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Else transformers differentiates a frozen tower, too.
+    model.disable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 

@@ -60,6 +60,12 @@ class Plan:
     """What was computed of the blocks; `replace`, which may change them, starts anew."""
 
     @property
+    def deterministic(self) -> bool:
+        """Whether gradients repeat bit for bit: as the config says, else where heads share none."""
+        asked = self.config.deterministic
+        return self.group == 1 if asked is None else asked
+
+    @property
     def unit(self) -> int:
         """Most key tokens in a unit."""
         return self.config.unit * self.units_per_run

@@ -122,6 +122,8 @@ class CheckpointModel(L.LightningModule):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if checkpointing and not self.teaches:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Frozen embeddings, and towers, would be differentiated for nothing.
+            model.disable_input_require_grads()
         if self.teaches:
             model.requires_grad_(False)
         for name in freeze:

@@ -121,7 +121,7 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("dense_below", 1.0, TypeError, "dense_below must be an int, got 1.0"),
         ("dense_layers", (0, -1), ValueError, "dense_layers must be at least 0, got -1"),
         ("dense_layers", ("0",), TypeError, "dense_layers must be an int, got '0'"),
-        ("deterministic", 1, TypeError, "deterministic must be a bool, got 1"),
+        ("deterministic", 1, TypeError, "deterministic must be a bool or None, got 1"),
         ("dense_layers", 3, TypeError, "dense_layers must be a sequence of ints or names, got 3"),
         (
             "backend",
