@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import distillation_losses, scorer_loss
+from mm_sparse.distillation.divergence import scorer_loss
+from mm_sparse.distillation.losses import distillation_losses
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import Sample, Turn
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
