@@ -49,6 +49,7 @@ def distillation_losses(
     tiles: int | None = TILES,
     every: int = 1,
     generator: torch.Generator | None = None,
+    backward_weight: float | None = None,
 ) -> Iterator[DistillationLosses]:
     """Gather the `loss` of every layer that runs inside; gradients reach the scorers only.
 
@@ -68,6 +69,9 @@ def distillation_losses(
             each learns in every `every`-th.
         generator: draws the tiles. None: one is seeded by torch's on entry, so that what the model
             draws inside (dropout) is computed again alike by checkpoints.
+        backward_weight: take each loss back where it arises, times this number: gradients are in
+            `grad` of the scorers behind the block, and no more than those of one layer are held
+            twice. For scorers that learn alone; the losses are numbers then.
 
     Raises:
         ValueError: `tiles` or `every` below 1.
@@ -101,9 +105,11 @@ def distillation_losses(
             return
         plan = call.plan()
         draw = draws.draw(plan)
-        gathered.losses[call.name] = layer_loss(
-            call.q, call.k, plan, draw, scorer, call.scale, loss
-        )
+        value = layer_loss(call.q, call.k, plan, draw, scorer, call.scale, loss)
+        if backward_weight is not None and value.requires_grad:
+            (backward_weight * value).backward()
+            value = value.detach()
+        gathered.losses[call.name] = value
 
     with capture_attention(model, learn, scores=False):
         yield gathered

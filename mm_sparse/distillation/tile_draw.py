@@ -44,6 +44,6 @@ def draw_tiles(plan: Plan, tiles: int | None, generator: torch.Generator | None)
     place = torch.arange(tiles, device=choosing.device) + draws.to(choosing.device)
     rank = (place * (count / tiles)).long().minimum(count - 1).clamp(min=0)
     # Tiles with a choice first, in their order.
-    order = choosing.to(torch.int8).sort(1, descending=True, stable=True).indices
+    order = choosing.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     index = order.gather(1, rank)
     return TileDraw(plan.of_tiles(index), index, count[:, 0] / tiles)
