@@ -107,7 +107,7 @@ def distillation_losses(
         draw = draws.draw(plan)
         value = layer_loss(call.q, call.k, plan, draw, scorer, call.scale, loss)
         if backward_weight is not None and value.requires_grad:
-            (backward_weight * value).backward()
+            value.backward(torch.full_like(value, backward_weight))
             value = value.detach()
         gathered.losses[call.name] = value
 
