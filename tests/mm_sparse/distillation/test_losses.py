@@ -222,6 +222,8 @@ def test_losses_are_taken_back_where_they_arise_if_asked() -> None:
     assert_alike(found[1], want[1])
 
 
+# Dynamo asks tensors of the graph for it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_scorers_of_a_compiled_model_learn_as_without() -> None:
     def run(compiled: bool) -> tuple[Tensor, list[Tensor]]:
         model, ids = fresh(), batch()
