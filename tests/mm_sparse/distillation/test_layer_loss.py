@@ -392,3 +392,67 @@ class Largest(TorchDispatchMode):
     def shared(self, units: int) -> int:
         """Entries of the largest tensor whose last dimension is units."""
         return max(math.prod(shape) for shape in self.shapes if shape and shape[-1] == units)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def on(device: str, kind: type[Any], backend: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of `layer_loss` and the weights, of one case that is the same everywhere."""
+    cpu = mms.TokenLayout.from_rows([[("text", 150), ("image", (9, 11)), ("text", 90, 1)]] * 2)
+    q, k = (x.to(device, dtype) for x in random_qk(cpu, 6, 2, 16))
+    plan = cpu.to(device).plan(small_config(backend=backend), num_query_heads=6, num_kv_heads=2)
+    index = torch.tensor([[2, 5, 8], [1, 5, 9]], device=device)
+    draw = TileDraw(plan.of_tiles(index), index, torch.tensor([2.0, 3.0], device=device))
+    torch.manual_seed(3)
+    scorer = kind(num_query_heads=6, num_kv_heads=2, head_dim=16)
+    for weight in scorer.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return q, k, plan, draw, scorer.to(device), 0.25
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [FineScorer, RelevanceScorer])
+@pytest.mark.parametrize("loss", [scorer_loss, whole_mean])
+def test_kernels_give_the_loss_of_the_law(kind: type[Any], loss: Any, device: str) -> None:
+    found = on(device, kind, "triton", torch.float32)
+    want = on("cpu", kind, "torch", torch.float32)
+    got = loss_and_gradients(layer_loss(*found, loss), list(found[4].parameters()))
+    law = loss_and_gradients(layer_loss(*want, loss), list(want[4].parameters()))
+    assert law[0] > 0.01
+    for ours, other in zip(got, law, strict=True):
+        torch.testing.assert_close(ours.cpu(), other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [FineScorer, RelevanceScorer])
+def test_a_loss_does_not_wait_for_the_device(kind: type[Any]) -> None:
+    q, k, plan, _, scorer, scale = on("cuda", kind, "auto", torch.bfloat16)
+    generator = torch.Generator("cuda").manual_seed(0)
+    # What is known of a layout once is known for all layers of a step.
+    layer_loss(q, k, plan, draw_tiles(plan, 2, generator), scorer, scale).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer_loss(q, k, plan, draw_tiles(plan, 2, generator), scorer, scale).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_drawn_tiles_of_a_long_row_take_little_memory() -> None:
+    layout = mms.TokenLayout.from_spans([("text", 32768)]).to("cuda")
+    q = torch.randn(1, 32, 32768, 128, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, 8, 32768, 128, device="cuda", dtype=torch.bfloat16)
+    plan = layout.plan(mms.SparseConfig(), num_query_heads=32, num_kv_heads=8)
+    scorer = FineScorer(
+        num_query_heads=32, num_kv_heads=8, head_dim=128, modalities=(mms.Modality.TEXT,)
+    ).cuda()
+    draw = draw_tiles(plan, 32, torch.Generator("cuda").manual_seed(0))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = layer_loss(q, k, plan, draw, scorer, 128**-0.5)
+    held = torch.cuda.memory_allocated() - before
+    own = sum(4 * p.numel() for p in scorer.parameters())
+    assert loss.requires_grad
+    assert held <= own + (64 << 20)  # workspaces of products
+    assert torch.cuda.max_memory_allocated() - before < 1.2e9
