@@ -22,6 +22,7 @@ from mm_sparse.integrations import (
     state_of,
 )
 from mm_sparse.layout import Plan
+from mm_sparse.scorers import Scorer
 from mm_sparse.selection import Scores
 
 TILES = 32
@@ -90,18 +91,14 @@ def distillation_losses(
     gathered = DistillationLosses()
     # A model that wraps the sparsified one has other names for its layers.
     layers = {layer.name: layer for layer in attention_layers(model).values()}
-    learners = [
-        n
-        for n, la in layers.items()
-        if la.scorer and next(la.scorer.parameters(), None) is not None
-    ]
+    learners = [name for name, layer in layers.items() if _learns(layer.scorer)]
     turn, state.shared.turn = state.shared.turn, state.shared.turn + 1
-    due = {name for number, name in enumerate(learners) if (number + turn) % every == 0}
+    waiting = {name for number, name in enumerate(learners) if (number + turn) % every}
     draws = _Draws(generator, tiles)
 
     def learn(call: AttentionCall) -> None:
         scorer = layers[call.name].scorer
-        if scorer is None or call.name not in due or not call.sparse:
+        if scorer is None or not _learns(scorer) or call.name in waiting or not call.sparse:
             return
         plan = call.plan()
         draw = draws.draw(plan)
@@ -113,6 +110,10 @@ def distillation_losses(
 
     with capture_attention(model, learn, scores=False):
         yield gathered
+
+
+def _learns(scorer: Scorer | None) -> bool:
+    return scorer is not None and next(scorer.parameters(), None) is not None
 
 
 def _warn_of_drift(state: State) -> None:
@@ -136,7 +137,9 @@ class _Draws:
 
     def __init__(self, generator: torch.Generator | None, tiles: int | None) -> None:
         self.generator, self.tiles = generator, tiles
-        self._seed = int(torch.randint(1 << 62, ())) if tiles and generator is None else 0
+        self._seed = (
+            int(torch.randint(1 << 62, (), device="cpu")) if tiles and generator is None else 0
+        )
 
     def draw(self, plan: Plan) -> TileDraw:
         """Tiles of a plan."""

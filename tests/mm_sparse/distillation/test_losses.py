@@ -187,6 +187,25 @@ def test_layers_take_turns() -> None:
     assert sorted(learned) == sorted(names)
 
 
+def test_scorers_that_come_inside_the_block_learn() -> None:
+    model, ids = fresh(), batch()
+    names = [layer.name for layer in mms.attention_layers(model).values()]
+    made: list[mms.Scorer] = []
+
+    def make() -> mms.Scorer:
+        made.append(mms.FineScorer(num_query_heads=4, num_kv_heads=2, head_dim=8))
+        return made[-1]
+
+    with mms.distillation_losses(model, tiles=2) as losses, mms.override_scorers(model, make):
+        model(ids, use_cache=False)
+    losses.mean().backward()
+    assert list(losses.losses) == names
+    assert all(p.grad is not None for scorer in made for p in scorer.parameters())
+    with mms.override_scorers(model, mms.PooledScorer), mms.distillation_losses(model) as losses:
+        model(ids, use_cache=False)
+    assert not losses.losses
+
+
 def test_losses_draw_no_numbers_inside_the_block() -> None:
     """A checkpoint that computes a block again would draw others."""
     model, ids = fresh(), batch()
