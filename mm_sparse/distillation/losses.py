@@ -119,9 +119,9 @@ def _learns(scorer: Scorer | None) -> bool:
 def _warn_of_drift(state: State) -> None:
     dist = torch.distributed
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not several or state.owned or state.averaged:
+    if not several or state.shared.owned or state.shared.averaged:
         return
-    if state.distilled == 1:
+    if state.shared.distilled == 1:
         # Not in the first step: gradients are averaged behind it.
         warnings.warn(
             f"the scorers of this {state.root} learn in {dist.get_world_size()} processes and "
@@ -129,7 +129,7 @@ def _warn_of_drift(state: State) -> None:
             "`mms.average_scorer_gradients(model)` between backward and step",
             stacklevel=4,
         )
-    state.distilled += 1
+    state.shared.distilled += 1
 
 
 class _Draws:

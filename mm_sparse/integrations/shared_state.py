@@ -56,6 +56,12 @@ class Shared:
     own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
     """By name of a layer and prefix: `config` as it was, and the layer's own."""
     masked: LayoutCache = field(default_factory=LayoutCache)
+    owned: bool = False
+    """Whether the scorers were handed out as modules: who took them trains and saves them."""
+    averaged: bool = False
+    """Whether the gradients of the scorers are averaged over processes by a call of its own."""
+    distilled: int = 0
+    """Forward passes in which scorers learned while nobody was known to average them."""
     turn: int = 0
     """Blocks so far in which scorers learned: whose turn it is."""
 
