@@ -60,8 +60,8 @@ def average_scorer_gradients(model: nn.Module) -> None:
     import torch.distributed as dist
 
     parameters = [p for p in scorers_of(model).parameters() if p.requires_grad]
-    if not state.averaged:
-        state.averaged = True
+    if not state.shared.averaged:
+        state.shared.averaged = True
         for value in (*parameters, *scorers_of(model).buffers()):
             dist.broadcast(value.data, 0)
     if not parameters:

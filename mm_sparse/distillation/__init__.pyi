@@ -1,6 +1,6 @@
+from .divergence import attention_kl as attention_kl
 from .losses import (
     DistillationLosses as DistillationLosses,
-    attention_kl as attention_kl,
     distillation_losses as distillation_losses,
 )
 from .soft_attention import (

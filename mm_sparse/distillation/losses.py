@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mm_sparse.distillation.divergence import scorer_loss
+from mm_sparse.distillation.layer_loss import layer_loss
+from mm_sparse.distillation.tile_draw import TileDraw, draw_tiles
 from mm_sparse.integrations import (
     AttentionCall,
     State,
@@ -19,44 +22,11 @@ from mm_sparse.integrations import (
     state_of,
 )
 from mm_sparse.layout import Plan
-from mm_sparse.scorers import Scorer, unit_mass
+from mm_sparse.scorers import Scorer
 from mm_sparse.selection import Scores
 
-TINY = 1e-6
-
-
-def scorer_loss(scores: Scores, mass: Tensor) -> Tensor:
-    """`attention_kl` of what a scorer predicted, every tile counting alike."""
-    return attention_kl(scores.values, mass, scores.plan)
-
-
-def attention_kl(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = False) -> Tensor:
-    """KL(true || predicted) over the units that are a matter of choice, mean over heads and tiles.
-
-    A tile chooses among units that it sees and that are not kept anyway (`plan.always`): mass on
-    sinks and window would drown the rest. Both distributions are renormalised over those.
-
-    Args:
-        values: (..., B, K, T, U) scores.
-        mass: the same shape, true share of attention, as `mm_sparse.unit_mass` gives it.
-        weighted: count a tile by its mass on those units.
-    """
-    if mass.shape != values.shape:
-        raise ValueError(
-            f"mass must be {tuple(values.shape)} as the scores are, got {tuple(mass.shape)}"
-        )
-    open_units = (plan.visible & ~plan.always)[:, None]
-    mass = mass.detach().float() * open_units
-    total = mass.sum(-1, keepdim=True)
-    chosen = (total[..., 0] > TINY) & (open_units.sum(-1) > 1)
-    target = mass / total.clamp(min=TINY)
-    # A large negative number, not -inf: no gradient may become NaN.
-    predicted = values.float().masked_fill(~open_units, -1e9).log_softmax(-1)
-    gap = torch.special.xlogy(target, target) - target * predicted
-    loss = gap.masked_fill(~open_units, 0).sum(-1) * chosen
-    if weighted:
-        return (loss * total[..., 0]).mean()
-    return loss.sum() / chosen.sum().clamp(min=1)
+TILES = 32
+"""Drawn in each layer and row of a batch, unless one says otherwise."""
 
 
 @dataclass
@@ -74,36 +44,84 @@ class DistillationLosses:
 
 @contextmanager
 def distillation_losses(
-    model: nn.Module, loss: Callable[[Scores, Tensor], Tensor] = scorer_loss
+    model: nn.Module,
+    loss: Callable[[Scores, Tensor], Tensor] = scorer_loss,
+    *,
+    tiles: int | None = TILES,
+    every: int = 1,
+    generator: torch.Generator | None = None,
+    backward_weight: float | None = None,
 ) -> Iterator[DistillationLosses]:
     """Gather the `loss` of every layer that runs inside; gradients reach the scorers only.
 
-    The truth is the full attention of each layer's own queries and keys, computed tile by tile.
-    Each layer counts once, also under gradient checkpointing, and the losses may be used behind the
-    block. In several processes somebody must average what scorers learn: DDP, where they were made
-    a submodule before (`register_scorers`), or `average_scorer_gradients`; else a warning says so.
+    The truth is the full attention of each layer's own queries and keys, for tiles drawn at random.
+    The gradients are computed along with a loss, so that all a loss keeps is one gradient for each
+    parameter of its scorer. Each layer counts once, also under gradient checkpointing, and the
+    losses may be used behind the block. In several processes somebody must average what scorers
+    learn: DDP, where they were made a submodule before (`register_scorers`), or
+    `average_scorer_gradients`; else a warning says so.
+
+    Args:
+        loss: of scores (B, K, T, U) and true mass of the same shape, a mean over tiles. Scores
+            are those of a plan of the drawn tiles.
+        tiles: drawn in each layer and row of a batch, among those that have a choice; the mean of
+            the losses is that over all tiles, on average over draws. None takes all.
+        every: layers of which one learns. The others take their turn in the next blocks, so that
+            each learns in every `every`-th.
+        generator: draws the tiles. None: one is seeded by torch's on entry, so that what the model
+            draws inside (dropout) is computed again alike by checkpoints.
+        backward_weight: take each loss back where it arises, times this number: gradients are in
+            `grad` of the scorers behind the block, and no more than those of one layer are held
+            twice. For scorers that learn alone; the losses are numbers then.
+
+    Raises:
+        ValueError: `tiles` or `every` below 1.
+
+    Example:
+        >>> with mms.distillation_losses(model) as scorer_losses:
+        ...     loss = model(ids, labels=ids).loss
+        >>> (loss + 0.1 * scorer_losses.mean()).backward()
     """
-    _warn_of_drift(state_of(model))
+    for name, value in (("tiles", tiles), ("every", every)):
+        right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not right and not (name == "tiles" and value is None):
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    state = state_of(model)
+    _warn_of_drift(state)
     gathered = DistillationLosses()
     # A model that wraps the sparsified one has other names for its layers.
     layers = {layer.name: layer for layer in attention_layers(model).values()}
+    learners = [name for name, layer in layers.items() if _learns(layer.scorer)]
+    turn, state.shared.turn = state.shared.turn, state.shared.turn + 1
+    waiting = {name for number, name in enumerate(learners) if (number + turn) % every}
+    draws = _Draws(generator, tiles)
 
     def learn(call: AttentionCall) -> None:
         scorer = layers[call.name].scorer
-        if scorer is None or call.scores is None or next(scorer.parameters(), None) is None:
+        if scorer is None or not _learns(scorer) or call.name in waiting or not call.sparse:
             return
-        gathered.losses[call.name] = _layer_loss(call, call.scores.plan, scorer, loss)
+        plan = call.plan()
+        draw = draws.draw(plan)
+        value = layer_loss(call.q, call.k, plan, draw, scorer, call.scale, loss)
+        if backward_weight is not None and value.requires_grad:
+            value.backward(torch.full_like(value, backward_weight))
+            value = value.detach()
+        gathered.losses[call.name] = value
 
-    with capture_attention(model, learn):
+    with capture_attention(model, learn, scores=False):
         yield gathered
+
+
+def _learns(scorer: Scorer | None) -> bool:
+    return scorer is not None and next(scorer.parameters(), None) is not None
 
 
 def _warn_of_drift(state: State) -> None:
     dist = torch.distributed
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not several or state.owned or state.averaged:
+    if not several or state.shared.owned or state.shared.averaged:
         return
-    if state.distilled == 1:
+    if state.shared.distilled == 1:
         # Not in the first step: gradients are averaged behind it.
         warnings.warn(
             f"the scorers of this {state.root} learn in {dist.get_world_size()} processes and "
@@ -111,23 +129,21 @@ def _warn_of_drift(state: State) -> None:
             "`mms.average_scorer_gradients(model)` between backward and step",
             stacklevel=4,
         )
-    state.distilled += 1
+    state.shared.distilled += 1
 
 
-def _layer_loss(
-    call: AttentionCall, plan: Plan, scorer: Scorer, loss: Callable[[Scores, Tensor], Tensor]
-) -> Tensor:
-    q, k = call.q.detach(), call.k.detach()
-    with torch.no_grad():
-        mass = unit_mass(q, k, plan, call.scale)
-    # The model itself may run without gradients.
-    with torch.enable_grad():
-        own = scorer(
-            q,
-            k,
-            layout=plan.layout,
-            config=plan.config,
-            query_offset=plan.query_offset,
-            scale=call.scale,
+class _Draws:
+    """Draws tiles of calls by random numbers of its own."""
+
+    def __init__(self, generator: torch.Generator | None, tiles: int | None) -> None:
+        self.generator, self.tiles = generator, tiles
+        self._seed = (
+            int(torch.randint(1 << 62, (), device="cpu")) if tiles and generator is None else 0
         )
-        return loss(own, mass)
+
+    def draw(self, plan: Plan) -> TileDraw:
+        """Tiles of a plan."""
+        device = plan.units.device
+        if self.tiles is not None and self.generator is None:
+            self.generator = torch.Generator(device).manual_seed(self._seed)
+        return draw_tiles(plan, self.tiles, self.generator)

@@ -27,7 +27,7 @@ class AttentionCall:
     v: Tensor
     scale: float
     scores: Scores | None = None
-    """None if the layer ran dense; `scores.plan.layout` is the layout."""
+    """None if the layer ran dense, or nobody asked for them; `scores.plan.layout` is the layout."""
     selection: Selection | None = None
     reason: str = ""
     """Why it ran dense, or empty."""
@@ -39,6 +39,8 @@ class AttentionCall:
     """Of the keys, also of a layer that runs dense because `backend` says so."""
     first: int = 0
     """Place of the first query among the keys."""
+    sparse: bool = False
+    """Whether the layer attended to a selection."""
 
     def plan(self) -> Plan:
         """Tiles and units of the call.

@@ -72,7 +72,11 @@ def set_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
 
 @contextmanager
 def capture_attention(
-    model: nn.Module, watcher: Callable[[AttentionCall], None], *, timed: bool = False
+    model: nn.Module,
+    watcher: Callable[[AttentionCall], None],
+    *,
+    timed: bool = False,
+    scores: bool = True,
 ) -> Iterator[None]:
     """Call `watcher` after every attention call, with q, k, v, scores and selection.
 
@@ -80,10 +84,16 @@ def capture_attention(
     order (`AttentionCall` says how to get the model's order back). Scores carry no graph: call the
     scorer on `call.q` and `call.k` for one (`distillation_losses` does).
     Each call is shown once: not again where a checkpoint computes it again in the backward pass.
+
+    Args:
+        timed: measure the seconds of each call; waits for the device.
+        scores: show scores and selection, which are then made for all queries at once. Without, a
+            layer computes what it computes when nobody watches.
     """
     shared = state_of(model).shared
     now = shared.settings
-    with shared.changed(watchers=(*now.watchers, watcher), timed=timed or now.timed):
+    shown = {"timed": timed or now.timed, "scored": scores or now.scored}
+    with shared.changed(watchers=(*now.watchers, watcher), **shown):
         yield
 
 

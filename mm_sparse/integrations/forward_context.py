@@ -58,6 +58,11 @@ _RECOMPUTED = _Recomputed()
 _backward_pass = torch._C._current_graph_task_id
 
 
+def in_backward() -> bool:
+    """Whether the thread is in a backward pass, where only checkpoints run a model."""
+    return _backward_pass() != -1
+
+
 def current_context() -> Context:
     """The context of the running forward."""
     task = _backward_pass()

@@ -20,6 +20,7 @@ from mm_sparse.attention import dense_length, score_select_attend
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.discovery import AttentionModule
+from mm_sparse.integrations.forward_context import in_backward
 from mm_sparse.integrations.last_call import LastCall, SelectionSnapshot, joined, thinned
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Settings, Shared
@@ -221,10 +222,10 @@ class SparseLayer(ABC):
                 out = restore(out, call.layout, call.first, dim=1)
             result = format_output(out.contiguous())
         record = self.record = LastCall(mode, reason, q.shape[-2], k.shape[-2], kept)
-        if settings.watchers and not settings.recomputed:
+        if settings.watchers and not (settings.recomputed or in_backward()):
             # What watchers compute is none of the saved tensors of a checkpoint around the layer.
             with saved_tensors_hooks(_as_it_is, _as_it_is):
-                self._notify(q, k, v, scale, call, shown, reason, start)
+                self._notify(q, k, v, scale, call, shown, reason, start, kept is not None)
         return result, record
 
     @property
@@ -256,7 +257,7 @@ class SparseLayer(ABC):
         width, v = v.shape[-1], as_wide_as_keys(v, k)
         parts: list[SelectionSnapshot] = []
         shown: Shown = (None, None)
-        watched = bool(settings.watchers)
+        watched = settings.scored
 
         def note(scores: Scores, selection: Selection) -> None:
             nonlocal shown
@@ -272,7 +273,7 @@ class SparseLayer(ABC):
 
     def _notify(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, call: CallLayout | None,
-        shown: Shown, reason: str, start: Any,
+        shown: Shown, reason: str, start: Any, sparse: bool,
     ) -> None:  # fmt: skip
         """Give a call to those who watch."""
         shared = self.shared
@@ -282,6 +283,7 @@ class SparseLayer(ABC):
             selection=shown[1], reason=reason,
             seconds=None if start is None else _clock(q) - start, config=config,
             layout=None if call is None else call.layout, first=0 if call is None else call.first,
+            sparse=sparse,
         )  # fmt: skip
         for watcher in shared.settings.watchers:
             watcher(given)

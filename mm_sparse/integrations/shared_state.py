@@ -30,6 +30,8 @@ class Settings:
     attention_override: Callable[[AttentionCall], Tensor] | None = None
     """Computes the attention of a sparse layer in place of score, select, attend."""
     timed: bool = False
+    scored: bool = False
+    """Whether a watcher asks for scores and selection of all queries of a call."""
     scorers: Mapping[str, Scorer | None] = field(default_factory=dict)
     """Scorers by name of the layer, in place of the layers' own."""
     recomputed: bool = False
@@ -52,6 +54,14 @@ class Shared:
     own: dict[Any, tuple[SparseConfig, SparseConfig]] = field(default_factory=dict)
     """By name of a layer and prefix: `config` as it was, and the layer's own."""
     masked: LayoutCache = field(default_factory=LayoutCache)
+    owned: bool = False
+    """Whether the scorers were handed out as modules: who took them trains and saves them."""
+    averaged: bool = False
+    """Whether the gradients of the scorers are averaged over processes by a call of its own."""
+    distilled: int = 0
+    """Forward passes in which scorers learned while nobody was known to average them."""
+    turn: int = 0
+    """Blocks so far in which scorers learned: whose turn it is."""
 
     @property
     def settings(self) -> Settings:

@@ -43,12 +43,6 @@ class State:
     """Configs, the attention implementation that each named, and the one that it names now."""
     holders: list[nn.Module] = field(default_factory=list)
     """Models that have the scorers as a submodule."""
-    owned: bool = False
-    """Whether the scorers were handed out as modules: who took them trains and saves them."""
-    averaged: bool = False
-    """Whether the gradients of the scorers are averaged over processes by a call of its own."""
-    distilled: int = 0
-    """Forward passes in which scorers learned while nobody was known to average them."""
 
     def __post_init__(self) -> None:
         for layer in self.layers.values():
@@ -119,7 +113,7 @@ def scorers_of(model: nn.Module) -> nn.ModuleDict:
     among what DDP averages; `mms.register_scorers` makes them a submodule of the model itself.
     """
     state = state_of(model)
-    state.owned = True
+    state.shared.owned = True
     return _scorers(state)
 
 

@@ -110,13 +110,32 @@ class Plan:
                 "query_offset": self.query_offset + queries.start,
                 "span": self.span[:, queries].contiguous(),
             }
-        part = replace(
-            self,
+        return self._with_tiles(
             tiles=table,
             tile_span=self.tile_span[:, tiles].contiguous(),
             tile_modality=self.tile_modality[:, tiles].contiguous(),
             **changes,
         )
+
+    def of_tiles(self, index: Tensor) -> Plan:
+        """The plan of some tiles of each row, which stand anywhere and may stand there twice.
+
+        Args:
+            index: (B, t) int64, numbers of tiles.
+        """
+
+        def pick(x: Tensor) -> Tensor:
+            return x.gather(1, index[(...,) + (None,) * (x.dim() - 2)].expand(-1, -1, *x.shape[2:]))
+
+        tables = (self.tiles, self.tile_span, self.tile_modality)
+        tiles, tile_span, tile_modality = (pick(x) for x in tables)
+        return self._with_tiles(
+            tiles=tiles, tile_span=tile_span, tile_modality=tile_modality, tile_offset=-1
+        )
+
+    def _with_tiles(self, **changes: Any) -> Plan:
+        """The plan with other tiles; what is known of units alone goes along."""
+        part = replace(self, **changes)
         part.memo["modalities"] = self.modalities
         if self.config.sinks:
             part.memo["sinks", self.config.sinks] = self.sink_units
@@ -176,6 +195,20 @@ class Plan:
         before = torch.nn.functional.pad(sink.cumsum(1), (1, 0))
         edges = self.units.long().cumsum(-1).unbind(-1)
         return before.gather(1, edges[1]) > before.gather(1, edges[0])
+
+    @memo_by_config
+    def open_units(self) -> Tensor:
+        """(B, T) int64: visible units that are not kept anyway, which a tile chooses among."""
+        visible, window = self.units_of(self.tile_span), self.units_of(self.window_span)
+        return (visible[1] - visible[0]) - self._units_kept(visible, window)
+
+    def _units_kept(self, visible: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, T): units always kept, of the first units and ends of what is seen and near."""
+        kept = window[1] - window[0]
+        if not self.config.sinks:
+            return kept
+        sinks = sum_between(self.sink_units, *visible) - sum_between(self.sink_units, *window)
+        return kept + sinks
 
     @memo_by_config
     def budget(self) -> Tensor:
@@ -255,13 +288,7 @@ class Plan:
             return 0, 0, 0
         visible_tokens, window_span = self.units_of(self.tile_span), self.units_of(self.window_span)
         short = sum_between(self.units[..., 1] < self.unit, *visible_tokens)
-        always = window_span[1] - window_span[0]
-        if self.config.sinks:
-            always = (
-                always
-                + sum_between(self.sink_units, *visible_tokens)
-                - sum_between(self.sink_units, *window_span)
-            )
+        always = self._units_kept(visible_tokens, window_span)
         counts = (self.visible_tokens, short, always)
         return tuple(torch.stack([x.amax() for x in counts]).tolist())
 

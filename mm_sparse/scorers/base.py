@@ -79,6 +79,22 @@ class Scorer(nn.Module):
             return Scores(two_stage.values, plan, two_stage.runs)
         return Scores(block_scores(features, plan), plan)
 
+    @property
+    def describes(self) -> bool:
+        """Whether scores are products of what `describe` gives: any tiles have theirs alone."""
+        own = type(self)
+        plain = own.forward is Scorer.forward and own.score_plan is Scorer.score_plan
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        return plain and own.score is Scorer.score and not hooked
+
+    def described(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
+        """What `describe` gives without a cache, of a scorer that writes it."""
+        return self._descriptors(q, k, plan, scale, None)
+
+    def score_described(self, described: Descriptors, plan: Plan) -> Tensor:
+        """(B, K, T, U), of descriptors of the plan's tiles and units."""
+        return block_scores(described, plan)
+
     def score_step(
         self, q: Tensor, k: Tensor, plan: Plan, placed: Plan, scale: float, cache: DescriptorCache
     ) -> Tensor:

@@ -15,7 +15,7 @@ from mm_sparse.layout import Plan
 
 def tile_descriptors(q: Tensor, plan: Plan, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Means of query pools of tiles (B, H, T, S, D), times `scale`, and which exist (B, T, S)."""
-    if torch.is_grad_enabled() or not fused(q, plan):
+    if _learns(q) or not fused(q, plan):
         tile, exists = tile_query_pools(
             q, plan.tiles, plan.tile_tokens, plan.config.query_pools, plan.regular_tiles
         )
@@ -28,6 +28,11 @@ def tile_descriptors(q: Tensor, plan: Plan, scale: float = 1.0) -> tuple[Tensor,
         q, plan.tiles, plan.tile_tokens, live.shape[2], regular=plan.regular_tiles, scale=scale
     )
     return tile, live
+
+
+def _learns(x: Tensor) -> bool:
+    """Whether somebody needs a gradient of it."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def piece_features(
@@ -60,7 +65,7 @@ def piece_features(
 
 def unit_descriptors(k: Tensor, plan: Plan, extremes: bool) -> tuple[Tensor, ...]:
     """Means of the keys of every unit (B, K, U, D), and their largest and smallest if asked."""
-    if torch.is_grad_enabled() or not fused(k, plan):
+    if _learns(k) or not fused(k, plan):
         keys, present = gather_pieces(k, plan.units, plan.unit, plan.regular)
         present = present[:, None, ..., None]
         mean = masked_mean(keys, present, 3)

@@ -173,7 +173,8 @@ class CheckpointModel(L.LightningModule):
                     stack.enter_context(mms.override_config(self.base, **changed))
                 learned = None
                 if due and not from_dense:
-                    learned = stack.enter_context(distillation_losses(self.base))
+                    drawn = goals.drawing(self.global_step, self.device)
+                    learned = stack.enter_context(distillation_losses(self.base, **drawn))
                 own = self(batch).loss
             self.log("train/loss", own.detach(), prog_bar=True, batch_size=size)
             loss = loss + goals.language * own
@@ -181,10 +182,11 @@ class CheckpointModel(L.LightningModule):
                 loss = loss + self._scorer_loss(learned.mean(), size)
         if from_dense:
             whole = {"ratio": 1.0, "tokens": None, "top_p": None, "layer_ratio": {}}
+            drawn = goals.drawing(self.global_step, self.device)
             with (
                 torch.no_grad(),
                 mms.override_config(self.base, **whole),
-                distillation_losses(self.base) as learned,
+                distillation_losses(self.base, **drawn) as learned,
             ):
                 self(batch)
             loss = loss + self._scorer_loss(learned.mean(), size)

@@ -117,7 +117,8 @@ class MultimodalTraining(MultimodalBase):
         """What the scorers of every sparse part learn inside."""
         with ExitStack() as stack:
             parts = [getattr(self, name) for name in self.sparse_configs]
-            yield [stack.enter_context(distillation_losses(part)) for part in parts]
+            drawn = self.objectives.drawing(self.global_step, self.device)
+            yield [stack.enter_context(distillation_losses(part, **drawn)) for part in parts]
 
     def dense_distillation_loss(self, batch: Batch) -> Tensor:
         """The scorers' divergence from the attention of a run that keeps everything."""

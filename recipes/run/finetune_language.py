@@ -42,6 +42,7 @@ class FinetuneLM(L.LightningModule):
         optimizer: OptimizerConfig | None = None,
         scorer_loss: float = 1.0,
         scorers_every: int = 4,
+        scorer_tiles: int | None = 32,
         temperature: float = 0.2,
         out: str | None = None,
     ) -> None:
@@ -50,8 +51,9 @@ class FinetuneLM(L.LightningModule):
             sparse: what layers keep; None takes the config beside `scorers_from`, or runs dense.
             scorers_from: folder of `save_scorers` to start from; untrained ones if None.
             lora: adapters, the model's own weights frozen; None trains all of it.
-            distillation loss: weight of the attention that the soft top-k drops, 0 for none.
+            scorer_loss: weight of the attention that the soft top-k drops, 0 for none.
             scorers_every: steps between two distillation losses.
+            scorer_tiles: drawn for such a loss in each layer and row; None takes all tiles.
             temperature: of that choice.
             out: folder that the scorers are written to at the end.
         """
@@ -59,6 +61,7 @@ class FinetuneLM(L.LightningModule):
         for name, value, low in (
             ("scorer_loss", scorer_loss, 0),
             ("scorers_every", scorers_every, 1),
+            ("scorer_tiles", 1 if scorer_tiles is None else scorer_tiles, 1),
         ):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
@@ -66,6 +69,7 @@ class FinetuneLM(L.LightningModule):
         self.language: Any = language.build(0).train()
         self.optimizer_part = optimizer or OptimizerConfig()
         self.scorer_loss, self.scorers_every, self.out = scorer_loss, scorers_every, out
+        self.scorer_tiles = scorer_tiles
         self.scorers = nn.ModuleDict()
         if sparse is not None or scorers_from is not None:
             if sparse is not None:
@@ -92,7 +96,7 @@ class FinetuneLM(L.LightningModule):
             and len(self.scorers)
             and self.global_step % self.scorers_every == 0
         )
-        teach: Any = distillation_losses(self.language, self.taught) if due else nullcontext()
+        teach: Any = self.teaching() if due else nullcontext()
         with teach as learned:
             loss = self.losses(ids).mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -101,6 +105,13 @@ class FinetuneLM(L.LightningModule):
         dropped = learned.mean()
         self.log("train/dropped", dropped.detach(), prog_bar=True)
         return loss + self.scorer_loss * dropped
+
+    def teaching(self) -> Any:
+        """Losses of the scorers inside; a resumed run draws the tiles that an unbroken one does."""
+        generator = torch.Generator(self.device).manual_seed(self.global_step)
+        return distillation_losses(
+            self.language, self.taught, tiles=self.scorer_tiles, generator=generator
+        )
 
     def validation_step(self, ids: Tensor, index: int) -> None:
         """Loss of all tokens, and of those in the second half, which see far."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from mm_sparse import SparseConfig
 
 
@@ -16,6 +18,8 @@ class Objectives:
     """Weight of the scorers' divergence from the true attention."""
     scorers_every: int = 1
     """Steps between two distillation losses of the scorers."""
+    scorer_tiles: int | None = 32
+    """Tiles that such a loss is drawn from, in each layer and row of a batch; null takes all."""
     teacher: Literal["sparse", "dense"] = "sparse"
     """Whose attention scorers learn from: the sparse run's own, or that of a run that keeps all."""
     dense_steps: int = 0
@@ -29,7 +33,9 @@ class Objectives:
                 "language and scorers must be weights of at least 0, one of them above, "
                 f"got {self.language} and {self.scorers}"
             )
-        for name, low in (("scorers_every", 1), ("dense_steps", 0), ("narrowing_steps", 0)):
+        least = {"scorers_every": 1, "dense_steps": 0, "narrowing_steps": 0}
+        least |= {} if self.scorer_tiles is None else {"scorer_tiles": 1}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
@@ -37,6 +43,11 @@ class Objectives:
     def changing_steps(self) -> int:
         """Steps before a sparse model keeps what its config says."""
         return self.dense_steps + self.narrowing_steps
+
+    def drawing(self, step: int, device: torch.device) -> dict[str, Any]:
+        """How `distillation_losses` draws in a step: in a resumed run as in an unbroken one."""
+        generator = torch.Generator(device).manual_seed(step)
+        return {"tiles": self.scorer_tiles, "generator": generator}
 
     def changes(self, config: SparseConfig | None, step: int) -> dict[str, Any]:
         """How the sparse config of a training step differs from the model's."""

@@ -247,6 +247,26 @@ def test_true_mass_equals_the_law(name: str, reduce: str, device: str) -> None:
     torch.testing.assert_close(mass.cpu(), mms.unit_mass(q, k, law), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group", [1, 3, 7])
+@pytest.mark.parametrize("dim", [8, 80])
+@pytest.mark.parametrize(("name", "causal"), [("documents", True), ("hole", False)])
+def test_true_mass_of_drawn_tiles_equals_the_law(
+    name: str, causal: bool, dim: int, group: int, device: str
+) -> None:
+    cpu = TokenLayout.from_rows([LONG[name], LONG["documents"]])
+    q, k = random_qk(cpu, 2 * group, 2, dim)
+    heads = {"num_query_heads": 2 * group, "num_kv_heads": 2}
+    law = cpu.plan(small(causal=causal, backend="torch"), **heads)
+    plan = cpu.to(device).plan(small(causal=causal, backend="triton"), **heads)
+    # In any order, and a tile may be drawn twice.
+    index = torch.tensor([[3, 0, 1, 3], [2, 2, 1, 0]])
+    mass = mms.unit_mass(q.to(device), k.to(device), plan.of_tiles(index.to(device)))
+    exact = mms.unit_mass(q.double(), k.double(), law)
+    exact = exact.gather(2, index[:, None, :, None].expand(-1, 2, -1, exact.shape[-1]))
+    torch.testing.assert_close(mass.cpu(), exact.float(), rtol=1e-4, atol=1e-6)
+
+
 def of_plan(plan: Plan) -> tuple[Any, ...]:
     """What `topk_blocks` wants of a plan."""
     return (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mm_sparse as mms
+from mm_sparse.integrations import state_of
 from tests.support import hf_models
 
 tf: Any = pytest.importorskip("transformers")
@@ -174,6 +175,12 @@ def test_trainer_resumes_bit_for_bit(tmp_path: Path, registered: bool) -> None:
     resumed = run(4, "resumed", tmp_path / "half" / "checkpoint-2")
     for found, want in zip(weights(resumed), weights(whole), strict=True):
         assert found.equal(want)
+
+
+def test_what_is_known_of_a_model_is_known_of_what_wraps_it() -> None:
+    model = fresh()
+    mms.scorers_of(nn.Sequential(model))
+    assert state_of(model).shared.owned
 
 
 def _work(rank: int, port: int, how: str, out: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import attention_kl
+from mm_sparse.distillation.divergence import attention_kl
 from mm_sparse.distillation.topk_relaxation import dropped_mass
 from mm_sparse.integrations.context import override_config
 from mm_sparse.integrations.state import attention_layers

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.distillation.losses import distillation_losses, scorer_loss
+from mm_sparse.distillation.divergence import scorer_loss
+from mm_sparse.distillation.losses import distillation_losses
 from mm_sparse.recipes.data.collate import Collator
 from mm_sparse.recipes.data.samples import Sample, Turn
 from mm_sparse.recipes.datasets.digits import DigitCanvases, DigitTokenizer
@@ -206,6 +207,29 @@ def test_lessons_bring_scorers_closer_to_the_true_attention(teacher, scorer):
         optimizer.step()
         losses.append(loss.item())
     assert 0 < losses[-1] < 0.8 * losses[0]
+
+
+def test_objectives_say_how_many_tiles_a_loss_draws():
+    seen, inner = [], mms.distillation.losses.draw_tiles
+
+    def draw(plan, tiles, generator):
+        made = inner(plan, tiles, generator)
+        seen.append((tiles, None if made.index is None else made.index.clone()))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mms.distillation.losses, "draw_tiles", draw)
+        for tiles in (None, 1, 1):
+            vlm = model(SPARSE, objectives=Objectives(scorers=1.0, scorer_tiles=tiles))
+            step(vlm, batch())
+    third = len(seen) // 3
+    assert third
+    assert [tiles for tiles, _ in seen] == [None] * third + [1] * 2 * third
+    # A run draws in a step what another one does, so that it can be resumed.
+    for (_, a), (_, b) in zip(seen[third : 2 * third], seen[2 * third :], strict=True):
+        assert a.equal(b)
+    with pytest.raises(ValueError, match="scorer_tiles must be at least 1, got 0"):
+        Objectives(scorers=1.0, scorer_tiles=0)
 
 
 def test_scorer_loss_is_zero_for_the_truth_and_names_a_wrong_shape():

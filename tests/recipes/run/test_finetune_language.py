@@ -104,6 +104,7 @@ def test_the_shipped_config_is_one_that_the_recipe_takes(
     [
         ({"scorer_loss": -1.0}, "scorer_loss must be at least 0, got -1.0"),
         ({"scorers_every": 0}, "scorers_every must be at least 1, got 0"),
+        ({"scorer_tiles": 0}, "scorer_tiles must be at least 1, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(given: dict, message: str) -> None:

@@ -33,7 +33,7 @@ def seen_kinds(model: Any) -> list[torch.Tensor]:
             seen.append(call.scores.plan.layout.modality)
 
     base = chosen.shared.base
-    chosen.shared.base = replace(base, watchers=(*base.watchers, watcher))
+    chosen.shared.base = replace(base, watchers=(*base.watchers, watcher), scored=True)
     return seen
 
 
