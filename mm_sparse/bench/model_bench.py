@@ -4,7 +4,8 @@ Dense forms are the ones that a user has: the model as it is with SDPA (`stock`)
 call of `varlen_attn` for all images of a tower (`varlen`), and `flash` where torch is told to use
 FlashAttention-2. Scoring and selection are inside the time of sparse forms. Any form can have its
 blocks compiled one by one ("varlen+compile", "sparse-64-0.2+compile"), and in decoding a static
-cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph").
+cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph"). In training the scorers of a sparse
+form can learn in the same step ("sparse-64-0.2+scorers").
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from mm_sparse.bench.model_shapes import ModelShape
 from mm_sparse.bench.results import reason
 from mm_sparse.config import SparseConfig
 from mm_sparse.cuda_graph import capture
-from mm_sparse.integrations import densify, sparsify
+from mm_sparse.distillation import distillation_losses
+from mm_sparse.integrations import densify, is_sparsified, scorer_parameters, sparsify
 
 VARLEN = "varlen_flash"
 DENSE_FORMS = ("stock", "varlen", "flash")
@@ -68,7 +70,7 @@ def run_models(
         shape: which model.
         parts: how many images, clips or tokens.
         forms: of `DENSE_FORMS`, or "sparse" with unit and ratio, as in "sparse-64-0.2"; behind
-            each "+compile" or, in decoding, "+graph".
+            each "+compile", in decoding "+graph", in training "+scorers".
         work: "prefill" (time to the first token), "train" (a LoRA step with gradient checkpointing)
             or "decode" (seconds of a token behind so many parts).
         small: a model that two CPU cores can run.
@@ -183,14 +185,19 @@ def _step_in_graph(
 @contextmanager
 def _in_form(model: Any, form: str) -> Iterator[None]:
     """The model attends in one of the forms, around a block."""
-    form, _, compiled = form.partition("+")
-    if compiled:
+    form, _, more = form.partition("+")
+    if more == "compile":
         with _in_form(model, form), _compiled_blocks(model):
             yield
         return
+    if more not in ("", "scorers") or (more and not form.startswith("sparse")):
+        raise ValueError(
+            f'form must end with "+compile", a sparse one with "+scorers", got {form}+{more}'
+        )
     if form.startswith("sparse"):
         _, unit, ratio = form.split("-")
-        sparsify(model, SparseConfig(ratio=float(ratio), unit=int(unit)))
+        scorer = "fine" if more else None
+        sparsify(model, SparseConfig(ratio=float(ratio), unit=int(unit)), scorer=scorer)
         try:
             yield
         finally:
@@ -303,16 +310,23 @@ def _train_step(model: Any) -> Callable[[nn.Module, dict[str, Any]], None]:
     # Else transformers differentiates a frozen tower, too.
     model.disable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    optimizers = {0: torch.optim.AdamW(trained, lr=1e-5)}
 
     def step(model: nn.Module, inputs: dict[str, Any]) -> None:
         ids = inputs["input_ids"]
+        learn = list(scorer_parameters(model)) if is_sparsified(model) else []
+        if learn and id(learn[0]) not in optimizers:
+            optimizers[id(learn[0])] = torch.optim.AdamW(learn, lr=1e-4)
         # Answers are a small part of a row: the loss is over the last tokens alone.
-        out = model(**inputs, use_cache=False, logits_to_keep=256)
+        with distillation_losses(model) if learn else nullcontext() as losses:
+            out = model(**inputs, use_cache=False, logits_to_keep=256)
         loss = nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, -255:])
+        if losses is not None:
+            loss = loss + 0.1 * losses.mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for number in (0, *(id(p) for p in learn[:1])):
+            optimizers[number].step()
+            optimizers[number].zero_grad()
 
     return step
 

@@ -61,6 +61,8 @@ def bench_parser() -> argparse.ArgumentParser:
     models.add_argument("--forms", nargs="+", metavar="FORM", help=FORMS)
     models.add_argument("--work", choices=("prefill", "train", "decode"), default="prefill",
                         help="prefill, a LoRA step, or a token of decoding")  # fmt: skip
+    models.add_argument("--repeats", type=positive, default=3, metavar="N",
+                        help="runs behind the first, of which the median counts (3)")  # fmt: skip
     models.add_argument("--small", action="store_true", help="of a size for two CPU cores")
     mode.add_argument("--memory", action="store_true", help="peak memory; needs a CUDA GPU")
     return parser
@@ -185,7 +187,8 @@ def _models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             forms.insert(1, "varlen" if shape.part == "images" else "flash")
         found = run_models(
             shape, args.parts or counts, args.forms or forms, work=args.work, small=args.small,
-            device=device, show=lambda r: print(model_table([r]).splitlines()[-1], flush=True),
+            repeats=args.repeats, device=device,
+            show=lambda r: print(model_table([r]).splitlines()[-1], flush=True),
         )  # fmt: skip
         results += found
         if args.out:
