@@ -425,14 +425,15 @@ def test_kernels_give_the_loss_of_the_law(kind: type[Any], loss: Any, device: st
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("kind", [FineScorer, RelevanceScorer])
 def test_a_loss_does_not_wait_for_the_device(kind: type[Any]) -> None:
     q, k, plan, _, scorer, scale = on("cuda", kind, "auto", torch.bfloat16)
     generator = torch.Generator("cuda").manual_seed(0)
     # What is known of a layout once is known for all layers of a step.
     layer_loss(q, k, plan, draw_tiles(plan, 2, generator), scorer, scale).backward()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         layer_loss(q, k, plan, draw_tiles(plan, 2, generator), scorer, scale).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
