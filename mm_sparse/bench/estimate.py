@@ -28,6 +28,8 @@ FORMS = ("dense", "sparse")
 # Shares of the length at which layers run; the longest that fit give the others.
 LENGTHS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 SHORTEST = 512
+# Steps of decoding that are timed as one.
+STEPS = 16
 TOWERS = ("model.visual", "visual", "model.vision_tower", "vision_tower", "model.vision_model",
           "vision_model", "model.audio_tower", "audio_tower", "thinker.visual")  # fmt: skip
 
@@ -199,6 +201,11 @@ class _Runs:
         of_layer, rest = run(tokens)
         if cuda:
             self.extra[work] = (torch.cuda.max_memory_allocated() - held) / 2**30
+        if cuda and work == "train":
+            # What checkpoints keep of each layer that is not here: its input.
+            more = sum(self.counts.values()) - len(self.layers)
+            size = torch.empty((), dtype=next(self.base.parameters()).dtype).element_size()
+            self.extra[work] += more * tokens * self.width * size / 2**30
         by_kind: dict[str, list[float]] = {}
         for kind, seconds in zip(self.kinds, of_layer, strict=True):
             by_kind.setdefault(kind, []).append(seconds)
@@ -222,7 +229,17 @@ class _Runs:
         one = self._embeds(1)
         for _ in range(3):
             self.base(inputs_embeds=one, past_key_values=past)
-        return self._median(lambda: self.base(inputs_embeds=one, past_key_values=past), 9)
+
+        def step() -> None:
+            self.base(inputs_embeds=one, past_key_values=past)
+
+        of_layer, rest = self._median(step, 9)
+        # The host runs ahead of the GPU where nobody waits between layers, as here.
+        start = self._now()
+        for _ in range(STEPS):
+            step()
+        factor = (self._now() - start) / STEPS / (sum(of_layer) + rest)
+        return [seconds * factor for seconds in of_layer], rest * factor
 
     def _train(self, tokens: int) -> tuple[list[float], float]:
         """As much as LoRA computes: forward twice, and gradients of activations alone."""
@@ -406,7 +423,8 @@ def estimate_table(found: Estimate) -> str:
         f"{found.model}: {found.parameters / 1e9:.2f}B parameters, {found.layers} layers, "
         f"{found.tokens} tokens, {found.images} images or clips, {found.gpu}",
         f"weights {found.weights_gib:.1f} GiB, KV cache {found.cache_gib:.1f} GiB",
-        f"attention is {found.attention_share:.0%} of the language model's dense prefill",
+        *[f"attention is {found.attention_share:.0%} of the language model's dense prefill"]
+        * ("prefill" in found.seconds),
         "",
         f"{'':18}{'dense':>10}{'sparse':>10}{'speed-up':>10}{'GiB':>8}",
     ]
@@ -426,5 +444,7 @@ def estimate_table(found: Estimate) -> str:
     at = (
         "at no length that ran" if pays is None else f"from {pays} tokens (of the lengths that ran)"
     )
-    lines += ["", f"a sparse prefill pays {at}", *found.notes]
+    if "prefill" in found.seconds:
+        lines += ["", f"a sparse prefill pays {at}"]
+    lines += found.notes
     return "\n".join(lines)
