@@ -19,10 +19,14 @@ class SparseCacheLayer(DynamicLayer):
     their positions, padding first, and new ones behind them.
     """
 
+    keys: Any
+    """(B, K, M, D)."""
+    values: Any
+    """(B, K, M, width of values)."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.seen = 0
-        """Tokens so far, released ones included: the position of the next one."""
+        self._seen = 0
         self.positions: Tensor | None = None
         """(B, K, C) int32, true positions of what the last release left; None before the first."""
         self.newest = 0
@@ -32,6 +36,11 @@ class SparseCacheLayer(DynamicLayer):
         return f"{type(self).__name__}({self.held} of {self.seen} keys)"
 
     @property
+    def seen(self) -> int:
+        """Tokens so far, released ones included: the position of the next one."""
+        return self._seen
+
+    @property
     def held(self) -> int:
         """M."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
@@ -39,7 +48,7 @@ class SparseCacheLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.seen += key_states.shape[-2]
+        self._seen += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)
 
     def release(self, places: Tensor, newest: int) -> None:
@@ -60,14 +69,15 @@ class SparseCacheLayer(DynamicLayer):
     def true_positions(self) -> Tensor:
         """(B, K, M) int32, positions of the keys in the sequence."""
         batch, heads = self.keys.shape[:2]
-        known = self.positions
-        missing = self.held - (0 if known is None else known.shape[-1])
+        held = self.held
+        known = None if self.positions is None else self.positions[..., :held]
+        missing = held - (0 if known is None else known.shape[-1])
         place = torch.arange(
             self.seen - missing, self.seen, dtype=torch.int32, device=self.keys.device
         ).expand(batch, heads, -1)
         return place if known is None else torch.cat([known, place], -1)
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -81,31 +91,36 @@ class SparseCacheLayer(DynamicLayer):
         Raises:
             ValueError: some of them are released, so that heads hold different ones.
         """
-        remove = -tokens_to_remove
-        if tokens_to_remove > 0:
-            # A length, as it was before transformers 5.18.
-            remove = max(0, self.seen - tokens_to_remove)
+        remove = self._removable(tokens_to_remove)
         if remove == 0:
             return
-        known = 0 if self.positions is None else self.positions.shape[-1]
-        appended = self.held - known
-        if remove > appended + self.newest:
-            raise ValueError(
-                f"tokens_to_remove must be at most {appended + self.newest}, the newest tokens of "
-                f"which every head holds the key, got {remove}: those before them are released"
-            )
+        appended = self.held - (0 if self.positions is None else self.positions.shape[-1])
         self.keys = self.keys[..., :-remove, :]
         self.values = self.values[..., :-remove, :]
-        self.seen -= remove
+        self._seen -= remove
         if self.positions is not None and remove > appended:
             self.positions = self.positions[..., : appended - remove]
             self.newest -= remove - appended
 
+    def _removable(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` takes out; an error if it cannot."""
+        remove = -tokens_to_remove
+        if tokens_to_remove > 0:
+            # A length, as it was before transformers 5.18.
+            remove = max(0, self.seen - tokens_to_remove)
+        known = 0 if self.positions is None else self.positions.shape[-1] - self.newest
+        if remove > self.held - known:
+            raise ValueError(
+                f"tokens_to_remove must be at most {self.held - known}, the newest tokens of "
+                f"which every head holds the key, got {remove}: those before them are released"
+            )
+        return remove
+
     def reset(self) -> None:
         self.keys = self.values = self.positions = None
-        self.is_initialized, self.seen, self.newest = False, 0, 0
+        self.is_initialized, self._seen, self.newest = False, 0, 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         if self.positions is not None:
             self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))

@@ -14,7 +14,6 @@ import weakref
 from abc import abstractmethod
 from contextvars import ContextVar
 from copy import copy
-from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -44,8 +43,8 @@ class ObservingCache(Cache):
         """Whether calls of a layer of the decoder are shown to it."""
 
     @abstractmethod
-    def wants_queries(self, queries: int) -> bool:
-        """Whether it wants to see the queries of a forward with so many new tokens."""
+    def wants_queries(self, index: int, queries: int) -> bool:
+        """Whether it wants to see the queries of a layer's call with so many new tokens."""
 
     @abstractmethod
     def mask_of_layer(self, index: int, mask: Any, queries: int) -> Any:
@@ -66,7 +65,10 @@ class Attachment:
     """Hooks on a model, which go when nobody holds this any more."""
 
     def __init__(self, model: nn.Module, modules: list[nn.Module], owners: list[Any]) -> None:
-        handles = []
+        handles: list[Any] = []
+        for part in (*modules, *owners):
+            names = list(inspect.signature(type(part).forward).parameters)[1:]
+            _PARAMETERS[type(part)] = names
         for module in modules:
             handles.append(module.register_forward_pre_hook(_before, with_kwargs=True))
             handles.append(module.register_forward_hook(_after, always_call=True))
@@ -154,15 +156,14 @@ _LOCK = Lock()
 _CHANGED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]] = weakref.WeakKeyDictionary()
 
 
-@cache
-def _parameters(cls: type) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]
+# Names of the arguments of forwards, without self; read where a graph is compiled, too.
+_PARAMETERS: dict[type, list[str]] = {}
 
 
 def _argument(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
     if name in kwargs:
         return kwargs[name]
-    names = _parameters(type(module))
+    names = _PARAMETERS[type(module)]
     at = names.index(name) if name in names else len(args)
     return args[at] if at < len(args) else None
 
@@ -170,7 +171,7 @@ def _argument(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -
 def _with_argument(
     module: nn.Module, args: Any, kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[Any, dict[str, Any]]:
-    names = _parameters(type(module))
+    names = _PARAMETERS[type(module)]
     at = names.index(name) if name in names else len(args)
     if name in kwargs or at >= len(args):
         return args, {**kwargs, name: value}
@@ -185,7 +186,7 @@ def _before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     queries = _argument(module, args, kwargs, "hidden_states").shape[1]
     mask = _argument(module, args, kwargs, "attention_mask")
     own = cached.mask_of_layer(module.layer_idx, mask, queries)  # pyright: ignore
-    if cached.wants_queries(queries):
+    if cached.wants_queries(module.layer_idx, queries):  # pyright: ignore
         _observe(module, cached)
     if own is mask:
         return None

@@ -18,11 +18,13 @@ from mm_sparse.integrations.hf.modality_tracker import CARRIED, special_tokens
 from mm_sparse.integrations.layer import scale_of
 from mm_sparse.integrations.sparse_cache.budget import CacheBudget
 from mm_sparse.integrations.sparse_cache.cache_report import CacheReport, layer_row
+from mm_sparse.integrations.sparse_cache.fixed_layer import FixedSparseCacheLayer
 from mm_sparse.integrations.sparse_cache.key_choice import choose_keys
 from mm_sparse.integrations.sparse_cache.key_relevance import by_unit, key_mass, smoothed
 from mm_sparse.integrations.sparse_cache.layers import SparseCacheLayer
 from mm_sparse.integrations.sparse_cache.masks import fitted, newest_visible, valid_keys
 from mm_sparse.integrations.sparse_cache.observation import ObservingCache, attach
+from mm_sparse.integrations.sparse_cache.step_masks import StepMasks
 from mm_sparse.modality import Modality
 
 
@@ -54,6 +56,10 @@ class SparseCache(ObservingCache):
         shares: by modality, the share of the budget that is its own.
         floors: by modality, the least share of its own keys that stays, beyond the budget if need
             be.
+        max_new_tokens: give layers room for so many tokens behind a prefill, at an address of their
+            own, so that steps of decoding are compiled and captured as one CUDA graph, as those of
+            a `StaticCache` are; `generate` does so on a GPU. With SDPA or eager attention, or
+            sparsified.
     Raises:
         ValueError: an argument is out of range, or the model cannot be served: encoder-decoders,
             layers that share keys, decoders without full attention.
@@ -71,7 +77,7 @@ class SparseCache(ObservingCache):
         self, model: nn.Module, keep: float | Sequence[float] = 0.4, *,
         tokens: int | None = None, sinks: int = 4, window: int = 64, smooth: int = 7,
         unit: int | None = None, shares: Mapping[Modality, float] | None = None,
-        floors: Mapping[Modality, float] | None = None,
+        floors: Mapping[Modality, float] | None = None, max_new_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.budget = CacheBudget(
             keep, tokens, sinks, window, smooth, unit, shares or {}, floors or {}
@@ -85,16 +91,35 @@ class SparseCache(ObservingCache):
                 f"model must have layers with full attention, got {type(model).__name__} with "
                 f"{sorted({type(layer).__name__ for layer in layers})}"
             )
+        if max_new_tokens is not None:
+            _check_room(max_new_tokens, model, served)
         super().__init__(
             layers=[
-                SparseCacheLayer() if own else layer
+                self._new_layer(max_new_tokens) if own else layer
                 for layer, own in zip(layers, served, strict=True)
             ]
         )
+        self.max_new_tokens = max_new_tokens
+        self._step_masks = StepMasks()
         self._kinds_of_ids = special_tokens(model.config)
         self._modality: Tensor | None = None
         self._checked: tuple[Any, Tensor | None] = (None, None)
         self._attachment = attach(model)
+
+    def _new_layer(self, room: int | None) -> SparseCacheLayer:
+        if room is None:
+            return SparseCacheLayer()
+        return FixedSparseCacheLayer(room, self._prefill)
+
+    @property
+    def _prefill(self) -> int:
+        """New tokens from which on a forward is a prefill."""
+        return max(2, self.budget.window)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether steps are compiled: `max_new_tokens` was given."""
+        return self.max_new_tokens is not None
 
     @property
     def modality(self) -> Tensor | None:
@@ -110,16 +135,17 @@ class SparseCache(ObservingCache):
         if not self.serves(layer_idx):
             return super().get_mask_sizes(query_length, layer_idx)
         # One mask for all of them: that of the largest holds those of the others.
-        return max(
+        sizes = [
             x.get_mask_sizes(query_length) for x in self.layers if isinstance(x, SparseCacheLayer)
-        )
+        ]
+        return max(sizes)
 
     def reset(self) -> None:
         super().reset()
         self._modality = None
         vars(self).pop(CARRIED, None)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._change_modality(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -144,12 +170,21 @@ class SparseCache(ObservingCache):
         known = index is not None and 0 <= index < len(self.layers)
         return known and isinstance(self.layers[index], SparseCacheLayer)  # pyright: ignore
 
-    def wants_queries(self, queries: int) -> bool:
-        return queries >= max(2, self.budget.window)
+    def wants_queries(self, index: int, queries: int) -> bool:
+        if queries >= self._prefill:
+            return True
+        # A prompt that is shorter needs room for what comes, too.
+        layer = self.layers[index]
+        return isinstance(layer, FixedSparseCacheLayer) and not layer.fixed
 
     def mask_of_layer(self, index: int, mask: Any, queries: int) -> Any:
-        keys, released = self.layers[index].get_mask_sizes(queries)
-        return fitted(mask, keys, released)
+        layer: Any = self.layers[index]
+        if layer.is_compileable and queries < self._prefill and (mask is None or mask.dim() < 4):
+            raise ValueError(
+                "max_new_tokens needs attention that is given the mask of a static cache: "
+                '"sdpa" or "eager", or a sparsified model'
+            )
+        return fitted(mask, *layer.get_mask_sizes(queries))
 
     def note_ids(self, ids: Tensor) -> None:
         if not self._kinds_of_ids:
@@ -177,18 +212,24 @@ class SparseCache(ObservingCache):
                 f"gave it, {tuple(layer.keys.shape)}, got {tuple(k.shape)}"
             )
         count = min(self.budget.keys(index, layer.seen), layer.held)
+        valid = None
         if count < layer.held:
-            places = self._places(layer, q, mask, options, count)
+            valid, mass = self._mass(layer, q, mask, options)
+            places = self._places(layer, valid, mass, count)
             if places.shape[-1] < layer.held:
                 layer.release(places, self.budget.window)
                 # What a sparsified layer knew of the keys that are gone.
                 vars(layer).pop(HELD, None)
+                valid = valid[:, None].expand(-1, places.shape[1], -1).gather(-1, places)[:, 0]
+        if isinstance(layer, FixedSparseCacheLayer):
+            if valid is None:
+                window = min(self._prefill, q.shape[2])
+                valid = self._valid(mask, newest_visible(mask, layer.held, window, q.device))
+            layer.fix()
+            self._step_masks.prepare(module, layer, q, valid.expand(len(q), -1), options)
 
-    def _places(
-        self, layer: SparseCacheLayer, q: Tensor, mask: Any, options: dict[str, Any], count: int
-    ) -> Tensor:
+    def _places(self, layer: SparseCacheLayer, valid: Tensor, mass: Tensor, count: int) -> Tensor:
         """(B, K, at least `count`), what stays."""
-        valid, mass = self._mass(layer, q, mask, options)
         position = layer.true_positions().long()
         kinds, totals = self._kinds(position, valid, layer.seen)
         worth = self._worth(mass, position, kinds)
@@ -242,6 +283,16 @@ class SparseCache(ObservingCache):
         real = torch.arange(seen, device=position.device) >= first
         totals = torch.stack([((known == int(m)) & real).sum(1) for m in Modality], 1)
         return kinds, totals
+
+
+def _check_room(room: int, model: nn.Module, served: list[bool]) -> None:
+    if isinstance(room, bool) or not isinstance(room, int) or room < 1:
+        raise ValueError(f"max_new_tokens must be a positive int or None, got {room!r}")
+    if not all(served):
+        raise ValueError(
+            f"max_new_tokens needs full attention in all layers, got {type(model).__name__} with "
+            f"{served.count(False)} layers of another kind"
+        )
 
 
 def _decoder_config(model: Any) -> Any:
