@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf.attention import NAMES, dispatch, stock_function
 from mm_sparse.integrations.hf.discovery import (
     HFAttentionModule,
@@ -193,7 +194,7 @@ def _before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return _with_argument(module, args, kwargs, "attention_mask", own)
 
 
-@torch.compiler.disable
+@uncompiled
 def _observe(module: nn.Module, cached: ObservingCache) -> None:
     with _LOCK:
         own, calls = _CHANGED.get(module, (module.config, 0))

@@ -109,7 +109,8 @@ class SparseCache(ObservingCache):
     def _new_layer(self, room: int | None) -> SparseCacheLayer:
         if room is None:
             return SparseCacheLayer()
-        return FixedSparseCacheLayer(room, self._prefill)
+        # The last chunk of a prompt may be too short to be a prefill.
+        return FixedSparseCacheLayer(room + self._prefill, self._prefill)
 
     @property
     def _prefill(self) -> int:
