@@ -233,11 +233,20 @@ class SparseCache(ObservingCache):
         """(B, K, at least `count`), what stays."""
         position = layer.true_positions().long()
         kinds, totals = self._kinds(position, valid, layer.seen)
-        worth = self._worth(mass, position, kinds)
+        worth = self.worth(layer, mass, position, kinds)
         return choose_keys(worth, valid, kinds, totals, count, self.budget)
 
-    def _worth(self, mass: Tensor, position: Tensor, kinds: Tensor) -> Tensor:
-        """(B, K, M), what keys are ranked by."""
+    def worth(
+        self, layer: SparseCacheLayer, mass: Tensor, position: Tensor, kinds: Tensor
+    ) -> Tensor:
+        """(B, K, M), what keys are ranked by; a class of your own may rank by something else.
+
+        Args:
+            layer: holds the keys and values, (B, K, M, D).
+            mass: (B, K, M), attention mass that the newest queries give each key.
+            position: (B, K, M), where keys stand in the sequence.
+            kinds: (B, K, M), modalities.
+        """
         worth = smoothed(mass, self.budget.smooth)
         unit = self.budget.unit
         return worth if unit is None else by_unit(worth, position, kinds, unit)

@@ -36,7 +36,8 @@ class _MeasuringCache(SparseCache):
         layer: SparseCacheLayer = self.layers[index]  # pyright: ignore
         valid, mass = self._mass(layer, q, mask, options)
         position = layer.true_positions().long()
-        worth = self._worth(mass, position, self._kinds(position, valid, layer.seen)[0])
+        kinds, _ = self._kinds(position, valid, layer.seen)
+        worth = self.worth(layer, mass, position, kinds)
         worth = worth.masked_fill(always_kept(valid, self.budget)[:, None], math.inf)
         worth = worth.masked_fill(~valid[:, None], -math.inf)
         kept = mass.gather(-1, worth.argsort(dim=-1, descending=True)).cumsum(-1)
