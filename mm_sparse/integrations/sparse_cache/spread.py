@@ -66,7 +66,7 @@ def spread_keep(
         inputs: arguments of the model for a prompt, or for several, on the model's device; like
             those that it will read.
         keep: the mean over layers with full attention, in (0, 1].
-        least: share that each layer keeps in any case.
+        least: share that each layer keeps in any case, beside its sinks and window.
         settings: sinks, window, smooth and unit, as for `SparseCache`.
     Returns:
         One share for each layer of the decoder, 1 for those without full attention.
@@ -83,19 +83,22 @@ def spread_keep(
         raise ValueError(f"least must be from 0 to keep = {keep}, got {least}")
     prompts = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     total: dict[int, Tensor] = {}
-    layers = 0
+    layers, always = 0, 0.0
     for prompt in prompts:
         cache = _MeasuringCache(model, **settings)
         with torch.no_grad():
             model(**{**prompt, "past_key_values": cache, "use_cache": True})
         layers = len(cache.layers)
+        # No layer keeps less than these, so that shares below are none.
+        tokens = max(1, int(cache.get_seq_length()))
+        always = max(always, (cache.budget.sinks + cache.budget.window) / tokens)
         for index, lost in cache.lost.items():
             total[index] = total.get(index, 0) + lost
     if not total:
         raise ValueError(
             "inputs must be prompts of at least `window` tokens, got none that is that long"
         )
-    shares = _fill(torch.stack(list(total.values())), keep, least)
+    shares = _fill(torch.stack(list(total.values())), keep, min(keep, max(least, always)))
     found = dict(zip(total, shares, strict=True))
     return tuple(found.get(index, 1.0) for index in range(layers))
 
@@ -103,7 +106,7 @@ def spread_keep(
 def _fill(lost: Tensor, keep: float, least: float) -> list[float]:
     """Shares with the mean `keep` that lose little, for losses (layers, STEPS + 1)."""
     count = len(lost)
-    steps = [max(1, round(least * STEPS))] * count
+    steps = [max(1, min(math.ceil(least * STEPS), round(keep * STEPS)))] * count
     curves = lost.tolist()
     for _ in range(round(keep * STEPS * count) - sum(steps)):
         # Where a curve is flat at first, what lies behind counts.
