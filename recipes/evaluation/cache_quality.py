@@ -35,7 +35,7 @@ SINKS = 4
 # Tokens that a cache is given at once after the prompt: too few to release anything.
 PIECE = 16
 # Of the code of SnapKV.
-SNAPKV = {"sinks": 0, "window": 32, "smooth": 5}
+SNAPKV: dict[str, Any] = {"sinks": 0, "window": 32, "smooth": 5}
 MakeCache = Callable[[], Any]
 
 

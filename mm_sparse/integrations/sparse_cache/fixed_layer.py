@@ -31,6 +31,8 @@ class FixedSparseCacheLayer(SparseCacheLayer):
         """Whether the size is fixed."""
         self.released = 0
         """How many tokens have no key, once the size is fixed."""
+        self.left = 0
+        """C, once the size is fixed."""
         self._buffers: dict[str, Tensor] = {}
         """By name: keys, values, and the numbers of tokens so far and of keys, () int64."""
 
@@ -58,7 +60,7 @@ class FixedSparseCacheLayer(SparseCacheLayer):
             setattr(self, name, whole)
         for name, value in (("seen", seen), ("held", held)):
             self._buffer(name, (), self.keys, torch.int64).fill_(value)
-        self.released, self.fixed = seen - held, True
+        self.released, self.left, self.fixed = seen - held, held, True
 
     def _buffer(
         self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
@@ -132,4 +134,4 @@ class FixedSparseCacheLayer(SparseCacheLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.fixed, self.released = False, 0
+        self.fixed, self.released, self.left = False, 0, 0

@@ -32,6 +32,8 @@ from mm_sparse.integrations.hf.discovery import (
 OBSERVED = "mm_sparse_observed"
 # Modules that ask whether the name of their attention says "flash" must find the same answer.
 OBSERVED_FLASH = "mm_sparse_observed_flash"
+# What forwards of attention modules call the cache.
+CACHES = ("past_key_values", "layer_past", "past_key_value")
 # Attribute of a config that was put in for a call: the name in the module's own.
 _OWN_NAME = "_mm_sparse_own_name"
 
@@ -129,6 +131,11 @@ def observed_layers(model: nn.Module) -> list[HFAttentionModule]:
                 f"model must have attention that asks transformers' attention interface, got "
                 f"{layer.name} ({type(module).__name__})"
             )
+        if not {*CACHES, "kwargs"} & {*inspect.signature(type(module).forward).parameters}:
+            raise ValueError(
+                f"model must have attention whose forward takes `past_key_values`, got "
+                f"{layer.name} ({type(module).__name__})"
+            )
     return layers
 
 
@@ -179,12 +186,21 @@ def _with_argument(
     return (*args[:at], value, *args[at + 1 :]), kwargs
 
 
+def _cache_of(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    for name in CACHES:
+        found = _argument(module, args, kwargs, name)
+        if found is not None:
+            return found
+    return None
+
+
 def _before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention module."""
-    cached = _argument(module, args, kwargs, "past_key_values")
+    cached = _cache_of(module, args, kwargs)
     if not isinstance(cached, ObservingCache) or not cached.serves(module.layer_idx):  # pyright: ignore
         return None
-    queries = _argument(module, args, kwargs, "hidden_states").shape[1]
+    hidden = args[0] if args else _argument(module, args, kwargs, "hidden_states")
+    queries = hidden.shape[1]
     mask = _argument(module, args, kwargs, "attention_mask")
     own = cached.mask_of_layer(module.layer_idx, mask, queries)  # pyright: ignore
     if cached.wants_queries(module.layer_idx, queries):  # pyright: ignore

@@ -180,7 +180,8 @@ class SparseCache(ObservingCache):
 
     def mask_of_layer(self, index: int, mask: Any, queries: int) -> Any:
         layer: Any = self.layers[index]
-        if layer.is_compileable and queries < self._prefill and (mask is None or mask.dim() < 4):
+        whole = isinstance(mask, Tensor) and mask.dim() == 4
+        if layer.is_compileable and queries < self._prefill and not whole:
             raise ValueError(
                 "max_new_tokens needs attention that is given the mask of a static cache: "
                 '"sdpa" or "eager", or a sparsified model'
@@ -227,6 +228,9 @@ class SparseCache(ObservingCache):
                 window = min(self._prefill, q.shape[2])
                 valid = self._valid(mask, newest_visible(mask, layer.held, window, q.device))
             layer.fix()
+            if all(not self.serves(i) for i in range(index)):
+                # The first layer of another prefill, whose padding may be another.
+                self._step_masks = StepMasks()
             self._step_masks.prepare(module, layer, q, valid.expand(len(q), -1), options)
 
     def _places(self, layer: SparseCacheLayer, valid: Tensor, mass: Tensor, count: int) -> Tensor:

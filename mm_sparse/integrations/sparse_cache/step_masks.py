@@ -18,13 +18,13 @@ from mm_sparse.integrations.sparse_cache.fixed_layer import FixedSparseCacheLaye
 
 
 class StepMasks:
-    """Masks of the newest token of a prefill, one for all layers that hold equally many keys."""
+    """Masks of the newest token of one prefill, shared by layers that hold equally many keys."""
 
     def __init__(self) -> None:
-        self._seen = 0
         self._masks: dict[int, LazyMask] = {}
 
     def __deepcopy__(self, memo: Any) -> StepMasks:
+        # A copy of the cache has keys of its own.
         return StepMasks()
 
     def prepare(
@@ -47,12 +47,10 @@ class StepMasks:
     def _mask(self, layer: FixedSparseCacheLayer, rows: int, valid: Tensor | None) -> LazyMask:
         from transformers.masking_utils import causal_mask_function
 
-        if self._seen != layer.seen:
-            self._seen, self._masks = layer.seen, {}
         keys = layer.keys.shape[-2]
         if keys not in self._masks:
             recipe = MaskRecipe(
-                batch_size=rows, q_length=1, kv_length=keys, q_offset=layer.held - 1, kv_offset=0,
+                batch_size=rows, q_length=1, kv_length=keys, q_offset=layer.left - 1, kv_offset=0,
                 mask_function=causal_mask_function, attention_mask=valid, device=layer.keys.device,
             )  # fmt: skip
             recipe.released = layer.released

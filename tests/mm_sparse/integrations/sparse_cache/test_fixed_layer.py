@@ -71,7 +71,7 @@ def test_it_generates_what_a_growing_one_does(keep: Any, sparse: bool) -> None:
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("missing", [0, 7])
+@pytest.mark.parametrize("missing", [0, 7, 70])
 @pytest.mark.parametrize("keep", [0.4, (0.3, 0.6)])
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
