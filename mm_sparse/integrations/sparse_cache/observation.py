@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf.attention import NAMES, dispatch, stock_function
 from mm_sparse.integrations.hf.discovery import (
+    UNSERVED,
     HFAttentionModule,
     find_layers,
     uses_attention_interface,
@@ -32,6 +33,8 @@ from mm_sparse.integrations.hf.discovery import (
 OBSERVED = "mm_sparse_observed"
 # Modules that ask whether the name of their attention says "flash" must find the same answer.
 OBSERVED_FLASH = "mm_sparse_observed_flash"
+# What changes the result of a call and not which keys matter to a query.
+SERVED = ("softcap", "s_aux")
 # What forwards of attention modules call the cache.
 CACHES = ("past_key_values", "layer_past", "past_key_value")
 # Attribute of a config that was put in for a call: the name in the module's own.
@@ -111,7 +114,7 @@ def observed_layers(model: nn.Module) -> list[HFAttentionModule]:
     """Attention modules of the decoder, which keep keys in a cache.
 
     Raises:
-        ValueError: there are none, or one asks nobody what to call.
+        ValueError: there are none, one asks nobody what to call, or one biases its logits.
     """
     layers = [
         layer
@@ -124,8 +127,14 @@ def observed_layers(model: nn.Module) -> list[HFAttentionModule]:
             "model must be a transformers model whose decoder has attention layers with numbers, "
             f"got {type(model).__name__}"
         )
+    served = [UNSERVED[name] for name in SERVED]
     for layer in layers:
         module = layer.module
+        if layer.refusal and not any(reason in layer.refusal for reason in served):
+            raise ValueError(
+                f"model must have attention that goes by queries and keys alone, got {layer.name} "
+                f"({type(module).__name__}): {layer.refusal}"
+            )
         if not uses_attention_interface(type(module)) or "config" not in vars(module):
             raise ValueError(
                 f"model must have attention that asks transformers' attention interface, got "

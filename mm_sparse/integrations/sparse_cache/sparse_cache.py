@@ -208,15 +208,17 @@ class SparseCache(ObservingCache):
     ) -> None:
         index: int = module.layer_idx  # pyright: ignore
         layer: SparseCacheLayer = self.layers[index]  # pyright: ignore
-        if k.shape != layer.keys.shape:
+        held = layer.keys.shape
+        # Latent attention makes keys of many heads of what the cache holds for one.
+        if (k.shape[0], k.shape[2]) != (held[0], held[2]) or k.shape[1] % held[1]:
             raise ValueError(
                 f"layer {index} ({type(module).__name__}) must attend with the keys that the cache "
-                f"gave it, {tuple(layer.keys.shape)}, got {tuple(k.shape)}"
+                f"gave it, {tuple(held)}, got {tuple(k.shape)}"
             )
         count = min(self.budget.keys(index, layer.seen), layer.held)
         valid = None
         if count < layer.held:
-            valid, mass = self._mass(layer, q, mask, options)
+            valid, mass = self._mass(layer, q, k, mask, options)
             places = self._places(layer, valid, mass, count)
             if places.shape[-1] < layer.held:
                 layer.release(places, self.budget.window)
@@ -256,7 +258,7 @@ class SparseCache(ObservingCache):
         return worth if unit is None else by_unit(worth, position, kinds, unit)
 
     def _mass(
-        self, layer: SparseCacheLayer, q: Tensor, mask: Any, options: dict[str, Any]
+        self, layer: SparseCacheLayer, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """(B, M) bool and (B, K, M): which keys are no padding, and their attention mass."""
         window = min(self.budget.window, q.shape[2])
@@ -264,7 +266,8 @@ class SparseCache(ObservingCache):
         valid = self._valid(mask, visible)
         visible = visible & valid[:, None] & valid[:, -window:, None]
         newest, scale = q[:, :, -window:], scale_of(q, options.get("scaling"))
-        mass = key_mass(newest, layer.keys, visible, scale, options.get("softcap"))
+        mass = key_mass(newest, k, visible, scale, options.get("softcap"))
+        mass = mass.unflatten(1, (layer.keys.shape[1], -1)).mean(2)
         return valid.expand(len(q), -1), mass
 
     def _valid(self, mask: Any, visible: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class _MeasuringCache(SparseCache):
     ) -> None:
         index: int = module.layer_idx  # pyright: ignore
         layer: SparseCacheLayer = self.layers[index]  # pyright: ignore
-        valid, mass = self._mass(layer, q, mask, options)
+        valid, mass = self._mass(layer, q, k, mask, options)
         position = layer.true_positions().long()
         kinds, _ = self._kinds(position, valid, layer.seen)
         worth = self.worth(layer, mass, position, kinds)

@@ -16,6 +16,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import Modality
 from tests.support.hf_models import IMAGE, TEXT, build, long_ids
+from tests.support.tiny_configs import config_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -230,7 +231,11 @@ def test_a_sparsified_model_decodes_on_what_is_left(missing: int) -> None:
         cache = mms.SparseCache(model, keep, **SETTINGS)
         first = {name: x[:, :100] for name, x in inputs.items()}
         logits, modes = [model(**first, past_key_values=cache).logits[:, -1]], set()
-        for at in range(100, 130):
+        out = model(
+            ids[:, 100:103], attention_mask=inputs["attention_mask"][:, :103], past_key_values=cache
+        )
+        logits += list(out.logits.unbind(1))
+        for at in range(103, 130):
             mask = inputs["attention_mask"][:, : at + 1]
             out = model(ids[:, at : at + 1], attention_mask=mask, past_key_values=cache)
             logits.append(out.logits[:, -1])
@@ -239,7 +244,7 @@ def test_a_sparsified_model_decodes_on_what_is_left(missing: int) -> None:
         return torch.stack(logits), cache, modes
 
     found, cache, modes = run((0.4, 0.6))
-    assert modes == {("sparse", n) for held in (40, 60) for n in range(held + 1, held + 31)}
+    assert modes == {("sparse", n) for held in (40, 60) for n in range(held + 4, held + 31)}
     assert [layer.held for layer in cache.layers] == [70, 90]
     want, *_ = run((0.4, 0.6), planned=True)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
@@ -424,6 +429,30 @@ def test_models_that_read_pictures_generate(name: str, sparse: bool) -> None:
     assert len(held) == (1 if name == "gemma3" else 2)
 
 
+FAMILIES = (
+    "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt2", "olmo2", "cohere", "granite",
+    "stablelm", "gpt_oss", "deepseek_v3", "jamba", "glm4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_families_generate_the_same_with_a_whole_cache(model_type: str) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(model_type)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.1)
+    inputs = padded(long_ids(90), 7)
+    want = greedy(model, transformers.DynamicCache(config=model.config), 24, **inputs)
+    cache = mms.SparseCache(model, 1.0, **SETTINGS)
+    assert torch.equal(greedy(model, cache, 24, **inputs), want)
+    cache = mms.SparseCache(model, 0.4, **SETTINGS)
+    assert greedy(model, cache, 24, **inputs).shape == want.shape
+    rows = [row for row in cache.report().layers if row.kind == "sparse"]
+    assert {row.held for row in rows} == {36 + 23}
+
+
 @torch.no_grad()
 def test_units_stay_whole() -> None:
     model, ids = model_of(), long_ids(256)
@@ -516,6 +545,9 @@ def test_models_are_checked() -> None:
     whisper = transformers.T5Config(num_layers=1, d_model=8, d_kv=4, num_heads=2, d_ff=8)
     with pytest.raises(ValueError, match="which has an encoder"):
         mms.SparseCache(transformers.T5ForConditionalGeneration(whisper))
+    bloom = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50)
+    with pytest.raises(ValueError, match=r"goes by queries and keys alone|attention interface"):
+        mms.SparseCache(transformers.BloomForCausalLM(bloom))
     config = transformers.MistralConfig(**TEXT, sliding_window=16)
     with pytest.raises(ValueError, match="full attention"):
         mms.SparseCache(transformers.MistralForCausalLM(config))
