@@ -23,7 +23,7 @@ class CacheBudget:
     """Number of keys, instead of a share."""
     sinks: int = 4
     """First keys of a row that are always kept."""
-    window: int = 64
+    window: int = 128
     """Newest keys that are always kept; their queries say what else matters."""
     smooth: int = 7
     """Neighbouring keys over which the attention mass of a key is averaged; odd, 1 for none."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 # Elements of one block of scores; more are computed block by block.
-BLOCK_ELEMENTS = 1 << 26
+BLOCK_ELEMENTS = 1 << 25
 
 
 def key_mass(
@@ -43,10 +43,10 @@ def key_mass(
     for row in range(batch):
         own = row if len(hidden) > 1 else 0
         for head in range(kv_heads):
-            total = mass[row, head].zero_()
+            total, own_keys = mass[row, head].zero_(), k[row, head].to(kind)
             for first in range(head * group, (head + 1) * group, step):
-                block = q[row, first : min(first + step, (head + 1) * group)]
-                scores = (block @ k[row, head].T).to(kind) * scale
+                block = q[row, first : min(first + step, (head + 1) * group)].to(kind)
+                scores = block @ own_keys.T * scale
                 if softcap:
                     scores = (scores / softcap).tanh() * softcap
                 scores = scores.masked_fill_(hidden[own], -math.inf).softmax(-1)

@@ -75,7 +75,7 @@ class SparseCache(ObservingCache):
 
     def __init__(
         self, model: nn.Module, keep: float | Sequence[float] = 0.4, *,
-        tokens: int | None = None, sinks: int = 4, window: int = 64, smooth: int = 7,
+        tokens: int | None = None, sinks: int = 4, window: int = 128, smooth: int = 7,
         unit: int | None = None, shares: Mapping[Modality, float] | None = None,
         floors: Mapping[Modality, float] | None = None, max_new_tokens: int | None = None,
     ) -> None:  # fmt: skip

@@ -37,19 +37,19 @@ def test_pieces_give_the_logits_of_one_forward() -> None:
 
 @torch.no_grad()
 def test_methods_hold_equally_many_keys_and_keep_what_they_say() -> None:
-    model, ids = build("llama").model, long_ids(300)[:1]
+    model, ids = build("llama").model, long_ids(480)[:1]
     names = ("last", "snapkv", "sparse", "spread")
     caches = cache_quality.methods(model, names, 0.4, [ids])
     held = {}
     for name, make in caches.items():
         cache = make()
-        cache_quality.continued(model, cache, ids, 280)
+        cache_quality.continued(model, cache, ids, 460)
         held[name] = sum(layer.positions.shape[-1] for layer in cache.layers)
         if name == "last":
-            want = [*range(4), *range(280 - 108, 280)]
+            want = [*range(4), *range(460 - 180, 460)]
             assert cache.layers[0].positions[0, 1].tolist() == want
-    assert held["last"] == held["snapkv"] == held["sparse"] == 2 * 112
-    assert abs(held["spread"] - 2 * 112) <= 4
+    assert held["last"] == held["snapkv"] == held["sparse"] == 2 * 184
+    assert abs(held["spread"] - 2 * 184) <= 4
 
 
 @torch.no_grad()
