@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 from transformers import DynamicCache
 
 import mm_sparse as mms
@@ -35,7 +36,7 @@ SINKS = 4
 # Tokens that a cache is given at once after the prompt: too few to release anything.
 PIECE = 16
 # Of the code of SnapKV.
-SNAPKV: dict[str, Any] = {"sinks": 0, "window": 32, "smooth": 5}
+SNAPKV_WINDOW, SNAPKV_KERNEL = 32, 5
 MakeCache = Callable[[], Any]
 
 
@@ -44,6 +45,13 @@ class LastCache(mms.SparseCache):
 
     def worth(self, layer: Any, mass: Tensor, position: Tensor, kinds: Tensor) -> Tensor:
         return position.to(mass.dtype)
+
+
+class SnapKVCache(mms.SparseCache):
+    """Keeps the keys with the most mass, averaged over neighbours."""
+
+    def worth(self, layer: Any, mass: Tensor, position: Tensor, kinds: Tensor) -> Tensor:
+        return avg_pool1d(mass, SNAPKV_KERNEL, 1, SNAPKV_KERNEL // 2)
 
 
 def methods(
@@ -56,7 +64,7 @@ def methods(
     """
     makes: dict[str, MakeCache] = {
         "last": lambda: LastCache(model, keep, sinks=SINKS, window=2 * PIECE),
-        "snapkv": lambda: mms.SparseCache(model, keep, **SNAPKV),
+        "snapkv": lambda: SnapKVCache(model, keep, sinks=0, window=SNAPKV_WINDOW),
         "sparse": lambda: mms.SparseCache(model, keep, sinks=SINKS),
     }
     if "spread" in names:

@@ -25,8 +25,8 @@ class CacheBudget:
     """First keys of a row that are always kept."""
     window: int = 128
     """Newest keys that are always kept; their queries say what else matters."""
-    smooth: int = 7
-    """Neighbouring keys over which the attention mass of a key is averaged; odd, 1 for none."""
+    near: int = 15
+    """Neighbours of which the best may rank a key; odd, 1 for none."""
     unit: int | None = None
     """Keys that are kept or released together: 16, 32, 64 or 128; None for single keys."""
     shares: Mapping[Modality, float] = field(default_factory=dict)
@@ -46,8 +46,8 @@ class CacheBudget:
             raise ValueError(f"sinks must be an int from 0 on, got {self.sinks!r}")
         if not _is_int(self.window) or self.window < 1:
             raise ValueError(f"window must be a positive int, got {self.window!r}")
-        if not _is_int(self.smooth) or self.smooth < 1 or self.smooth % 2 == 0:
-            raise ValueError(f"smooth must be an odd positive int, got {self.smooth!r}")
+        if not _is_int(self.near) or self.near < 1 or self.near % 2 == 0:
+            raise ValueError(f"near must be an odd positive int, got {self.near!r}")
         if self.unit is not None and self.unit not in UNITS:
             raise ValueError(f"unit must be one of {UNITS} or None, got {self.unit!r}")
         for name in ("shares", "floors"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse.integrations.sparse_cache.budget import CacheBudget
+from mm_sparse.integrations.sparse_cache.key_relevance import ranks
 
 # What goes first where not all can stay: keys that always do, those of a floor or a share, others,
 # those beyond the share of their modality, and padding.
@@ -35,7 +36,7 @@ def choose_keys(
     always = always_kept(valid, budget)[:, None].expand_as(worth)
     real = valid[:, None].expand_as(worth)
     # A place in the order of worth, the best first; those that always stay before all others.
-    order = _places(worth.masked_fill(~real, -torch.inf))
+    order = ranks(worth.masked_fill(~real, -torch.inf))
     order = torch.where(always, order - keys, order)
     tier = torch.where(always, ALWAYS, torch.where(real, FREE, PADDING))
     owed = torch.zeros_like(always)
@@ -70,15 +71,8 @@ def _owed(totals: Tensor, kind: int, budget: CacheBudget) -> Tensor:
     return (totals[:, int(kind)] * budget.floors[kind]).ceil().long()  # pyright: ignore
 
 
-def _places(worth: Tensor) -> Tensor:
-    """(B, K, M) int64: 0 for the largest; of equal ones the first comes first."""
-    order = worth.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(worth.shape[-1], device=worth.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place)
-
-
 def _best(order: Tensor, member: Tensor, quota: Tensor) -> Tensor:
     """(B, K, M) bool: the first `quota`, (B,), of the members."""
     beyond = order.amax() + 1
-    own = _places(-torch.where(member, order, beyond))
+    own = ranks(-torch.where(member, order, beyond))
     return member & (own < quota[:, None, None])

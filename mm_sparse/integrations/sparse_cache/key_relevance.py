@@ -11,10 +11,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import max_pool1d
 
 # Elements of one block of scores; more are computed block by block.
 BLOCK_ELEMENTS = 1 << 25
+# How much a key's own mass counts beside the largest near it: it orders equal ones.
+TIES = 1e-3
 
 
 def key_mass(
@@ -55,11 +57,24 @@ def key_mass(
     return mass / members[:, None, None]
 
 
-def smoothed(mass: Tensor, width: int) -> Tensor:
-    """Means over `width` neighbours, (B, K, M): what stands beside a key that matters does, too."""
+def worth_of_mass(mass: Tensor, width: int) -> Tensor:
+    """(B, K, M), larger where a key matters more: minus the better one of two ranks.
+
+    One is the rank by its own mass, the other by the largest mass among `width` neighbours: single
+    keys are what a text goes on from, and a fact is found again only with the keys beside it.
+    """
     if width == 1:
         return mass
-    return avg_pool1d(mass, width, 1, width // 2, count_include_pad=False)
+    # Of neighbours of the same key, those with mass of their own come first.
+    near = max_pool1d(mass, width, 1, width // 2) + TIES * mass
+    return -torch.minimum(ranks(mass), ranks(near)).to(mass.dtype)
+
+
+def ranks(worth: Tensor) -> Tensor:
+    """(B, K, M) int64: 0 for the largest; of equal ones the first comes first."""
+    order = worth.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(worth.shape[-1], device=worth.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place)
 
 
 def by_unit(mass: Tensor, position: Tensor, kinds: Tensor, unit: int) -> Tensor:

@@ -20,7 +20,7 @@ from mm_sparse.integrations.sparse_cache.budget import CacheBudget
 from mm_sparse.integrations.sparse_cache.cache_report import CacheReport, layer_row
 from mm_sparse.integrations.sparse_cache.fixed_layer import FixedSparseCacheLayer
 from mm_sparse.integrations.sparse_cache.key_choice import choose_keys
-from mm_sparse.integrations.sparse_cache.key_relevance import by_unit, key_mass, smoothed
+from mm_sparse.integrations.sparse_cache.key_relevance import by_unit, key_mass, worth_of_mass
 from mm_sparse.integrations.sparse_cache.layers import SparseCacheLayer
 from mm_sparse.integrations.sparse_cache.masks import fitted, newest_visible, valid_keys
 from mm_sparse.integrations.sparse_cache.observation import ObservingCache, attach
@@ -51,7 +51,8 @@ class SparseCache(ObservingCache):
             (`mms.spread_keep` measures them). Layers with a sliding window keep what they have.
         tokens: number of keys to keep, instead of a share.
         sinks, window: keys that are always kept, the first and the newest of a row.
-        smooth: neighbours over which the worth of a key is averaged; odd, 1 for none.
+        near: a key is worth as much as the best of so many neighbours if that ranks it higher; odd,
+            1 for none. Not with `unit`.
         unit: keep or release units of so many keys as a whole; None for single keys.
         shares: by modality, the share of the budget that is its own.
         floors: by modality, the least share of its own keys that stays, beyond the budget if need
@@ -75,12 +76,12 @@ class SparseCache(ObservingCache):
 
     def __init__(
         self, model: nn.Module, keep: float | Sequence[float] = 0.4, *,
-        tokens: int | None = None, sinks: int = 4, window: int = 128, smooth: int = 7,
+        tokens: int | None = None, sinks: int = 4, window: int = 128, near: int = 15,
         unit: int | None = None, shares: Mapping[Modality, float] | None = None,
         floors: Mapping[Modality, float] | None = None, max_new_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.budget = CacheBudget(
-            keep, tokens, sinks, window, smooth, unit, shares or {}, floors or {}
+            keep, tokens, sinks, window, near, unit, shares or {}, floors or {}
         )
         config = _decoder_config(model)
         layers = DynamicCache(config=config).layers
@@ -253,9 +254,10 @@ class SparseCache(ObservingCache):
             position: (B, K, M), where keys stand in the sequence.
             kinds: (B, K, M), modalities.
         """
-        worth = smoothed(mass, self.budget.smooth)
         unit = self.budget.unit
-        return worth if unit is None else by_unit(worth, position, kinds, unit)
+        if unit is not None:
+            return by_unit(mass, position, kinds, unit)
+        return worth_of_mass(mass, self.budget.near)
 
     def _mass(
         self, layer: SparseCacheLayer, q: Tensor, k: Tensor, mask: Any, options: dict[str, Any]

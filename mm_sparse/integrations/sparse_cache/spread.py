@@ -67,7 +67,7 @@ def spread_keep(
             those that it will read.
         keep: the mean over layers with full attention, in (0, 1].
         least: share that each layer keeps in any case, beside its sinks and window.
-        settings: sinks, window, smooth and unit, as for `SparseCache`.
+        settings: sinks, window, near and unit, as for `SparseCache`.
     Returns:
         One share for each layer of the decoder, 1 for those without full attention.
     Raises:

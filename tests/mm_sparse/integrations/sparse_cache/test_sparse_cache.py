@@ -84,17 +84,23 @@ def reference_mass(q: Tensor, k: Tensor, valid: Tensor, window: int) -> Tensor:
     return mass
 
 
-def reference_kept(mass: Tensor, first: int, count: int, smooth: int, window: int) -> list[int]:
+def reference_kept(mass: Tensor, first: int, count: int, near: int, window: int) -> list[int]:
     """Positions that a head keeps, of one row: (M,) masses, `first` of them padding.
 
     Of a short row there are fewer than `count`.
     """
-    keys = len(mass)
-    half = smooth // 2
-    near = [mass[max(0, p - half) : p + half + 1].mean().item() for p in range(keys)]
+    keys, half = len(mass), near // 2
+    best = [
+        mass[max(0, p - half) : p + half + 1].max().item() + 1e-3 * mass[p].item()
+        for p in range(keys)
+    ]
+    rank = [keys] * keys
+    for worth in (mass.tolist(), best):
+        for place, p in enumerate(sorted(range(keys), key=lambda p: -worth[p])):
+            rank[p] = min(rank[p], place)
     always = {*range(first, min(keys, first + SETTINGS["sinks"])), *range(keys - window, keys)}
     always = {p for p in always if p >= first}
-    others = sorted((p for p in range(first, keys) if p not in always), key=lambda p: -near[p])
+    others = sorted((p for p in range(first, keys) if p not in always), key=lambda p: rank[p])
     kept = [*always, *others][:count]
     return sorted(kept)
 
@@ -109,12 +115,12 @@ def test_a_whole_cache_generates_what_a_dynamic_one_does(name: str, sparse: bool
     assert torch.equal(found, want)
 
 
-@pytest.mark.parametrize("smooth", [1, 5])
+@pytest.mark.parametrize("near", [1, 5])
 @pytest.mark.parametrize("missing", [0, 7, 70])
 @torch.no_grad()
-def test_kept_keys_are_those_of_a_plain_reference(missing: int, smooth: int) -> None:
+def test_kept_keys_are_those_of_a_plain_reference(missing: int, near: int) -> None:
     model, inputs = model_of(), padded(long_ids(100), missing)
-    cache = mms.SparseCache(model, 0.4, smooth=smooth, **SETTINGS)
+    cache = mms.SparseCache(model, 0.4, near=near, **SETTINGS)
     calls = shown_calls(model)
     model(**inputs, past_key_values=cache)
     assert len(calls) == len(cache.layers) == 2
@@ -124,7 +130,7 @@ def test_kept_keys_are_those_of_a_plain_reference(missing: int, smooth: int) -> 
         for row in range(2):
             for head in range(2):
                 first = missing if row == 0 else 0
-                want = reference_kept(mass[row, head], first, 40, smooth, 16)
+                want = reference_kept(mass[row, head], first, 40, near, 16)
                 found = layer.positions[row, head]
                 assert found[found >= first].tolist() == want
                 assert found[: 40 - len(want)].tolist() == found[found < first].tolist()
@@ -456,7 +462,7 @@ def test_families_generate_the_same_with_a_whole_cache(model_type: str) -> None:
 @torch.no_grad()
 def test_units_stay_whole() -> None:
     model, ids = model_of(), long_ids(256)
-    cache = mms.SparseCache(model, 0.5, sinks=16, window=16, unit=16, smooth=1)
+    cache = mms.SparseCache(model, 0.5, sinks=16, window=16, unit=16)
     model(ids, past_key_values=cache)
     for layer in cache.layers:
         unit = layer.positions // 16
@@ -471,7 +477,7 @@ def test_keep_is_spread_by_what_layers_lose() -> None:
         # Attention of the first layer is even, so that it has to keep more.
         model.model.layers[0].self_attn.q_proj.weight.mul_(0.01)
         model.model.layers[1].self_attn.q_proj.weight.mul_(30)
-    keep = mms.spread_keep(model, {"input_ids": ids}, 0.4, smooth=1, **SETTINGS)
+    keep = mms.spread_keep(model, {"input_ids": ids}, 0.4, near=1, **SETTINGS)
     assert len(keep) == 2
     assert sum(keep) / 2 == pytest.approx(0.4, abs=1e-2)
     assert keep[0] > 0.5
@@ -527,7 +533,7 @@ def test_an_error_in_a_call_leaves_the_model_as_it_was() -> None:
         ({"tokens": 0}, "tokens must be a positive int"),
         ({"sinks": -1}, "sinks must be"),
         ({"window": 0}, "window must be"),
-        ({"smooth": 4}, "smooth must be an odd"),
+        ({"near": 4}, "near must be an odd"),
         ({"unit": 8}, "unit must be one of"),
         ({"shares": {Modality.IMAGE: 1.5}}, "shares must be numbers in"),
         ({"floors": {"image": 0.5}}, "floors must be numbers in"),
