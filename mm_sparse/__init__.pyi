@@ -32,6 +32,9 @@ from .distillation import (
 )
 from .integrations import (
     AttentionCall as AttentionCall,
+    CacheLayerRow as CacheLayerRow,
+    CacheReport as CacheReport,
+    SparseCache as SparseCache,
     TowerAdapter as TowerAdapter,
     TowerTokens as TowerTokens,
     attention_layers as attention_layers,
@@ -47,6 +50,7 @@ from .integrations import (
     sparse as sparse,
     sparse_config as sparse_config,
     sparsify as sparsify,
+    spread_keep as spread_keep,
 )
 from .layout import (
     CallLayout as CallLayout,

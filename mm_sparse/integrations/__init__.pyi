@@ -19,6 +19,12 @@ from .scorers import (
     hold_scorers as hold_scorers,
     make_scorer as make_scorer,
 )
+from .sparse_cache.cache_report import (
+    CacheLayerRow as CacheLayerRow,
+    CacheReport as CacheReport,
+)
+from .sparse_cache.sparse_cache import SparseCache as SparseCache
+from .sparse_cache.spread import spread_keep as spread_keep
 from .state import (
     State as State,
     attention_layers as attention_layers,

@@ -39,6 +39,8 @@ class Trial:
     """(1, N), the answer last."""
     answer: int
     """Tokens of the answer."""
+    asked: int
+    """Tokens of the question, before it."""
 
 
 def trials(
@@ -69,7 +71,7 @@ def trials(
             raise ValueError(f"rows must be longer than a question and its fact, got {len(row)}")
         at = round(depth * space)
         ids = [*row[:at], *fact, *row[at:space], *asked, *answer]
-        yield Trial(depth, torch.tensor([ids]), len(answer))
+        yield Trial(depth, torch.tensor([ids]), len(answer), len(asked))
         turn += 1
 
 

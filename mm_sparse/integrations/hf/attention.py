@@ -316,11 +316,12 @@ def run_original(
             options = {**options, "is_causal": q.shape[2] > 1 and recipe.skips_causal}
     elif name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    return _stock_function(type(module), name)(module, q, k, v, mask, **options)
+    return stock_function(type(module), name)(module, q, k, v, mask, **options)
 
 
 @cache
-def _stock_function(cls: type, name: str) -> Any:
+def stock_function(cls: type, name: str) -> Any:
+    """What a class of modules calls under the name of an attention implementation."""
     from transformers import AttentionInterface
 
     home = vars(import_module(defining_class(cls).__module__))

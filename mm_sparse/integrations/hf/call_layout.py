@@ -59,8 +59,9 @@ class HFLayoutSource:
         call = memo.get(key)
         if call is None:
             rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-            start = 0
+            start, released = 0, False
             if isinstance(mask, LazyMask):
+                released = bool(mask.recipe.released)
                 span, valid = mask.recipe.spans()
                 first, start = mask.recipe.first, mask.recipe.offsets[1]
             elif isinstance(mask, Tensor):
@@ -72,9 +73,14 @@ class HFLayoutSource:
             span, valid = (x.to(q.device).expand(rows, *x.shape[1:]) for x in (span, valid))
             if cuts is not None:
                 span = _cut(span, cuts, keys)
-            kinds = self._kinds(rows, start, keys, first + queries, q.device)
+            if released:
+                # Heads hold different keys, so that no place is of one kind.
+                kinds = torch.zeros(rows, keys, dtype=torch.int8, device=q.device)
+            else:
+                kinds = self._kinds(rows, start, keys, first + queries, q.device)
             layout = layout_from_spans(span, valid, first, kinds)
-            layout = self._parted_by_frames(layout, start)
+            if not released:
+                layout = self._parted_by_frames(layout, start)
             layout = with_grid(layout, prefix, grid)
             call = memo[key] = CallLayout(layout, first, prefix)
         self.plain.keep_captured(call)

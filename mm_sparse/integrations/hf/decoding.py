@@ -225,6 +225,7 @@ def _tokens_in_view(mask: Any, q: Tensor, k: Tensor, options: AttentionOptions) 
 def _newest_is_text(layer: HFLayer, mask: LazyMask, tokens: int) -> bool:
     """Whether the newest token is text in all rows, as a geometry expects; asked once a forward."""
     known, memo = layer.source.tracker.running.modality, mask.recipe.layouts
+    tokens += mask.recipe.released
     if known is None or known.shape[1] < tokens:
         return True
     if _NEWEST not in memo:
@@ -263,7 +264,9 @@ def _decoding(
         with torch.inference_mode(False), torch.no_grad():
             return DecodingGeometry(layout(), config, group, room)
 
-    key = (blocks, tuple(config.floors().items()), group, q.device)
+    floors = tuple(config.floors().items())
+    # Layers of a cache that has released keys hold different numbers of them.
+    key = (blocks, floors, group, q.device, mask.recipe.released)
     wanted = kv_cache.Wanted(
         key, tokens, config, layer.ranks, mask.recipe, layout, new, q.shape[2] > 1, recorded
     )

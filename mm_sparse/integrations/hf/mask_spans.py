@@ -31,6 +31,10 @@ class MaskRecipe:
         self.arguments = arguments
         self.layouts: dict[Any, Any] = {}
         """What layers made of this recipe, so that a forward makes each layout once."""
+        self.released = 0
+        """How many tokens of the sequence have no key any more; what is held is of no order."""
+        self.fitted: dict[int, Any] = {}
+        """Masks of layers of the same forward that hold fewer keys, by their number."""
         self._stock: dict[Any, Any] = {}
         self._numbers: tuple[int, int] | None = None
         self._spans: tuple[Tensor, Tensor] | None = None
