@@ -10,6 +10,7 @@ import mm_sparse as mms
 from mm_sparse.integrations.hf import mask_spans
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.mask_spans import MaskRecipe
+from mm_sparse.integrations.layout_cache import PlainLayouts
 from mm_sparse.integrations.mask_spans import layout_from_spans, spans_from_dense
 from mm_sparse.integrations.options import AttentionOptions
 from tests.support.hf_models import build
@@ -227,7 +228,7 @@ def test_a_call_without_a_mask(options: dict, span: list) -> None:
 
     tracker = ModalityTracker(SimpleNamespace(config=None))
     x = torch.zeros(1, 2, 3, 8)
-    source = HFLayoutSource(tracker, mms.Modality.IMAGE, {})
+    source = HFLayoutSource(tracker, mms.Modality.IMAGE, PlainLayouts())
     call_layout = source.layout_of_call(torch.nn.Module(), x, x, None, AttentionOptions(**options))
     assert call_layout.layout.span is not None
     assert call_layout.layout.span[0].tolist() == span
