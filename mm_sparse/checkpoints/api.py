@@ -40,6 +40,8 @@ def save_scorers(
 ) -> None:
     """Write the scorers of a sparsified model: safetensors, and JSON with one entry per layer.
 
+    Of a model that FSDP2 has sharded, every process calls this, and the first one writes.
+
     Args:
         dtype: of the weights in the file, theirs if None.
         push: repository of the Hugging Face hub, "owner/name", to which the folder goes as well.

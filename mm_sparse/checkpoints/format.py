@@ -26,21 +26,29 @@ def write_scorers(
     folder: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the scorers of the layers that may run sparse, their numbers in `dtype` if given."""
+    """Write the scorers of the layers that may run sparse, their numbers in `dtype` if given.
+
+    Weights that are sharded are gathered, so every process must call; the first one writes.
+    """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
+    sharded = False
     entries: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         if layer.known_mode()[0] != "sparse":
             continue
         scorer = layer.scorer or PooledScorer()
         for key, value in scorer.state_dict().items():
+            if hasattr(value, "full_tensor"):
+                value, sharded = value.full_tensor(), True
             stored = value.to(dtype if value.is_floating_point() else None)
             tensors[f"{name}:{key}"] = stored.detach().cpu().contiguous()
         entries[name] = {"scorer": type(scorer).__name__}
         entries[name] |= scorer.init_args()
+    if sharded and torch.distributed.get_rank():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS)
     record = {"format": 1, "config": json.loads(config.to_json()), "layers": entries}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")

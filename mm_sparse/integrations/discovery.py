@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -39,6 +40,35 @@ def forward_source(cls: type) -> str:
         return inspect.getsource(inspect.unwrap(forward)) if callable(forward) else ""
     except (OSError, TypeError):
         return ""
+
+
+_PARAMETERS: dict[type, list[str]] = {}
+
+
+def note_parameters(cls: type) -> None:
+    """Read the names of the arguments of a class's forward, for `argument_of`."""
+    _PARAMETERS[cls] = list(inspect.signature(cls.forward).parameters)[1:]
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's forward, without self; its class was noted before.
+
+    FSDP2 gives a module a class of its own, derived from the one that it had. A compiled graph
+    reads dicts: no signature is looked up here.
+    """
+    found = _PARAMETERS.get(type(module))
+    if found is None:
+        found = next(_PARAMETERS[cls] for cls in type(module).__mro__ if cls in _PARAMETERS)
+    return found
+
+
+def argument_of(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """An argument of a call of a module's forward; None where it is not given."""
+    if name in kwargs:
+        return kwargs[name]
+    names = parameters_of(module)
+    at = names.index(name) if name in names else len(args)
+    return args[at] if at < len(args) else None
 
 
 @cache

@@ -5,7 +5,6 @@ B batch, N new tokens, M tokens so far
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from mm_sparse.integrations.discovery import argument_of, note_parameters
 from mm_sparse.integrations.forward_context import (
     ForwardMemory,
     assign,
@@ -112,7 +112,6 @@ class ModalityTracker:
         self.traceable = True
         """Whether all layers have SDPA for their own attention."""
         self._models: list[nn.Module] = []
-        self._parameters: dict[type, list[str]] = {}
         self._warned = False
 
     @property
@@ -125,8 +124,7 @@ class ModalityTracker:
         for model in models:
             if all(model is not other for other in self._models):
                 self._models.append(model)
-                names = list(inspect.signature(type(model).forward).parameters)[1:]
-                self._parameters[type(model)] = names
+                note_parameters(type(model))
 
     def attach(self) -> list[Any]:
         """Set the hooks; returns their handles."""
@@ -172,11 +170,11 @@ class ModalityTracker:
         # Before anything can fail: `after` is called for this forward in any case.
         assign(self, running)
         if running.cache is None:
-            cache = self._argument(module, args, kwargs, "past_key_values")
+            cache = argument_of(module, args, kwargs, "past_key_values")
             kv_cache.check_unchanged(cache)
             running = replace(running, cache=cache)
-        bounds = self._argument(module, args, kwargs, "cu_seq_lens_q")
-        weights = self._argument(module, args, kwargs, "output_attentions")
+        bounds = argument_of(module, args, kwargs, "cu_seq_lens_q")
+        weights = argument_of(module, args, kwargs, "output_attentions")
         if weights is None:
             weights = getattr(getattr(module, "config", None), "output_attentions", False)
         running = replace(
@@ -192,8 +190,8 @@ class ModalityTracker:
     def _with_modality(
         self, running: RunningForward, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> RunningForward:
-        ids = self._argument(module, args, kwargs, "input_ids")
-        embeds = self._argument(module, args, kwargs, "inputs_embeds")
+        ids = argument_of(module, args, kwargs, "input_ids")
+        embeds = argument_of(module, args, kwargs, "inputs_embeds")
         if not self.tokens and running.given is None:
             if ids is None and embeds is not None and running.depth == 1:
                 self.warn_of_text(f"{self.name} was given inputs_embeds")
@@ -201,7 +199,7 @@ class ModalityTracker:
         known = running.modality is not None
         if running.from_ids or (ids is None and (embeds is None or known)):
             return running
-        cached = self._argument(module, args, kwargs, "past_key_values")
+        cached = argument_of(module, args, kwargs, "past_key_values")
         past = int(cached.get_seq_length()) if hasattr(cached, "get_seq_length") else 0
         if ids is None and running.given is None and not past:
             self.warn_of_text(f"{self.name} was given inputs_embeds and no input_ids")
@@ -210,7 +208,7 @@ class ModalityTracker:
             given = running.given.to(fresh.device, torch.int8)
             given = self._match_rows(given, len(fresh))[:, past : past + fresh.shape[1]]
             fresh = torch.cat([given, fresh[:, given.shape[1] :]], 1)
-        frames = first_of_frames(fresh, self._argument(module, args, kwargs, GRIDS), self.merge)
+        frames = first_of_frames(fresh, argument_of(module, args, kwargs, GRIDS), self.merge)
         if past:
             frames = self._with_past_frames(frames, cached, past, fresh)
             fresh = torch.cat([self._past(running.given, cached, past, fresh), fresh], 1)
@@ -244,13 +242,6 @@ class ModalityTracker:
                 "the tokens are with `mms.set_modality`",
                 stacklevel=2,
             )
-
-    def _argument(self, module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        names = self._parameters[type(module)]
-        at = names.index(name) if name in names else len(args)
-        return args[at] if at < len(args) else None
 
     def _look_up(self, ids: Tensor | None, embeds: Any) -> Tensor:
         if ids is None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from mm_sparse.integrations.discovery import argument_of, note_parameters, parameters_of
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf.attention import NAMES, dispatch, stock_function
 from mm_sparse.integrations.hf.discovery import (
@@ -73,8 +74,7 @@ class Attachment:
     def __init__(self, model: nn.Module, modules: list[nn.Module], owners: list[Any]) -> None:
         handles: list[Any] = []
         for part in (*modules, *owners):
-            names = list(inspect.signature(type(part).forward).parameters)[1:]
-            _PARAMETERS[type(part)] = names
+            note_parameters(type(part))
         for module in modules:
             handles.append(module.register_forward_pre_hook(_before, with_kwargs=True))
             handles.append(module.register_forward_hook(_after, always_call=True))
@@ -173,22 +173,10 @@ _LOCK = Lock()
 _CHANGED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]] = weakref.WeakKeyDictionary()
 
 
-# Names of the arguments of forwards, without self; read where a graph is compiled, too.
-_PARAMETERS: dict[type, list[str]] = {}
-
-
-def _argument(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:
-    if name in kwargs:
-        return kwargs[name]
-    names = _PARAMETERS[type(module)]
-    at = names.index(name) if name in names else len(args)
-    return args[at] if at < len(args) else None
-
-
 def _with_argument(
     module: nn.Module, args: Any, kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[Any, dict[str, Any]]:
-    names = _PARAMETERS[type(module)]
+    names = parameters_of(module)
     at = names.index(name) if name in names else len(args)
     if name in kwargs or at >= len(args):
         return args, {**kwargs, name: value}
@@ -197,7 +185,7 @@ def _with_argument(
 
 def _cache_of(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     for name in CACHES:
-        found = _argument(module, args, kwargs, name)
+        found = argument_of(module, args, kwargs, name)
         if found is not None:
             return found
     return None
@@ -208,9 +196,9 @@ def _before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     cached = _cache_of(module, args, kwargs)
     if not isinstance(cached, ObservingCache) or not cached.serves(module.layer_idx):  # pyright: ignore
         return None
-    hidden = args[0] if args else _argument(module, args, kwargs, "hidden_states")
+    hidden = args[0] if args else argument_of(module, args, kwargs, "hidden_states")
     queries = hidden.shape[1]
-    mask = _argument(module, args, kwargs, "attention_mask")
+    mask = argument_of(module, args, kwargs, "attention_mask")
     own = cached.mask_of_layer(module.layer_idx, mask, queries)  # pyright: ignore
     if cached.wants_queries(module.layer_idx, queries):  # pyright: ignore
         _observe(module, cached)
@@ -268,7 +256,7 @@ def _note_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a model."""
     if torch.compiler.is_compiling():
         return
-    cached = _argument(module, args, kwargs, "past_key_values")
-    ids = _argument(module, args, kwargs, "input_ids")
+    cached = argument_of(module, args, kwargs, "past_key_values")
+    ids = argument_of(module, args, kwargs, "input_ids")
     if isinstance(cached, ObservingCache) and isinstance(ids, Tensor):
         cached.note_ids(ids)
