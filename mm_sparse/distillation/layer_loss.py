@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mm_sparse.distillation.divergence import kl_of_tiles, scorer_loss
 from mm_sparse.distillation.tile_draw import TileDraw
+from mm_sparse.integrations import HeadSplit
 from mm_sparse.layout import Plan
 from mm_sparse.scorers import Descriptors, Scorer, unit_mass
 from mm_sparse.selection import Scores
@@ -31,7 +32,7 @@ MASS_ELEMENTS = 1 << 24
 
 def layer_loss(
     q: Tensor, k: Tensor, plan: Plan, draw: TileDraw, scorer: Scorer, scale: float,
-    loss: Loss = scorer_loss,
+    loss: Loss = scorer_loss, split: HeadSplit | None = None,
 ) -> Tensor:  # fmt: skip
     """Loss of a scorer against true attention; a scalar whose gradients reach the scorer alone.
 
@@ -44,6 +45,8 @@ def layer_loss(
         draw: those that count.
         scale: factor on q.k.
         loss: of scores (B, K, t, U) and true mass of the same shape.
+        split: of which heads q and k are, where others are on other ranks; losses of all ranks
+            then add up to that of all heads.
     """
     q, k = q.detach(), k.detach()
     # Nothing has a graph in inference mode.
@@ -52,9 +55,10 @@ def layer_loss(
     with _uncached_autocast(q.device.type), torch.set_grad_enabled(bool(weights)):
         scored = _scored(q, k, plan, draw, scorer, scale)
         if loss is scorer_loss:
-            value = _mean_kl(q, k, draw, scored, scale)
+            value = _mean_kl(q, k, draw, scored, scale, split)
         else:
-            value = _loss_of_all(q, k, draw, scored, scale, loss)
+            share = 1.0 if split is None else 1 / split.size
+            value = _loss_of_all(q, k, draw, scored, scale, loss, share)
         grads = scored.gradients(weights)
     # The model itself may run without gradients.
     with torch.enable_grad():
@@ -162,7 +166,10 @@ def _scored(
     return _ScoredTiles(values, (), lambda rows, *_: rows, step)
 
 
-def _mean_kl(q: Tensor, k: Tensor, draw: TileDraw, scored: _ScoredTiles, scale: float) -> Tensor:
+def _mean_kl(
+    q: Tensor, k: Tensor, draw: TileDraw, scored: _ScoredTiles, scale: float,
+    split: HeadSplit | None,
+) -> Tensor:  # fmt: skip
     """`kl_of_tiles`, mean over the tiles that the drawn ones stand for."""
     total = torch.zeros((), device=q.device)
     count = torch.zeros((), device=q.device)
@@ -175,15 +182,22 @@ def _mean_kl(q: Tensor, k: Tensor, draw: TileDraw, scored: _ScoredTiles, scale: 
             scored.take_back(loss)
             total += loss.detach()
             count += (found.chosen * weight).sum()
+    if split is not None:
+        count = split.total(count)
     count = torch.where(count > 0, count, 1)
     scored.scale_gradients(1 / count)
     return total / count
 
 
 def _loss_of_all(
-    q: Tensor, k: Tensor, draw: TileDraw, scored: _ScoredTiles, scale: float, loss: Loss
-) -> Tensor:
-    """A loss that wants all tiles at once; their scores are made again for the gradients."""
+    q: Tensor, k: Tensor, draw: TileDraw, scored: _ScoredTiles, scale: float, loss: Loss,
+    share: float,
+) -> Tensor:  # fmt: skip
+    """A loss that wants all tiles at once; their scores are made again for the gradients.
+
+    Args:
+        share: of the loss of all heads that these make.
+    """
     values, masses = [], []
     for start, some, mass in _masses(q, k, draw.plan, scale):
         masses.append(mass)
@@ -194,7 +208,7 @@ def _loss_of_all(
     if not values:
         return torch.zeros((), device=q.device)
     given = torch.cat(values, 2).requires_grad_(torch.is_grad_enabled())
-    value = loss(Scores(given, draw.plan), torch.cat(masses, 2))
+    value = loss(Scores(given, draw.plan), torch.cat(masses, 2)) * share
     if value.requires_grad:
         grad = torch.autograd.grad(value, given)[0]
         for part, plan in _blocks(draw.plan, scored.step):

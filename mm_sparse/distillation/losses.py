@@ -16,6 +16,7 @@ from mm_sparse.distillation.layer_loss import layer_loss
 from mm_sparse.distillation.tile_draw import TileDraw, draw_tiles
 from mm_sparse.integrations import (
     AttentionCall,
+    HeadSplit,
     State,
     attention_layers,
     capture_attention,
@@ -59,7 +60,8 @@ def distillation_losses(
     parameter of its scorer. Each layer counts once, also under gradient checkpointing, and the
     losses may be used behind the block. In several processes somebody must average what scorers
     learn: DDP, where they were made a submodule before (`register_scorers`), or
-    `average_scorer_gradients`; else a warning says so.
+    `average_scorer_gradients`; else a warning says so. Under `sequence_parallel` a loss is the share
+    of a rank's heads, and `SequenceParallel.sum_gradients` adds up what they learn.
 
     Args:
         loss: of scores (B, K, T, U) and true mass of the same shape, a mean over tiles. Scores
@@ -94,15 +96,19 @@ def distillation_losses(
     learners = [name for name, layer in layers.items() if _learns(layer.scorer)]
     turn, state.shared.turn = state.shared.turn, state.shared.turn + 1
     waiting = {name for number, name in enumerate(learners) if (number + turn) % every}
-    draws = _Draws(generator, tiles)
+    splits = (layer.head_split for layer in layers.values() if layer.head_split is not None)
+    draws = _Draws(generator, tiles, next(splits, None))
 
     def learn(call: AttentionCall) -> None:
-        scorer = layers[call.name].scorer
+        layer = layers[call.name]
+        scorer, split = layer.scorer, layer.head_split
         if scorer is None or not _learns(scorer) or call.name in waiting or not call.sparse:
             return
         plan = call.plan()
         draw = draws.draw(plan)
-        value = layer_loss(call.q, call.k, plan, draw, scorer, call.scale, loss)
+        if split is not None:
+            scorer = split.scorer_of(scorer)
+        value = layer_loss(call.q, call.k, plan, draw, scorer, call.scale, loss, split)
         if backward_weight is not None and value.requires_grad:
             value.backward(torch.full_like(value, backward_weight))
             value = value.detach()
@@ -135,11 +141,17 @@ def _warn_of_drift(state: State) -> None:
 class _Draws:
     """Draws tiles of calls by random numbers of its own."""
 
-    def __init__(self, generator: torch.Generator | None, tiles: int | None) -> None:
+    def __init__(
+        self, generator: torch.Generator | None, tiles: int | None, split: HeadSplit | None
+    ) -> None:
         self.generator, self.tiles = generator, tiles
         self._seed = (
             int(torch.randint(1 << 62, (), device="cpu")) if tiles and generator is None else 0
         )
+
+        if split is not None:
+            # Ranks with heads of the same layer draw the same tiles.
+            self._seed = split.of_first_rank(self._seed)
 
     def draw(self, plan: Plan) -> TileDraw:
         """Tiles of a plan."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import CallLayout, in_patch_order, restore
 from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
 from mm_sparse.selection import Scores, Selection
+
+if TYPE_CHECKING:
+    from mm_sparse.integrations.ulysses.head_split import HeadSplit
 
 R = TypeVar("R")
 # The attribute of a module that says which layer serves it.
@@ -51,6 +54,9 @@ class Source(Protocol):
 
 class SparseLayer(ABC):
     """Serves one attention module; kept outside the module tree."""
+
+    head_split: HeadSplit | None = None
+    """Which heads of a call are this rank's; None where every call has all."""
 
     def __init__(self, item: AttentionModule, shared: Shared, source: Source) -> None:
         self.name, self.module, self.modality = item.name, item.module, item.modality
@@ -211,6 +217,8 @@ class SparseLayer(ABC):
                     call, q, k, v = in_patch_order(call, config, q, k, v)
         else:
             config = shared.layer_config(self.index, self.name, call.prefix, settings.config)
+            if self.head_split is not None:
+                config = self.head_split.config_of(config)
             # Before the tokens move: the cache knows its keys by their very tensor.
             alone = not settings.watchers and settings.attention_override is None
             cache = self._descriptors(k) if alone else None
@@ -254,6 +262,8 @@ class SparseLayer(ABC):
             weight = next(scorer.parameters(), None)
             if weight is not None and weight.device != q.device:
                 scorer.to(q.device)
+            if self.head_split is not None:
+                scorer = self.head_split.scorer_of(scorer)
         width, v = v.shape[-1], as_wide_as_keys(v, k)
         parts: list[SelectionSnapshot] = []
         shown: Shown = (None, None)
@@ -278,6 +288,8 @@ class SparseLayer(ABC):
         """Give a call to those who watch."""
         shared = self.shared
         config = None if call is None else shared.layer_config(self.index, self.name, call.prefix)
+        if config is not None and self.head_split is not None:
+            config = self.head_split.config_of(config)
         given = AttentionCall(
             name=self.name, module=self.module, q=q, k=k, v=v, scale=scale, scores=shown[0],
             selection=shown[1], reason=reason,

@@ -18,3 +18,4 @@ from .registry import (
     scorer_class as scorer_class,
 )
 from .relevance import RelevanceScorer as RelevanceScorer
+from .scorer_part import ScorerPart as ScorerPart

@@ -6,7 +6,8 @@ B batch, H query heads, K KV heads, N query tokens, M key tokens, D head dim, T 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from mm_sparse.selection import Scores
 class Scorer(nn.Module):
     """Base of all scorers: a subclass writes `score`, most in a few lines."""
 
+    head_dims: ClassVar[Mapping[str, int]] = {}
+    """Parameters and buffers with numbers for each head: along which dimension heads are."""
     _looked_at = False
 
     def forward(

@@ -7,6 +7,7 @@ of a unit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,6 +46,10 @@ class FineScorer(Scorer):
             with the map of IMAGE where there is one. None: one map that all share.
         pairs: a bias per pair of modalities and distance; without, per distance only.
     """
+
+    head_dims = MappingProxyType(
+        {"query_map": 1, "key_map": 1, "pair_bias": 0, "query_size": 0, "key_size": 0}
+    )
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ R rank of the learned score space
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class RelevanceScorer(Scorer):
         num_query_heads, num_kv_heads, head_dim: H, K, D of the layer.
         rank: R.
     """
+
+    head_dims = MappingProxyType({"query_tower": 1, "key_tower": 1, "pair_bias": 0})
 
     def __init__(
         self, *, num_query_heads: int, num_kv_heads: int, head_dim: int, rank: int = 64

@@ -10,7 +10,7 @@ import warnings
 from copy import copy
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import CHANGED, Shared
 from mm_sparse.scorers import DescriptorCache
+
+if TYPE_CHECKING:
+    from mm_sparse.integrations.ulysses.head_split import HeadSplit
 
 NAME = "mm_sparse"
 # transformers hands all sequences of a packed row over in one call if the name says "flash".
@@ -116,7 +119,8 @@ class HFLayer(SparseLayer):
     def _tell_compiler(self) -> None:
         """Note where the model's own SDPA answers, for calls inside a compiled graph."""
         tracker = self.source.tracker
-        if self.original != "sdpa" or self.refusal is not None:
+        split = self.head_split is not None
+        if self.original != "sdpa" or self.refusal is not None or split:
             tracker.traceable = False
             return
         config = self.shared.base.config
@@ -132,7 +136,15 @@ class HFLayer(SparseLayer):
                     known = tracker.dense_below.get(device, sys.maxsize)
                     tracker.dense_below[device] = min(known, length)
 
+    def split_heads(self, split: HeadSplit | None) -> None:
+        """Attend with the heads of a rank from here on; None: with all."""
+        self.head_split = split
+        for name in (DENSE_CALLS, DENSE_STEPS):
+            vars(self.module).pop(name, None)
+        self._tell_compiler()
+
     def detach(self) -> None:
+        self.head_split = None
         for name in (NUMBER, DENSE_CALLS, DENSE_STEPS):
             vars(self.module).pop(name, None)
         if self._unserved is not None:
@@ -240,13 +252,21 @@ def options_of(given: dict[str, Any]) -> AttentionOptions:
 
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-    **options: Any,
+    *, by_heads: bool = False, **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """What transformers calls under the name "mm_sparse": (B, N, H, D) and None."""
+    """What transformers calls under the name "mm_sparse": (B, N, H, D) and None.
+
+    Args:
+        by_heads: the call has all tokens, of a model whose ranks have some of them elsewhere.
+    """
     layer = getattr(module, LAYER, None)
     if layer is None:
         _warn_of_dense(type(module))
         return run_original(module, "sdpa", query, key, value, attention_mask, options)
+    if layer.head_split is not None and not by_heads:
+        return layer.head_split.attend(
+            attention_forward, module, query, key, value, attention_mask, options
+        )
     alone = options.get("cu_seq_lens_q") is None
     if alone and layer.is_short(query.shape[2], key.shape[2], query.device):
         out = layer.run_dense(query, key, value, attention_mask, options)
@@ -283,7 +303,9 @@ def _run_by_length(
     for tokens, bounds in (short, long):
         part = {**options, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
         rows = [x[:, :, tokens] for x in (q, k, v)]
-        out, _ = attention_forward(layer.module, rows[0], rows[1], rows[2], None, **part)
+        out, _ = attention_forward(
+            layer.module, rows[0], rows[1], rows[2], None, by_heads=True, **part
+        )
         outs.insert(0, out)
     return torch.cat(outs, 1)[:, place]
 

@@ -1,0 +1,1 @@
+"""Sequence parallelism by heads: tokens are split between ranks outside of attention."""

@@ -1,0 +1,95 @@
+"""One attention layer whose heads are split between ranks while it attends.
+
+B batch, H query heads, K KV heads, n tokens of a rank, D head dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mm_sparse.config import SparseConfig
+from mm_sparse.integrations.ulysses.exchange import Group, heads_to_tokens, tokens_to_heads
+from mm_sparse.scorers import Scorer, ScorerPart
+
+
+class HeadSplit:
+    """What a rank of a group does of the attention of a layer: all tokens of some KV heads.
+
+    Args:
+        name: of the layer.
+        heads: H and K.
+        group: its size divides K.
+    """
+
+    def __init__(self, name: str, heads: tuple[int, int], group: Group) -> None:
+        self.name, self.heads, self.group = name, heads, group
+        self.rank, self.size = group.rank(), group.size()
+        self._part: ScorerPart | None = None
+
+    def attend(
+        self, forward: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor,
+        mask: Any, options: dict[str, Any],
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """(B, n, H, D): the call of a layer with the tokens of this rank, its mask that of all."""
+        found, tokens = (q.shape[1], k.shape[1]), q.shape[2] * self.size
+        if found != self.heads:
+            raise ValueError(
+                f"{self.name} must be called with {self.heads} query and KV heads, got {found}"
+            )
+        shape = tuple(mask.shape[-2:]) if isinstance(mask, Tensor) else (tokens, tokens)
+        if k.shape[2] != q.shape[2] or shape != (tokens, tokens):
+            raise ValueError(
+                f"{self.name} must be given a mask of all {tokens} tokens of {self.size} ranks and "
+                f"as many keys as queries, got a mask of {shape}, {q.shape[2]} queries and "
+                f"{k.shape[2]} keys"
+            )
+        for option in ("s_aux", "head_mask", "position_bias", "attention_bias"):
+            if options.get(option) is not None:
+                raise ValueError(f"{self.name} needs `{option}`, which is not split by heads")
+        q, k, v = tokens_to_heads(q, k, v, self.group)
+        out, _ = forward(module, q, k, v, mask, by_heads=True, **options)
+        return heads_to_tokens(out, self.group), None
+
+    def scorer_of(self, scorer: Scorer) -> Scorer:
+        """The scorer of the heads of this rank."""
+        if next(scorer.parameters(), None) is None:
+            return scorer
+        part = self._part
+        if part is None or part.whole is not scorer:
+            part = self._part = ScorerPart(scorer, self.heads, self.rank, self.size)
+        return part
+
+    def config_of(self, config: SparseConfig) -> SparseConfig:
+        """The config of a layer for the heads of this rank.
+
+        Raises:
+            ValueError: keys are sampled, by numbers that heads have among all.
+        """
+        if config.sample_ratio:
+            raise ValueError(
+                f"config.sample_ratio must be 0 where heads are split between ranks, got "
+                f"{config.sample_ratio:g}"
+            )
+        ratios = config.head_ratio
+        if not ratios:
+            return config
+        size = len(ratios) // self.size
+        return replace(config, head_ratio=ratios[self.rank * size : (self.rank + 1) * size])
+
+    def total(self, count: Tensor) -> Tensor:
+        """Sum of a number over the ranks."""
+        count = count.clone()
+        dist.all_reduce(count, group=self.group)
+        return count
+
+    def of_first_rank(self, number: int) -> int:
+        """A number that the first rank has."""
+        given = [number]
+        source = dist.get_global_rank(self.group, 0)
+        dist.broadcast_object_list(given, source, group=self.group)
+        return given[0]

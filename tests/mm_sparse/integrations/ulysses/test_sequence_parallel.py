@@ -1,0 +1,85 @@
+"""Two and four processes (gloo) that share sequences give what one process gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.sequence_run import AT_MOST_TWO, SCENARIOS
+
+ROOT = Path(__file__).resolve().parents[4]
+SCRIPT = ROOT / "tests" / "support" / "sequence_run.py"
+SIZES = (2, 4)
+CASES = [(p, n) for p in SIZES for n in SCENARIOS if p == 2 or n not in AT_MOST_TWO]
+PADDED = ("padded", "padded documents", "dense padded", "pictures")
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What came of a scenario alone and together, by number of processes."""
+    found = {}
+
+    def of(size):
+        if size not in found:
+            file = tmp_path_factory.mktemp("sequence") / "outcomes.pt"
+            path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+            done = subprocess.run(
+                [sys.executable, str(SCRIPT), str(size), str(file)],
+                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[size] = torch.load(file)
+        return found[size]
+
+    return of
+
+
+@pytest.mark.parametrize(("size", "name"), CASES)
+def test_loss_and_gradients_are_those_of_one_process(outcomes, size, name):
+    alone, together = outcomes(size)[name]
+    assert torch.isfinite(alone["loss"])
+    torch.testing.assert_close(together["loss"].double(), alone["loss"].double(), rtol=1e-6, atol=0)
+    tokens = alone["logits"].shape[1]
+    real = SCENARIOS[name].batch().get("attention_mask")
+    real = torch.ones(2, tokens, dtype=torch.bool) if real is None else real.bool()
+    torch.testing.assert_close(
+        together["logits"][:, :tokens][real], alone["logits"][real], rtol=1e-6, atol=1e-8
+    )
+    assert alone["grads"].keys() == together["grads"].keys()
+    for key, wanted in alone["grads"].items():
+        error = (together["grads"][key] - wanted).norm() / wanted.norm().clamp(min=1e-12)
+        assert error < 1e-7, key
+
+
+@pytest.mark.parametrize(("size", "name"), CASES)
+def test_units_are_those_of_one_process_bit_for_bit(outcomes, size, name):
+    alone, together = outcomes(size)[name]
+    assert alone["sparse"] == together["sparse"]
+    assert alone["units"].keys() == together["units"].keys()
+    assert any(alone["sparse"].values()) == bool(alone["units"])
+    for key, (index, count) in alone["units"].items():
+        other, counted = together["units"][key]
+        tiles = index.shape[2]
+        # Tiles of padding at the end, if any, are those of nobody.
+        assert counted.shape[2] == tiles or name in PADDED
+        assert torch.equal(counted[:, :, :tiles], count)
+        live = torch.arange(index.shape[3]) < count[..., None]
+        assert torch.equal(other[:, :, :tiles, : index.shape[3]][live], index[live])
+        assert not live.all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [n for n, s in SCENARIOS.items() if s.distilled])
+def test_scorers_of_all_heads_learn(outcomes, size, name):
+    alone, together = outcomes(size)[name]
+    assert alone["scorer_loss"] > 0
+    torch.testing.assert_close(together["scorer_loss"], alone["scorer_loss"], rtol=1e-6, atol=0)
+    maps = [k for k in together["grads"] if k.endswith(("key_tower", "key_map"))]
+    assert len(maps) == 2
+    for key in maps:
+        assert together["grads"][key].abs().sum((0, 2, 3)).min() > 0

@@ -1,0 +1,211 @@
+"""Sequence parallelism on P processes of a CPU (gloo); `test_sequence_parallel.py` runs this script.
+
+    python sequence_run.py P FILE
+
+Each process runs every case alone with whole sequences, then together with the others. FILE holds
+by case what came of both: loss, gradients by name, and units that layers selected.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import mm_sparse as mms
+from tests.support import hf_models
+
+SPARSE = mms.SparseConfig(ratio=0.3, tile=64, unit=16, dense_below=0, sinks=0, window=16)
+TOKENS = 200
+
+
+@dataclass
+class Outcome:
+    """What came of a step."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+    units: dict[str, tuple[Tensor, Tensor]]
+    """By layer: numbers of units (B, K, T, S), and how many count."""
+    scorer_loss: Tensor
+    logits: Tensor
+    sparse: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model, a batch, and how they are trained."""
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Tensor]]
+    config: mms.SparseConfig = SPARSE
+    scorer: str | None = "relevance"
+    checkpointing: bool | None = None
+    """None: none; else whether it is of the reentrant kind."""
+    distilled: bool = False
+
+
+def llama(**changes: Any) -> Callable[[], nn.Module]:
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, **changes}
+    return lambda: hf_models.llama(**sizes).model
+
+
+def text(tokens: int = TOKENS, padding: str = "none") -> dict[str, Tensor]:
+    """Rows of random ids; "left" and "right" hide some, "documents" packs three into a row."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 99, (2, tokens), generator=generator)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if padding in ("left", "right"):
+        mask = torch.ones_like(ids)
+        mask[0, slice(0, 37) if padding == "left" else slice(-37, None)] = 0
+        batch["attention_mask"] = mask
+        batch["labels"] = ids.masked_fill(mask == 0, -100)
+    if padding == "documents":
+        bounds = [0, 45, 110, tokens]
+        parts = [torch.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+        batch["position_ids"] = torch.cat(parts).expand(2, -1).contiguous()
+    return batch
+
+
+def pictures(make: Callable[[], hf_models.Case]) -> dict[str, Tensor]:
+    batch = make().inputs("right")
+    ids = batch["input_ids"]
+    return {**batch, "labels": ids.masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+PICTURES = replace(SPARSE, unit=16, window=8, ratio=0.4)
+SCENARIOS = {
+    "text": Scenario(llama(), text),
+    "fine": Scenario(llama(), text, scorer="fine"),
+    "pooled": Scenario(llama(), text, scorer=None),
+    "left": Scenario(llama(), lambda: text(padding="left")),
+    "right": Scenario(llama(), lambda: text(padding="right")),
+    "documents": Scenario(llama(), lambda: text(padding="documents")),
+    "padded": Scenario(llama(), lambda: text(TOKENS - 3)),
+    "padded documents": Scenario(llama(), lambda: text(TOKENS - 3, "documents")),
+    "checkpointing": Scenario(llama(), text, checkpointing=False),
+    "reentrant checkpointing": Scenario(llama(), text, checkpointing=True),
+    "distilled": Scenario(llama(), text, distilled=True),
+    "distilled fine": Scenario(llama(), text, scorer="fine", distilled=True),
+    "distilled checkpointing": Scenario(llama(), text, distilled=True, checkpointing=False),
+    "dense": Scenario(llama(), text, replace(SPARSE, backend="dense")),
+    "dense padded": Scenario(
+        llama(), lambda: text(TOKENS - 3, "left"), replace(SPARSE, backend="dense")
+    ),
+    "dense layer": Scenario(llama(), text, replace(SPARSE, dense_layers=(0,))),
+    "short": Scenario(llama(), text, replace(SPARSE, dense_below=4096)),
+    "ratios of heads": Scenario(
+        llama(), text, replace(SPARSE, layer_ratio={0: (0.2, 0.4, 0.6, 0.3), 1: 0.5})
+    ),
+    "one head each": Scenario(llama(num_attention_heads=4), text),
+    "pictures": Scenario(
+        lambda: hf_models.qwen2_5_vl().model, lambda: pictures(hf_models.qwen2_5_vl), PICTURES
+    ),
+}
+# Two KV heads.
+AT_MOST_TWO = ("pictures",)
+
+
+def made(scenario: Scenario) -> nn.Module:
+    """The model of a scenario with scorers that differ from head to head."""
+    torch.manual_seed(0)
+    model = scenario.model().double().train()
+    mms.sparsify(model, scenario.config, scorer=scenario.scorer)
+    torch.manual_seed(3)
+    for parameter in mms.scorer_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    if scenario.checkpointing is not None:
+        options = {"use_reentrant": scenario.checkpointing}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return model
+
+
+def step(scenario: Scenario, group: dist.ProcessGroup | None) -> Outcome:
+    """Loss and gradients of a model alone, or of the ranks of a group together."""
+    model = made(scenario)
+    batch, units, sparse = scenario.batch(), {}, {}
+
+    def watch(call: mms.AttentionCall) -> None:
+        sparse[call.name] = call.sparse
+        if call.selection is not None:
+            # gloo does not send integers of 16 bits.
+            units[call.name] = call.selection.index.int(), call.selection.count.int()
+
+    with mms.sequence_parallel(model, group) if group else nullcontext() as sequence:
+        if sequence is not None:
+            batch = sequence.pad(batch)
+        labels = batch.pop("labels")
+        lessons = mms.distillation_losses(model, tiles=4) if scenario.distilled else nullcontext()
+        # As many draws on each rank do not begin alike by themselves.
+        torch.manual_seed(7 if group is None or group.rank() == 0 else 8)
+        with mms.capture_attention(model, watch), lessons as learned:
+            logits = model(**batch, use_cache=False).logits
+        taught = torch.zeros(()) if learned is None else learned.mean()
+        if sequence is None:
+            loss = model.loss_function(logits, labels, vocab_size=logits.shape[-1])
+        else:
+            loss = sequence.loss(logits, labels)
+        (loss + 0.5 * taught if taught.requires_grad else loss).backward()
+        loss, taught, logits = loss.detach(), taught.detach(), logits.detach()
+        if sequence is not None:
+            sequence.sum_gradients()
+            dist.all_reduce(loss, group=group)
+            dist.all_reduce(taught, group=group)
+            logits = sequence.gather(logits)
+            # Towers have all heads on every rank.
+            split = [n for n, la in mms.attention_layers(model).items() if la.head_split]
+            units |= {
+                name: tuple(_all_heads(x, group) for x in units[name])
+                for name in split
+                if name in units
+            }
+    named = [*model.named_parameters(), *mms.scorers_of(model).named_parameters()]
+    grads = {name: p.grad for name, p in named if p.grad is not None}
+    return Outcome(loss, grads, units, taught, logits, sparse)
+
+
+def _all_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # Lists are as long as the longest of a rank.
+    width = torch.tensor(x.shape[-1])
+    if x.dim() == 4:
+        dist.all_reduce(width, dist.ReduceOp.MAX, group=group)
+        x = torch.nn.functional.pad(x, (0, int(width) - x.shape[-1]))
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, 1)
+
+
+def work(rank: int, size: int, meeting: str, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
+    group = dist.group.WORLD
+    found = {}
+    for name, scenario in SCENARIOS.items():
+        if size > 2 and name in AT_MOST_TWO:
+            continue
+        alone = step(scenario, None) if rank == 0 else None
+        together = step(scenario, group)
+        found[name] = alone, together
+    if rank == 0:
+        torch.save({n: (vars(a), vars(b)) for n, (a, b) in found.items()}, file)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    size, file = int(sys.argv[1]), sys.argv[2]
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = os.path.join(folder, "meeting")
+        mp.spawn(work, (size, meeting, file), nprocs=size)
+
+
+if __name__ == "__main__":
+    main()
