@@ -60,8 +60,8 @@ def distillation_losses(
     parameter of its scorer. Each layer counts once, also under gradient checkpointing, and the
     losses may be used behind the block. In several processes somebody must average what scorers
     learn: DDP, where they were made a submodule before (`register_scorers`), or
-    `average_scorer_gradients`; else a warning says so. Under `sequence_parallel` a loss is the share
-    of a rank's heads, and `SequenceParallel.sum_gradients` adds up what they learn.
+    `average_scorer_gradients`; else a warning says so. Under `sequence_parallel` a loss is
+    the share of a rank's heads, and `SequenceParallel.sum_gradients` adds up what they learn.
 
     Args:
         loss: of scores (B, K, T, U) and true mass of the same shape, a mean over tiles. Scores

@@ -13,6 +13,7 @@ from mm_sparse.layout import Plan
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import Descriptors
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
+from mm_sparse.scorers.modality_maps import WeightCache
 from mm_sparse.selection import Scores
 
 
@@ -46,6 +47,8 @@ class ScorerPart(Scorer):
                 "writes `forward`"
             )
         self.whole, self._heads, self._part, self._parts = whole, heads, part, parts
+        self._caches: dict[str, WeightCache] = {}
+        """In place of those of the whole scorer, whose tensors may begin where views do."""
 
     def _of_heads(self) -> Scorer:
         """The same scorer with views of its tensors in place of parameters and buffers."""
@@ -55,6 +58,9 @@ class ScorerPart(Scorer):
         own = vars(made)
         own |= {"_parameters": {}, "_buffers": {}}
         own |= {n: None if x is None else self._cut(n, x) for n, x in tensors.items()}
+        for name, value in vars(whole).items():
+            if isinstance(value, WeightCache):
+                own[name] = self._caches.setdefault(name, WeightCache())
         for name, number in zip(("num_query_heads", "num_kv_heads"), self._heads, strict=True):
             if name in own:
                 own[name] = number // self._parts

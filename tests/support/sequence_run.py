@@ -1,4 +1,4 @@
-"""Sequence parallelism on P processes of a CPU (gloo); `test_sequence_parallel.py` runs this script.
+"""Sequence parallelism on P processes of a CPU (gloo), for `test_sequence_parallel.py`.
 
     python sequence_run.py P FILE
 
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def text(tokens: int = TOKENS, padding: str = "none") -> dict[str, Tensor]:
         batch["labels"] = ids.masked_fill(mask == 0, -100)
     if padding == "documents":
         bounds = [0, 45, 110, tokens]
-        parts = [torch.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [torch.arange(b - a) for a, b in pairwise(bounds)]
         batch["position_ids"] = torch.cat(parts).expand(2, -1).contiguous()
     return batch
 

@@ -70,7 +70,6 @@ def test_units_are_those_of_one_process_bit_for_bit(outcomes, size, name):
         assert torch.equal(counted[:, :, :tiles], count)
         live = torch.arange(index.shape[3]) < count[..., None]
         assert torch.equal(other[:, :, :tiles, : index.shape[3]][live], index[live])
-        assert not live.all()
 
 
 @pytest.mark.parametrize("size", SIZES)
