@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mm_sparse.attention.query_chunks import plan_of_chunk, query_chunks
+from mm_sparse.attention.query_chunks import plan_of_chunk, queries_of_share, query_chunks
 from mm_sparse.attention.selected import attend_selection
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.sizes import new_output
@@ -31,6 +32,7 @@ def score_select_attend(
     cache: DescriptorCache | None = None,
     note: Callable[[Scores, Selection], None] | None = None,
     whole: bool = False,
+    share: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention on the units that a scorer ranks best, for inputs that were checked.
 
@@ -40,6 +42,8 @@ def score_select_attend(
         cache: descriptors of the keys of earlier calls.
         note: is given scores and selection of every chunk.
         whole: score all queries at once, however much memory that takes.
+        share: number and count of shares of about equal work, of which to do this one: zeros for
+            the queries of the others.
     Returns:
         (B, H, N, D).
     """
@@ -53,6 +57,25 @@ def score_select_attend(
     }
     chunks = [] if whole else query_chunks(layout, config, **sizes)
     plan = layout.plan(config, **sizes)
+    if share is not None:
+        if whole and note is not None:
+            _select(q, k, plan, scorer, scale, cache, note)
+            note = None
+        own = queries_of_share(plan, *share)
+        chunks = [slice(max(c.start, own.start), min(c.stop, own.stop)) for c in chunks or [own]]
+        chunks = [c for c in chunks if c.start < c.stop]
+        cache = DescriptorCache() if cache is None else cache
+        outs = [
+            attend_selection(
+                rows, k, v,
+                _select(rows, k, plan_of_chunk(plan, c), scorer, scale, cache, note), scale,
+            )
+            for c in chunks
+            for rows in (q[:, :, c],)
+        ]  # fmt: skip
+        # Also without a query, what takes gradients back to other ranks must find the way.
+        outs = outs or [q[:, :, :0] + 0 * (k[..., :0].sum() + v[..., :0].sum())]
+        return pad(torch.cat(outs, 2), (0, 0, own.start, num_queries - own.stop))
     if len(chunks) < 2:
         selection = _select(q, k, plan, scorer, scale, cache, note)
         return attend_selection(q, k, v, selection, scale)

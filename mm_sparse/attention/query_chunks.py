@@ -6,6 +6,8 @@ have nothing to do with one another, so a chunk of them is scored, attended and 
 
 from __future__ import annotations
 
+import torch
+
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import Plan, TokenLayout
 
@@ -57,6 +59,35 @@ def plan_of_chunk(plan: Plan, chunk: slice) -> Plan:
     return plan.layout.new_plan(
         plan.config, plan.group, chunk.stop - chunk.start, plan.query_offset + chunk.start
     )
+
+
+def queries_of_share(plan: Plan, share: int, shares: int) -> slice:
+    """A run of whole tiles that see about as many keys as those of the other shares.
+
+    Raises:
+        ValueError: tiles of the rows of a batch are not the same queries.
+    """
+    if plan.layout.batch > 1 and not plan.regular_tiles:
+        raise ValueError(
+            "a batch must have one row, or rows without padding and of one segment, where ranks "
+            f"share a KV head; got {plan.layout.batch} rows"
+        )
+    borders = plan.memoize(("shares", shares), lambda: _borders(plan, shares))
+    return slice(borders[share], borders[share + 1])
+
+
+def _borders(plan: Plan, shares: int) -> list[int]:
+    """Queries at which shares begin, and their number."""
+    real = plan.tiles[0, :, 1] > 0
+    first = plan.tiles[0, real, 0].tolist()
+    if not first:
+        return [0, *[plan.num_queries] * shares]
+    seen = (plan.tile_span[0, real, 1] - plan.tile_span[0, real, 0]).double().cumsum(0)
+    wanted = seen[-1] * torch.arange(1, shares, device=seen.device) / shares
+    # The tile in which a share's work is done is its last.
+    inner = (torch.searchsorted(seen, wanted) + 1).tolist()
+    inner = [first[at] if at < len(first) else plan.num_queries for at in inner]
+    return [0, *inner, plan.num_queries]
 
 
 def _tiles_of_chunk(tiles: int, most: int) -> int:

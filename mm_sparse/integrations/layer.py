@@ -262,8 +262,9 @@ class SparseLayer(ABC):
             weight = next(scorer.parameters(), None)
             if weight is not None and weight.device != q.device:
                 scorer.to(q.device)
-            if self.head_split is not None:
-                scorer = self.head_split.scorer_of(scorer)
+        split, share = self.head_split, None
+        if split is not None:
+            scorer, share = split.scorer_of(scorer), split.share
         width, v = v.shape[-1], as_wide_as_keys(v, k)
         parts: list[SelectionSnapshot] = []
         shown: Shown = (None, None)
@@ -276,9 +277,9 @@ class SparseLayer(ABC):
                 shown = scores, selection
 
         out = score_select_attend(
-            q, k, v, call, config, scorer, scale, cache=cache, note=note, whole=watched
+            q, k, v, call, config, scorer, scale, cache=cache, note=note, whole=watched, share=share
         )
-        kept = parts[0] if len(parts) == 1 else joined(parts)
+        kept = parts[0] if len(parts) == 1 else joined(parts) if parts else None
         return out[..., :width].transpose(1, 2), kept, shown
 
     def _notify(

@@ -83,6 +83,27 @@ def pictures(make: Callable[[], hf_models.Case]) -> dict[str, Tensor]:
     return {**batch, "labels": ids.masked_fill(batch["attention_mask"] == 0, -100)}
 
 
+def qwen3_vl() -> hf_models.Case:
+    """Four KV heads; features of a picture are added behind the first block, too."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    config = Qwen3VLConfig(
+        text_config={**hf_models.TEXT, **heads, "rope_parameters": rope},
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+            "out_hidden_size": 32, "patch_size": 4, "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 64,
+        },
+        image_token_id=hf_models.IMAGE, video_token_id=hf_models.VIDEO,
+        vision_start_token_id=hf_models.VISION_START, vision_end_token_id=97,
+    )  # fmt: skip
+    extra = hf_models.qwen2_5_vl().extra
+    model = Qwen3VLForConditionalGeneration(config)
+    return hf_models.Case(model, extra, 16, kinds="mm_token_type_ids")
+
+
 PICTURES = replace(SPARSE, unit=16, window=8, ratio=0.4)
 SCENARIOS = {
     "text": Scenario(llama(), text),
@@ -112,14 +133,36 @@ SCENARIOS = {
         lambda: hf_models.qwen2_5_vl().model, lambda: pictures(hf_models.qwen2_5_vl), PICTURES
     ),
 }
-# Two KV heads.
+SCENARIOS["pictures, deep"] = Scenario(
+    lambda: qwen3_vl().model, lambda: pictures(qwen3_vl), PICTURES
+)
+# More ranks than KV heads, with four of them; such a batch has one row, or rows alike.
+MANY = replace(SPARSE, ratio=0.2)
+
+
+def one_row(padding: str = "none") -> dict[str, Tensor]:
+    return {name: x[:1].contiguous() for name, x in text(padding=padding).items()}
+
+
+for heads in (1, 2):
+    few = llama(num_key_value_heads=heads)
+    SCENARIOS |= {
+        f"{heads} KV heads": Scenario(few, one_row, MANY, distilled=True),
+        f"{heads} KV heads, two rows": Scenario(few, lambda: text(192), MANY),
+        f"{heads} KV heads, padding": Scenario(few, lambda: one_row("left"), MANY),
+        f"{heads} KV heads, documents": Scenario(
+            few, lambda: one_row("documents"), MANY, checkpointing=False
+        ),
+        f"{heads} KV heads, dense": Scenario(few, text, replace(SPARSE, backend="dense")),
+    }
+# Two KV heads, and rows of which each has a picture.
 AT_MOST_TWO = ("pictures",)
 
 
-def made(scenario: Scenario) -> nn.Module:
+def made(scenario: Scenario, device: str, dtype: torch.dtype) -> nn.Module:
     """The model of a scenario with scorers that differ from head to head."""
     torch.manual_seed(0)
-    model = scenario.model().double().train()
+    model = scenario.model().to(device, dtype).train()
     mms.sparsify(model, scenario.config, scorer=scenario.scorer)
     torch.manual_seed(3)
     for parameter in mms.scorer_parameters(model):
@@ -130,10 +173,14 @@ def made(scenario: Scenario) -> nn.Module:
     return model
 
 
-def step(scenario: Scenario, group: dist.ProcessGroup | None) -> Outcome:
+def step(
+    scenario: Scenario, group: dist.ProcessGroup | None, device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Outcome:  # fmt: skip
     """Loss and gradients of a model alone, or of the ranks of a group together."""
-    model = made(scenario)
-    batch, units, sparse = scenario.batch(), {}, {}
+    model = made(scenario, device, dtype)
+    batch = {name: x.to(device) for name, x in scenario.batch().items()}
+    units, sparse = {}, {}
 
     def watch(call: mms.AttentionCall) -> None:
         sparse[call.name] = call.sparse
@@ -150,7 +197,7 @@ def step(scenario: Scenario, group: dist.ProcessGroup | None) -> Outcome:
         torch.manual_seed(7 if group is None or group.rank() == 0 else 8)
         with mms.capture_attention(model, watch), lessons as learned:
             logits = model(**batch, use_cache=False).logits
-        taught = torch.zeros(()) if learned is None else learned.mean()
+        taught = logits.new_zeros(()) if learned is None else learned.mean()
         if sequence is None:
             loss = model.loss_function(logits, labels, vocab_size=logits.shape[-1])
         else:
@@ -163,12 +210,10 @@ def step(scenario: Scenario, group: dist.ProcessGroup | None) -> Outcome:
             dist.all_reduce(taught, group=group)
             logits = sequence.gather(logits)
             # Towers have all heads on every rank.
-            split = [n for n, la in mms.attention_layers(model).items() if la.head_split]
-            units |= {
-                name: tuple(_all_heads(x, group) for x in units[name])
-                for name in split
-                if name in units
-            }
+            for name, layer in mms.attention_layers(model).items():
+                if layer.head_split is not None and name in units:
+                    copies = layer.head_split.copies
+                    units[name] = tuple(_all_heads(x, group)[:, ::copies] for x in units[name])
     named = [*model.named_parameters(), *mms.scorers_of(model).named_parameters()]
     grads = {name: p.grad for name, p in named if p.grad is not None}
     return Outcome(loss, grads, units, taught, logits, sparse)
@@ -176,7 +221,7 @@ def step(scenario: Scenario, group: dist.ProcessGroup | None) -> Outcome:
 
 def _all_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     # Lists are as long as the longest of a rank.
-    width = torch.tensor(x.shape[-1])
+    width = torch.tensor(x.shape[-1], device=x.device)
     if x.dim() == 4:
         dist.all_reduce(width, dist.ReduceOp.MAX, group=group)
         x = torch.nn.functional.pad(x, (0, int(width) - x.shape[-1]))

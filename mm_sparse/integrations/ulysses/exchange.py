@@ -41,7 +41,8 @@ class _TokensToHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         # One node for all three: every rank takes the collectives back in the same order.
-        return *_exchange_all(_by_token_owner, _join_heads, *grads, ctx.group), None
+        q, k, v = grads
+        return *_exchange_all(_by_token_owner, _join_heads, q, k, v, ctx.group), None
 
 
 class _HeadsToTokens(torch.autograd.Function):

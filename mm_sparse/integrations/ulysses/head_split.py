@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mm_sparse.config import SparseConfig
+from mm_sparse.integrations.layer import LAYER
 from mm_sparse.integrations.ulysses.exchange import Group, heads_to_tokens, tokens_to_heads
 from mm_sparse.scorers import Scorer, ScorerPart
 
@@ -20,15 +22,33 @@ from mm_sparse.scorers import Scorer, ScorerPart
 class HeadSplit:
     """What a rank of a group does of the attention of a layer: all tokens of some KV heads.
 
+    Where there are more ranks than KV heads, R ranks have the same head and its query heads, and
+    each attends for a share of the queries, in whole tiles: what is selected stays as it is.
+
     Args:
         name: of the layer.
         heads: H and K.
-        group: its size divides K.
+        group: its size P divides K, or K divides P.
+
+    Raises:
+        ValueError: heads and ranks do not divide each other.
     """
 
     def __init__(self, name: str, heads: tuple[int, int], group: Group) -> None:
         self.name, self.heads, self.group = name, heads, group
-        self.rank, self.size = group.rank(), group.size()
+        rank, self.size = group.rank(), group.size()
+        if self.size % heads[1] and heads[1] % self.size:
+            raise ValueError(
+                f"{name} cannot be split by heads: {heads[1]} KV heads and {self.size} ranks do "
+                "not divide each other"
+            )
+        self.parts = min(self.size, heads[1])
+        """Of the heads."""
+        self.copies = self.size // self.parts
+        """R, ranks that have the same KV head."""
+        self.part = rank // self.copies
+        self.share = (rank % self.copies, self.copies) if self.copies > 1 else None
+        """Number and count of the shares of queries; None where the rank attends for all."""
         self._part: ScorerPart | None = None
 
     def attend(
@@ -51,9 +71,28 @@ class HeadSplit:
         for option in ("s_aux", "head_mask", "position_bias", "attention_bias"):
             if options.get(option) is not None:
                 raise ValueError(f"{self.name} needs `{option}`, which is not split by heads")
+        if self.share is None:
+            q, k, v = tokens_to_heads(q, k, v, self.group)
+            out, _ = forward(module, q, k, v, mask, by_heads=True, **options)
+            return heads_to_tokens(out, self.group), None
+        kv_heads, copies = self.heads[1], self.copies
+        q = q.unflatten(1, (kv_heads, -1)).repeat_interleave(copies, 1).flatten(1, 2)
+        k, v = (x.repeat_interleave(copies, 1) for x in (k, v))
         q, k, v = tokens_to_heads(q, k, v, self.group)
         out, _ = forward(module, q, k, v, mask, by_heads=True, **options)
-        return heads_to_tokens(out, self.group), None
+        record = getattr(module, LAYER).record
+        if record.kept is None:
+            # Not by score, select, attend: the output of all queries.
+            out = self._own_tokens(out)
+        out = heads_to_tokens(out, self.group)
+        # One rank has the output of a query, the others zeros.
+        return out.unflatten(2, (kv_heads, copies, -1)).sum(3).flatten(2, 3), None
+
+    def _own_tokens(self, out: Tensor) -> Tensor:
+        """(B, N, h, D) with zeros for the tokens of other shares."""
+        number, count = self.share or (0, 1)
+        own = torch.arange(out.shape[1], device=out.device) * count // out.shape[1] == number
+        return out * own[:, None, None]
 
     def scorer_of(self, scorer: Scorer) -> Scorer:
         """The scorer of the heads of this rank."""
@@ -61,7 +100,7 @@ class HeadSplit:
             return scorer
         part = self._part
         if part is None or part.whole is not scorer:
-            part = self._part = ScorerPart(scorer, self.heads, self.rank, self.size)
+            part = self._part = ScorerPart(scorer, self.heads, self.part, self.parts)
         return part
 
     def config_of(self, config: SparseConfig) -> SparseConfig:
@@ -78,8 +117,8 @@ class HeadSplit:
         ratios = config.head_ratio
         if not ratios:
             return config
-        size = len(ratios) // self.size
-        return replace(config, head_ratio=ratios[self.rank * size : (self.rank + 1) * size])
+        size = len(ratios) // self.parts
+        return replace(config, head_ratio=ratios[self.part * size : (self.part + 1) * size])
 
     def total(self, count: Tensor) -> Tensor:
         """Sum of a number over the ranks."""

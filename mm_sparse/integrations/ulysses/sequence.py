@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from mm_sparse.integrations.discovery import scorer_shape
 from mm_sparse.integrations.hf.attention import HFLayer
+from mm_sparse.integrations.scorers import device_of
 from mm_sparse.integrations.state import scorers_of, state_of
 from mm_sparse.integrations.ulysses.batches import IGNORED, next_tokens, pad_batch, token_loss
 from mm_sparse.integrations.ulysses.exchange import Group
 from mm_sparse.integrations.ulysses.head_split import HeadSplit
 from mm_sparse.integrations.ulysses.token_split import TokenSplit, find_blocks
-from mm_sparse.scorers import ScorerPart
 
 
 class SequenceParallel:
@@ -30,15 +30,15 @@ class SequenceParallel:
         self.model, self.group = model, group
         self.rank, self.size = group.rank(), group.size()
         self._state = state_of(model)
-        self._layers = _decoder_layers(model, self.size)
+        self._layers = _decoder_layers(model)
         blocks = find_blocks(model, {name: layer.module for name, layer in self._layers.items()})
         self._tokens = TokenSplit(blocks, self.rank, self.size)
         owner = _owner_of(model, blocks.name)
-        heads = {name: _heads(layer, self.size) for name, layer in self._layers.items()}
+        splits = {name: _split_of(layer, group) for name, layer in self._layers.items()}
         self._same_batch = False
         self._share_scorers()
         for name, layer in self._layers.items():
-            layer.split_heads(HeadSplit(layer.name, heads[name], group))
+            layer.split_heads(splits[name])
         self._handles = self._tokens.attach(owner)
         self._handles.append(model.register_forward_pre_hook(self._check, with_kwargs=True))
         # `densify` takes them away, too.
@@ -150,6 +150,8 @@ class SequenceParallel:
         source = dist.get_global_rank(self.group, 0)
         for layer in self._layers.values():
             if layer.scorer is not None:
+                # NCCL sends what is on a GPU; scorers follow a model only when it is called.
+                layer.scorer.to(device_of(layer))
                 for value in layer.scorer.state_dict().values():
                     dist.broadcast(value, source, group=self.group)
 
@@ -166,6 +168,7 @@ class SequenceParallel:
         if self._same_batch or not isinstance(ids, Tensor) or ids.is_floating_point():
             return
         # Once: a loader that gives each rank other rows would train on nonsense.
+        ids = ids.to(next(self.model.parameters()).device)
         places = torch.arange(1, ids.numel() + 1, device=ids.device)
         mark = torch.stack([ids.new_tensor(ids.shape).sum(), (ids.flatten() * places).sum()])
         low, high = mark.clone(), mark.clone()
@@ -192,11 +195,11 @@ def sequence_parallel(model: nn.Module, group: Group | None = None) -> SequenceP
     Args:
         model: sparsified; `SparseConfig(backend="dense")` for dense attention. Another `sparsify`,
             or `densify`, undoes it.
-        group: its size P divides the KV heads; all processes if None.
+        group: its size P divides the number K of KV heads, or K divides P; all processes if None.
 
     Raises:
-        ValueError: the model is not sparsified, there is no process group, heads are no multiple of
-            P, or a block of the decoder does more with tokens than attend.
+        ValueError: the model is not sparsified, there is no process group, heads and ranks do not
+            divide each other, or a block of the decoder does more with tokens than attend.
 
     Example:
         >>> sequence = mms.sequence_parallel(mms.sparsify(model, config))
@@ -216,7 +219,7 @@ def sequence_parallel(model: nn.Module, group: Group | None = None) -> SequenceP
     return SequenceParallel(model, group)
 
 
-def _decoder_layers(model: nn.Module, size: int) -> dict[str, HFLayer]:
+def _decoder_layers(model: nn.Module) -> dict[str, HFLayer]:
     """Attention layers of the decoder by name; those of towers run on every rank as they are."""
     found: dict[str, HFLayer] = {}
     for name, layer in state_of(model).layers.items():
@@ -238,17 +241,13 @@ def layer_error(layer: HFLayer, why: str) -> ValueError:
     return ValueError(f"{layer.name} ({kind}) cannot be split by heads: {why}")
 
 
-def _heads(layer: HFLayer, size: int) -> tuple[int, int]:
-    """Query and KV heads of a layer."""
+def _split_of(layer: HFLayer, group: Group) -> HeadSplit:
+    """How the heads of a layer are split, once all is checked that can be before a call."""
     heads, kv_heads, _ = scorer_shape(layer.module)
-    if kv_heads % size or heads % size:
-        raise layer_error(
-            layer, f"{heads} query heads and {kv_heads} KV heads are no multiples of {size} ranks"
-        )
-    if layer.scorer is not None and next(layer.scorer.parameters(), None) is not None:
-        # Says what is wrong with the scorer before the first call.
-        ScorerPart(layer.scorer, (heads, kv_heads), 0, size)
-    return heads, kv_heads
+    split = HeadSplit(layer.name, (heads, kv_heads), group)
+    if layer.scorer is not None:
+        split.scorer_of(layer.scorer)
+    return split
 
 
 def _owner_of(model: nn.Module, blocks: str) -> nn.Module:

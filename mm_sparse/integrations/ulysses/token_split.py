@@ -83,7 +83,8 @@ class TokenSplit:
     """
 
     def __init__(self, blocks: Blocks, rank: int, size: int) -> None:
-        self.name, self.blocks, self.rank, self.size = *blocks, rank, size
+        self.name, self.blocks = blocks.name, blocks.modules
+        self.rank, self.size = rank, size
 
     def attach(self, owner: nn.Module) -> list[Any]:
         """Set the hooks; returns their handles.

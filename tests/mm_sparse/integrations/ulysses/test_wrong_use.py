@@ -56,7 +56,7 @@ def test_a_model_without_a_decoder_is_refused(group):
 def test_heads_that_ranks_do_not_divide_are_refused(group):
     model = hf_models.llama(num_attention_heads=6, num_key_value_heads=3, hidden_size=48).model
     mms.sparsify(model, SPARSE)
-    with pytest.raises(ValueError, match=r"layers\.0.*3 KV heads are no multiples of 2 ranks"):
+    with pytest.raises(ValueError, match=r"layers\.0.*3 KV heads and 2 ranks do not divide"):
         mms.sequence_parallel(model)
     assert all(layer.head_split is None for layer in mms.attention_layers(model).values())
 
