@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import mm_sparse as mms
 from tests.support import hf_models
@@ -53,6 +56,10 @@ class Scenario:
     checkpointing: bool | None = None
     """None: none; else whether it is of the reentrant kind."""
     distilled: bool = False
+    sharded: bool = False
+    """By FSDP2 over all processes, which takes means of gradients."""
+    replicas: int = 1
+    """Groups of processes, each with rows of its own."""
 
 
 def llama(**changes: Any) -> Callable[[], nn.Module]:
@@ -125,6 +132,9 @@ SCENARIOS = {
     ),
     "dense layer": Scenario(llama(), text, replace(SPARSE, dense_layers=(0,))),
     "short": Scenario(llama(), text, replace(SPARSE, dense_below=4096)),
+    "sharded": Scenario(llama(), text, distilled=True, sharded=True),
+    "sharded checkpointing": Scenario(llama(), text, sharded=True, checkpointing=False),
+    "rows and tokens": Scenario(llama(), text, sharded=True, replicas=2),
     "ratios of heads": Scenario(
         llama(), text, replace(SPARSE, layer_ratio={0: (0.2, 0.4, 0.6, 0.3), 1: 0.5})
     ),
@@ -155,8 +165,13 @@ for heads in (1, 2):
         ),
         f"{heads} KV heads, dense": Scenario(few, text, replace(SPARSE, backend="dense")),
     }
-# Two KV heads, and rows of which each has a picture.
-AT_MOST_TWO = ("pictures",)
+
+
+def scenarios_for(size: int) -> list[str]:
+    """Those of so many processes."""
+    # Two KV heads, and rows of which each has a picture.
+    out = ("pictures",) if size > 2 else ()
+    return [n for n, s in SCENARIOS.items() if n not in out and (s.replicas == 1 or size == 4)]
 
 
 def made(scenario: Scenario, device: str, dtype: torch.dtype) -> nn.Module:
@@ -170,7 +185,22 @@ def made(scenario: Scenario, device: str, dtype: torch.dtype) -> nn.Module:
     if scenario.checkpointing is not None:
         options = {"use_reentrant": scenario.checkpointing}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if scenario.sharded:
+        # FSDP2 wants one dtype.
+        mms.register_scorers(model).to(dtype)
     return model
+
+
+def next_token_count(labels: Tensor) -> int:
+    """Labels of tokens that have one before them."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def shard(model: Any) -> None:
+    """Weights of blocks, and what is left, over all processes."""
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    for block in (*model.model.layers, model):
+        fully_shard(block, mesh=mesh)
 
 
 def step(
@@ -191,6 +221,12 @@ def step(
     with mms.sequence_parallel(model, group) if group else nullcontext() as sequence:
         if sequence is not None:
             batch = sequence.pad(batch)
+            if scenario.sharded:
+                shard(model)
+        count = next_token_count(batch["labels"])
+        if group and scenario.replicas > 1:
+            number = dist.get_rank() // group.size()
+            batch = {name: x[number : number + 1] for name, x in batch.items()}
         labels = batch.pop("labels")
         lessons = mms.distillation_losses(model, tiles=4) if scenario.distilled else nullcontext()
         # As many draws on each rank do not begin alike by themselves.
@@ -201,13 +237,15 @@ def step(
         if sequence is None:
             loss = model.loss_function(logits, labels, vocab_size=logits.shape[-1])
         else:
-            loss = sequence.loss(logits, labels)
-        (loss + 0.5 * taught if taught.requires_grad else loss).backward()
+            loss = sequence.loss(logits, labels, count=count if scenario.replicas > 1 else None)
+        whole = loss + 0.5 * taught if taught.requires_grad else loss
+        (whole * dist.get_world_size() if scenario.sharded and group else whole).backward()
         loss, taught, logits = loss.detach(), taught.detach(), logits.detach()
         if sequence is not None:
-            sequence.sum_gradients()
-            dist.all_reduce(loss, group=group)
-            dist.all_reduce(taught, group=group)
+            if not scenario.sharded:
+                sequence.sum_gradients()
+            dist.all_reduce(loss)
+            dist.all_reduce(taught)
             logits = sequence.gather(logits)
             # Towers have all heads on every rank.
             for name, layer in mms.attention_layers(model).items():
@@ -215,7 +253,11 @@ def step(
                     copies = layer.head_split.copies
                     units[name] = tuple(_all_heads(x, group)[:, ::copies] for x in units[name])
     named = [*model.named_parameters(), *mms.scorers_of(model).named_parameters()]
-    grads = {name: p.grad for name, p in named if p.grad is not None}
+    grads = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in named
+        if p.grad is not None
+    }
     return Outcome(loss, grads, units, taught, logits, sparse)
 
 
@@ -233,11 +275,11 @@ def _all_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def work(rank: int, size: int, meeting: str, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
-    group = dist.group.WORLD
+    pairs = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "sequence"))
     found = {}
-    for name, scenario in SCENARIOS.items():
-        if size > 2 and name in AT_MOST_TWO:
-            continue
+    for name in scenarios_for(size):
+        scenario = SCENARIOS[name]
+        group = pairs["sequence"].get_group() if scenario.replicas > 1 else dist.group.WORLD
         alone = step(scenario, None) if rank == 0 else None
         together = step(scenario, group)
         found[name] = alone, together

@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import nn
 
 import mm_sparse as mms
-from tests.support.sequence_run import AT_MOST_TWO, SCENARIOS, step
+from tests.support.sequence_run import SCENARIOS, scenarios_for, step
 
 
 def check(group: dist.ProcessGroup, device: str) -> dict[str, Any]:
     """Every scenario alone and together, in float32: errors of norms, and whether units differ."""
     found = {}
-    for name, scenario in SCENARIOS.items():
-        if group.size() > 2 and name in AT_MOST_TWO:
+    for name in scenarios_for(group.size()):
+        scenario = SCENARIOS[name]
+        if scenario.replicas > 1:
             continue
         alone, both = (step(scenario, g, device, torch.float32) for g in (None, group))
         errors = [

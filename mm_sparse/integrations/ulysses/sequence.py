@@ -153,7 +153,9 @@ class SequenceParallel:
                 # NCCL sends what is on a GPU; scorers follow a model only when it is called.
                 layer.scorer.to(device_of(layer))
                 for value in layer.scorer.state_dict().values():
-                    dist.broadcast(value, source, group=self.group)
+                    # What is sharded is one value already.
+                    if type(value) is Tensor:
+                        dist.broadcast(value, source, group=self.group)
 
     def _check(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model."""
