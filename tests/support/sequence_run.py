@@ -85,7 +85,15 @@ def text(tokens: int = TOKENS, padding: str = "none") -> dict[str, Tensor]:
 
 
 def pictures(make: Callable[[], hf_models.Case]) -> dict[str, Tensor]:
-    batch = make().inputs("right")
+    """Two rows of a picture and a longer text, one of them padded on the left."""
+    batch = make().inputs("left")
+    more = text(150)["input_ids"]
+    for name, new in {
+        "input_ids": more,
+        "attention_mask": torch.ones_like(more),
+        "mm_token_type_ids": torch.zeros_like(more),
+    }.items():
+        batch[name] = torch.cat([batch[name], new], 1)
     ids = batch["input_ids"]
     return {**batch, "labels": ids.masked_fill(batch["attention_mask"] == 0, -100)}
 
