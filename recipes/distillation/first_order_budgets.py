@@ -174,7 +174,9 @@ def _probe(
     generator: torch.Generator,
 ) -> int:  # fmt: skip
     """Add the squared derivatives of one draw; how many places it scored."""
-    ranks = {layer.name: layer.scorer or PooledScorer() for layer in attention_layers(model).values()}
+    ranks = {
+        layer.name: layer.scorer or PooledScorer() for layer in attention_layers(model).values()
+    }
 
     def attend(call: AttentionCall) -> Tensor:
         q, k, v, layout, config = call.q, call.k, call.v, call.layout, call.config
