@@ -86,7 +86,7 @@ def distill_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--validation", type=positive, default=2, metavar="N", help="rows that are held back (2)")
     add("--budgets", choices=("first-order", "search", "none"), default="first-order",
-        help="how density is spread over heads: estimated, measured for each, or not at all")  # fmt: skip
+        help="how density is spread over heads: estimated, measured for each, not at all")  # fmt: skip
     add("--draws", type=positive, default=4, help="of first-order costs for each row (4)")
     add("--budget-tokens", type=positive, default=16384, metavar="N",
         help="of a text at most, where budgets are spread (16384)")  # fmt: skip
@@ -290,8 +290,9 @@ def distill(args: argparse.Namespace, trainer: ScorerTrainer, held: list[Batch])
         before = trainer.figures(held)
         if not before:
             raise SystemExit(
-                "mm-sparse distill: tokens must be enough for layers to have units to choose from "
-                f"beside sinks and window, got {args.tokens}"
+                "mm-sparse distill: tokens, and what is in data, must be long enough for layers to "
+                "have units to choose from beside sinks and window, got "
+                f"{held[0]['input_ids'].numel()} tokens"
             )
         reporter.measured(before)
 
