@@ -102,7 +102,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = distill_parser()
     given = parser.parse_args(argv)
     if given.config is not None:
-        parser.set_defaults(**_file_options(parser, given.config))
+        options = _file_options(parser, given.config)
+        # How long a run is has two names: that of the command line comes first.
+        for name, other in (("steps", "hours"), ("hours", "steps")):
+            if getattr(given, name) is not None:
+                options.pop(other, None)
+        parser.set_defaults(**options)
         given = parser.parse_args(argv)
     for name, option in (("folder", "FOLDER"), ("data", "--data"), ("out", "--out")):
         if getattr(given, name) is None:

@@ -182,11 +182,21 @@ def test_a_yaml_file_holds_the_options(language: str, texts: str, tmp_path: Path
         distill_command.parse(["--config", str(file)])
 
 
+def test_the_recipe_that_ships_is_run_by_name(language: str, texts: str, tmp_path: Path) -> None:
+    # It is made for an hour.
+    more = arguments(language, texts, tmp_path / "run", 1)
+    mm_sparse(["recipes", "run", "distill/checkpoint", *more, "--budgets", "none"])
+    assert (tmp_path / "run/scorers/card.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--data", "nowhere"], "data must name files, folders or patterns of them, got 'nowhere'"),
-        (["--tokens", "32"], "must be long enough for layers to have units to choose from .* got 32 tokens"),
+        (
+            ["--tokens", "32"],
+            "must be long enough for layers to have units to choose from .* got 32 tokens",
+        ),
         (["--tokens", "100000"], "data must hold more than 1 rows of 100000 tokens"),
         (["--dtype", "float99"], "dtype must be 'auto' or a dtype of torch, got 'float99'"),
         (["--load-in-4bit"], "load_in_4bit needs bitsandbytes"),
