@@ -86,7 +86,7 @@ def distill_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--validation", type=positive, default=2, metavar="N", help="rows that are held back (2)")
     add("--budgets", choices=("first-order", "search", "none"), default="first-order",
-        help="how density is spread over heads: estimated, measured for each, not at all")  # fmt: skip
+        help="over heads: from estimated costs, measured ones, or the same for all")  # fmt: skip
     add("--draws", type=positive, default=4, help="of first-order costs for each row (4)")
     add("--budget-tokens", type=positive, default=16384, metavar="N",
         help="of a text at most, where budgets are spread (16384)")  # fmt: skip
@@ -219,6 +219,11 @@ def prepare(args: argparse.Namespace) -> tuple[ScorerTrainer, list[Batch]]:
     if largest >= words:
         raise ValueError(f"data must hold ids below {words}, those of the model, got {largest}")
     make_sparse(model, args, modalities_of(processor))
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or args.tokens
+    if longest < args.tokens:
+        print(f"{args.tokens} tokens are more than the {longest} that the model was made for: "
+              "scorers learn where it attends all the same", file=sys.stderr)  # fmt: skip
     warmup = 40 if args.steps is None else min(40, args.steps // 10)
     trainer = ScorerTrainer(
         model, rows, Length(args.steps, args.hours), seed=args.seed,

@@ -23,11 +23,17 @@ Written by `mm-sparse distill`; `card.json` says what they learned from.
 
 ```python
 import mm_sparse as mms
-from mm_sparse.recipes.finetuning import load_model
+{imports}
 
-model = mms.load_scorers(load_model("{folder}"), "{scorers}")
+model = mms.load_scorers({model}, "{scorers}")
 ```
 """
+LOADERS = {
+    True: ("from mm_sparse.recipes.models import LanguageConfig",
+           'LanguageConfig("smollm2").build(0)'),
+    False: ("from mm_sparse.recipes.finetuning import load_model", 'load_model("{}")'),
+}  # fmt: skip
+"""What imports and what loads a model, whether it is the wheel's SmolLM2 or a folder."""
 
 
 class Reporter:
@@ -136,7 +142,9 @@ def outlook(trainer: ScorerTrainer) -> str | None:
 def write_card(folder: Path, card: Mapping[str, Any], model: str) -> None:
     """`card.json` and a README that says how to load, beside the scorers."""
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (folder / "README.md").write_text(LOAD.format(folder=model, scorers=folder))
+    imports, loader = LOADERS[model == "smollm2"]
+    text = LOAD.format(imports=imports, model=loader.format(model), scorers=folder)
+    (folder / "README.md").write_text(text)
 
 
 def layers_of(figures: Figures, digits: int = 5) -> dict[str, dict[str, float]]:

@@ -204,10 +204,12 @@ class ScorerTrainer:
 
     def figures(self, batches: Sequence[Batch], tiles: int = 64) -> dict[str, dict[str, float]]:
         """By layer, mean over batches: divergence, kept mass and overlap with a perfect choice."""
-        sums: dict[str, dict[str, list[float]]] = {}
+        served, sums = attention_layers(self.model), dict[str, dict[str, list[float]]]()
         for batch in batches:
             found = layer_figures(self.model, batch, self.run, tiles=tiles)
             for name, own in found.items():
+                if served[name].known_mode()[0] != "sparse":
+                    continue
                 for figure in ("divergence", "kept", "overlap"):
                     sums.setdefault(name, {}).setdefault(figure, []).append(own[figure])
         return {

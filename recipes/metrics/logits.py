@@ -65,7 +65,7 @@ def spread_logits(model: Any, inputs: Mapping[str, Any], most: int) -> tuple[Ten
     takes = "logits_to_keep" in inspect.signature(model.forward).parameters
     more = {"logits_to_keep": places} if takes else {}
     logits = model(**inputs, use_cache=False, **more).logits
-    # Models whose towers widen rows keep others than were asked for: only whole rows are sure.
+    # A model that cannot be told computes all.
     if logits.shape[1] != len(places):
         logits = logits[:, places]
     mask = inputs.get("attention_mask")

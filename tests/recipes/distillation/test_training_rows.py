@@ -128,11 +128,12 @@ def test_wrong_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='data must have "text" or "messages" in each row, got'):
         open_rows([str(odd)], words, None, 64).take()
     odd.write_text("{")
-    with pytest.raises(ValueError, match="data must hold JSON, got .*odd.jsonl"):
+    with pytest.raises(ValueError, match=r"data must hold JSON, got .*odd\.jsonl"):
         open_rows([str(odd)], words, None, 64)
     empty = tmp_path / "empty.md"
-    empty.write_text("\n")
-    words.eos_token = None
+    empty.write_text("")
+    with pytest.raises(ValueError, match="data must hold text, got none in 1 files"):
+        TextRows([empty], words, 64).take()
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="data must name files, folders or patterns of them, got"):
         open_rows([str(tmp_path / "none")], words, None, 64)
