@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,10 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         distill(args, trainer, held)
     except KeyboardInterrupt:
-        save_state(run_state(args, trainer), args.out / STATE)
-        raise SystemExit(
-            f"mm-sparse distill: stopped at step {trainer.progress.step}; the same command goes on"
-        ) from None
+        if trainer.inside_step:
+            # Rows and scorers are not where the step began: what was saved before is whole.
+            said = f"stopped inside step {trainer.progress.step + 1}, which is lost"
+        else:
+            save_state(run_state(args, trainer), args.out / STATE)
+            said = f"stopped at step {trainer.progress.step}"
+        raise SystemExit(f"mm-sparse distill: {said}; the same command goes on") from None
 
 
 def prepare(args: argparse.Namespace) -> tuple[ScorerTrainer, list[Batch]]:
@@ -296,7 +302,7 @@ def distill(args: argparse.Namespace, trainer: ScorerTrainer, held: list[Batch])
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / STATE
     marks = [mark for mark in MEASURED if mark > trainer.done]
-    with Reporter(trainer) as reporter:
+    with Reporter(trainer) as reporter, stop_between_steps() as stopped:
         before = trainer.figures(held)
         if not before:
             raise SystemExit(
@@ -314,6 +320,8 @@ def distill(args: argparse.Namespace, trainer: ScorerTrainer, held: list[Batch])
                 reporter.measured(trainer.figures(held))
             if trainer.progress.step % args.save_every == 0:
                 save_state(run_state(args, trainer), path)
+            if stopped:
+                raise KeyboardInterrupt
 
         trainer.fit(after)
         save_state(run_state(args, trainer), path)
@@ -322,6 +330,30 @@ def distill(args: argparse.Namespace, trainer: ScorerTrainer, held: list[Batch])
         reporter.say(f"budgets: {args.budgets}")
         budgets = spread_budgets(args, trainer, held)
     finish(args, trainer, before, figures, budgets)
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[list[int]]:
+    """A list that gets a signal to stop, the first of which waits for the end of a step.
+
+    A second one interrupts at once.
+    """
+    stopped: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def spread_budgets(

@@ -113,6 +113,8 @@ class ScorerTrainer:
         self.scorers.to(self.device)
         self.optimizer = optimize(self.config, self, ("scorers",), 1)["optimizer"]  # type: ignore[arg-type]
         self.progress = Progress()
+        self.inside_step = False
+        """Whether a step has begun and not ended: `state` is then that of no step."""
         self._one_logit = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
@@ -160,6 +162,7 @@ class ScorerTrainer:
     def step(self) -> float:
         """One step; the loss, mean over layers."""
         start, now = time.perf_counter(), self.progress
+        self.inside_step = True
         batch = self.rows.take()
         done = min(self.done, 1.0)
         loss: dict[str, Any] = {}
@@ -192,6 +195,7 @@ class ScorerTrainer:
         now.tokens += batch["input_ids"].numel()
         now.losses.append(value)
         now.seconds += time.perf_counter() - start
+        self.inside_step = False
         return value
 
     @property

@@ -1,6 +1,8 @@
 """`mm-sparse distill`: folders of several kinds, runs that are cut off, wrong arguments."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,32 @@ def test_a_run_goes_on_bit_for_bit(
     assert a["rows"] == b["rows"]
     files = [(x / "scorers/scorers.safetensors").read_bytes() for x in (whole, parts)]
     assert files[0] == files[1]
+
+
+def test_a_signal_waits_for_the_end_of_a_step_and_a_second_does_not(
+    language: str, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*arguments(language, texts, tmp_path / "run", 9), "--budgets", "none"]
+    run = ScorerTrainer.run
+
+    def killed(times: int, at: int) -> None:
+        def run_and_kill(own: ScorerTrainer, batch: Any) -> Any:
+            if own.inside_step and own.progress.step == at:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return run(own, batch)
+
+        monkeypatch.setattr(ScorerTrainer, "run", run_and_kill)
+
+    killed(1, at=3)
+    with pytest.raises(SystemExit, match="stopped at step 4; the same command goes on"):
+        distill_command.main(given)
+    state = (tmp_path / "run/state.pt").read_bytes()
+    killed(2, at=5)
+    with pytest.raises(SystemExit, match="stopped inside step 6, which is lost"):
+        distill_command.main(given)
+    assert (tmp_path / "run/state.pt").read_bytes() == state
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_run_by_time_ends_when_it_is_over(
