@@ -14,7 +14,6 @@ B rows, N tokens, H query heads, K KV heads, D head dim, R ratios, P places that
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from mm_sparse.recipes.distillation.budget_search import (
     LEVELS,
     Place,
     budget_slots,
+    budgets_parser,
     layer_ratios,
     spread,
 )
@@ -271,16 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: the scorers' folder gets the ratios into its config."""
     from mm_sparse.recipes.data import CorpusData
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--scorers", required=True, help="folder of save_scorers")
-    parser.add_argument("--corpus", required=True, help="file of recipes.data.text_corpus")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--count", type=int, default=1, help="validation sequences of each kind")
+    parser = budgets_parser(__doc__)
     parser.add_argument("--draws", type=int, default=4, help="of tokens for each sequence")
-    parser.add_argument("--by", choices=("layer", "head"), default="head")
-    parser.add_argument("--ratio", type=float, default=None, help="mean; the config's if not given")
     args = parser.parse_args(argv)
     model, _ = prepared(args)
     device = next(model.parameters()).device
