@@ -93,7 +93,9 @@ def settings(shape: Shape, unit: int, ratio: float) -> SparseConfig:
     tokens = None
     if not shape.causal and shape.tokens >= 16384:
         tokens = math.ceil(ratio * shape.tokens / 256) * 256
-    config = SparseConfig(ratio, tokens, unit=unit, causal=shape.causal, dense_below=0)
+    config = SparseConfig(
+        ratio, tokens, unit=unit, causal=shape.causal, dense_below=0, deterministic=True
+    )
     return config if shape.causal else replace(config, sinks=0, window=0)
 
 

@@ -4,8 +4,10 @@ Dense forms are the ones that a user has: the model as it is with SDPA (`stock`)
 call of `varlen_attn` for all images of a tower (`varlen`), and `flash` where torch is told to use
 FlashAttention-2. Scoring and selection are inside the time of sparse forms. Any form can have its
 blocks compiled one by one ("varlen+compile", "sparse-64-0.2+compile"), and in decoding a static
-cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph"). In training the scorers of a sparse
-form can learn in the same step ("sparse-64-0.2+scorers").
+cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph"). Beside them `ideal` is the least
+that a dense step takes: SDPA reads the keys of a static cache once, without repeating them and
+without a mask; transformers has no such step. In training the scorers of a sparse form can learn
+in the same step ("sparse-64-0.2+scorers").
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from mm_sparse.cuda_graph import capture
 from mm_sparse.distillation import distillation_losses
 from mm_sparse.integrations import densify, is_sparsified, scorer_parameters, sparsify
 
-VARLEN = "varlen_flash"
-DENSE_FORMS = ("stock", "varlen", "flash")
+VARLEN, IDEAL = "varlen_flash", "ideal_dense"
+DENSE_FORMS = ("stock", "varlen", "flash", "ideal")
 WORKS = ("prefill", "train", "decode")
 # Steps of decoding that are timed.
 STEPS = 24
@@ -51,6 +53,8 @@ class ModelTiming:
     tower_seconds: float | None = None
     peak_gib: float | None = None
     note: str = ""
+    batch: int = 1
+    """Rows of an input of text."""
 
 
 def run_models(
@@ -59,6 +63,7 @@ def run_models(
     forms: Sequence[str],
     *,
     work: str = "prefill",
+    batch: int = 1,
     small: bool = False,
     device: str = "cuda",
     repeats: int = 3,
@@ -73,6 +78,7 @@ def run_models(
             each "+compile", in decoding "+graph", in training "+scorers".
         work: "prefill" (time to the first token), "train" (a LoRA step with gradient checkpointing)
             or "decode" (seconds of a token behind so many parts).
+        batch: rows of an input of text.
         small: a model that two CPU cores can run.
         repeats: runs behind the first, of which the median counts.
         show: is given each result as it comes.
@@ -91,6 +97,9 @@ def run_models(
     results: list[ModelTiming] = []
     for count in parts:
         inputs = shape.inputs(model, count)
+        if batch > 1 and set(inputs) != {"input_ids"}:
+            raise ValueError(f"batch must be 1 where inputs are not text alone, got {batch}")
+        inputs["input_ids"] = inputs["input_ids"].repeat(batch, 1)
         tokens = inputs["input_ids"].shape[1]
         for form in forms:
             try:
@@ -100,7 +109,7 @@ def run_models(
                     found = _measure(model, shape, inputs, form, step, repeats, device)
             except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
                 found = {"seconds": None, "note": reason(error)[:120]}
-            result = ModelTiming(shape.name, work, count, tokens, form, **found)
+            result = ModelTiming(shape.name, work, count, tokens, form, batch=batch, **found)
             results.append(result)
             if show is not None:
                 show(result)
@@ -143,6 +152,8 @@ def _measure_decoding(model: Any, inputs: dict[str, Any], form: str, device: str
     tokens = inputs["input_ids"].shape[1]
     one = inputs["input_ids"][:, -1:].clone()
     with _in_form(model, form), torch.no_grad():
+        # Of the first steps; the others have a few keys more.
+        _IDEAL_KEYS[0] = tokens + 1
         if not graph:
             cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
 
@@ -210,6 +221,9 @@ def _in_form(model: Any, form: str) -> Iterator[None]:
         parts = getattr(model.config, "sub_configs", {})
         towers = [name for name in parts if "vision" in name or "audio" in name]
         model.set_attn_implementation({"": "sdpa", **dict.fromkeys(towers, VARLEN)})
+    if form == "ideal":
+        _register_ideal()
+        model.set_attn_implementation(IDEAL)
     try:
         if form == "flash":
             from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -259,6 +273,31 @@ def _register_varlen() -> None:
 
     AttentionInterface.register(VARLEN, attend)
     AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+_IDEAL_KEYS = [0]
+
+
+def _register_ideal() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+        scaling: float | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        prefill = query.shape[2] > 1
+        keys = query.shape[2] if prefill else _IDEAL_KEYS[0]
+        out = nn.functional.scaled_dot_product_attention(
+            query, key[:, :, :keys], value[:, :, :keys], is_causal=prefill, scale=scaling,
+            enable_gqa=True,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
+
+    def no_mask(**arguments: Any) -> None:
+        return None
+
+    AttentionInterface.register(IDEAL, attend)
+    AttentionMaskInterface.register(IDEAL, no_mask)
 
 
 @contextmanager
@@ -353,7 +392,8 @@ def model_table(results: Sequence[ModelTiming]) -> str:
 
 def _is_dense_form_beside(one: ModelTiming, other: ModelTiming) -> bool:
     """Whether the first is a dense form, and another one, of what the second timed."""
-    same = (one.model, one.work, one.parts) == (other.model, other.work, other.parts)
+    names = ("model", "work", "parts", "batch")
+    same = all(getattr(one, name) == getattr(other, name) for name in names)
     return same and one.form != other.form and one.form.split("+")[0] in DENSE_FORMS
 
 

@@ -15,7 +15,8 @@ from mm_sparse.cli.arguments import head_counts, png_path, positive, seconds, sh
 MODELS = "qwen2.5-vl-7b, qwen3-vl-8b, qwen2-audio-7b, llama-3-8b"
 PARTS = "images, clips or tokens of an input"
 FORMS = (
-    'stock, varlen, flash, or as "sparse-64-0.2" (unit, ratio); behind each "+compile", "+graph"'
+    'stock, varlen, flash, ideal (decoding), or as "sparse-64-0.2" (unit, ratio); behind each '
+    '"+compile", "+graph" (decoding), "+scorers" (training)'
 )
 
 
@@ -63,6 +64,8 @@ def bench_parser() -> argparse.ArgumentParser:
                         help="prefill, a LoRA step, or a token of decoding")  # fmt: skip
     models.add_argument("--repeats", type=positive, default=3, metavar="N",
                         help="runs behind the first, of which the median counts (3)")  # fmt: skip
+    models.add_argument("--batch", type=positive, default=1, metavar="N",
+                        help="rows of an input of text (1)")  # fmt: skip
     models.add_argument("--small", action="store_true", help="of a size for two CPU cores")
     mode.add_argument("--memory", action="store_true", help="peak memory; needs a CUDA GPU")
     return parser
@@ -187,7 +190,7 @@ def _models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             forms.insert(1, "varlen" if shape.part == "images" else "flash")
         found = run_models(
             shape, args.parts or counts, args.forms or forms, work=args.work, small=args.small,
-            repeats=args.repeats, device=device,
+            batch=args.batch, repeats=args.repeats, device=device,
             show=lambda r: print(model_table([r]).splitlines()[-1], flush=True),
         )  # fmt: skip
         results += found

@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "mm_sparse.recipes.run.generate_command:main",
         "Answer a question about texts, images, audio or a video.",
     ),
+    "distill": (
+        "mm_sparse.recipes.distillation.distill_command:main",
+        "Train scorers for a model in a folder.",
+    ),
     "eval": (
         "mm_sparse.recipes.evaluation.eval_command:main",
         "Measure the quality of shipped scorers again.",

@@ -6,7 +6,7 @@ B batch, K KV heads, T tiles, U units
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from mm_sparse.distillation.tile_draw import TileDraw, draw_tiles
 from mm_sparse.integrations import (
     AttentionCall,
     HeadSplit,
+    SparseLayer,
     State,
     attention_layers,
     capture_attention,
@@ -63,6 +64,8 @@ def distillation_losses(
     `average_scorer_gradients`; else a warning says so. Under `sequence_parallel` a loss is
     the share of a rank's heads, and `SequenceParallel.sum_gradients` adds up what they learn.
 
+    Inside `override_config(model, backend="dense")` layers learn from a dense run.
+
     Args:
         loss: of scores (B, K, T, U) and true mass of the same shape, a mean over tiles. Scores
             are those of a plan of the drawn tiles.
@@ -102,7 +105,9 @@ def distillation_losses(
     def learn(call: AttentionCall) -> None:
         layer = layers[call.name]
         scorer, split = layer.scorer, layer.head_split
-        if scorer is None or not _learns(scorer) or call.name in waiting or not call.sparse:
+        if scorer is None or not _learns(scorer) or call.name in waiting:
+            return
+        if not call.sparse and not _dense_for_now(call, layer):
             return
         plan = call.plan()
         draw = draws.draw(plan)
@@ -120,6 +125,13 @@ def distillation_losses(
 
 def _learns(scorer: Scorer | None) -> bool:
     return scorer is not None and next(scorer.parameters(), None) is not None
+
+
+def _dense_for_now(call: AttentionCall, layer: SparseLayer) -> bool:
+    """Whether a call is dense only because `backend` says so."""
+    if call.layout is None or call.config is None:
+        return False
+    return layer.known_mode(replace(call.config, backend="auto"))[0] == "sparse"
 
 
 def _warn_of_drift(state: State) -> None:

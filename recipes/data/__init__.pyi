@@ -15,13 +15,14 @@ from .samples import (
     IGNORED as IGNORED,
     RATE as RATE,
     Batch as Batch,
+    ConcatSamples as ConcatSamples,
     MediaError as MediaError,
     MediaSamples as MediaSamples,
     Sample as Sample,
     Samples as Samples,
     Turn as Turn,
 )
-from .speech_manifests import json_lines as json_lines, need as need
+from .speech_manifests import Manifest as Manifest, json_lines as json_lines, need as need
 from .splits import (
     SPLITS as SPLITS,
     Split as Split,
@@ -32,6 +33,7 @@ from .text_corpus import (
     CORPUS_SPLITS as CORPUS_SPLITS,
     CorpusData as CorpusData,
     file_split as file_split,
+    find_files as find_files,
     read_text as read_text,
 )
 from .tokenizers import (

@@ -135,11 +135,9 @@ def spread(
     return ratios
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: the scorers' folder gets the ratios into its config."""
-    from mm_sparse.recipes.data import CorpusData
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def budgets_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of programs that write ratios into the config of a scorers' folder."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='"smollm2", a folder or a name')
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--scorers", required=True, help="folder of save_scorers")
@@ -148,6 +146,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1, help="validation sequences of each kind")
     parser.add_argument("--by", choices=("layer", "head"), default="head")
     parser.add_argument("--ratio", type=float, default=None, help="mean; the config's if not given")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: the scorers' folder gets the ratios into its config."""
+    from mm_sparse.recipes.data import CorpusData
+
+    parser = budgets_parser(__doc__)
     args = parser.parse_args(argv)
     model, _ = prepared(args)
     device = next(model.parameters()).device

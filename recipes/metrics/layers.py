@@ -23,12 +23,20 @@ from mm_sparse.selection import Scores, lists_to_mask
 
 @torch.no_grad()
 def layer_figures(
-    model: nn.Module, ids: Any, run: Callable[[Any], Any] | None = None
+    model: nn.Module,
+    ids: Any,
+    run: Callable[[Any], Any] | None = None,
+    *,
+    tiles: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """By layer of a dense run: divergence, kept mass of what is open, overlap with the perfect.
 
-    `run` is a forward pass on `ids`, that of a language model if None.
     Kept mass and overlap also by pair of modalities, query first, where more than one is there.
+
+    Args:
+        run: a forward pass on `ids`, that of a language model if None.
+        tiles: how many tiles are looked at, evenly spread over those that have a choice. Layers
+            whose tiles have none are left out. None: all tiles of all layers.
     """
     served = attention_layers(model)
     by_layer: dict[str, dict[str, float]] = {}
@@ -38,6 +46,12 @@ def layer_figures(
         if call.layout is None:
             return
         plan = call.plan()
+        if tiles is not None:
+            choice = (plan.open_units > 1).any(0).nonzero().flatten()
+            if not len(choice):
+                return
+            even = torch.linspace(0, len(choice) - 1, min(tiles, len(choice))).round().long()
+            plan = plan.select_tiles(choice[even.to(choice.device)])
         values = scorer.score(call.q, call.k, plan, call.scale)
         mass = unit_mass(call.q, call.k, plan, call.scale)
         selected_units, best = (kept_units(x, plan) for x in (values, mass.clamp(min=1e-20).log()))

@@ -1,3 +1,4 @@
+from .generate_command import device_of as device_of, load_processor as load_processor
 from .inspection import inspection_sample as inspection_sample
 from .language_options import (
     add_options as add_options,

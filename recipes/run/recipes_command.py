@@ -8,6 +8,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parent.parent / "configs"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 PROGRAMS = {
+    "distill/checkpoint": "mm_sparse.recipes.distillation.distill_command",
     "distill/smollm2": "mm_sparse.recipes.distillation.language",
     "distill/vit": "mm_sparse.recipes.distillation.towers",
     "distill/whisper": "mm_sparse.recipes.distillation.towers",
@@ -17,6 +18,9 @@ PROGRAMS = {
     "finetune/smolvlm": "mm_sparse.recipes.run.finetune_checkpoint",
 }
 """Programs of recipes that are no towers and language models put together."""
+
+PLAIN = ("mm_sparse.recipes.distillation.distill_command",)
+"""Programs without subcommands."""
 
 
 def names() -> list[str]:
@@ -58,14 +62,16 @@ def run(name: str, options: Sequence[str]) -> None:
     from importlib import import_module
 
     path = path_of(name)
-    given = list(options)
-    subcommand = given.pop(0) if given and given[0] in SUBCOMMANDS else "fit"
-    module = import_module(program_of(path))
+    given, own = list(options), program_of(path)
+    start = [] if own in PLAIN else ["fit"]
+    if start and given and given[0] in SUBCOMMANDS:
+        start = [given.pop(0)]
+    module = import_module(own)
     # LightningCLI warns of a command line beside the arguments that it is given.
     sys.argv = sys.argv[:1]
     from mm_sparse.recipes.run.settings_cli import program
 
-    program(lambda: module.main([subcommand, f"--config={path}", *given]))
+    program(lambda: module.main([*start, f"--config={path}", *given]))
 
 
 def export_checkpoint(checkpoint: str, folder: Path, config: str | None = None) -> Path:

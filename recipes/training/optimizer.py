@@ -32,6 +32,13 @@ class OptimizerConfig:
         if self.warmup < 0:
             raise ValueError(f"warmup must be at least 0, got {self.warmup}")
 
+    def factor(self, step: int, steps: float) -> float:
+        """Of the learning rate in a step, from 0 on, of so many."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = min((step - self.warmup) / max(steps - self.warmup, 1), 1.0)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
 
 def optimize(
     part: OptimizerConfig, model: nn.Module, names: Sequence[str], steps: int
@@ -55,12 +62,5 @@ def optimize(
     if not groups:
         raise ValueError(f"freeze must leave something to train, got all of {tuple(names)}")
     optimizer = torch.optim.AdamW(groups, lr=part.lr, betas=part.betas)
-
-    def rate(step: int) -> float:
-        if step < part.warmup:
-            return (step + 1) / part.warmup
-        done = min((step - part.warmup) / max(steps - part.warmup, 1), 1.0)
-        return part.final + (1 - part.final) * (1 + math.cos(math.pi * done)) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part.factor(step, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

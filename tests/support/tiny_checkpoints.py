@@ -95,6 +95,33 @@ def write_checkpoint(folder: Path, kind: str, *, marked: bool = False) -> str:
     return str(folder)
 
 
+def write_language(folder: Path, **options: Any) -> str:
+    """A tiny Llama whose attention is not even, and its tokenizer with a chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    words = tokenizer()
+    words.chat_template = (HEAD + "{{ m['content'] }}<|im_end|>\n" + TAIL).replace("IMAGE", "")
+    config = {
+        **TEXT, "vocab_size": len(words), "max_position_embeddings": 2048, "bos_token_id": None,
+        "pad_token_id": 0, "eos_token_id": 2, "initializer_range": 0.3,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**{**config, **options})).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def write_texts(folder: Path, count: int = 3, words: int = 2000) -> str:
+    """Files of random words, of which some come again and again; returns their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    known = ["".join(draw.choice(list("abcdefghij"), 4)) for _ in range(60)]
+    for number in range(count):
+        text = " ".join(draw.choice(known, words))
+        (folder / f"{number}.txt").write_text(text)
+    return str(folder)
+
+
 def _qwen2_5_vl(text: Any, ids: Any, words: Any, template: str) -> tuple[Any, Any]:
     from transformers import (
         Qwen2_5_VLConfig,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mm_sparse.bench import ModelShape, model_table, run_models
+from mm_sparse.bench import ModelShape, model_bench, model_table, run_models
 from mm_sparse.bench.model_shapes import MODEL_SHAPES
 from mm_sparse.cli import bench as command
 from tests.support.hf_models import build
@@ -58,3 +58,26 @@ def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         command.main(["--models", "gpt-5"])
     assert "argument --models: must be of" in capsys.readouterr().err
+
+
+def test_the_ideal_step_gives_the_logits_of_the_stock_one() -> None:
+    from transformers import StaticCache
+
+    torch.manual_seed(0)
+    shape = MODEL_SHAPES["llama-3-8b"]
+    model: Any = shape.build(True).eval()
+    inputs = shape.inputs(model, 70)
+    inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
+    found = []
+    for form in ("stock", "ideal"):
+        with model_bench._in_form(model, form), torch.no_grad():
+            model_bench._IDEAL_KEYS[0] = 71
+            cache = StaticCache(config=model.config, max_cache_len=90)
+            model(**inputs, past_key_values=cache, logits_to_keep=1)
+            found.append(model(inputs["input_ids"][:, -1:], past_key_values=cache).logits)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_images_cannot_be_repeated() -> None:
+    with pytest.raises(ValueError, match="batch must be 1 where inputs are not text alone, got 2"):
+        run_models(MODEL_SHAPES["qwen2.5-vl-7b"], [1], ["stock"], batch=2, small=True, device="cpu")

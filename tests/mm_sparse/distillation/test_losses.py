@@ -343,3 +343,30 @@ def test_two_processes_learn_what_one_does(how: str, kind: str, tmp_path: Path) 
     assert any(not a.equal(b) for a, b in zip(want[-3:], start[-3:], strict=True))
     for rank in (0, 1):
         assert_alike(torch.load(f"{out}.{rank}"), want)
+
+
+@pytest.mark.parametrize("dense_layers", [(), (0,)])
+def test_a_dense_run_teaches_what_a_run_that_keeps_all_teaches(
+    dense_layers: tuple[int, ...],
+) -> None:
+    found = []
+    for changes in ({"backend": "dense"}, {"ratio": 1.0}):
+        model = fresh()
+        with (
+            torch.no_grad(),
+            mms.override_config(model, dense_layers=dense_layers, **changes),
+            mms.distillation_losses(
+                model, tiles=3, generator=seeded(), backward_weight=0.5
+            ) as losses,
+        ):
+            model(batch())
+        assert len(losses.losses) == 2 - len(dense_layers)
+        found.append([losses.mean(), *gradients(model)])
+    assert_alike(*found)
+
+
+def test_calls_that_are_dense_because_they_are_short_teach_nothing() -> None:
+    model = fresh()
+    with mms.override_config(model, dense_below=1000), mms.distillation_losses(model) as losses:
+        model(batch())
+    assert not losses.losses

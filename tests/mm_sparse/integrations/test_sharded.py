@@ -59,6 +59,7 @@ def work(rank: int, port: int, registered: bool, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("registered", [False, True])
 def test_a_sharded_model_runs_sparse_is_saved_and_densified(
     registered: bool, tmp_path: Path

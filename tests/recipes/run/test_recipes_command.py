@@ -69,7 +69,7 @@ def test_every_class_that_a_recipe_names_exists(name: str) -> None:
 def test_recipes_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
     recipes_command.main(["ls"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(recipes_command.names()) == 18
+    assert len(lines) == len(recipes_command.names()) == 19
     assert any(line.startswith("vlm/digits") and "Hardware:" in line for line in lines)
 
 
@@ -87,7 +87,7 @@ def test_a_recipe_is_copied_and_not_over_another_file(
 def test_an_unknown_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         recipes_command.main(["run", "vlm/digit"])
-    assert "name must be a file or one of distill/smollm2" in capsys.readouterr().err
+    assert "name must be a file or one of distill/checkpoint" in capsys.readouterr().err
 
 
 def test_programs_of_recipes() -> None:

@@ -180,11 +180,11 @@ def test_masks_that_are_ranges_are_honoured() -> None:
 
 
 def test_one_tensor_may_show_and_hide() -> None:
-    from mm_sparse.integrations.layout_cache import LayoutCache
+    from mm_sparse.integrations.layout_cache import LayoutCache, PlainLayouts
     from mm_sparse.integrations.tower_tokens import TowerTokens
     from mm_sparse.integrations.towers.call_layout import MultiheadMasks, TowerLayoutSource
 
-    source = TowerLayoutSource(TowerTokens(mms.Modality.TEXT), {}, LayoutCache())
+    source = TowerLayoutSource(TowerTokens(mms.Modality.TEXT), PlainLayouts(), LayoutCache())
     x, mask = torch.zeros(9, 2, 9, 8), torch.zeros(9, 9, dtype=torch.bool)
     mask[:, 4:] = True
     shown = {}
