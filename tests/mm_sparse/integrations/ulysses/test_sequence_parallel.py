@@ -12,10 +12,15 @@ from tests.support.sequence_run import SCENARIOS, scenarios_for
 
 ROOT = Path(__file__).resolve().parents[4]
 SCRIPT = ROOT / "tests" / "support" / "sequence_run.py"
-SIZES = (2, 4)
-CASES = [(size, name) for size in SIZES for name in scenarios_for(size)]
+SLOW = {2: (), 4: pytest.mark.slow}
+SIZES = [pytest.param(size, marks=marks) for size, marks in SLOW.items()]
+CASES = [
+    pytest.param(size, name, marks=marks)
+    for size, marks in SLOW.items()
+    for name in scenarios_for(size)
+]
 PADDED = ("padded", "padded documents", "dense padded", "pictures", "pictures, deep")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def outcomes(tmp_path_factory):
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
             done = subprocess.run(
                 [sys.executable, str(SCRIPT), str(size), str(file)],
-                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=840,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-3000:]
             found[size] = torch.load(file)
