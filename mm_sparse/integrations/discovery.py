@@ -46,20 +46,19 @@ _PARAMETERS: dict[type, list[str]] = {}
 
 
 def note_parameters(cls: type) -> None:
-    """Read the names of the arguments of a class's forward, for `argument_of`."""
+    """Read the names of the arguments of a class's forward, for `parameters_of`."""
     _PARAMETERS[cls] = list(inspect.signature(cls.forward).parameters)[1:]
 
 
 def parameters_of(module: nn.Module) -> list[str]:
-    """Names of the arguments of a module's forward, without self; its class was noted before.
+    """Names of the arguments of a module's forward, without self.
 
-    FSDP2 gives a module a class of its own, derived from the one that it had. A compiled graph
-    reads dicts: no signature is looked up here.
+    A compiled graph reads the dict: classes are noted when hooks are set. Later come those of a
+    model that another process pickled, and those that FSDP2 derives from the classes that it meets.
     """
-    found = _PARAMETERS.get(type(module))
-    if found is None:
-        found = next(_PARAMETERS[cls] for cls in type(module).__mro__ if cls in _PARAMETERS)
-    return found
+    if type(module) not in _PARAMETERS:
+        note_parameters(type(module))
+    return _PARAMETERS[type(module)]
 
 
 def argument_of(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str) -> Any:

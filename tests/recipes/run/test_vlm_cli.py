@@ -21,7 +21,12 @@ from mm_sparse.recipes.run import inspection_sample, pretrain_vision_tower, spar
 from mm_sparse.recipes.run.lightning_cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPES = sorted((ROOT / "recipes").glob("configs/*/*.yaml"))
+# Those of Lightning: what `mm-sparse distill` reads is another program's.
+RECIPES = [
+    path
+    for path in sorted((ROOT / "recipes").glob("configs/*/*.yaml"))
+    if path.parent.name != "distill"
+]
 DIGITS = str(ROOT / "recipes" / "configs" / "vlm" / "digits.yaml")
 FEW = [
     "--trainer.max_steps=4",
