@@ -65,14 +65,7 @@ def score_select_attend(
         chunks = [slice(max(c.start, own.start), min(c.stop, own.stop)) for c in chunks or [own]]
         chunks = [c for c in chunks if c.start < c.stop]
         cache = DescriptorCache() if cache is None else cache
-        outs = [
-            attend_selection(
-                rows, k, v,
-                _select(rows, k, plan_of_chunk(plan, c), scorer, scale, cache, note), scale,
-            )
-            for c in chunks
-            for rows in (q[:, :, c],)
-        ]  # fmt: skip
+        outs = [_attend_chunk(q, k, v, plan, c, scorer, scale, cache, note) for c in chunks]
         # Also without a query, what takes gradients back to other ranks must find the way.
         outs = outs or [q[:, :, :0] + 0 * (k[..., :0].sum() + v[..., :0].sum())]
         return pad(torch.cat(outs, 2), (0, 0, own.start, num_queries - own.stop))
@@ -83,9 +76,7 @@ def score_select_attend(
     cache = DescriptorCache() if cache is None else cache
     outs, out = [], None
     for chunk in chunks:
-        rows = q[:, :, chunk]
-        selection = _select(rows, k, plan_of_chunk(plan, chunk), scorer, scale, cache, note)
-        part = attend_selection(rows, k, v, selection, scale)
+        part = _attend_chunk(q, k, v, plan, chunk, scorer, scale, cache, note)
         if part.requires_grad:
             outs.append(part)
             continue
@@ -93,6 +84,16 @@ def score_select_attend(
         out = new_output(q) if out is None else out
         out[:, :, chunk] = part
     return torch.cat(outs, 2) if out is None else out
+
+
+def _attend_chunk(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, chunk: slice, scorer: Scorer, scale: float,
+    cache: DescriptorCache | None, note: Callable[[Scores, Selection], None] | None,
+) -> Tensor:  # fmt: skip
+    """(B, H, n, D) of the queries of a chunk of a plan."""
+    rows = q[:, :, chunk]
+    selection = _select(rows, k, plan_of_chunk(plan, chunk), scorer, scale, cache, note)
+    return attend_selection(rows, k, v, selection, scale)
 
 
 def _select(

@@ -207,8 +207,7 @@ class SparseCache(ObservingCache):
     def after_attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
     ) -> None:
-        index: int = module.layer_idx  # pyright: ignore
-        layer: SparseCacheLayer = self.layers[index]  # pyright: ignore
+        index, layer = self._layer_of(module)
         held = layer.keys.shape
         # Latent attention makes keys of many heads of what the cache holds for one.
         if (k.shape[0], k.shape[2]) != (held[0], held[2]) or k.shape[1] % held[1]:
@@ -238,10 +237,21 @@ class SparseCache(ObservingCache):
 
     def _places(self, layer: SparseCacheLayer, valid: Tensor, mass: Tensor, count: int) -> Tensor:
         """(B, K, at least `count`), what stays."""
+        worth, kinds, totals = self._worth_of(layer, valid, mass)
+        return choose_keys(worth, valid, kinds, totals, count, self.budget)
+
+    def _layer_of(self, module: nn.Module) -> tuple[int, SparseCacheLayer]:
+        """Number and layer of the keys of an attention module."""
+        index: int = module.layer_idx  # pyright: ignore
+        return index, self.layers[index]  # pyright: ignore
+
+    def _worth_of(
+        self, layer: SparseCacheLayer, valid: Tensor, mass: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`worth` of a layer's keys, their modalities, and how many of each a row has had."""
         position = layer.true_positions().long()
         kinds, totals = self._kinds(position, valid, layer.seen)
-        worth = self.worth(layer, mass, position, kinds)
-        return choose_keys(worth, valid, kinds, totals, count, self.budget)
+        return self.worth(layer, mass, position, kinds), kinds, totals
 
     def worth(
         self, layer: SparseCacheLayer, mass: Tensor, position: Tensor, kinds: Tensor

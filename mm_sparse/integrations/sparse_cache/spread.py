@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.integrations.sparse_cache.key_choice import always_kept
-from mm_sparse.integrations.sparse_cache.layers import SparseCacheLayer
 from mm_sparse.integrations.sparse_cache.sparse_cache import SparseCache
 
 # Shares of the keys at which the loss of a layer is measured.
@@ -32,12 +31,9 @@ class _MeasuringCache(SparseCache):
     def after_attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
     ) -> None:
-        index: int = module.layer_idx  # pyright: ignore
-        layer: SparseCacheLayer = self.layers[index]  # pyright: ignore
+        index, layer = self._layer_of(module)
         valid, mass = self._mass(layer, q, k, mask, options)
-        position = layer.true_positions().long()
-        kinds, _ = self._kinds(position, valid, layer.seen)
-        worth = self.worth(layer, mass, position, kinds)
+        worth, _, _ = self._worth_of(layer, valid, mass)
         worth = worth.masked_fill(always_kept(valid, self.budget)[:, None], math.inf)
         worth = worth.masked_fill(~valid[:, None], -math.inf)
         kept = mass.gather(-1, worth.argsort(dim=-1, descending=True)).cumsum(-1)
