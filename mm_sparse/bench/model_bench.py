@@ -6,8 +6,9 @@ FlashAttention-2. Scoring and selection are inside the time of sparse forms. Any
 blocks compiled one by one ("varlen+compile", "sparse-64-0.2+compile"), and in decoding a static
 cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph"). Beside them `ideal` is the least
 that a dense step takes: SDPA reads the keys of a static cache once, without repeating them and
-without a mask; transformers has no such step. In training the scorers of a sparse form can learn
-in the same step ("sparse-64-0.2+scorers").
+without a mask; transformers has no such step. In a whole answer "+graph" is `generate` with
+`cache_implementation="static"`, which compiles its steps in the first call. In training the scorers
+of a sparse form can learn in the same step ("sparse-64-0.2+scorers").
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +33,11 @@ from mm_sparse.integrations import densify, is_sparsified, scorer_parameters, sp
 
 VARLEN, IDEAL = "varlen_flash", "ideal_dense"
 DENSE_FORMS = ("stock", "varlen", "flash", "ideal")
-WORKS = ("prefill", "train", "decode")
+WORKS = ("prefill", "train", "decode", "answer")
 # Steps of decoding that are timed.
 STEPS = 24
+# Tokens of an answer.
+ANSWER = 128
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ def run_models(
         parts: how many images, clips or tokens.
         forms: of `DENSE_FORMS`, or "sparse" with unit and ratio, as in "sparse-64-0.2"; behind
             each "+compile", in decoding "+graph", in training "+scorers".
-        work: "prefill" (time to the first token), "train" (a LoRA step with gradient checkpointing)
-            or "decode" (seconds of a token behind so many parts).
+        work: "prefill" (time to the first token), "train" (a LoRA step with gradient
+            checkpointing), "decode" (seconds of a token behind so many parts) or "answer"
+            (`generate`: the prompt and 128 tokens).
         batch: rows of an input of text.
         small: a model that two CPU cores can run.
         repeats: runs behind the first, of which the median counts.
@@ -93,7 +98,9 @@ def run_models(
         torch.set_default_dtype(before)
     if work not in WORKS:
         raise ValueError(f"work must be one of {WORKS}, got {work!r}")
-    step = _train_step(model) if work == "train" else _prefill
+    step: Callable[[nn.Module, dict[str, Any]], Any] = _answer if work == "answer" else _prefill
+    if work == "train":
+        step = _train_step(model)
     results: list[ModelTiming] = []
     for count in parts:
         inputs = shape.inputs(model, count)
@@ -106,7 +113,11 @@ def run_models(
                 if work == "decode":
                     found = _measure_decoding(model, inputs, form, device)
                 else:
-                    found = _measure(model, shape, inputs, form, step, repeats, device)
+                    run, used = step, form
+                    if work == "answer" and form.endswith("+graph"):
+                        used = form.removesuffix("+graph")
+                        run = partial(step, cache_implementation="static")
+                    found = _measure(model, shape, inputs, used, run, repeats, device)
             except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
                 found = {"seconds": None, "note": reason(error)[:120]}
             result = ModelTiming(shape.name, work, count, tokens, form, batch=batch, **found)
@@ -334,6 +345,12 @@ def _wait(cuda: bool) -> None:
 @torch.inference_mode()
 def _prefill(model: nn.Module, inputs: dict[str, Any]) -> None:
     model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+@torch.inference_mode()
+def _answer(model: Any, inputs: dict[str, Any], **options: Any) -> None:
+    new = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
+    model.generate(**inputs, **new, do_sample=False, **options)
 
 
 def _train_step(model: Any) -> Callable[[nn.Module, dict[str, Any]], None]:

@@ -17,7 +17,7 @@ def small_ids(model: Any, count: int) -> dict[str, Any]:
     return {"input_ids": torch.randint(3, 90, (1, count))}
 
 
-@pytest.mark.parametrize("work", ["prefill", "train", "decode"])
+@pytest.mark.parametrize("work", ["prefill", "train", "decode", "answer"])
 def test_forms_stand_beside_each_other(work: str) -> None:
     if work == "train":
         pytest.importorskip("peft")

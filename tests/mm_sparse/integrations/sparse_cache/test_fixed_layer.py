@@ -156,6 +156,7 @@ def test_what_cannot_have_a_fixed_size_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("sparse", [False, True])
 @torch.no_grad()
 def test_gpu_steps_are_one_graph(sparse: bool) -> None:
