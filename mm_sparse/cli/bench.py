@@ -60,8 +60,10 @@ def bench_parser() -> argparse.ArgumentParser:
     models = parser.add_argument_group("whole models (random weights)")
     models.add_argument("--parts", type=positive, nargs="+", metavar="N", help=PARTS)
     models.add_argument("--forms", nargs="+", metavar="FORM", help=FORMS)
-    models.add_argument("--work", choices=("prefill", "train", "decode", "answer"), default="prefill",
-                        help="prefill, a LoRA step, a token of decoding, or prompt and 128 tokens")  # fmt: skip
+    works = ("prefill", "train", "decode", "answer")
+    models.add_argument("--work", choices=works, default="prefill",
+                        help="first token, LoRA step, a token of decoding, or an answer of 128 "
+                        "tokens")  # fmt: skip
     models.add_argument("--repeats", type=positive, default=3, metavar="N",
                         help="runs behind the first, of which the median counts (3)")  # fmt: skip
     models.add_argument("--batch", type=positive, default=1, metavar="N",

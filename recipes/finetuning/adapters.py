@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_sparse.recipes.finetuning.checkpoint_folders import language_part
 from mm_sparse.recipes.models import LoraConfig
@@ -14,10 +14,14 @@ from mm_sparse.recipes.models import LoraConfig
 def add_adapters(model: Any, lora: LoraConfig) -> Any:
     """A `PeftModel` with adapters on the named layers of the language model; the rest is frozen.
 
+    Adapters are held in float32, as peft has them, and computed in the dtype of what they add to:
+    peft would widen the inputs of every layer, which took a third of a step of a 7B model.
+
     Raises:
         ValueError: the language model has no layer of these names.
     """
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     prefix = language_part(model)
     names = "|".join(map(re.escape, lora.modules))
@@ -29,7 +33,23 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
         )
     config = lora.of_peft()
     config.target_modules = pattern
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer: Any = module
+        layer.cast_input_dtype_enabled = False
+        for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+            part.__class__ = NarrowLinear
+    return adapted
+
+
+class NarrowLinear(nn.Linear):
+    """A layer whose weights are rounded to the dtype of its input, where that is narrower."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
 
 
 def merged_weights(model: Any) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from mm_sparse.checkpoints import read_scorers, scorers_folder
 from mm_sparse.distillation import distillation_losses
 from mm_sparse.integrations import is_sparsified
 from mm_sparse.recipes.finetuning.adapters import add_adapters, merged_weights
+from mm_sparse.recipes.finetuning.answer_loss import answer_loss
 from mm_sparse.recipes.finetuning.chat_collator import ANSWERS, EXTRA, PROMPTS
 from mm_sparse.recipes.finetuning.checkpoint_folders import load_model, load_processor
 from mm_sparse.recipes.finetuning.packing import check_packs, pack_rows
@@ -152,10 +153,16 @@ class CheckpointModel(L.LightningModule):
 
     def forward(self, batch: Batch) -> Any:
         """The model's own output, with its `loss` on the answers of a batch that has labels."""
+        return self.model(**self._inputs(batch), use_cache=False)
+
+    def _inputs(self, batch: Batch) -> Batch:
         inputs = {name: value for name, value in batch.items() if name not in EXTRA}
         if self.pack and self.training and "labels" in inputs:
             inputs = pack_rows(self.base, inputs)
-        return self.model(**inputs, use_cache=False)
+        return inputs
+
+    def _answer_loss(self, batch: Batch) -> Tensor:
+        return answer_loss(self.model, self.base, self._inputs(batch))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         goals, loss = self.objectives, torch.zeros((), device=self.device)
@@ -175,7 +182,7 @@ class CheckpointModel(L.LightningModule):
                 if due and not from_dense:
                     drawn = goals.drawing(self.global_step, self.device)
                     learned = stack.enter_context(distillation_losses(self.base, **drawn))
-                own = self(batch).loss
+                own = self._answer_loss(batch)
             self.log("train/loss", own.detach(), prog_bar=True, batch_size=size)
             loss = loss + goals.language * own
             if learned is not None:
@@ -188,7 +195,7 @@ class CheckpointModel(L.LightningModule):
                 mms.override_config(self.base, **whole),
                 distillation_losses(self.base, **drawn) as learned,
             ):
-                self(batch)
+                self._answer_loss(batch)
             loss = loss + self._scorer_loss(learned.mean(), size)
         return loss if loss.requires_grad else self._nothing()
 
@@ -224,7 +231,7 @@ class CheckpointModel(L.LightningModule):
         """Log the loss, and how well answers match that the model generates."""
         if not batch:
             return
-        figures = {"loss": self(batch).loss}
+        figures = {"loss": self._answer_loss(batch)}
         if self.max_new_tokens:
             pairs = [(x["said"], x["wanted"]) for x in self.predict_step(batch, 0)]
             figures["exact_match"] = torch.tensor([exact_match(*p) for p in pairs]).float().mean()
