@@ -4,7 +4,8 @@ Dense forms are the ones that a user has: the model as it is with SDPA (`stock`)
 call of `varlen_attn` for all images of a tower (`varlen`), and `flash` where torch is told to use
 FlashAttention-2. Scoring and selection are inside the time of sparse forms. Any form can have its
 blocks compiled one by one ("varlen+compile", "sparse-64-0.2+compile"), and in decoding a static
-cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph"). Beside them `ideal` is the least
+cache in one CUDA graph ("stock+graph", "sparse-64-0.2+graph"; with "+compile+graph" its kernels are
+fused by torch.compile). Beside them `ideal` is the least
 that a dense step takes: SDPA reads the keys of a static cache once, without repeating them and
 without a mask; transformers has no such step. In a whole answer "+graph" is `generate` with
 `cache_implementation="static"`, which compiles its steps in the first call. In training the scorers
@@ -195,12 +196,15 @@ def _step_in_graph(
     """A step on a static cache as one CUDA graph."""
     from transformers import StaticCache
 
-    if how != "graph":
-        raise ValueError(f'a form of decoding must end with "+graph" or nothing, got "+{how}"')
+    if how not in ("graph", "compile+graph"):
+        raise ValueError(
+            f'a form of decoding must end with "+graph", "+compile+graph" or nothing, got "+{how}"'
+        )
     cache = StaticCache(config=model.config, max_cache_len=tokens + 2 * STEPS)
     model(**inputs, past_key_values=cache, logits_to_keep=1)
     torch.compiler.reset()
-    step = torch.compile(model, backend="eager", fullgraph=True)
+    backend = "inductor" if how.startswith("compile") else "eager"
+    step = torch.compile(model, backend=backend, fullgraph=True)
     return capture(lambda: step(one, past_key_values=cache))
 
 
