@@ -121,15 +121,16 @@ class CheckpointModel(L.LightningModule):
             from peft import prepare_model_for_kbit_training
 
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        if checkpointing and not self.teaches:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            # Frozen embeddings, and towers, would be differentiated for nothing.
-            model.disable_input_require_grads()
         if self.teaches:
             model.requires_grad_(False)
         for name in freeze:
             _submodule(model, name).requires_grad_(False)
         self.model: Any = model if lora is None else add_adapters(model, lora)
+        if checkpointing and not self.teaches:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            # Frozen embeddings and towers would be differentiated for nothing. peft asks for it
+            # where it finds checkpointing, so this comes behind the adapters.
+            self.base.disable_input_require_grads()
         # Only a distillation loss gives scorers a gradient: selection itself passes none.
         self.scorers.requires_grad_(self.objectives.scorers > 0)
         # Weights that stay as they are in the folder are not written into checkpoints.

@@ -54,6 +54,18 @@ def copies(module: CheckpointModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
+def test_a_frozen_tower_is_not_differentiated(folder: str, pictures: Messages) -> None:
+    module = CheckpointModel(folder, lora=LoraConfig(rank=2), checkpointing=True)
+    found: list[Any] = []
+    module.base.model.visual.blocks[0].register_forward_hook(
+        lambda _, given, out: found.append(out)
+    )
+    batch = ChatCollator(module.processor, prompts=True)([pictures[0]])
+    module._answer_loss(batch).backward()
+    assert len(found) == 1
+    assert not found[0].requires_grad
+
+
 @torch.no_grad()
 def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name not in ("prompts", "answers")}
