@@ -47,7 +47,9 @@ def _fitted_recipe(mask: LazyMask, keys: int, released: int) -> LazyMask:
     # Layers that hold equally many share the mask, and what is made of it.
     if keys not in recipe.fitted:
         arguments = dict(recipe.arguments)
-        first = recipe.offsets[0]
+        # A number of the device would end a compiled step here.
+        compiled = torch.compiler.is_compiling()
+        first = arguments.get("q_offset", 0) if compiled else recipe.offsets[0]
         padding = arguments.get("attention_mask")
         if recipe.is_causal:
             # Places count from the first key that is held, so that steps find it at 0.

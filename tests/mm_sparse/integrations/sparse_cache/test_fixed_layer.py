@@ -155,8 +155,31 @@ def test_what_cannot_have_a_fixed_size_is_refused() -> None:
         mms.SparseCache(build("gemma3").model, max_new_tokens=8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_generate_compiles_its_steps_whole(sparse: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    model = model_of(sparse)
+    ids = long_ids(100)[:1]
+    settings = {"max_new_tokens": ROOM, "min_new_tokens": ROOM, "do_sample": False}
+    want = model.generate(ids, past_key_values=mms.SparseCache(model, 0.4, **SETTINGS), **settings)
+    torch.compiler.reset()
+    counters.clear()
+    compiling = transformers.CompileConfig(fullgraph=False, backend="eager")
+    # Else `generate` compiles on a GPU alone.
+    compiling._compile_all_devices = True
+    cache = mms.SparseCache(model, 0.4, **SETTINGS, max_new_tokens=ROOM)
+    found = model.generate(ids, past_key_values=cache, compile_config=compiling, **settings)
+    assert found.equal(want)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("sparse", [False, True])
 @torch.no_grad()
 def test_gpu_steps_are_one_graph(sparse: bool) -> None:
