@@ -174,14 +174,31 @@ def _models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """`--models`: a table, and a JSON file."""
     import torch
 
-    from mm_sparse.bench import MODEL_SHAPES, as_records, machine, model_table, run_models
+    from mm_sparse.bench import (
+        MODEL_SHAPES,
+        ModelTiming,
+        as_records,
+        machine,
+        model_table,
+        run_models,
+    )  # fmt: skip
 
     unknown = [name for name in args.models if name not in MODEL_SHAPES]
     if unknown:
         parser.error(f"argument --models: must be of {list(MODEL_SHAPES)}, got {unknown[0]!r}")
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    results = []
+    results: list[ModelTiming] = []
+
+    def keep(result: ModelTiming) -> None:
+        # As it comes: what ran is not lost where a later form is stopped.
+        results.append(result)
+        print(model_table([result]).splitlines()[-1], flush=True)
+        if args.out:
+            known = {"machine": machine(device, dtype), "weights": "random"}
+            content = {**known, "records": as_records(results)}
+            args.out.write_text(json.dumps(content, indent=1) + "\n")
+
     for name in args.models:
         shape = MODEL_SHAPES[name]
         counts = {"images": (8, 32), "clips": (60, 120), "tokens": (32768, 131072)}[shape.part]
@@ -190,16 +207,10 @@ def _models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         forms = ["stock", "sparse-64-0.2", "sparse-16-0.2"]
         if cuda:
             forms.insert(1, "varlen" if shape.part == "images" else "flash")
-        found = run_models(
+        run_models(
             shape, args.parts or counts, args.forms or forms, work=args.work, small=args.small,
-            batch=args.batch, repeats=args.repeats, device=device,
-            show=lambda r: print(model_table([r]).splitlines()[-1], flush=True),
+            batch=args.batch, repeats=args.repeats, device=device, show=keep,
         )  # fmt: skip
-        results += found
-        if args.out:
-            known = {"machine": machine(device, dtype), "weights": "random"}
-            content = {**known, "records": as_records(results)}
-            args.out.write_text(json.dumps(content, indent=1) + "\n")
     print(model_table(results))
 
 
