@@ -18,6 +18,10 @@ from mm_sparse.modality import Modality
 
 # Elements of one block of query pool logits; more are computed block by block.
 BLOCK_ELEMENTS = 1 << 26
+# The same where nothing is differentiated, in place: a block stays in the cache of a CPU.
+CACHED_ELEMENTS = 1 << 19
+# Logits of a part that lie so far above the sum over whole units count as this: exp stays finite.
+HIGHEST = 80.0
 DISTANCE_BUCKETS = 24
 
 
@@ -80,6 +84,9 @@ def block_scores(described: Descriptors, plan: Plan, competes: Tensor | None = N
             num_keys=plan.layout.length,
             parts=None if parts is None else parts.to(tile.dtype),
         )
+    if competes is None and not torch.is_grad_enabled() and tile.device.type == "cpu":
+        values = _shares_in_place(described, plan)
+        return values if bias is None else values + pair_biases(bias, plan)
     batch, heads, num_tiles, query_pools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]
     size = plan.units[..., 1].clamp(min=1)
@@ -113,6 +120,58 @@ def block_scores(described: Descriptors, plan: Plan, competes: Tensor | None = N
     empty = tile.new_zeros(batch, kv_heads, 0, num_units).float()
     values = torch.cat(blocks, 2) if blocks else empty
     return values if bias is None else values + pair_biases(bias, plan)
+
+
+def _shares_in_place(described: Descriptors, plan: Plan) -> Tensor:
+    """`block_scores` without bias, in shares instead of their logarithms: few passes over memory.
+
+    Units behind the last one that a block of tiles sees are left out: half of them, if causal.
+    """
+    tile, unit, exists, _, parts = described
+    batch, heads, num_tiles, query_pools, width = tile.shape
+    kv_heads, num_units = unit.shape[1], unit.shape[2]
+    rows = tile.view(batch, kv_heads, plan.group, num_tiles, query_pools, width)
+    unit = unit.to(tile.dtype).transpose(-1, -2)  # (B, K, F, U)
+    size_bias = (plan.units[..., 1].clamp(min=1).float() / plan.unit).log()[:, None, None]
+    members = (exists.sum(-1) * plan.group).clamp(min=1).float().log()  # (B, T)
+    weights: list[Tensor] = []
+    if parts is not None:
+        count = parts.shape[3]
+        width_of_part = -(-plan.unit // count)
+        sizes = part_sizes(plan.units, plan.unit, count).float() / (width_of_part * count)
+        weights = [x[:, None, None] for x in sizes.unbind(-1)]  # (B, 1, 1, U) each
+    hidden, missing = ~plan.visible, ~exists
+    places = torch.arange(1, num_units + 1, device=tile.device)
+    ends = (plan.visible * places).amax((0, 2)).tolist() if num_units else [0] * num_tiles
+    values = tile.new_full((batch, kv_heads, num_tiles, num_units), -1e30, dtype=torch.float32)
+    step = max(1, CACHED_ELEMENTS // max(1, batch * heads * query_pools * num_units))
+    for at in range(0, num_tiles, step):
+        part, end = slice(at, at + step), max(ends[at : at + step])
+        if not end:
+            continue
+        some = rows[:, :, :, part].flatten(2, 4)  # (B, K, G * t * S, F)
+        shape = (plan.group, exists[:, part].shape[1], query_pools)
+        unseen = hidden[:, None, None, part, None, :end]
+        logits = (some @ unit[..., :end]).float().add_(size_bias[..., :end])
+        logits.unflatten(2, shape).masked_fill_(unseen, -math.inf)
+        total = logits.logsumexp(-1, keepdim=True).clamp_(min=-1e30)
+        if parts is None:
+            share = logits.sub_(total).exp_()
+        else:
+            share = torch.zeros_like(logits)
+            for own, weight in zip(parts.unbind(3), weights, strict=True):
+                products = some @ own[:, :, :end].to(some.dtype).transpose(-1, -2)
+                products = products.float().sub_(total).clamp_(max=HIGHEST).exp_()
+                share.addcmul_(products, weight[..., :end])
+        share = share.unflatten(2, shape)
+        share.masked_fill_(unseen, 0)
+        share.masked_fill_(missing[:, None, None, part, :, None], 0)
+        if plan.config.reduce == "max":
+            found = share.amax((2, 4)).log_()
+        else:
+            found = share.sum((2, 4)).log_().sub_(members[:, None, part, None])
+        values[:, :, part, :end] = found.clamp_(min=-1e30)
+    return values
 
 
 def _sum_of_parts(rows: Tensor, parts: Tensor, plan: Plan) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import FineScorer, Modality, PooledScorer, TokenLayout
 from mm_sparse.layout.plan import Plan
+from mm_sparse.scorers import block_scores
 from tests.support.layouts import (
     GROUPS,
     IDS,
@@ -109,6 +110,26 @@ def test_the_kernel_equals_the_law(name: str, reduce: str, parts: int, device: s
         )  # fmt: skip
     assert_close = torch.testing.assert_close
     assert_close(got.values[seen.to(device)].cpu(), law.values.detach()[seen], rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("elements", [1, 1 << 19])
+def test_scores_in_place_are_those_with_gradients(
+    name: str, reduce: str, parts: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_scores, "CACHED_ELEMENTS", elements)
+    layout = layout_of(name)
+    q, k = random_qk(layout, 6, 2)
+    scorer = trained(parts=parts)
+    config = small_config(reduce=reduce, backend="torch")
+    want = scorer(q, k, layout=layout, config=config)
+    with torch.no_grad():
+        got = scorer(q, k, layout=layout, config=config)
+    assert want.values.requires_grad
+    assert_equal_where_visible(got.values, want.values.detach(), want.plan, 1e-5)
+    assert got.values.isfinite().all()
 
 
 def test_gradients_reach_the_maps_of_what_is_there_and_no_other() -> None:
