@@ -40,6 +40,7 @@ from .towers.adapters import (
     TowerAdapter as TowerAdapter,
     register_adapter as register_adapter,
 )
+from .ulysses.gradients import sum_gradients as sum_gradients
 from .ulysses.head_split import HeadSplit as HeadSplit
 from .ulysses.sequence import (
     SequenceParallel as SequenceParallel,

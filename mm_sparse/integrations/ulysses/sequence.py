@@ -19,6 +19,7 @@ from mm_sparse.integrations.scorers import device_of
 from mm_sparse.integrations.state import scorers_of, state_of
 from mm_sparse.integrations.ulysses.batches import IGNORED, next_tokens, pad_batch, token_loss
 from mm_sparse.integrations.ulysses.exchange import Group
+from mm_sparse.integrations.ulysses.gradients import sum_gradients
 from mm_sparse.integrations.ulysses.head_split import HeadSplit
 from mm_sparse.integrations.ulysses.token_split import TokenSplit, find_blocks
 
@@ -118,7 +119,6 @@ class SequenceParallel:
         own = self.split(targets).to(logits.device)
         return token_loss(logits, own, known.to(logits.device), ignore_index)
 
-    @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Add up gradients over the ranks; call it between backward and step, on every rank.
 
@@ -128,21 +128,10 @@ class SequenceParallel:
         Args:
             parameters: the same on every rank; those of the model and of its scorers if None.
         """
-        given = [*self.model.parameters(), *scorers_of(self.model).parameters()]
-        given = given if parameters is None else list(parameters)
-        wanted = [p for p in {id(p): p for p in given}.values() if p.requires_grad]
-        if not wanted:
-            return
+        if parameters is None:
+            parameters = [*self.model.parameters(), *scorers_of(self.model).parameters()]
         self._state.shared.averaged = True
-        device = wanted[0].device
-        # A parameter that no rank used keeps no gradient.
-        used = torch.tensor([p.grad is not None for p in wanted], dtype=torch.int32, device=device)
-        dist.all_reduce(used, group=self.group)
-        for parameter, number in zip(wanted, used.tolist(), strict=True):
-            if number:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=self.group)
+        sum_gradients(parameters, self.group)
 
     @torch.no_grad()
     def _share_scorers(self) -> None:
