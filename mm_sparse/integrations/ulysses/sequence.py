@@ -97,6 +97,14 @@ class SequenceParallel:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim)
 
+    def targets(self, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+        """(B, n) labels of the tokens behind those of this rank, of labels (B, N) of all tokens.
+
+        Raises:
+            ValueError: N is no multiple of P.
+        """
+        return self.split(next_tokens(labels, ignore_index))
+
     def loss(
         self, logits: Tensor, labels: Tensor, *, count: int | Tensor | None = None,
         ignore_index: int = IGNORED,
