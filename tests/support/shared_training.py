@@ -1,0 +1,188 @@
+"""Training of a tiny checkpoint by processes that share sequences (gloo).
+
+    python shared_training.py P FOLDER CASE [--kill STEP] [--resume]
+
+FOLDER holds a checkpoint "model" and "pictures.jsonl". P processes train each CASE ("all" for all of
+P), and write FOLDER/CASE-P.json: losses by step. A run that is killed leaves what it has written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import Callback
+
+import mm_sparse as mms
+from mm_sparse.recipes.data import Messages
+from mm_sparse.recipes.finetuning import ChatData, CheckpointModel
+from mm_sparse.recipes.models import LoraConfig
+from mm_sparse.recipes.training import Objectives, OptimizerConfig, SequenceParallelStrategy
+
+SPARSE = mms.SparseConfig(
+    ratio=0.3, tile=64, unit=16, sinks=0, window=16, dense_below=0, bidirectional=()
+)
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a checkpoint is trained."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `CheckpointModel`."""
+    shard: bool = False
+    groups: int = 1
+    """Of processes, each with rows of its own."""
+    rows: int = 2
+    """Of all groups, in a batch."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+if os.environ.get("DBG"):
+    import torch
+SCORERS = Objectives(1.0, 0.5)
+CASES = {
+    "lang": Case({}),
+    "lang1": Case({}, rows=1),
+    "whole": Case({"objectives": SCORERS}),
+    "sharded": Case({"objectives": SCORERS, "checkpointing": True}, shard=True),
+    "adapters": Case({"objectives": SCORERS, "lora": LoraConfig(rank=2), "pack": True}),
+    "sharded adapters": Case({"lora": LoraConfig(rank=2), "checkpointing": True}, shard=True),
+    "clipped": Case({"objectives": SCORERS}, shard=True, trainer={
+        "gradient_clip_val": 0.05, "accumulate_grad_batches": 2,
+    }),
+    "scorers": Case({"objectives": Objectives(0.0, 1.0)}),
+    "groups": Case({"objectives": SCORERS}, groups=2),
+    "sharded groups": Case({"objectives": SCORERS}, shard=True, groups=2),
+}  # fmt: skip
+
+
+class Losses(Callback):
+    """Writes the loss of every step, mean over processes; kills the process after one if asked."""
+
+    def __init__(self, path: Path | None, kill: int = 0) -> None:
+        self.path, self.kill, self.losses = path, kill, list[float]()
+
+    def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, *_: Any) -> None:
+        loss = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")
+        self.losses.append(float(loss))
+        if self.path is not None and trainer.is_global_zero:
+            self.path.write_text(json.dumps(self.losses))
+        if self.kill and trainer.global_step == self.kill:
+            trainer.strategy.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def model_of(folder: Path, case: Case) -> CheckpointModel:
+    """A model as a case has it, whose scorers differ from head to head."""
+    torch.manual_seed(0)
+    module = CheckpointModel(str(folder / "model"), SPARSE, max_new_tokens=0, scorer="relevance",
+                             optimizer=OptimizerConfig(lr=5e-3, warmup=0, final=1.0),
+                             **case.options)  # fmt: skip
+    torch.manual_seed(3)
+    for parameter in module.scorers.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    # AdamW would blow up what rounding makes of a gradient that is zero.
+    def descend() -> Any:
+        learning = [p for p in module.parameters() if p.requires_grad]
+        return torch.optim.SGD(learning, lr=0.05, momentum=0.9)
+
+    module.configure_optimizers = descend  # type: ignore[method-assign]
+    return module
+
+
+def data_of(folder: Path, rows: int) -> ChatData:
+    samples = Messages(str(folder / "pictures.jsonl"))
+    return ChatData(str(folder / "model"), samples, batch_size=rows, shuffle=False)
+
+
+def train(
+    folder: Path, case: Case, strategy: Any = "auto", devices: int = 1, steps: int = STEPS,
+    losses: Losses | None = None, **options: Any,
+) -> tuple[CheckpointModel, L.Trainer, list[float]]:  # fmt: skip
+    """Some steps of a case; the module, its trainer, and the loss of every step."""
+    losses = losses or Losses(None)
+    module = model_of(folder, case)
+    groups = case.groups if strategy != "auto" else 1
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, callbacks=[losses], **case.trainer,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer.fit(module, data_of(folder, case.rows // groups), weights_only=True, **options)
+    return module, trainer, losses.losses
+
+
+def strategy_of(case: Case, processes: int) -> SequenceParallelStrategy:
+    return SequenceParallelStrategy(processes // case.groups, shard=case.shard)
+
+
+def cases_for(processes: int) -> list[str]:
+    """Those of so many processes."""
+    return [n for n, c in CASES.items() if c.groups == 1 or processes == 4]
+
+
+def work(rank: int, processes: int, port: int, folder: Path, names: list[str], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0", "WORLD_SIZE": str(processes),
+    }  # fmt: skip
+    for name in names:
+        case = CASES[name]
+        losses = Losses(folder / f"{name}-{processes}.json", args.kill)
+        saved = folder / f"{name}.ckpt"
+        more = {"ckpt_path": saved} if args.resume else {}
+        if args.kill:
+            losses = KilledLater(losses.path, args.kill, saved)
+        _, trainer, _ = train(
+            folder, case, strategy_of(case, processes), processes, losses=losses, **more
+        )
+        if not args.resume:
+            trainer.save_checkpoint(folder / f"{name}-{processes}.ckpt")
+
+
+class KilledLater(Losses):
+    """Saves a checkpoint after the step before the one after which it is killed."""
+
+    def __init__(self, path: Path | None, kill: int, saved: Path) -> None:
+        super().__init__(path, kill)
+        self.saved = saved
+
+    def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, *rest: Any) -> None:
+        if trainer.global_step == self.kill - 1:
+            trainer.save_checkpoint(self.saved)
+        super().on_train_batch_end(trainer, model, outputs, *rest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("processes", type=int)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("case")
+    parser.add_argument("--kill", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    names = cases_for(args.processes) if args.case == "all" else args.case.split(",")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (args.processes, port, args.folder, names, args), nprocs=args.processes)
+
+
+if __name__ == "__main__":
+    main()
