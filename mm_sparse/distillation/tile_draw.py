@@ -24,7 +24,9 @@ class TileDraw(NamedTuple):
 
 
 def draw_tiles(plan: Plan, tiles: int | None, generator: torch.Generator | None) -> TileDraw:
-    """Draw `tiles` tiles of each row among those of tokens that have a choice; all if there are no more.
+    """Draw `tiles` tiles of each row among those that have a choice; all if there are no more.
+
+    Tiles of padding are not among them.
 
     The j-th is drawn evenly from the j-th of as many equal stretches of the row's tiles (stratified
     sampling: what a tile has to choose from grows along a causal row). Each tile is expected as

@@ -387,8 +387,7 @@ class CheckpointModel(L.LightningModule):
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
         elif gradient_clip_val:
-            kind = str(gradient_clip_algorithm or "norm").rpartition(".")[2].lower()
-            clip_gradients(self.parameters(), gradient_clip_val, kind)
+            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)

@@ -11,14 +11,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], most: float, kind: str = "norm") -> None:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], most: float, kind: str | None = None
+) -> None:
     """Clip gradients by their norm over all parameters of all processes, or by their values.
 
     Args:
         parameters: sharded ones (DTensor), whole ones, whose gradients are the same everywhere, or
             both.
         most: norm, or absolute value.
-        kind: "norm" or "value".
+        kind: "norm" or "value"; None for "norm".
     """
     with_grad = [p for p in parameters if p.grad is not None]
     # A fused operator takes tensors of one kind.

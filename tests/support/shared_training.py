@@ -47,14 +47,12 @@ class Case:
     rows: int = 2
     """Of all groups, in a batch."""
     trainer: dict[str, Any] = field(default_factory=dict)
+    close: float = 1e-5
+    """Relative error of a loss: what scorers lose is a mean over groups of the means of each."""
 
 
-if os.environ.get("DBG"):
-    import torch
 SCORERS = Objectives(1.0, 0.5)
 CASES = {
-    "lang": Case({}),
-    "lang1": Case({}, rows=1),
     "whole": Case({"objectives": SCORERS}),
     "sharded": Case({"objectives": SCORERS, "checkpointing": True}, shard=True),
     "adapters": Case({"objectives": SCORERS, "lora": LoraConfig(rank=2), "pack": True}),
@@ -63,8 +61,8 @@ CASES = {
         "gradient_clip_val": 0.05, "accumulate_grad_batches": 2,
     }),
     "scorers": Case({"objectives": Objectives(0.0, 1.0)}),
-    "groups": Case({"objectives": SCORERS}, groups=2),
-    "sharded groups": Case({"objectives": SCORERS}, shard=True, groups=2),
+    "groups": Case({}, groups=2),
+    "sharded groups": Case({"objectives": SCORERS}, shard=True, groups=2, close=1e-3),
 }  # fmt: skip
 
 
