@@ -238,8 +238,14 @@ class SparseLayer(ABC):
 
     @property
     def ranks(self) -> Scorer:
-        """The scorer of its own, or the one without training."""
-        return self.scorer or _POOLED
+        """The scorer of its own, or the one without training; of the heads that are this rank's."""
+        scorer = self.scorer or _POOLED
+        return scorer if self.head_split is None else self.head_split.scorer_of(scorer)
+
+    def config_of_step(self) -> SparseConfig:
+        """The layer's own config where no prefix is always kept, for the heads of this rank."""
+        config = self.shared.layer_config(self.index, self.name, 0, self.shared.config)
+        return config if self.head_split is None else self.head_split.config_of(config)
 
     def _descriptors(self, k: Tensor) -> DescriptorCache | None:
         """Of the keys that calls before this one had, where the model keeps them."""

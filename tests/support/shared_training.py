@@ -2,8 +2,9 @@
 
     python shared_training.py P FOLDER CASE [--kill STEP] [--resume]
 
-FOLDER holds a checkpoint "model" and "pictures.jsonl". P processes train each CASE ("all" for all of
-P), and write FOLDER/CASE-P.json: losses by step. A run that is killed leaves what it has written.
+FOLDER holds a checkpoint "model" and "pictures.jsonl". P processes train each CASE (names with
+commas, or "all"), and write FOLDER/CASE-P.json: losses by step, and FOLDER/CASE-P.ckpt. A run that
+is killed after a step leaves FOLDER/CASE.ckpt of the step before.
 """
 
 from __future__ import annotations

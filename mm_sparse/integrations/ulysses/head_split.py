@@ -12,10 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.layer import LAYER
-from mm_sparse.integrations.ulysses.exchange import Group, heads_to_tokens, tokens_to_heads
+from mm_sparse.integrations.ulysses.exchange import (
+    Group,
+    gather,
+    heads_to_tokens,
+    tokens_to_heads,
+)
+from mm_sparse.integrations.ulysses.split_cache import SplitCache
 from mm_sparse.scorers import Scorer, ScorerPart
 
 
@@ -29,13 +36,17 @@ class HeadSplit:
         name: of the layer.
         heads: H and K.
         group: its size P divides K, or K divides P.
+        cache: keys that are kept for steps of decoding.
 
     Raises:
         ValueError: heads and ranks do not divide each other.
     """
 
-    def __init__(self, name: str, heads: tuple[int, int], group: Group) -> None:
+    def __init__(
+        self, name: str, heads: tuple[int, int], group: Group, cache: SplitCache | None = None
+    ) -> None:
         self.name, self.heads, self.group = name, heads, group
+        self.cache = SplitCache() if cache is None else cache
         rank, self.size = group.rank(), group.size()
         if self.size % heads[1] and heads[1] % self.size:
             raise ValueError(
@@ -47,20 +58,30 @@ class HeadSplit:
         self.copies = self.size // self.parts
         """R, ranks that have the same KV head."""
         self.part = rank // self.copies
-        self.share = (rank % self.copies, self.copies) if self.copies > 1 else None
-        """Number and count of the shares of queries; None where the rank attends for all."""
+        self._share = (rank % self.copies, self.copies) if self.copies > 1 else None
         self._part: ScorerPart | None = None
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Number and count of the shares of queries; None where the rank attends for all."""
+        return None if self.cache.is_step and self.cache.cache is not None else self._share
 
     def attend(
         self, forward: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor,
         mask: Any, options: dict[str, Any],
     ) -> tuple[Tensor, None]:  # fmt: skip
         """(B, n, H, D): the call of a layer with the tokens of this rank, its mask that of all."""
-        found, tokens = (q.shape[1], k.shape[1]), q.shape[2] * self.size
+        found, cache = (q.shape[1], k.shape[1]), self.cache
+        tokens = q.shape[2] * self.size if cache.cache is None else cache.tokens
         if found != self.heads:
             raise ValueError(
                 f"{self.name} must be called with {self.heads} query and KV heads, got {found}"
             )
+        for option in ("s_aux", "head_mask", "position_bias", "attention_bias"):
+            if options.get(option) is not None:
+                raise ValueError(f"{self.name} needs `{option}`, which is not split by heads")
+        if cache.cache is not None and cache.is_step:
+            return self._step(forward, module, q, k, v, mask, options), None
         shape = tuple(mask.shape[-2:]) if isinstance(mask, Tensor) else (tokens, tokens)
         if k.shape[2] != q.shape[2] or shape != (tokens, tokens):
             raise ValueError(
@@ -68,25 +89,50 @@ class HeadSplit:
                 f"as many keys as queries, got a mask of {shape}, {q.shape[2]} queries and "
                 f"{k.shape[2]} keys"
             )
-        for option in ("s_aux", "head_mask", "position_bias", "attention_bias"):
-            if options.get(option) is not None:
-                raise ValueError(f"{self.name} needs `{option}`, which is not split by heads")
         if self.share is None:
-            q, k, v = tokens_to_heads(q, k, v, self.group)
+            q, k, v = self._of_tokens(*tokens_to_heads(q, k, v, self.group))
             out, _ = forward(module, q, k, v, mask, by_heads=True, **options)
-            return heads_to_tokens(out, self.group), None
+            return heads_to_tokens(self._padded(out), self.group), None
         kv_heads, copies = self.heads[1], self.copies
         q = q.unflatten(1, (kv_heads, -1)).repeat_interleave(copies, 1).flatten(1, 2)
         k, v = (x.repeat_interleave(copies, 1) for x in (k, v))
-        q, k, v = tokens_to_heads(q, k, v, self.group)
+        q, k, v = self._of_tokens(*tokens_to_heads(q, k, v, self.group))
         out, _ = forward(module, q, k, v, mask, by_heads=True, **options)
         record = getattr(module, LAYER).record
         if record.kept is None:
             # Not by score, select, attend: the output of all queries.
             out = self._own_tokens(out)
-        out = heads_to_tokens(out, self.group)
+        out = heads_to_tokens(self._padded(out), self.group)
         # One rank has the output of a query, the others zeros.
         return out.unflatten(2, (kv_heads, copies, -1)).sum(3).flatten(2, 3), None
+
+    def _step(
+        self, forward: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor,
+        mask: Any, options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """(B, N, H, D) of tokens that every rank has, by the heads of which each has the keys."""
+        q, k, v = (
+            x.narrow(1, self.part * (x.shape[1] // self.parts), x.shape[1] // self.parts)
+            for x in (q, k, v)
+        )
+        k, v = self.cache.store(self.name, k.contiguous(), v.contiguous())
+        out, _ = forward(module, q.contiguous(), k, v, mask, by_heads=True, **options)
+        heads = gather(out, self.group, 2)
+        if self.copies > 1:
+            heads = heads.unflatten(2, (self.parts, self.copies, -1))[:, :, :, 0].flatten(2, 3)
+        return heads.contiguous()
+
+    def _of_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Without the padding that makes a prompt divisible; its keys are kept."""
+        if not self.cache.is_prefill:
+            return q, k, v
+        q, k, v = (x[:, :, : self.cache.tokens].contiguous() for x in (q, k, v))
+        return q, *self.cache.store(self.name, k, v)
+
+    def _padded(self, out: Tensor) -> Tensor:
+        """(B, N, h, D) with zeros behind the last token of a prompt, for an even split."""
+        missing = -out.shape[1] % self.size
+        return pad(out, (0, 0, 0, 0, 0, missing)) if missing and self.cache.is_prefill else out
 
     def _own_tokens(self, out: Tensor) -> Tensor:
         """(B, N, h, D) with zeros for the tokens of other shares."""

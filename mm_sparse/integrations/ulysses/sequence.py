@@ -18,9 +18,10 @@ from mm_sparse.integrations.hf.attention import HFLayer
 from mm_sparse.integrations.scorers import device_of
 from mm_sparse.integrations.state import scorers_of, state_of
 from mm_sparse.integrations.ulysses.batches import IGNORED, next_tokens, pad_batch, token_loss
-from mm_sparse.integrations.ulysses.exchange import Group
+from mm_sparse.integrations.ulysses.exchange import Group, gather
 from mm_sparse.integrations.ulysses.gradients import sum_gradients
 from mm_sparse.integrations.ulysses.head_split import HeadSplit
+from mm_sparse.integrations.ulysses.split_cache import SplitCache
 from mm_sparse.integrations.ulysses.token_split import TokenSplit, find_blocks
 
 
@@ -33,9 +34,10 @@ class SequenceParallel:
         self._state = state_of(model)
         self._layers = _decoder_layers(model)
         blocks = find_blocks(model, {name: layer.module for name, layer in self._layers.items()})
-        self._tokens = TokenSplit(blocks, self.rank, self.size)
+        cache = SplitCache()
+        self._tokens = TokenSplit(blocks, group, cache)
         owner = _owner_of(model, blocks.name)
-        splits = {name: _split_of(layer, group) for name, layer in self._layers.items()}
+        splits = {name: _split_of(layer, group, cache) for name, layer in self._layers.items()}
         self._same_batch = False
         self._share_scorers()
         for name, layer in self._layers.items():
@@ -93,9 +95,7 @@ class SequenceParallel:
     @torch.no_grad()
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The N tokens of all ranks, of tensors with n tokens along `dim`; without gradients."""
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim)
+        return gather(x, self.group, dim % x.dim())
 
     def targets(self, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
         """(B, n) labels of the tokens behind those of this rank, of labels (B, N) of all tokens.
@@ -161,8 +161,11 @@ class SequenceParallel:
                 "labels must not go to the forward of a model whose tokens are split between "
                 "ranks: `SequenceParallel.loss` takes them with the logits"
             )
-        if kwargs.get("use_cache"):
-            raise ValueError("use_cache must be False where tokens are split between ranks")
+        if kwargs.get("use_cache") and torch.is_grad_enabled():
+            raise ValueError(
+                "use_cache must be False where tokens are split between ranks and gradients are "
+                "computed"
+            )
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self._same_batch or not isinstance(ids, Tensor) or ids.is_floating_point():
             return
@@ -240,10 +243,10 @@ def layer_error(layer: HFLayer, why: str) -> ValueError:
     return ValueError(f"{layer.name} ({kind}) cannot be split by heads: {why}")
 
 
-def _split_of(layer: HFLayer, group: Group) -> HeadSplit:
+def _split_of(layer: HFLayer, group: Group, cache: SplitCache) -> HeadSplit:
     """How the heads of a layer are split, once all is checked that can be before a call."""
     heads, kv_heads, _ = scorer_shape(layer.module)
-    split = HeadSplit(layer.name, (heads, kv_heads), group)
+    split = HeadSplit(layer.name, (heads, kv_heads), group, cache)
     if layer.scorer is not None:
         split.scorer_of(layer.scorer)
     return split
