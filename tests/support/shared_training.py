@@ -28,7 +28,7 @@ import mm_sparse as mms
 from mm_sparse.recipes.data import Messages
 from mm_sparse.recipes.finetuning import ChatData, CheckpointModel
 from mm_sparse.recipes.models import LoraConfig
-from mm_sparse.recipes.training import Objectives, OptimizerConfig, SequenceParallelStrategy
+from mm_sparse.recipes.training import Objectives, SequenceParallelStrategy
 
 SPARSE = mms.SparseConfig(
     ratio=0.3, tile=64, unit=16, sinks=0, window=16, dense_below=0, bidirectional=()
@@ -48,6 +48,8 @@ class Case:
     rows: int = 2
     """Of all groups, in a batch."""
     trainer: dict[str, Any] = field(default_factory=dict)
+    answers: int = 0
+    """Tokens of an answer in validation at the end; 0 for no validation, and no export."""
     close: float = 1e-5
     """Relative error of a loss: what scorers lose is a mean over groups of the means of each."""
 
@@ -64,6 +66,9 @@ CASES = {
     "scorers": Case({"objectives": Objectives(0.0, 1.0)}),
     "groups": Case({}, groups=2),
     "sharded groups": Case({"objectives": SCORERS}, shard=True, groups=2, close=1e-3),
+    "answers": Case({"objectives": SCORERS}, answers=4),
+    "sharded answers": Case({"objectives": SCORERS}, shard=True, answers=4),
+    "adapters' answers": Case({"lora": LoraConfig(rank=2)}, shard=True, answers=4),
 }  # fmt: skip
 
 
@@ -83,12 +88,17 @@ class Losses(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def model_of(folder: Path, case: Case) -> CheckpointModel:
-    """A model as a case has it, whose scorers differ from head to head."""
+def model_of(folder: Path, case: Case, out: Path | None = None) -> CheckpointModel:
+    """A model as a case has it, whose scorers differ from head to head.
+
+    Args:
+        out: what a case with answers is exported to.
+    """
     torch.manual_seed(0)
-    module = CheckpointModel(str(folder / "model"), SPARSE, max_new_tokens=0, scorer="relevance",
-                             optimizer=OptimizerConfig(lr=5e-3, warmup=0, final=1.0),
-                             **case.options)  # fmt: skip
+    module = CheckpointModel(
+        str(folder / "model"), SPARSE, scorer="relevance", max_new_tokens=case.answers,
+        out=str(out) if case.answers else None, **case.options,
+    )  # fmt: skip
     torch.manual_seed(3)
     for parameter in module.scorers.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -102,9 +112,12 @@ def model_of(folder: Path, case: Case) -> CheckpointModel:
     return module
 
 
-def data_of(folder: Path, rows: int) -> ChatData:
+def data_of(folder: Path, rows: int, validated: bool = False) -> ChatData:
     samples = Messages(str(folder / "pictures.jsonl"))
-    return ChatData(str(folder / "model"), samples, batch_size=rows, shuffle=False)
+    return ChatData(
+        str(folder / "model"), samples, validation=samples if validated else None,
+        batch_size=rows, shuffle=False,
+    )  # fmt: skip
 
 
 def train(
@@ -113,7 +126,8 @@ def train(
 ) -> tuple[CheckpointModel, L.Trainer, list[float]]:  # fmt: skip
     """Some steps of a case; the module, its trainer, and the loss of every step."""
     losses = losses or Losses(None)
-    module = model_of(folder, case)
+    name = next((n for n, c in CASES.items() if c is case), "case")
+    module = model_of(folder, case, folder / f"{name}-{devices}")
     groups = case.groups if strategy != "auto" else 1
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
@@ -122,7 +136,11 @@ def train(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        trainer.fit(module, data_of(folder, case.rows // groups), weights_only=True, **options)
+        data = data_of(folder, case.rows // groups, case.answers > 0)
+        trainer.fit(module, data, weights_only=True, **options)
+    if case.answers and trainer.is_global_zero:
+        found = {n: float(x) for n, x in trainer.callback_metrics.items() if "validation" in n}
+        (folder / f"{name}-{devices}-found.json").write_text(json.dumps(found))
     return module, trainer, losses.losses
 
 
