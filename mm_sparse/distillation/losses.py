@@ -16,7 +16,7 @@ from mm_sparse.distillation.layer_loss import layer_loss
 from mm_sparse.distillation.tile_draw import TileDraw, draw_tiles
 from mm_sparse.integrations import (
     AttentionCall,
-    HeadSplit,
+    HeadPart,
     SparseLayer,
     State,
     attention_layers,
@@ -159,7 +159,7 @@ class _Draws:
     """Draws tiles of calls by random numbers of its own."""
 
     def __init__(
-        self, generator: torch.Generator | None, tiles: int | None, split: HeadSplit | None
+        self, generator: torch.Generator | None, tiles: int | None, split: HeadPart | None
     ) -> None:
         self.generator, self.tiles = generator, tiles
         self._seed = (

@@ -30,7 +30,7 @@ from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
 from mm_sparse.selection import Scores, Selection
 
 if TYPE_CHECKING:
-    from mm_sparse.integrations.ulysses.head_split import HeadSplit
+    from mm_sparse.integrations.ulysses.head_part import HeadPart
 
 R = TypeVar("R")
 # The attribute of a module that says which layer serves it.
@@ -55,7 +55,7 @@ class Source(Protocol):
 class SparseLayer(ABC):
     """Serves one attention module; kept outside the module tree."""
 
-    head_split: HeadSplit | None = None
+    head_split: HeadPart | None = None
     """Which heads of a call are this rank's; None where every call has all."""
 
     def __init__(self, item: AttentionModule, shared: Shared, source: Source) -> None:

@@ -124,7 +124,8 @@ def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def _whole(value: Any) -> Any:
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        part: Any = value.detach()
+        return part.full_tensor().cpu()
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 

@@ -56,8 +56,9 @@ def sum_gradients(
             _finish(*pending.popleft())
     while pending:
         _finish(*pending.popleft())
-    if divisor != 1 and grads:
-        torch._foreach_div_(grads, divisor)
+    if divisor != 1:
+        for grad in grads:
+            grad.div_(divisor)
 
 
 def _gradient_of(parameter: nn.Parameter) -> Tensor:

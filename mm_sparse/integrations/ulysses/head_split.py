@@ -6,15 +6,12 @@ B batch, H query heads, K KV heads, n tokens of a rank, D head dim
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.layer import LAYER
 from mm_sparse.integrations.ulysses.exchange import (
     Group,
@@ -22,11 +19,11 @@ from mm_sparse.integrations.ulysses.exchange import (
     heads_to_tokens,
     tokens_to_heads,
 )
+from mm_sparse.integrations.ulysses.head_part import HeadPart
 from mm_sparse.integrations.ulysses.split_cache import SplitCache
-from mm_sparse.scorers import Scorer, ScorerPart
 
 
-class HeadSplit:
+class HeadSplit(HeadPart):
     """What a rank of a group does of the attention of a layer: all tokens of some KV heads.
 
     Where there are more ranks than KV heads, R ranks have the same head and its query heads, and
@@ -45,25 +42,20 @@ class HeadSplit:
     def __init__(
         self, name: str, heads: tuple[int, int], group: Group, cache: SplitCache | None = None
     ) -> None:
-        self.name, self.heads, self.group = name, heads, group
-        self.cache = SplitCache() if cache is None else cache
-        rank, self.size = group.rank(), group.size()
-        if self.size % heads[1] and heads[1] % self.size:
+        size = group.size()
+        if size % heads[1] and heads[1] % size:
             raise ValueError(
-                f"{name} cannot be split by heads: {heads[1]} KV heads and {self.size} ranks do "
-                "not divide each other"
+                f"{name} cannot be split by heads: {heads[1]} KV heads and {size} ranks do not "
+                "divide each other"
             )
-        self.parts = min(self.size, heads[1])
-        """Of the heads."""
-        self.copies = self.size // self.parts
-        """R, ranks that have the same KV head."""
-        self.part = rank // self.copies
-        self._share = (rank % self.copies, self.copies) if self.copies > 1 else None
-        self._part: ScorerPart | None = None
+        # R, ranks that have the same KV head.
+        super().__init__(name, heads, group, size // min(size, heads[1]))
+        self.cache = SplitCache() if cache is None else cache
+        copies = self.copies
+        self._share = (group.rank() % copies, copies) if copies > 1 else None
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """Number and count of the shares of queries; None where the rank attends for all."""
         return None if self.cache.is_step and self.cache.cache is not None else self._share
 
     def attend(
@@ -139,42 +131,3 @@ class HeadSplit:
         number, count = self.share or (0, 1)
         own = torch.arange(out.shape[1], device=out.device) * count // out.shape[1] == number
         return out * own[:, None, None]
-
-    def scorer_of(self, scorer: Scorer) -> Scorer:
-        """The scorer of the heads of this rank."""
-        if next(scorer.parameters(), None) is None:
-            return scorer
-        part = self._part
-        if part is None or part.whole is not scorer:
-            part = self._part = ScorerPart(scorer, self.heads, self.part, self.parts)
-        return part
-
-    def config_of(self, config: SparseConfig) -> SparseConfig:
-        """The config of a layer for the heads of this rank.
-
-        Raises:
-            ValueError: keys are sampled, by numbers that heads have among all.
-        """
-        if config.sample_ratio:
-            raise ValueError(
-                f"config.sample_ratio must be 0 where heads are split between ranks, got "
-                f"{config.sample_ratio:g}"
-            )
-        ratios = config.head_ratio
-        if not ratios:
-            return config
-        size = len(ratios) // self.parts
-        return replace(config, head_ratio=ratios[self.part * size : (self.part + 1) * size])
-
-    def total(self, count: Tensor) -> Tensor:
-        """Sum of a number over the ranks."""
-        count = count.clone()
-        dist.all_reduce(count, group=self.group)
-        return count
-
-    def of_first_rank(self, number: int) -> int:
-        """A number that the first rank has."""
-        given = [number]
-        source = dist.get_global_rank(self.group, 0)
-        dist.broadcast_object_list(given, source, group=self.group)
-        return given[0]

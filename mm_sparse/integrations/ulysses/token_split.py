@@ -128,9 +128,9 @@ class TokenSplit:
         if cache is None:
             kwargs = {**kwargs, "use_cache": False}
         else:
-            ids = kwargs.get("inputs_embeds")
-            ids = kwargs.get("input_ids", args[0] if args else None) if ids is None else ids
-            self.cache.begin(cache, ids.shape[1])
+            given = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]]
+            tokens = next(x.shape[1] for x in given if x is not None)
+            self.cache.begin(cache, tokens)
             if self.cache.is_step:
                 return args, kwargs
         seen, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
