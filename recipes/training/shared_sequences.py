@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
-from mm_sparse.integrations import state_of, sum_gradients
+from mm_sparse.integrations import is_sparsified, state_of, sum_gradients
 from mm_sparse.recipes.training.sequence_strategy import SequenceParallelStrategy
 
 IGNORED = -100
@@ -49,7 +49,7 @@ class SharedSequences:
         if self.size > 1:
             self.sequence = mms.sequence_parallel(decoder, self.group)
         # By `average_gradients`.
-        if mms.scorer_parameters(decoder):
+        if is_sparsified(decoder):
             state_of(decoder).shared.averaged = True
         self._keeps = "logits_to_keep" in inspect.signature(type(decoder).forward).parameters
 

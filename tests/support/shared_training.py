@@ -2,9 +2,9 @@
 
     python shared_training.py P FOLDER CASE [--kill STEP] [--resume]
 
-FOLDER holds a checkpoint "model" and "pictures.jsonl". P processes train each CASE (names with
-commas, or "all"), and write FOLDER/CASE-P.json: losses by step, and FOLDER/CASE-P.ckpt. A run that
-is killed after a step leaves FOLDER/CASE.ckpt of the step before.
+FOLDER holds checkpoints "model" and "tied", and "pictures.jsonl". P processes train each CASE
+(names with commas, or "all"), and write FOLDER/CASE-P.json: losses by step, and FOLDER/CASE-P.ckpt.
+A run that is killed after a step leaves FOLDER/CASE.ckpt of the step before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Case:
     """Of `CheckpointModel`."""
     shard: bool = False
     groups: int = 1
-    """Of processes, each with rows of its own."""
+    """Of processes, each with rows of its own; 0 for as many as processes."""
+    model: str = "model"
+    """Name of the folder, "tied" for one with tied embeddings."""
     rows: int = 2
     """Of all groups, in a batch."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +69,9 @@ CASES = {
     "groups": Case({}, groups=2),
     "sharded groups": Case({"objectives": SCORERS}, shard=True, groups=2, close=1e-3),
     "answers": Case({"objectives": SCORERS}, answers=4),
+    "tied": Case({"objectives": SCORERS}, shard=True, model="tied"),
+    "rows": Case({"objectives": SCORERS}, groups=0, close=1e-3),
+    "sharded rows": Case({}, shard=True, groups=0, answers=4),
     "sharded answers": Case({"objectives": SCORERS}, shard=True, answers=4),
     "adapters' answers": Case({"lora": LoraConfig(rank=2)}, shard=True, answers=4),
 }  # fmt: skip
@@ -96,7 +101,7 @@ def model_of(folder: Path, case: Case, out: Path | None = None) -> CheckpointMod
     """
     torch.manual_seed(0)
     module = CheckpointModel(
-        str(folder / "model"), SPARSE, scorer="relevance", max_new_tokens=case.answers,
+        str(folder / case.model), SPARSE, scorer="relevance", max_new_tokens=case.answers,
         out=str(out) if case.answers else None, **case.options,
     )  # fmt: skip
     torch.manual_seed(3)
@@ -128,7 +133,7 @@ def train(
     losses = losses or Losses(None)
     name = next((n for n, c in CASES.items() if c is case), "case")
     module = model_of(folder, case, folder / f"{name}-{devices}")
-    groups = case.groups if strategy != "auto" else 1
+    groups = (case.groups or devices) if strategy != "auto" else 1
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -145,12 +150,13 @@ def train(
 
 
 def strategy_of(case: Case, processes: int) -> SequenceParallelStrategy:
-    return SequenceParallelStrategy(processes // case.groups, shard=case.shard)
+    return SequenceParallelStrategy(processes // (case.groups or processes), shard=case.shard)
 
 
 def cases_for(processes: int) -> list[str]:
     """Those of so many processes."""
-    return [n for n, c in CASES.items() if c.groups == 1 or processes == 4]
+    wanted = (1, 0) if processes == 2 else (1, 2)
+    return [n for n, c in CASES.items() if c.groups in wanted]
 
 
 def work(rank: int, processes: int, port: int, folder: Path, names: list[str], args: Any) -> None:

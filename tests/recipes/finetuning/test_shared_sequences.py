@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     """A checkpoint with as many KV heads as processes, and conversations with pictures."""
     folder = tmp_path_factory.mktemp("shared")
     write_checkpoint(folder / "model", "qwen2_5_vl", num_key_value_heads=4)
+    write_checkpoint(folder / "tied", "qwen2_5_vl", num_key_value_heads=4, tie_word_embeddings=True)
     write_pictures(folder, words=12, count=8)
     return folder
 
