@@ -31,6 +31,7 @@ from mm_sparse.recipes.training import (
     OptimizerConfig,
     SharedSequences,
     gather_embeddings,
+    hide_embeddings,
     shard,
     share_sequences,
 )
@@ -245,6 +246,7 @@ class MultimodalBase(L.LightningModule):
             inputs = self.sequence.pad(inputs)
             missing = inputs["inputs_embeds"].shape[1] - modality.shape[1]
             modality = pad(modality, (0, missing), value=int(Modality.TEXT))
+        inputs["inputs_embeds"] = hide_embeddings(self.language, inputs["inputs_embeds"])
         with self.context(modality):
             return self.language(use_cache=False, **inputs)
 

@@ -2,6 +2,7 @@ from .clipping import clip_gradients as clip_gradients
 from .fsdp import (
     average as average,
     gather_embeddings as gather_embeddings,
+    hide_embeddings as hide_embeddings,
     shard as shard,
     shard_decoder as shard_decoder,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mm_sparse.integrations import sum_gradients
 
@@ -41,6 +41,7 @@ def shard(model: Any, mesh: Any) -> None:
     inside = {id(m) for block in blocks for m in block.modules()}
     if tied:
         # One group has both, that of the language model: `gather_embeddings` before its forward.
+        language.register_forward_pre_hook(_show, with_kwargs=True, prepend=True)
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(language, mesh=mesh, reshard_after_forward=True)
@@ -68,6 +69,30 @@ def gather_embeddings(language: Any) -> None:
 
     if isinstance(language, FSDPModule):
         language.unshard()
+
+
+class _Hidden:
+    """A tensor among the inputs of a module that FSDP does not see."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def hide_embeddings(language: Any, embedded: Tensor) -> Any:
+    """Embeddings as the forward of a language model is given them after `gather_embeddings`.
+
+    FSDP reduces the gradients of a module when those of its inputs are there: too early for a table
+    that was read before the module ran. It does so at the end of the backward pass for a module
+    without inputs that have a gradient.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return _Hidden(embedded) if isinstance(language, FSDPModule) else embedded
+
+
+def _show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook behind that of FSDP, which puts its own first."""
+    return args, {n: x.x if isinstance(x, _Hidden) else x for n, x in kwargs.items()}
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:
