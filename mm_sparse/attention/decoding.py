@@ -22,7 +22,7 @@ from mm_sparse.attention.selected import attend_selection
 from mm_sparse.config import SparseConfig
 from mm_sparse.layout import Plan, TokenLayout
 from mm_sparse.modality import Modality
-from mm_sparse.scorers import DescriptorCache, Scorer
+from mm_sparse.scorers import DescriptorCache, Scorer, ScorerPart
 from mm_sparse.selection import Selection, topk_lists
 
 # Tokens to come that a growing cache gets room for, beside an eighth of what is there.
@@ -39,6 +39,7 @@ def decodes_in_place(config: SparseConfig, scorer: Scorer) -> str | None:
         return "sample_ratio"
     if config.coarse_factor > 1:
         return "coarse_factor"
+    scorer = scorer.whole if isinstance(scorer, ScorerPart) else scorer
     if type(scorer).forward is not Scorer.forward or type(scorer).score is not Scorer.score:
         return f"{type(scorer).__name__} writes forward or score itself"
     if scorer._forward_hooks or scorer._forward_pre_hooks:

@@ -60,7 +60,9 @@ def kl_of_tiles(values: Tensor, mass: Tensor, plan: Plan) -> TileDivergence:
     open_units = (plan.visible & ~plan.always)[:, None]
     mass = mass.detach().float() * open_units
     total = mass.sum(-1, keepdim=True)
-    chosen = (total[..., 0] > TINY) & (open_units.sum(-1) > 1)
+    # Padding sees keys, too, and teaches nothing.
+    real = (plan.tile_modality >= 0)[:, None]
+    chosen = (total[..., 0] > TINY) & (open_units.sum(-1) > 1) & real
     target = mass / total.clamp(min=TINY)
     # A large negative number, not -inf: no gradient may become NaN.
     predicted = values.float().masked_fill(~open_units, -1e9).log_softmax(-1)

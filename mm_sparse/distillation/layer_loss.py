@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mm_sparse.distillation.divergence import kl_of_tiles, scorer_loss
 from mm_sparse.distillation.tile_draw import TileDraw
-from mm_sparse.integrations import HeadSplit
+from mm_sparse.integrations import HeadPart
 from mm_sparse.layout import Plan
 from mm_sparse.scorers import Descriptors, Scorer, unit_mass
 from mm_sparse.selection import Scores
@@ -32,7 +32,7 @@ MASS_ELEMENTS = 1 << 24
 
 def layer_loss(
     q: Tensor, k: Tensor, plan: Plan, draw: TileDraw, scorer: Scorer, scale: float,
-    loss: Loss = scorer_loss, split: HeadSplit | None = None,
+    loss: Loss = scorer_loss, split: HeadPart | None = None,
 ) -> Tensor:  # fmt: skip
     """Loss of a scorer against true attention; a scalar whose gradients reach the scorer alone.
 
@@ -168,7 +168,7 @@ def _scored(
 
 def _mean_kl(
     q: Tensor, k: Tensor, draw: TileDraw, scored: _ScoredTiles, scale: float,
-    split: HeadSplit | None,
+    split: HeadPart | None,
 ) -> Tensor:  # fmt: skip
     """`kl_of_tiles`, mean over the tiles that the drawn ones stand for."""
     total = torch.zeros((), device=q.device)

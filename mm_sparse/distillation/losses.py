@@ -16,7 +16,7 @@ from mm_sparse.distillation.layer_loss import layer_loss
 from mm_sparse.distillation.tile_draw import TileDraw, draw_tiles
 from mm_sparse.integrations import (
     AttentionCall,
-    HeadSplit,
+    HeadPart,
     SparseLayer,
     State,
     attention_layers,
@@ -62,7 +62,8 @@ def distillation_losses(
     losses may be used behind the block. In several processes somebody must average what scorers
     learn: DDP, where they were made a submodule before (`register_scorers`), or
     `average_scorer_gradients`; else a warning says so. Under `sequence_parallel` a loss is
-    the share of a rank's heads, and `SequenceParallel.sum_gradients` adds up what they learn.
+    the share of a rank's heads, in towers an even one, and `SequenceParallel.sum_gradients` adds up
+    what they learn.
 
     Inside `override_config(model, backend="dense")` layers learn from a dense run.
 
@@ -100,7 +101,8 @@ def distillation_losses(
     turn, state.shared.turn = state.shared.turn, state.shared.turn + 1
     waiting = {name for number, name in enumerate(learners) if (number + turn) % every}
     splits = (layer.head_split for layer in layers.values() if layer.head_split is not None)
-    draws = _Draws(generator, tiles, next(splits, None))
+    shared = next(splits, None)
+    draws = _Draws(generator, tiles, shared)
 
     def learn(call: AttentionCall) -> None:
         layer = layers[call.name]
@@ -114,6 +116,9 @@ def distillation_losses(
         if split is not None:
             scorer = split.scorer_of(scorer)
         value = layer_loss(call.q, call.k, plan, draw, scorer, call.scale, loss, split)
+        if shared is not None and split is None:
+            # Every rank has all heads of a tower.
+            value = value / shared.size
         if backward_weight is not None and value.requires_grad:
             value.backward(torch.full_like(value, backward_weight))
             value = value.detach()
@@ -154,7 +159,7 @@ class _Draws:
     """Draws tiles of calls by random numbers of its own."""
 
     def __init__(
-        self, generator: torch.Generator | None, tiles: int | None, split: HeadSplit | None
+        self, generator: torch.Generator | None, tiles: int | None, split: HeadPart | None
     ) -> None:
         self.generator, self.tiles = generator, tiles
         self._seed = (

@@ -26,6 +26,8 @@ class TileDraw(NamedTuple):
 def draw_tiles(plan: Plan, tiles: int | None, generator: torch.Generator | None) -> TileDraw:
     """Draw `tiles` tiles of each row among those that have a choice; all if there are no more.
 
+    Tiles of padding are not among them.
+
     The j-th is drawn evenly from the j-th of as many equal stretches of the row's tiles (stratified
     sampling: what a tile has to choose from grows along a causal row). Each tile is expected as
     often as any other, so weighted sums over drawn tiles are unbiased. Nothing waits for a device.
@@ -37,7 +39,7 @@ def draw_tiles(plan: Plan, tiles: int | None, generator: torch.Generator | None)
     """
     if tiles is None or tiles >= plan.tiles.shape[1]:
         return TileDraw(plan)
-    choosing = plan.open_units > 1  # (B, T)
+    choosing = (plan.open_units > 1) & (plan.tile_modality >= 0)  # (B, T)
     device = choosing.device if generator is None else generator.device
     draws = torch.rand(len(choosing), tiles, generator=generator, device=device)
     count = choosing.sum(1, keepdim=True)

@@ -22,7 +22,7 @@ def dropped_mass(
     """
     open_units = (plan.visible & ~plan.always)[:, None]
     mass = mass.detach().float() * open_units
-    choice = open_units[:, 0].sum(-1) > 1
+    choice = (open_units[:, 0].sum(-1) > 1) & (plan.tile_modality >= 0)
     kept = soft_topk(values, plan, temperature, budget)
     return ((mass * (1 - kept)).sum(-1) * choice[:, None]).mean()
 

@@ -40,7 +40,8 @@ from .towers.adapters import (
     TowerAdapter as TowerAdapter,
     register_adapter as register_adapter,
 )
-from .ulysses.head_split import HeadSplit as HeadSplit
+from .ulysses.gradients import sum_gradients as sum_gradients
+from .ulysses.head_part import HeadPart as HeadPart
 from .ulysses.sequence import (
     SequenceParallel as SequenceParallel,
     sequence_parallel as sequence_parallel,

@@ -30,7 +30,7 @@ from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
 from mm_sparse.selection import Scores, Selection
 
 if TYPE_CHECKING:
-    from mm_sparse.integrations.ulysses.head_split import HeadSplit
+    from mm_sparse.integrations.ulysses.head_part import HeadPart
 
 R = TypeVar("R")
 # The attribute of a module that says which layer serves it.
@@ -55,7 +55,7 @@ class Source(Protocol):
 class SparseLayer(ABC):
     """Serves one attention module; kept outside the module tree."""
 
-    head_split: HeadSplit | None = None
+    head_split: HeadPart | None = None
     """Which heads of a call are this rank's; None where every call has all."""
 
     def __init__(self, item: AttentionModule, shared: Shared, source: Source) -> None:
@@ -238,8 +238,14 @@ class SparseLayer(ABC):
 
     @property
     def ranks(self) -> Scorer:
-        """The scorer of its own, or the one without training."""
-        return self.scorer or _POOLED
+        """The scorer of its own, or the one without training; of the heads that are this rank's."""
+        scorer = self.scorer or _POOLED
+        return scorer if self.head_split is None else self.head_split.scorer_of(scorer)
+
+    def config_of_step(self) -> SparseConfig:
+        """The layer's own config where no prefix is always kept, for the heads of this rank."""
+        config = self.shared.layer_config(self.index, self.name, 0, self.shared.config)
+        return config if self.head_split is None else self.head_split.config_of(config)
 
     def _descriptors(self, k: Tensor) -> DescriptorCache | None:
         """Of the keys that calls before this one had, where the model keeps them."""

@@ -88,6 +88,11 @@ class ScorerPart(Scorer):
     ) -> Scores:
         return self._of_heads().score_plan(q, k, plan, scale, cache)
 
+    def score_step(
+        self, q: Tensor, k: Tensor, plan: Plan, placed: Plan, scale: float, cache: DescriptorCache
+    ) -> Tensor:
+        return self._of_heads().score_step(q, k, plan, placed, scale, cache)
+
     @property
     def describes(self) -> bool:
         return self.whole.describes

@@ -10,7 +10,7 @@ from .images import (
 )
 from .llava import LlavaJson as LlavaJson
 from .packed_inputs import PackedData as PackedData, write_packed as write_packed
-from .samplers import ResumableLoader as ResumableLoader
+from .samplers import ResumableLoader as ResumableLoader, ShardedOrder as ShardedOrder
 from .samples import (
     IGNORED as IGNORED,
     RATE as RATE,

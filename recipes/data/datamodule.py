@@ -99,7 +99,7 @@ class SampleData(L.LightningDataModule):
             sampler = LengthBuckets(samples, self.buckets, self.batch_size, generator)
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if training and several and (bucketed or not shuffle):
-            sampler = ShardedOrder(sampler or SequentialSampler(samples))
+            sampler = ShardedOrder(sampler or SequentialSampler(samples), self.trainer)
         kind: Any = ResumableLoader if training else DataLoader
         loader = kind(
             samples,

@@ -54,11 +54,16 @@ class ShardedOrder(DistributedSampler[int]):
     """What one of several processes takes of an order: every n-th sample, the order kept.
 
     Lightning would shuffle a training set for them, in whatever order it was.
+
+    Args:
+        order: of all samples.
+        trainer: its strategy says which processes are given the same samples; None: none are.
     """
 
-    def __init__(self, order: Sampler[int]) -> None:
+    def __init__(self, order: Sampler[int], trainer: Any = None) -> None:
         whole: Any = order
-        super().__init__(whole, shuffle=False)
+        place = getattr(trainer, "distributed_sampler_kwargs", None) or {}
+        super().__init__(whole, shuffle=False, **place)
         self.order = order
 
     def __iter__(self) -> Iterator[int]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-IGNORED = -100
-"""Label of a token that is no answer's."""
+from mm_sparse.recipes.data import IGNORED
+
 OWN_LOSS = ("granite_speech", "qwen2_audio")
 """Model types that compute the mean cross entropy in their own forward: tests hold them to it."""
 

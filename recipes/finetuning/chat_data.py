@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
-from mm_sparse.recipes.data import ResumableLoader, Samples
+from mm_sparse.recipes.data import ResumableLoader, Samples, ShardedOrder
 from mm_sparse.recipes.finetuning.chat_collator import ChatCollator
 from mm_sparse.recipes.finetuning.checkpoint_folders import load_processor
 
@@ -61,10 +61,15 @@ class ChatData(L.LightningDataModule):
     def loader(self, samples: Samples, *, training: bool = False) -> DataLoader[Any]:
         """Batches of any samples, with prompts to generate from unless they are for training."""
         kind: Any = ResumableLoader if training else DataLoader
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        sampler: Any = None
+        if training and several and not self.shuffle:
+            sampler = ShardedOrder(SequentialSampler(samples), self.trainer)
         return kind(
             samples,
             batch_size=self.batch_size,
             shuffle=training and self.shuffle,
+            sampler=sampler,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -15,19 +15,34 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import mm_sparse as mms
 from mm_sparse.checkpoints import read_scorers, scorers_folder
 from mm_sparse.distillation import distillation_losses
 from mm_sparse.integrations import is_sparsified
+from mm_sparse.recipes.data import IGNORED
 from mm_sparse.recipes.finetuning.adapters import add_adapters, merged_weights
 from mm_sparse.recipes.finetuning.answer_loss import answer_loss
 from mm_sparse.recipes.finetuning.chat_collator import ANSWERS, EXTRA, PROMPTS
-from mm_sparse.recipes.finetuning.checkpoint_folders import load_model, load_processor
+from mm_sparse.recipes.finetuning.checkpoint_folders import (
+    language_part,
+    load_model,
+    load_processor,
+)
 from mm_sparse.recipes.finetuning.packing import check_packs, pack_rows
 from mm_sparse.recipes.metrics import exact_match, token_f1
 from mm_sparse.recipes.models import RECIPE, LoraConfig, ScorerName, from_checkpoint
-from mm_sparse.recipes.training import Objectives, OptimizerConfig, optimize
+from mm_sparse.recipes.training import (
+    Objectives,
+    OptimizerConfig,
+    SharedSequences,
+    clip_gradients,
+    optimize,
+    shard_decoder,
+    share_sequences,
+    whole_tensors,
+)
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
@@ -110,6 +125,8 @@ class CheckpointModel(L.LightningModule):
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         self.folder, self.lora, self.pack = folder, lora, pack
         self._warned = False
+        self.shared: SharedSequences | None = None
+        """Where processes share sequences, or weights: under `SequenceParallelStrategy`."""
         self.max_new_tokens, self.out = max_new_tokens, out
         self.optimizer_part = optimizer or OptimizerConfig()
         self.processor = load_processor(folder, **(processor or {}))
@@ -142,6 +159,29 @@ class CheckpointModel(L.LightningModule):
         """The model of transformers, without peft around it."""
         return self.model if self.lora is None else self.model.get_base_model()
 
+    @property
+    def pad_id(self) -> int:
+        """Of the processor's tokenizer, 0 if it has none."""
+        found = getattr(getattr(self.processor, "tokenizer", None), "pad_token_id", None)
+        return int(found or 0)
+
+    def configure_model(self) -> None:
+        """Under `SequenceParallelStrategy`: share sequences, and weights if it says so.
+
+        Raises:
+            ValueError: the model is not sparse, or cannot be shared.
+        """
+        if self.shared is None:
+            self.shared = share_sequences(self, self.base, self._shard)
+        if self.shared is None and self.device_mesh is not None:
+            raise ValueError(
+                "trainer.strategy must be mm_sparse.recipes.training.SequenceParallelStrategy to "
+                f"shard a checkpoint, got {type(self.trainer.strategy).__name__}"
+            )
+
+    def _shard(self, mesh: Any) -> None:
+        shard_decoder(self.model, self.base.get_submodule(language_part(self.base)), mesh)
+
     def train(self, mode: bool = True) -> CheckpointModel:
         """Train mode, but of a model that is only looked at while its scorers learn."""
         super().train(mode)
@@ -153,20 +193,30 @@ class CheckpointModel(L.LightningModule):
         self.train()
 
     def forward(self, batch: Batch) -> Any:
-        """The model's own output, with its `loss` on the answers of a batch that has labels."""
+        """The model's own output, with its `loss` on the answers of a batch that has labels.
+
+        Where sequences are shared, it is the output for this process's tokens.
+        """
         return self.model(**self._inputs(batch), use_cache=False)
 
-    def _inputs(self, batch: Batch) -> Batch:
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Of the model's forward."""
         inputs = {name: value for name, value in batch.items() if name not in EXTRA}
         if self.pack and self.training and "labels" in inputs:
             inputs = pack_rows(self.base, inputs)
         return inputs
 
-    def _answer_loss(self, batch: Batch) -> Tensor:
-        return answer_loss(self.model, self.base, self._inputs(batch))
+    def loss(self, batch: Batch) -> Tensor:
+        """Of the answers; where processes share sequences, the mean over processes is the loss."""
+        if self.shared is None:
+            return answer_loss(self.model, self.base, self._inputs(batch))
+        return self.shared.loss(self.model, self._inputs(batch), self.pad_id)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         goals, loss = self.objectives, torch.zeros((), device=self.device)
+        if self.shared is not None and self.shared.anyone_has(bool(batch), self.device):
+            # Every process takes part in the collectives of a step.
+            batch = batch or self._empty_row()
         if not batch:
             return self._nothing()
         config = mms.sparse_config(self.base) if len(self.scorers) else None
@@ -183,8 +233,8 @@ class CheckpointModel(L.LightningModule):
                 if due and not from_dense:
                     drawn = goals.drawing(self.global_step, self.device)
                     learned = stack.enter_context(distillation_losses(self.base, **drawn))
-                own = self._answer_loss(batch)
-            self.log("train/loss", own.detach(), prog_bar=True, batch_size=size)
+                own = self.loss(batch)
+            self._log("train/loss", own, size)
             loss = loss + goals.language * own
             if learned is not None:
                 loss = loss + self._scorer_loss(learned.mean(), size)
@@ -196,13 +246,36 @@ class CheckpointModel(L.LightningModule):
                 mms.override_config(self.base, **whole),
                 distillation_losses(self.base, **drawn) as learned,
             ):
-                self._answer_loss(batch)
+                self._look(batch)
             loss = loss + self._scorer_loss(learned.mean(), size)
         return loss if loss.requires_grad else self._nothing()
 
+    def _look(self, batch: Batch) -> None:
+        """A forward pass for those who watch."""
+        inputs = self._inputs(batch)
+        if self.shared is not None and self.shared.sequence is not None:
+            inputs = self.shared.sequence.pad(inputs, pad_token_id=self.pad_id)
+            inputs.pop("labels")
+        self.model(**inputs, use_cache=False)
+
+    def _empty_row(self) -> Batch:
+        """A batch of one row in which nothing is learned."""
+        ids = torch.full((1, 2), self.pad_id, device=self.device)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.full_like(ids, IGNORED),
+        }
+
     def _nothing(self) -> Tensor:
         """A loss of zero, for a step in which there is nothing to learn from."""
-        return torch.stack([0 * p.sum() for p in self.parameters() if p.requires_grad]).sum()
+        learning = [p for p in self.parameters() if p.requires_grad]
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in learning]
+        return torch.stack([0 * p.sum() for p in own]).sum()
+
+    def _log(self, name: str, value: Tensor, size: int) -> None:
+        several = self.shared is not None
+        self.log(name, value.detach(), prog_bar=True, batch_size=size, sync_dist=several)
 
     def _scorer_loss(self, attention_kl: Tensor, size: int) -> Tensor:
         if not attention_kl.requires_grad and not self._warned:
@@ -211,7 +284,10 @@ class CheckpointModel(L.LightningModule):
                 "no scorer learned in step %d: no layer ran sparse, set sparse.dense_below below "
                 "the tokens of a conversation", self.global_step,
             )  # fmt: skip
-        self.log("train/scorer_kl", attention_kl.detach(), prog_bar=True, batch_size=size)
+        if self.shared is not None:
+            # Of the heads of this process, which the others of its group do not have.
+            attention_kl = self.shared.size * attention_kl.to(self.device)
+        self._log("train/scorer_kl", attention_kl, size)
         return self.objectives.scorers * attention_kl
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -230,9 +306,11 @@ class CheckpointModel(L.LightningModule):
 
     def _score(self, stage: str, batch: Batch) -> None:
         """Log the loss, and how well answers match that the model generates."""
+        if self.shared is not None and self.shared.anyone_has(not batch, self.device):
+            return
         if not batch:
             return
-        figures = {"loss": self._answer_loss(batch)}
+        figures = {"loss": self.loss(batch)}
         if self.max_new_tokens:
             pairs = [(x["said"], x["wanted"]) for x in self.predict_step(batch, 0)]
             figures["exact_match"] = torch.tensor([exact_match(*p) for p in pairs]).float().mean()
@@ -249,6 +327,9 @@ class CheckpointModel(L.LightningModule):
             options: of transformers' `generate`.
         """
         wanted = {"max_new_tokens": self.max_new_tokens or 64, "do_sample": False, **options}
+        if self.shared is not None and self.shared.sharded:
+            # Weights are gathered by all: those who are done go on until the others are.
+            wanted.setdefault("synced_gpus", True)
         ids = self.model.generate(**prompts, use_cache=True, **wanted)
         new = ids[:, prompts["input_ids"].shape[1] :]
         said = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -262,23 +343,53 @@ class CheckpointModel(L.LightningModule):
         Raises:
             ValueError: adapters of weights in 4 bits are to be merged.
         """
+        shared = self.shared is not None
         if self.lora is None:
-            self.base.save_pretrained(folder)
+            self._write(self.base, folder, self.base.state_dict() if shared else None)
         elif merge:
-            self.base.save_pretrained(folder, state_dict=merged_weights(self.model))
+            self._write(self.base, folder, merged_weights(self.model))
         else:
-            self.model.save_pretrained(folder)
+            self._write(self.model, folder, self.model.state_dict() if shared else None)
+        if not self._writes:
+            return
         self.processor.save_pretrained(folder)
         if is_sparsified(self.base):
             mms.save_scorers(self.base, Path(folder) / "scorers")
 
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.shared is None or self.trainer.is_global_zero
+
+    def _write(self, model: Any, folder: str | Path, weights: Any) -> None:
+        if weights is not None:
+            weights = whole_tensors(weights.items())
+        if self._writes:
+            model.save_pretrained(folder, state_dict=weights)
+
     def on_fit_end(self) -> None:
-        if self.out is None or not self.trainer.is_global_zero:
+        sharded = self.shared is not None and self.shared.sharded and not self.teaches
+        if self.out is None or not (sharded or self.trainer.is_global_zero):
             return
         if self.teaches:
             mms.save_scorers(self.base, Path(self.out) / "scorers")
         else:
             self.export(self.out, merge=not getattr(self.base, "is_quantized", False))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.shared is not None:
+            self.shared.average_gradients(self.parameters())
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:  # fmt: skip
+        if self.shared is None:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
@@ -288,20 +399,20 @@ class CheckpointModel(L.LightningModule):
         path = f"{type(self).__module__}.{type(self).__qualname__}"
         model = {"class_path": path, "init_args": self.recipe_arguments}
         checkpoint[RECIPE] = json.dumps({"model": model, "tokenizer": None})
-        kept = self._stored_names()
+        kept = self.stored_names()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in kept
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        missing = sorted(self._stored_names() - set(checkpoint["state_dict"]))
+        missing = sorted(self.stored_names() - set(checkpoint["state_dict"]))
         if missing:
             raise ValueError(
                 f"checkpoint must be of a run with the same settings, got one without {missing[0]}"
             )
 
-    def _stored_names(self) -> set[str]:
-        """Of weights that are not those of the folder: what learns, and all scorers."""
+    def stored_names(self) -> set[str]:
+        """Names of weights that are not those of the folder: what learns, and all scorers."""
         if self.strict_loading:
             return set(self.state_dict())
         own = {name for name, p in self.named_parameters() if p.requires_grad}

@@ -10,12 +10,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 import mm_sparse as mms
 from mm_sparse.checkpoints import read_scorers, scorers_folder
@@ -24,7 +26,15 @@ from mm_sparse.modality import Modality
 from mm_sparse.recipes.data import IGNORED, Batch, Tokenizer
 from mm_sparse.recipes.models.exported import RECIPE, export_language, from_checkpoint
 from mm_sparse.recipes.models.language import LoraConfig
-from mm_sparse.recipes.training import Objectives, OptimizerConfig, shard
+from mm_sparse.recipes.training import (
+    Objectives,
+    OptimizerConfig,
+    SharedSequences,
+    gather_embeddings,
+    hide_embeddings,
+    shard,
+    share_sequences,
+)
 
 ScorerName = Literal["pooled", "relevance", "fine"]
 
@@ -73,6 +83,8 @@ class MultimodalBase(L.LightningModule):
         self.pad_id, self.eos_id = tokenizer.pad_id, tokenizer.eos_id
         self.scorer, self.freeze_names, self.checkpointing = scorer, freeze, checkpointing
         self.optimizer_part = optimizer or OptimizerConfig()
+        self.shared: SharedSequences | None = None
+        """Where processes share sequences, or weights: under `SequenceParallelStrategy`."""
 
     def assemble(
         self,
@@ -127,15 +139,25 @@ class MultimodalBase(L.LightningModule):
         super().train()
 
     def configure_model(self) -> None:
-        """Under Lightning's `ModelParallelStrategy`: shard every part (FSDP2)."""
-        if self.device_mesh is None:
+        """Under `SequenceParallelStrategy`: share sequences, and weights if it says so. Under
+        Lightning's `ModelParallelStrategy`: shard every part (FSDP2)."""
+        if self.device_mesh is None or self.shared is not None:
+            return
+        self.shared = share_sequences(self, self.language, partial(shard, self))
+        if self.shared is not None:
             return
         if self.device_mesh["data_parallel"].size() != self.trainer.world_size:
             raise ValueError(
                 f"data_parallel_size must be the {self.trainer.world_size} processes, nothing runs "
-                f"tensor-parallel, got {self.device_mesh['data_parallel'].size()}"
+                "tensor-parallel (SequenceParallelStrategy shares sequences), got "
+                f"{self.device_mesh['data_parallel'].size()}"
             )
         shard(self, self.device_mesh["data_parallel"])
+
+    @property
+    def sequence(self) -> mms.SequenceParallel | None:
+        """How the language model's sequences are shared."""
+        return None if self.shared is None else self.shared.sequence
 
     def modality(self, batch: Batch) -> Tensor:
         """(B, L) int8 of `Modality`."""
@@ -179,6 +201,7 @@ class MultimodalBase(L.LightningModule):
         kinds = self.modality(batch)
         # Their ids may lie behind the table; their own rows are never used.
         ids = batch["input_ids"].masked_fill(kinds != Modality.TEXT, self.pad_id)
+        gather_embeddings(self.language)
         embedded = self.language.get_input_embeddings()(ids)
         by_modality = self.tokens(batch)
         for kind, tokens in by_modality.items():
@@ -201,7 +224,10 @@ class MultimodalBase(L.LightningModule):
             yield
 
     def run(self, batch: Batch, **options: Any) -> Any:
-        """The language model's output on a batch, padded on the right."""
+        """The language model's output on a batch, padded on the right.
+
+        Where sequences are shared, it is the output for this process's tokens.
+        """
         mask, places = batch["attention_mask"], batch["position_ids"]
         # No token that counts sees padding behind it: without a mask dense attention is fastest.
         behind = bool((mask[:, 1:] <= mask[:, :-1]).all())
@@ -210,13 +236,19 @@ class MultimodalBase(L.LightningModule):
             if not behind:
                 raise ValueError("attention_mask must pad packed rows on the right only")
             options["position_ids"] = places
-        with self.context(self.modality(batch)):
-            return self.language(
-                inputs_embeds=self.embed(batch),
-                attention_mask=None if behind else mask.long(),
-                use_cache=False,
-                **options,
-            )
+        inputs = {
+            "inputs_embeds": self.embed(batch),
+            "attention_mask": None if behind else mask.long(),
+            **options,
+        }
+        modality = self.modality(batch)
+        if self.sequence is not None:
+            inputs = self.sequence.pad(inputs)
+            missing = inputs["inputs_embeds"].shape[1] - modality.shape[1]
+            modality = pad(modality, (0, missing), value=int(Modality.TEXT))
+        inputs["inputs_embeds"] = hide_embeddings(self.language, inputs["inputs_embeds"])
+        with self.context(modality):
+            return self.language(use_cache=False, **inputs)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int = 64, *, last: bool = False) -> list[str]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 import mm_sparse as mms
 from mm_sparse.distillation import distillation_losses
 from mm_sparse.recipes.data import IGNORED, Batch
 from mm_sparse.recipes.models.multimodal_base import MultimodalBase
-from mm_sparse.recipes.training import average, optimize
+from mm_sparse.recipes.training import average, clip_gradients, optimize
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,10 @@ class AnswerLogits:
     row: Tensor
     """(P,) row of the batch."""
 
-    def exact(self) -> Tensor:
-        """(A,) bool, as `AnswerLoss` has it."""
-        exact = torch.ones(int(self.answer.max()) + 1, dtype=torch.int8, device=self.labels.device)
+    def exact(self, answers: int | None = None) -> Tensor:
+        """(A,) bool, as `AnswerLoss` has it; A is that of the last one here if None."""
+        answers = int(self.answer.max()) + 1 if answers is None else answers
+        exact = torch.ones(answers, dtype=torch.int8, device=self.labels.device)
         right = (self.logits.argmax(-1) == self.labels).to(torch.int8)
         return exact.scatter_reduce(0, self.answer, right, "amin").bool()
 
@@ -59,11 +60,32 @@ class MultimodalTraining(MultimodalBase):
             nothing = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
             return AnswerLoss(torch.as_tensor(nothing), labels.new_zeros(0, dtype=torch.bool))
         said = self.answers(batch)
-        return AnswerLoss(cross_entropy(said.logits, said.labels), said.exact())
+        if self.shared is None or self.sequence is None:
+            return AnswerLoss(cross_entropy(said.logits, said.labels), said.exact())
+        return self._shared_loss(said, batch)
+
+    def _shared_loss(self, said: AnswerLogits, batch: Batch) -> AnswerLoss:
+        """Of which the mean over the processes that share sequences is the loss."""
+        shared: Any = self.shared
+        asked = batch["labels"][:, 1:] != IGNORED
+        count = shared.total(asked.sum())
+        summed = cross_entropy(said.logits, said.labels, reduction="sum")
+        exact = said.exact(int(batch["answer_index"][:, 1:][asked].max()) + 1).int()
+        torch.distributed.all_reduce(exact, torch.distributed.ReduceOp.MIN, group=shared.group)
+        return AnswerLoss(shared.processes * summed / count, exact.bool())
 
     def answers(self, batch: Batch) -> AnswerLogits:
-        """What a batch with answers makes the model say where it is asked."""
-        labels, answer = batch["labels"][:, 1:], batch["answer_index"][:, 1:]
+        """What a batch with answers makes the model say where it is asked.
+
+        Where sequences are shared, at this process's tokens.
+        """
+        # Those of the next token.
+        labels = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        answer = pad(batch["answer_index"][:, 1:], (0, 1))
+        if self.sequence is not None:
+            missing = -labels.shape[1] % self.sequence.size
+            labels = self.sequence.split(pad(labels, (0, missing), value=IGNORED))
+            answer = self.sequence.split(pad(answer, (0, missing)))
         # Logits of all positions of a long image would not fit for a large vocabulary.
         columns = (labels != IGNORED).any(0).nonzero().flatten()
         logits = self.run(batch, logits_to_keep=columns).logits
@@ -92,7 +114,7 @@ class MultimodalTraining(MultimodalBase):
             loss = loss + goals.language * verdict.loss
             self.log_all("train", verdict, batch)
             if learned is not None:
-                loss = loss + self.taught(mean_loss(learned))
+                loss = loss + self.taught(self.mean_loss(learned))
         if from_dense:
             loss = loss + self.taught(self.dense_distillation_loss(batch))
         return loss
@@ -129,11 +151,26 @@ class MultimodalTraining(MultimodalBase):
             )
             learned = stack.enter_context(self.distillation_losses())
             self.run(batch, logits_to_keep=1)
-        return mean_loss(learned)
+        return self.mean_loss(learned)
+
+    def mean_loss(self, losses_by_part: list[Any]) -> Tensor:
+        """Mean over the layers of all parts; zero where no layer with a scorer ran sparse.
+
+        Where sequences are shared, the mean over processes is that.
+        """
+        # Of a layer of the language model a process has some heads, of others it has all.
+        share = 1 if self.sequence is None else self.sequence.size
+        losses = [
+            loss * share if name == "language" else loss
+            for name, part in zip(self.sparse_configs, losses_by_part, strict=True)
+            for loss in part.losses.values()
+        ]
+        return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def taught(self, attention_kl: Tensor) -> Tensor:
         """Weighted and logged."""
-        self.log("train/scorer_kl", attention_kl.detach(), prog_bar=True)
+        several = self.shared is not None
+        self.log("train/scorer_kl", attention_kl.detach(), prog_bar=True, sync_dist=several)
         return self.objectives.scorers * attention_kl
 
     def log_all(self, stage: str, verdict: AnswerLoss, batch: Batch) -> None:
@@ -150,7 +187,7 @@ class MultimodalTraining(MultimodalBase):
                 on_step=not whole,
                 on_epoch=whole,
                 batch_size=answers,
-                sync_dist=whole,
+                sync_dist=whole or self.shared is not None,
             )
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -161,6 +198,10 @@ class MultimodalTraining(MultimodalBase):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A sharded run resumes only if every parameter has a state: a step by zero makes one."""
+        if self.shared is not None:
+            # Checkpoints of `SequenceParallelStrategy` do without.
+            self.shared.average_gradients(self.parameters())
+            return
         if self.device_mesh is None:
             return
         average(self.scorers.parameters())
@@ -168,12 +209,17 @@ class MultimodalTraining(MultimodalBase):
             if parameter.grad is None and parameter not in optimizer.state:
                 parameter.grad = torch.zeros_like(parameter)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:  # fmt: skip
+        if self.device_mesh is None:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
         return optimize(self.optimizer_part, self, self.parts, steps)
-
-
-def mean_loss(losses_by_part: list[Any]) -> Tensor:
-    """Mean over the layers of all parts; zero where no layer with a scorer ran sparse."""
-    losses = [loss for part in losses_by_part for loss in part.losses.values()]
-    return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -19,6 +19,7 @@ class CheckpointCLI(RecipeCLI):
     """The processor of the model is that of the data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self.add_sharing(parser)
         parser.link_arguments("model.init_args.folder", "data.folder")
         parser.link_arguments("model.init_args.processor", "data.processor")
         parser.set_defaults({"seed_everything": 0})

@@ -1,4 +1,9 @@
-"""`mm-sparse generate`: a model in a folder answers one question, and what that took."""
+"""`mm-sparse generate`: a model in a folder answers one question, and what that took.
+
+    torchrun --nproc-per-node 4 -m mm_sparse.cli generate FOLDER QUESTION
+
+shares the prompt between processes, each of which keeps the keys of some heads.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from mm_sparse._extras import extra_of
 from mm_sparse.cli import positive, share
+from mm_sparse.recipes.run.shared_prompts import (
+    SilentStreamer,
+    is_first,
+    join_processes,
+    leave_processes,
+    processes,
+    share_prompt,
+)
 
 if TYPE_CHECKING:
     from mm_sparse.analysis import Report
@@ -46,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         check_files(args)
-        device = device_of(args.device)
+        device = join_processes(device_of(args.device))
         processor = load_processor(args.folder)
         inputs = prompt_of(processor, args)
         model = load(args, device)
+        share_prompt(model)
     except (ImportError, OSError, ValueError) as error:
         # Messages of transformers have several lines.
         said = " ".join(f"{error}{extra_of(error)}".split())
@@ -57,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = generate(
         model, processor, inputs, max_new_tokens=args.max_new_tokens, static=args.static
     )
-    print(found, file=sys.stderr)
+    if is_first():
+        print(found, file=sys.stderr)
+    leave_processes()
 
 
 def generate_parser() -> argparse.ArgumentParser:
@@ -102,6 +118,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("scorers", "ratio", "unit"):
         if args.dense and getattr(args, name) is not None:
             parser.error(f"--{name} must not be given with --dense")
+    if args.static and processes() > 1:
+        parser.error("--static must not be given to several processes, whose caches grow")
     if args.scorers is not None and args.unit is not None:
         parser.error("--unit must not be given with --scorers: theirs is stored")
     return args
@@ -395,7 +413,8 @@ def generate(
             if sparse:
                 reports.append(mms.report(model))
 
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        kind: Any = TextStreamer if is_first() else SilentStreamer
+        streamer = kind(tokenizer, skip_prompt=True, skip_special_tokens=True)
         clock: Any = TokenClock(streamer, on_first)
         ids = model.generate(
             **moved, **options, streamer=clock, max_new_tokens=max_new_tokens, do_sample=False,

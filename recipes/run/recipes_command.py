@@ -13,6 +13,7 @@ PROGRAMS = {
     "distill/vit": "mm_sparse.recipes.distillation.towers",
     "distill/whisper": "mm_sparse.recipes.distillation.towers",
     "finetune/qwen2_5_vl_7b": "mm_sparse.recipes.run.finetune_checkpoint",
+    "finetune/qwen2_5_vl_7b_long": "mm_sparse.recipes.run.finetune_checkpoint",
     "finetune/qwen2_audio": "mm_sparse.recipes.run.finetune_checkpoint",
     "finetune/smollm2": "mm_sparse.recipes.run.finetune_language",
     "finetune/smolvlm": "mm_sparse.recipes.run.finetune_checkpoint",

@@ -1,3 +1,18 @@
-from .fsdp import average as average, shard as shard
+from .clipping import clip_gradients as clip_gradients
+from .fsdp import (
+    average as average,
+    gather_embeddings as gather_embeddings,
+    hide_embeddings as hide_embeddings,
+    shard as shard,
+    shard_decoder as shard_decoder,
+)
 from .objectives import Objectives as Objectives
 from .optimizer import OptimizerConfig as OptimizerConfig, optimize as optimize
+from .sequence_strategy import (
+    SequenceParallelStrategy as SequenceParallelStrategy,
+    whole_tensors as whole_tensors,
+)
+from .shared_sequences import (
+    SharedSequences as SharedSequences,
+    share_sequences as share_sequences,
+)

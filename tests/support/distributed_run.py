@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -24,8 +25,9 @@ from mm_sparse.recipes.models import MultimodalLM
 from mm_sparse.recipes.models.audio import AudioConfig
 from mm_sparse.recipes.models.language import LanguageConfig
 from mm_sparse.recipes.models.vision import VisionConfig
-from mm_sparse.recipes.training.objectives import Objectives
+from mm_sparse.recipes.training import Objectives, SequenceParallelStrategy
 
+TIED = "--tied" in sys.argv
 SPARSE = mms.SparseConfig(
     ratio=0.4, tile=64, unit=16, sinks=0, window=8, bidirectional=(), dense_below=0
 )
@@ -36,6 +38,7 @@ LM = LanguageConfig(
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "tie_word_embeddings": TIED,
     }
 )
 COMMON = {
@@ -101,11 +104,14 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--tied", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     args.folder.mkdir(parents=True, exist_ok=True)
-    model, data = parts(args.recipe, 4 // args.devices)
+    # Processes that share sequences are given the same ones.
+    rows = 4 if args.strategy.endswith("sequence") else 4 // args.devices
+    model, data = parts(args.recipe, rows)
 
     # Adam would blow up what rounding makes of a gradient that is zero.
     def descend():
@@ -115,6 +121,8 @@ def main():
 
     model.configure_optimizers = descend
     strategy = args.strategy
+    if strategy in ("sequence", "sharded sequence"):
+        strategy = SequenceParallelStrategy(args.devices, shard=strategy != "sequence")
     if strategy == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 

@@ -72,14 +72,15 @@ def tokenizer() -> Any:
     )  # fmt: skip
 
 
-def write_checkpoint(folder: Path, kind: str, *, marked: bool = False) -> str:
-    """A tiny model and processor; returns the folder."""
+def write_checkpoint(folder: Path, kind: str, *, marked: bool = False, **options: Any) -> str:
+    """A tiny model and processor, with other options of its text; returns the folder."""
     torch.manual_seed(0)
     words = tokenizer()
     ids = {name: words.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {
         **TEXT, "vocab_size": len(words), "max_position_embeddings": 2048, "bos_token_id": None,
         "pad_token_id": ids[SPECIAL[0]], "eos_token_id": ids[SPECIAL[2]], "initializer_range": 0.1,
+        **options,
     }  # fmt: skip
     make = {
         "qwen2_5_vl": _qwen2_5_vl,

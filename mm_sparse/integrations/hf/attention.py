@@ -24,7 +24,7 @@ from mm_sparse.attention import (
     dense_length,
     packed_attention,
 )
-from mm_sparse.integrations.discovery import defining_class
+from mm_sparse.integrations.discovery import defining_class, scorer_shape
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
@@ -48,7 +48,7 @@ from mm_sparse.integrations.shared_state import CHANGED, Shared
 from mm_sparse.scorers import DescriptorCache
 
 if TYPE_CHECKING:
-    from mm_sparse.integrations.ulysses.head_split import HeadSplit
+    from mm_sparse.integrations.ulysses.head_part import HeadPart
 
 NAME = "mm_sparse"
 # transformers hands all sequences of a packed row over in one call if the name says "flash".
@@ -103,6 +103,7 @@ class HFLayer(SparseLayer):
         A module that cannot be served, in a model where others are, keeps its own name for its
         attention and gets its own masks: it may do more with them than attend.
         """
+        self.head_split = self._tensor_parallel_part()
         self._tell_compiler()
         if self.refusal is None or getattr(self._named, "_attn_implementation", None) not in NAMES:
             return
@@ -115,6 +116,15 @@ class HFLayer(SparseLayer):
             own: Any = copy(config)
             own._attn_implementation_internal = self.original
             self.module.config = own
+
+    def _tensor_parallel_part(self) -> HeadPart | None:
+        # Not at the top: few models are distributed, and importing that takes time.
+        if not any(hasattr(p, "device_mesh") for p in self.module.parameters()):
+            return None
+        from mm_sparse.integrations.ulysses.head_part import tensor_parallel_part
+
+        heads, kv_heads, _ = scorer_shape(self.module)
+        return tensor_parallel_part(self.name, self.module, (heads, kv_heads))
 
     def _tell_compiler(self) -> None:
         """Note where the model's own SDPA answers, for calls inside a compiled graph."""
@@ -136,7 +146,7 @@ class HFLayer(SparseLayer):
                     known = tracker.dense_below.get(device, sys.maxsize)
                     tracker.dense_below[device] = min(known, length)
 
-    def split_heads(self, split: HeadSplit | None) -> None:
+    def split_heads(self, split: HeadPart | None) -> None:
         """Attend with the heads of a rank from here on; None: with all."""
         self.head_split = split
         for name in (DENSE_CALLS, DENSE_STEPS):

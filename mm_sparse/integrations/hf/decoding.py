@@ -83,7 +83,7 @@ def prepare_steps(
     if recorded is not None and recorded.weights != weights:
         # What a scorer made of its weights lies elsewhere now.
         recorded = None
-    config = layer.shared.layer_config(layer.index, layer.name, 0, layer.shared.config)
+    config = layer.config_of_step()
     # A graph that was recorded for these keys goes by what is written down, whatever the length.
     least = None if recorded is None or recorded.config != config else 0
     if tokens is None or not _may_step(layer, q, k, v, mask, options, tokens, least):
@@ -247,7 +247,7 @@ def _decoding(
     Args:
         recorded: what a graph reads, to be written to if it has room.
     """
-    config = layer.shared.layer_config(layer.index, layer.name, 0, layer.shared.config)
+    config = layer.config_of_step()
     group = q.shape[1] // k.shape[1]
     blocks = (config.tile, config.unit, config.sinks, config.window, config.query_pools)
 

@@ -31,6 +31,15 @@ def heads_to_tokens(out: Tensor, group: Group) -> Tensor:
     return _HeadsToTokens.apply(out, group)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Parts of all ranks behind each other along a dimension; without gradients."""
+    ranks = group.size()
+    parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.unflatten(0, (ranks, -1)).movedim(0, dim).flatten(dim, dim + 1)
+
+
 class _TokensToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, ...]:

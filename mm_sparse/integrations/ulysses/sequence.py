@@ -18,8 +18,10 @@ from mm_sparse.integrations.hf.attention import HFLayer
 from mm_sparse.integrations.scorers import device_of
 from mm_sparse.integrations.state import scorers_of, state_of
 from mm_sparse.integrations.ulysses.batches import IGNORED, next_tokens, pad_batch, token_loss
-from mm_sparse.integrations.ulysses.exchange import Group
+from mm_sparse.integrations.ulysses.exchange import Group, gather
+from mm_sparse.integrations.ulysses.gradients import sum_gradients
 from mm_sparse.integrations.ulysses.head_split import HeadSplit
+from mm_sparse.integrations.ulysses.split_cache import SplitCache
 from mm_sparse.integrations.ulysses.token_split import TokenSplit, find_blocks
 
 
@@ -32,9 +34,10 @@ class SequenceParallel:
         self._state = state_of(model)
         self._layers = _decoder_layers(model)
         blocks = find_blocks(model, {name: layer.module for name, layer in self._layers.items()})
-        self._tokens = TokenSplit(blocks, self.rank, self.size)
+        cache = SplitCache()
+        self._tokens = TokenSplit(blocks, group, cache)
         owner = _owner_of(model, blocks.name)
-        splits = {name: _split_of(layer, group) for name, layer in self._layers.items()}
+        splits = {name: _split_of(layer, group, cache) for name, layer in self._layers.items()}
         self._same_batch = False
         self._share_scorers()
         for name, layer in self._layers.items():
@@ -92,9 +95,15 @@ class SequenceParallel:
     @torch.no_grad()
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The N tokens of all ranks, of tensors with n tokens along `dim`; without gradients."""
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim)
+        return gather(x, self.group, dim % x.dim())
+
+    def targets(self, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+        """(B, n) labels of the tokens behind those of this rank, of labels (B, N) of all tokens.
+
+        Raises:
+            ValueError: N is no multiple of P.
+        """
+        return self.split(next_tokens(labels, ignore_index))
 
     def loss(
         self, logits: Tensor, labels: Tensor, *, count: int | Tensor | None = None,
@@ -118,7 +127,6 @@ class SequenceParallel:
         own = self.split(targets).to(logits.device)
         return token_loss(logits, own, known.to(logits.device), ignore_index)
 
-    @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Add up gradients over the ranks; call it between backward and step, on every rank.
 
@@ -128,21 +136,10 @@ class SequenceParallel:
         Args:
             parameters: the same on every rank; those of the model and of its scorers if None.
         """
-        given = [*self.model.parameters(), *scorers_of(self.model).parameters()]
-        given = given if parameters is None else list(parameters)
-        wanted = [p for p in {id(p): p for p in given}.values() if p.requires_grad]
-        if not wanted:
-            return
+        if parameters is None:
+            parameters = [*self.model.parameters(), *scorers_of(self.model).parameters()]
         self._state.shared.averaged = True
-        device = wanted[0].device
-        # A parameter that no rank used keeps no gradient.
-        used = torch.tensor([p.grad is not None for p in wanted], dtype=torch.int32, device=device)
-        dist.all_reduce(used, group=self.group)
-        for parameter, number in zip(wanted, used.tolist(), strict=True):
-            if number:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=self.group)
+        sum_gradients(parameters, self.group)
 
     @torch.no_grad()
     def _share_scorers(self) -> None:
@@ -164,8 +161,11 @@ class SequenceParallel:
                 "labels must not go to the forward of a model whose tokens are split between "
                 "ranks: `SequenceParallel.loss` takes them with the logits"
             )
-        if kwargs.get("use_cache"):
-            raise ValueError("use_cache must be False where tokens are split between ranks")
+        if kwargs.get("use_cache") and torch.is_grad_enabled():
+            raise ValueError(
+                "use_cache must be False where tokens are split between ranks and gradients are "
+                "computed"
+            )
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self._same_batch or not isinstance(ids, Tensor) or ids.is_floating_point():
             return
@@ -243,10 +243,10 @@ def layer_error(layer: HFLayer, why: str) -> ValueError:
     return ValueError(f"{layer.name} ({kind}) cannot be split by heads: {why}")
 
 
-def _split_of(layer: HFLayer, group: Group) -> HeadSplit:
+def _split_of(layer: HFLayer, group: Group, cache: SplitCache) -> HeadSplit:
     """How the heads of a layer are split, once all is checked that can be before a call."""
     heads, kv_heads, _ = scorer_shape(layer.module)
-    split = HeadSplit(layer.name, (heads, kv_heads), group)
+    split = HeadSplit(layer.name, (heads, kv_heads), group, cache)
     if layer.scorer is not None:
         split.scorer_of(layer.scorer)
     return split

@@ -11,7 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
+
+from mm_sparse.integrations.ulysses.exchange import Group, gather
+from mm_sparse.integrations.ulysses.split_cache import SplitCache
 
 # Arguments of a block that have something for each token: along which dimension.
 TOKEN_DIMS = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
@@ -77,14 +81,19 @@ def find_blocks(model: nn.Module, attention: dict[str, nn.Module]) -> Blocks:
 class TokenSplit:
     """Which tokens of a sequence a rank has: those from rank * n on, n of them.
 
+    Where keys are kept, prompts of any length are split: padding stands behind the last token
+    outside of attention. Steps after it are not split.
+
     Args:
         blocks: of the decoder.
-        rank, size: place and number of ranks.
+        group: of P ranks.
+        cache: keys that are kept.
     """
 
-    def __init__(self, blocks: Blocks, rank: int, size: int) -> None:
+    def __init__(self, blocks: Blocks, group: Group, cache: SplitCache) -> None:
         self.name, self.blocks = blocks.name, blocks.modules
-        self.rank, self.size = rank, size
+        self.group, self.cache = group, cache
+        self.rank, self.size = group.rank(), group.size()
 
     def attach(self, owner: nn.Module) -> list[Any]:
         """Set the hooks; returns their handles.
@@ -96,6 +105,7 @@ class TokenSplit:
         for number, block in enumerate(self.blocks):
             hook = self._before_first if number == 0 else self._before_block
             handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(owner.register_forward_hook(self._after_model, always_call=True))
         return handles
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -114,31 +124,66 @@ class TokenSplit:
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """What the model adds to the tokens between its blocks is cut to those of this rank."""
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "past_key_values must be None where tokens are split between ranks: keys of a "
-                "sequence are not kept; leave the block of `sequence_parallel` to generate"
-            )
-        kwargs = {**kwargs, "use_cache": False}
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            kwargs = {**kwargs, "use_cache": False}
+        else:
+            given = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]]
+            tokens = next(x.shape[1] for x in given if x is not None)
+            self.cache.begin(cache, tokens)
+            if self.cache.is_step:
+                return args, kwargs
         seen, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if seen is not None and features is not None:
             # One feature for each visual token, in the order of tokens.
             own = seen.new_zeros(seen.shape)
-            self.take(own).fill_(True)
+            count = -(-seen.shape[1] // self.size)
+            own[:, self.rank * count : (self.rank + 1) * count] = True
             own = own[seen]
-            kwargs["visual_pos_masks"] = self.take(seen)
+            kwargs["visual_pos_masks"] = self._take(seen)
             kwargs["deepstack_visual_embeds"] = [x[own.to(x.device)] for x in features]
         return args, kwargs
 
+    def _after_model(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """Whoever keeps keys is given the states of all tokens, for the logits of the last."""
+        cache = self.cache
+        is_prefill, tokens = cache.is_prefill, cache.tokens
+        cache.end()
+        if not is_prefill or output is None:
+            return output
+        if getattr(output, "hidden_states", None) is not None:
+            raise ValueError(
+                "output_hidden_states must be False where tokens are split between ranks"
+            )
+        whole = gather(output[0], self.group, 1)[:, :tokens]
+        if isinstance(output, tuple):
+            return whole, *output[1:]
+        output.last_hidden_state = whole
+        return output
+
+    def _take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """As `take`, with zeros behind the last token of a prompt."""
+        missing = -x.shape[dim] % self.size
+        if missing and self.cache.is_prefill:
+            behind = x.dim() - 1 - dim % x.dim()
+            x = pad(x, (*(0, 0) * behind, 0, missing))
+        return self.take(x, dim)
+
     def _before_first(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.cache.is_step and self.cache.cache is not None:
+            return args, kwargs
         hidden, put = _hidden_states(args, kwargs)
         tokens = hidden.shape[1]
-        args, kwargs = put(self.take(hidden))
+        args, kwargs = put(self._take(hidden))
         return self._positions(args, kwargs, tokens)
 
     def _before_block(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden, _ = _hidden_states(args, kwargs)
-        return self._positions(args, kwargs, hidden.shape[1] * self.size)
+        if self.cache.cache is None:
+            hidden, _ = _hidden_states(args, kwargs)
+            return self._positions(args, kwargs, hidden.shape[1] * self.size)
+        if self.cache.is_step:
+            return args, kwargs
+        return self._positions(args, kwargs, self.cache.tokens)
 
     def _positions(self, args: Any, kwargs: dict[str, Any], tokens: int) -> Any:
         """The arguments of a block with those of `TOKEN_DIMS` cut to the tokens of this rank."""
@@ -159,7 +204,7 @@ class TokenSplit:
         return args, kwargs
 
     def _cut(self, x: Tensor, dim: int, tokens: int) -> Tensor:
-        return self.take(x, dim) if x.shape[dim] == tokens else x
+        return self._take(x, dim) if x.shape[dim] == tokens else x
 
 
 def _hidden_states(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -39,7 +39,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
     head = module.base.get_output_embeddings()
     head.register_forward_hook(lambda _, given, out: shapes.append(out.shape))
     found: list[tuple[Any, ...]] = []
-    for make in (lambda: module(batch).loss, lambda: module._answer_loss(batch)):
+    for make in (lambda: module(batch).loss, lambda: module.loss(batch)):
         module.zero_grad()
         # One of the families drops out.
         torch.manual_seed(1)
@@ -61,9 +61,9 @@ def test_a_loss_function_of_the_user_stays(tmp_path: Path) -> None:
     def double(*given: Any, **options: Any) -> torch.Tensor:
         return 2 * own(*given, **options)
 
-    once = module._answer_loss(batch)
+    once = module.loss(batch)
     module.base.loss_function = double
-    torch.testing.assert_close(module._answer_loss(batch), 2 * once)
+    torch.testing.assert_close(module.loss(batch), 2 * once)
     assert module.base.loss_function is double
 
 
@@ -71,7 +71,7 @@ def test_no_answer_gives_what_the_model_gives(tmp_path: Path) -> None:
     module = CheckpointModel(write_checkpoint(tmp_path, "qwen2_5_vl"))
     batch = batch_of(module, "qwen2_5_vl", tmp_path / "data")
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    assert torch.equal(module._answer_loss(batch).isnan(), module(batch).loss.isnan())
+    assert torch.equal(module.loss(batch).isnan(), module(batch).loss.isnan())
 
 
 def test_adapters_are_wide_and_computed_narrow(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_adapters_are_wide_and_computed_narrow(tmp_path: Path) -> None:
     seen: list[torch.dtype] = []
     for part in parts.values():
         part.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
-    module._answer_loss(batch).backward()
+    module.loss(batch).backward()
     assert set(seen) == {torch.bfloat16}
     for part in parts.values():
         assert part.weight.dtype == torch.float32

@@ -61,7 +61,7 @@ def test_a_frozen_tower_is_not_differentiated(folder: str, pictures: Messages) -
         lambda _, given, out: found.append(out)
     )
     batch = ChatCollator(module.processor, prompts=True)([pictures[0]])
-    module._answer_loss(batch).backward()
+    module.loss(batch).backward()
     assert len(found) == 1
     assert not found[0].requires_grad
 

@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "tests" / "support" / "distributed_run.py"
 DDP = "ddp_find_unused_parameters_true"
-CASES = [("vlm", DDP), ("speech", DDP), ("vlm", "fsdp2"), ("speech", "fsdp2")]
+CASES = [
+    (recipe, strategy)
+    for strategy in (DDP, "fsdp2", "sequence", "sharded sequence")
+    for recipe in ("vlm", "speech")
+]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -54,3 +58,11 @@ def test_two_processes_give_the_losses_of_one_and_resume_after_a_kill(
     resumed = run(broken, recipe, strategy, 2, "--resume")
     assert [step for step, _ in resumed] == [3, 4]
     assert [loss for _, loss in resumed] == pytest.approx([x for _, x in whole[2:]], rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "sharded sequence"])
+def test_tied_embeddings_are_sharded_together(tmp_path, strategy):
+    alone = run(tmp_path / "alone", "vlm", "auto", 1, "--tied")
+    both = run(tmp_path / "both", "vlm", strategy, 2, "--tied")
+    assert [loss for _, loss in both] == pytest.approx([x for _, x in alone], rel=1e-4)
+    assert both[0][1] != pytest.approx(both[-1][1], rel=1e-3)

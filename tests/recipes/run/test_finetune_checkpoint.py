@@ -1,6 +1,8 @@
 """The shipped recipes start from a folder and data that a user names."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,3 +69,49 @@ def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path, monkeypatch, c
             *SMALL,
         ])  # fmt: skip
     assert "folder must hold a processor, got 'empty'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--shard_weights=true", "--model.init_args.lora=null"]])
+def test_two_processes_share_the_sequences_of_a_recipe(tmp_path: Path, more: list[str]) -> None:
+    root = Path(__file__).resolve().parents[3]
+    folder = write_checkpoint(tmp_path / "checkpoint", "qwen2_5_vl")
+    data = write_pictures(tmp_path, words=12)
+    config = root / "recipes" / "configs" / "finetune" / "qwen2_5_vl_7b_long.yaml"
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "mm_sparse.recipes.run.finetune_checkpoint", "fit",
+         f"--config={config}", f"--model.init_args.folder={folder}",
+         f"--data.train.init_args.path={data}", f"--data.validation.init_args.path={data}",
+         *SMALL, "--trainer.devices=2", "--sequence_parallel=2", *more],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    home = tmp_path / "runs" / "finetune-qwen2-5-vl-7b-long"
+    assert (home / "exported" / "scorers" / "scorers.json").is_file()
+    AutoModelForImageTextToText.from_pretrained(home / "exported")
+    assert (home / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--trainer.strategy=ddp"], "trainer.strategy must be auto where sequence_parallel"),
+        (["--sequence_parallel=0"], "sequence must be at least 1, got 0"),
+    ],
+)
+def test_impossible_sharing_is_one_sentence(
+    tmp_path: Path, monkeypatch, capsys, more: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipes"])
+    monkeypatch.chdir(tmp_path)
+    folder = write_checkpoint(tmp_path / "checkpoint", "qwen2_5_vl")
+    data = write_pictures(tmp_path)
+    with pytest.raises(SystemExit):
+        recipes_command.main([
+            "run", "finetune/qwen2_5_vl_7b_long", f"--model.init_args.folder={folder}",
+            f"--data.train.init_args.path={data}", f"--data.validation.init_args.path={data}",
+            *SMALL, *more,
+        ])  # fmt: skip
+    assert said in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """`mm-sparse generate`: what is printed is what `model.generate` says, and the table is right."""
 
+import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -250,3 +252,35 @@ def test_the_spinner_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stream, "isatty", lambda: True)
     with generate_command.spinner("Reading") as status:
         assert status.status == "Reading"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--ratio", "0.3"], ["--dense"]], ids=["sparse", "dense"])
+def test_two_processes_say_what_one_says(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    home = Path(folders["home"])
+    argv = [folders["text"], *SHORT, "--file", str(home / "long.txt"), *more, QUESTION]
+    answer, table = run(capsys, *argv)
+    root = Path(__file__).resolve().parents[3]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         "-m", "mm_sparse.cli", "generate", *argv],
+        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    # One of the two prints.
+    assert done.stdout.strip() == answer.strip()
+    assert done.stderr.count("first token") == 1
+    assert table["sparse layers"] in done.stderr or "--dense" in more
+
+
+def test_a_cache_of_fixed_size_is_not_for_several_processes(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        generate_command.main([folders["text"], "--static", QUESTION])
+    assert "--static must not be given to several processes" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_arguments_that_need_all_tokens_are_refused(model, group, inputs, messag
         shared(model, **inputs)
 
 
-def test_generation_is_refused(model, group):
+def test_a_cache_is_refused_while_gradients_are_computed(model, group):
     from transformers import DynamicCache
 
     with (
@@ -187,3 +187,20 @@ def test_padding_hides_what_it_adds(model, group):
     assert batch["input_ids"][0, 61:].tolist() == [7, 7, 7]
     assert batch["attention_mask"][0].tolist() == [1] * 61 + [0] * 3
     assert batch["labels"][0, 61:].tolist() == [-100] * 3
+
+
+def test_caches_that_do_not_grow_are_refused_and_the_cache_is_as_it_was(model, group):
+    from transformers import DynamicCache, StaticCache
+
+    caches = [
+        (StaticCache(model.config, max_cache_len=96), "got StaticCache"),
+        (mms.SparseCache(model, keep=0.5), "got SparseCache"),
+    ]
+    with mms.sequence_parallel(model), torch.no_grad():
+        for cache, said in caches:
+            with pytest.raises(ValueError, match=f"must be a cache that grows.*{said}"):
+                shared(model, past_key_values=cache, use_cache=True)
+        grows = DynamicCache(config=model.config)
+        with pytest.raises(ValueError, match="output_hidden_states must be False"):
+            shared(model, past_key_values=grows, use_cache=True, output_hidden_states=True)
+    assert "update" not in vars(grows)
