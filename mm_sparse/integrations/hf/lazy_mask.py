@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mm_sparse.integrations.forward_context import current_context
 from mm_sparse.integrations.hf.mask_spans import MaskRecipe
+
+
+RECIPE = "_mm_sparse_recipe"
+OPERATOR = "mm_sparse.layer_attention.default"
 
 
 class LazyMask(Tensor):
@@ -18,6 +23,7 @@ class LazyMask(Tensor):
     """
 
     recipe: MaskRecipe
+    # A graph that is given the mask knows its memory alone, which leads to the recipe.
 
     @staticmethod
     def __new__(cls, recipe: MaskRecipe) -> LazyMask:
@@ -26,13 +32,14 @@ class LazyMask(Tensor):
         one = torch.ones(1, dtype=torch.bool, device=device).expand(batch, 1, queries, keys)
         mask = torch.Tensor._make_subclass(cls, one)
         mask.recipe = recipe
+        setattr(one.untyped_storage(), RECIPE, recipe)
         return mask
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _ABOUT:
+        if name in _ABOUT or name == OPERATOR:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in _SAME and not _asks_for_numbers(args[1:], kwargs):
@@ -88,6 +95,20 @@ def _takes_all(mask: LazyMask, index: Any) -> bool:
     )
 
 
+def recipe_of(mask: Tensor) -> MaskRecipe:
+    """The recipe of what a graph has in place of a `LazyMask`.
+
+    Raises:
+        RuntimeError: it is a copy.
+    """
+    recipe = getattr(mask.untyped_storage(), RECIPE, None)
+    if recipe is None:
+        raise RuntimeError("a compiled graph has copied the mask of a sparsified model")
+    return recipe
+
+
 def lazy_mask(**arguments: Any) -> LazyMask:
     """A mask function for transformers' `AttentionMaskInterface`."""
-    return LazyMask(MaskRecipe(**arguments))
+    recipe = MaskRecipe(**arguments)
+    recipe.context = current_context()
+    return LazyMask(recipe)
