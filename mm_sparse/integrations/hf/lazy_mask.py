@@ -13,7 +13,6 @@ from mm_sparse.integrations.hf.mask_spans import MaskRecipe
 
 
 RECIPE = "_mm_sparse_recipe"
-OPERATOR = "mm_sparse.layer_attention.default"
 
 
 class LazyMask(Tensor):
@@ -23,15 +22,17 @@ class LazyMask(Tensor):
     """
 
     recipe: MaskRecipe
-    # A graph that is given the mask knows its memory alone, which leads to the recipe.
+    handle: Tensor
+    """For a graph, which takes no tensors of this class: memory that leads to the recipe."""
 
     @staticmethod
     def __new__(cls, recipe: MaskRecipe) -> LazyMask:
         batch, queries, keys = recipe.shape
         device = recipe.arguments.get("device", "cpu")
-        one = torch.ones(1, dtype=torch.bool, device=device).expand(batch, 1, queries, keys)
-        mask = torch.Tensor._make_subclass(cls, one)
+        one = torch.ones(1, dtype=torch.bool, device=device)
+        mask = torch.Tensor._make_subclass(cls, one.expand(batch, 1, queries, keys))
         mask.recipe = recipe
+        mask.handle = one
         setattr(one.untyped_storage(), RECIPE, recipe)
         return mask
 
@@ -39,7 +40,7 @@ class LazyMask(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _ABOUT or name == OPERATOR:
+        if name in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in _SAME and not _asks_for_numbers(args[1:], kwargs):

@@ -96,9 +96,6 @@ def traced_attention(
     q, k, v = autocast_inputs(q, k, v)
     given = _given(layer, q, mask, options)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if isinstance(mask, LazyMask):
-        with torch._C.DisableTorchFunctionSubclass():
-            return layer_attention(q, k, v, *given, wanted)[0]
     return layer_attention(q, k, v, *given, wanted)[0]
 
 
@@ -106,6 +103,8 @@ def _given(layer: HFLayer, q: Tensor, mask: Any, options: dict[str, Any]) -> Giv
     place, lazy = None, isinstance(mask, LazyMask)
     if isinstance(mask, TracedMask):
         place, mask = mask.place, mask.mask
+    elif lazy:
+        mask = mask.handle
     return Given(
         layer.number, place, mask, options.get("cu_seq_lens_q"), lazy,
         scale_of(q, options.get("scaling")), options.get("is_causal"),
