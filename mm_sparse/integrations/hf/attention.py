@@ -396,6 +396,10 @@ def dispatch(
             return _sdpa(module, query, key, value, own, **options)
         if not (step or CHANGED[0]) and serves(module, attention_mask, options):
             return traced_attention(module, query, key, value, attention_mask, options), None
+        if isinstance(attention_mask, LazyMask) and not CHANGED[0]:
+            return broken_attention(
+                attention_forward, module, query, key, value, attention_mask, options
+            )
     if type(attention_mask) is TracedMask:
         return broken_attention(attention_forward, module, query, key, value, attention_mask, options)
     return _uncompiled_attention(module, query, key, value, attention_mask, **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._pytree import tree_map_only
 
 from mm_sparse.integrations.forward_context import current_context
@@ -22,6 +23,8 @@ class LazyMask(Tensor):
     """
 
     recipe: MaskRecipe
+    by_vmap: bool
+    """Whether the mask function is one that takes single positions."""
     handle: Tensor
     """For a graph, which takes no tensors of this class: memory that leads to the recipe."""
 
@@ -33,7 +36,10 @@ class LazyMask(Tensor):
         mask = torch.Tensor._make_subclass(cls, one.expand(batch, 1, queries, keys))
         mask.recipe = recipe
         mask.handle = one
-        setattr(one.untyped_storage(), RECIPE, recipe)
+        mask.by_vmap = bool(recipe.arguments.get("use_vmap"))
+        if peek_interpreter_stack() is None:
+            # Tensors of torch.func have no memory, and are in no compiled graph.
+            setattr(one.untyped_storage(), RECIPE, recipe)
         return mask
 
     @classmethod

@@ -43,7 +43,7 @@ R = TypeVar("R")
 _GRAPH = "_mm_sparse_graph"
 _NUMBERS = count()
 _LAYERS: weakref.WeakValueDictionary[int, HFLayer] = weakref.WeakValueDictionary()
-_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA")
+_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
 
 
 def number_of(layer: HFLayer) -> Tensor:
@@ -83,6 +83,9 @@ def serves(module: nn.Module, mask: Any, options: dict[str, Any]) -> bool:
         # and only sequences of a packed row need nothing.
         if not layer.packed or options.get("cu_seq_lens_q") is None:
             return False
+    if isinstance(mask, LazyMask) and mask.by_vmap and torch.is_grad_enabled():
+        # vmap does not run where an operator records a graph.
+        return False
     if module.training and options.get("dropout"):
         return False
     return all(options.get(name) is None for name in UNSERVED)
@@ -115,11 +118,14 @@ def _given(layer: HFLayer, q: Tensor, mask: Any, options: dict[str, Any]) -> Giv
 @uncompiled
 def broken_attention(
     attend: Callable[..., R], module: nn.Module, q: Tensor, k: Tensor, v: Tensor,
-    mask: TracedMask, options: dict[str, Any],
+    mask: TracedMask | LazyMask, options: dict[str, Any],
 ) -> R:  # fmt: skip
-    """A call that breaks the graph which made its mask."""
-    known = eager_mask(mask.place, mask.mask, q.device)
-    with only(_as_of_now(context_of(mask.place))):
+    """A call that breaks a graph, in the forward that its mask is of."""
+    if isinstance(mask, LazyMask):
+        known, context = mask, mask.recipe.context
+    else:
+        known, context = eager_mask(mask.place, mask.mask, q.device), context_of(mask.place)
+    with only(_as_of_now(context)):
         return attend(module, q, k, v, known, **options)
 
 
@@ -176,6 +182,24 @@ class _Input(torch.autograd.Function):
         raise RuntimeError("gradients are taken at the output of this node")
 
 
+class _Inputs:
+    """q, k and v where a graph saves them: their numbers, as others may be given for a backward."""
+
+    def __init__(self, *now: Tensor) -> None:
+        self.now = now
+
+    def pack(self, x: Tensor) -> Any:
+        """A hook of saved tensors."""
+        if all(_storage(y) != _storage(x) for y in self.now):
+            return x
+        at = [i for i, y in enumerate(self.now) if _same_view(x, y)]
+        return at[0] if at else x.clone()
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The other one."""
+        return self.now[packed] if isinstance(packed, int) else packed
+
+
 class _Graph:
     """The graph of one call, without the q, k and v of it.
 
@@ -184,35 +208,26 @@ class _Graph:
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, given: Given) -> None:
-        self._now: tuple[Tensor, ...] = q, k, v
+        # Nodes keep the hooks, and hooks must not lead to the nodes: nobody would collect them.
+        self._inputs = _Inputs(q, k, v)
         with _autograd():
             wanted = q.new_empty(0, requires_grad=True)
-            inputs: list[Any] = [_Input.apply(wanted, x) for x in self._now]
+            inputs: list[Any] = [_Input.apply(wanted, x) for x in (q, k, v)]
             self._edges = [get_gradient_edge(x) for x in inputs]
-            with saved_tensors_hooks(self._pack, self._unpack):
+            with saved_tensors_hooks(self._inputs.pack, self._inputs.unpack):
                 self.out = _eager(*inputs, given)
-        self._now = ()
-
-    def _pack(self, x: Tensor) -> Any:
-        shared = [y for y in self._now if _storage(y) == _storage(x)]
-        if not shared:
-            return x
-        at = [i for i, y in enumerate(self._now) if _same_view(x, y)]
-        return at[0] if at else x.clone()
-
-    def _unpack(self, packed: Any) -> Tensor:
-        return self._now[packed] if isinstance(packed, int) else packed
+        self._inputs.now = ()
 
     def gradients(self, dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """For q, k and v, which are given again."""
-        self._now = inputs
+        self._inputs.now = inputs
         try:
             with _autograd():
                 return torch.autograd.grad(
                     self.out, self._edges, dout, retain_graph=True, materialize_grads=True
                 )
         finally:
-            self._now = ()
+            self._inputs.now = ()
 
 
 def _storage(x: Tensor) -> int:
@@ -230,7 +245,7 @@ def _autograd() -> Iterator[None]:
     """Record a graph inside an operator, where torch records none."""
     included = torch._C._dispatch_tls_local_include_set()
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for name in (*_AUTOGRAD, "ADInplaceOrView"):
+    for name in _AUTOGRAD:
         excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield

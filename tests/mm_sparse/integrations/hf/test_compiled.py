@@ -22,6 +22,11 @@ from torch._dynamo.utils import counters
 from mm_sparse.integrations.hf import traced_attention
 from mm_sparse.integrations.layer import LAYER
 
+# Of transformers' own code under dynamo.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 LENGTHS = (200, 181, 230)
 
 
@@ -162,8 +167,6 @@ def test_a_static_cache_that_a_graph_fills_again(kind: str) -> None:
     want = [model(again[:, :120], attention_mask=mask[:, :120], past_key_values=other).logits]
     torch.testing.assert_close(found[0][:, 30:], want[0][:, 30:], atol=1e-5, rtol=1e-5)
     # Steps are dense after a prefill in a graph.
-    stock = build("llama").model
-    stock.load_state_dict(model.state_dict())
     with mms.override_config(model, ratio=1.0):
         whole = torch.zeros(1, 256, dtype=torch.long)
         for t in range(120, 124):
@@ -184,8 +187,8 @@ def test_training_equals_eager(compiled: str, recomputed: str) -> None:
     """Two forwards before a backward pass, frozen weights, padding, and a checkpoint."""
     model = sparse_llama().train()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("q_proj" in name or "v_proj" in name)
-    model.enable_input_require_grads()
+        # Reentrant checkpoints want an input with a gradient.
+        parameter.requires_grad_(any(part in name for part in ("q_proj", "v_proj", "embed")))
     if recomputed != "never":
         model.gradient_checkpointing_enable({"use_reentrant": recomputed == "reentrant"})
 
@@ -229,8 +232,6 @@ def test_modalities_reach_graphs(name: str, how: str) -> None:
         return logits.detach()[inputs["attention_mask"].bool()], gradients(model)
 
     want = [run(model, padding) for padding in ("none", "left", "right")]
-    with mms.set_modality(model, torch.zeros(2, 8, dtype=torch.int8)):
-        pass
     step = model
     if how == "whole":
         step = torch.compile(model, backend="aot_eager")
