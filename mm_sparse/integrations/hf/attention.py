@@ -401,7 +401,9 @@ def dispatch(
                 attention_forward, module, query, key, value, attention_mask, options
             )
     if type(attention_mask) is TracedMask:
-        return broken_attention(attention_forward, module, query, key, value, attention_mask, options)
+        return broken_attention(
+            attention_forward, module, query, key, value, attention_mask, options
+        )
     return _uncompiled_attention(module, query, key, value, attention_mask, **options)
 
 

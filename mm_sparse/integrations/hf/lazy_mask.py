@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map_only
 from mm_sparse.integrations.forward_context import current_context
 from mm_sparse.integrations.hf.mask_spans import MaskRecipe
 
-
 RECIPE = "_mm_sparse_recipe"
 
 

@@ -78,11 +78,12 @@ def serves(module: nn.Module, mask: Any, options: dict[str, Any]) -> bool:
     layer: HFLayer | None = getattr(module, LAYER, None)
     if layer is None or layer.head_split is not None or layer.original != "sdpa":
         return False
-    if not isinstance(mask, (LazyMask, TracedMask)) and torch.is_grad_enabled():
+    known = isinstance(mask, (LazyMask, TracedMask))
+    known = known or (layer.packed and options.get("cu_seq_lens_q") is not None)
+    if torch.is_grad_enabled() and not known:
         # A checkpoint may make the call again when the forward is over: nothing tells of it then,
         # and only sequences of a packed row need nothing.
-        if not layer.packed or options.get("cu_seq_lens_q") is None:
-            return False
+        return False
     if isinstance(mask, LazyMask) and mask.by_vmap and torch.is_grad_enabled():
         # vmap does not run where an operator records a graph.
         return False
@@ -95,7 +96,7 @@ def traced_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
 ) -> Tensor:
     """(B, N, H, D) of a call that `serves`, inside a graph."""
-    layer: HFLayer = getattr(module, LAYER)  # noqa: B009 - the name of the attribute is a constant
+    layer: HFLayer = getattr(module, LAYER)
     q, k, v = autocast_inputs(q, k, v)
     given = _given(layer, q, mask, options)
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -157,9 +158,7 @@ def _as_of_now(context: Context) -> Context:
     return context.later() if in_backward() else context
 
 
-def _eager(
-    q: Tensor, k: Tensor, v: Tensor, given: Given
-) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, given: Given) -> Tensor:
     """(B, N, H, D) of a call in a graph."""
     layer = _LAYERS.get(int(given.number))
     if layer is None:
@@ -212,10 +211,10 @@ class _Graph:
         self._inputs = _Inputs(q, k, v)
         with _autograd():
             wanted = q.new_empty(0, requires_grad=True)
-            inputs: list[Any] = [_Input.apply(wanted, x) for x in (q, k, v)]
-            self._edges = [get_gradient_edge(x) for x in inputs]
+            q, k, v = (_Input.apply(wanted, x) for x in (q, k, v))  # pyright: ignore
+            self._edges = [get_gradient_edge(x) for x in (q, k, v)]
             with saved_tensors_hooks(self._inputs.pack, self._inputs.unpack):
-                self.out = _eager(*inputs, given)
+                self.out = _eager(q, k, v, given)
         self._inputs.now = ()
 
     def gradients(self, dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -124,7 +124,9 @@ def test_prefill_equals_eager(cache: str) -> None:
                 if cache == "dynamic":
                     kwargs = {"past_key_values": DynamicCache(config=model.config)}
                 elif cache == "static":
-                    kwargs = {"past_key_values": StaticCache(config=model.config, max_cache_len=256)}
+                    kwargs = {
+                        "past_key_values": StaticCache(config=model.config, max_cache_len=256)
+                    }
                 found.append(run(ids, attention_mask=shown, **kwargs).logits[shown.bool()])
             torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
     assert not counters["graph_break"]
@@ -398,8 +400,9 @@ def test_settings_of_a_block_break_the_graph_and_hold() -> None:
     step = torch.compile(model, backend="aot_eager")
     before = step(ids, use_cache=False).logits
     seen: list[str] = []
-    with mms.override_config(model, ratio=0.05), mms.capture_attention(
-        model, lambda call: seen.append(call.name)
+    with (
+        mms.override_config(model, ratio=0.05),
+        mms.capture_attention(model, lambda call: seen.append(call.name)),
     ):
         found = step(ids, use_cache=False).logits
         assert len(seen) == 2
