@@ -125,7 +125,7 @@ def only(context: Context) -> Iterator[None]:
 
 
 NO_GRAPH = (
-    "sparse attention is not part of a traced, exported or whole compiled graph: call "
+    "sparse attention is not part of a traced or exported graph: call "
     "mms.densify(model) first, and sparsify the model again afterwards"
 )
 
