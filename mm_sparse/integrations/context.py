@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.forward_context import assigned
+from mm_sparse.integrations.shared_state import counted_as_changed
 from mm_sparse.integrations.state import attention_layers, state_of
 from mm_sparse.scorers import Scorer
 
@@ -65,6 +66,7 @@ def set_modality(model: nn.Module, modality: Tensor) -> Iterator[None]:
     if not trackers:
         raise ValueError(f"model must hold a transformers model, got {type(model).__name__}")
     with ExitStack() as stack:
+        stack.enter_context(counted_as_changed())
         for tracker in trackers:
             stack.enter_context(assigned(tracker, replace(tracker.running, given=modality)))
         yield

@@ -105,8 +105,27 @@ def assigned(owner: Any, value: Any) -> Iterator[None]:
         assign(owner, before)
 
 
+@contextmanager
+def only(context: Context) -> Iterator[None]:
+    """Nothing but this is true in a block."""
+    task = _backward_pass()
+    if task == -1:
+        token = _CONTEXT.set(context)
+        try:
+            yield
+        finally:
+            _CONTEXT.reset(token)
+        return
+    before = _RECOMPUTED.task, _RECOMPUTED.context
+    _RECOMPUTED.task, _RECOMPUTED.context = task, context
+    try:
+        yield
+    finally:
+        _RECOMPUTED.task, _RECOMPUTED.context = before
+
+
 NO_GRAPH = (
-    "sparse attention is not part of a traced, exported or whole compiled graph: call "
+    "sparse attention is not part of a traced or exported graph: call "
     "mms.densify(model) first, and sparsify the model again afterwards"
 )
 
@@ -118,6 +137,11 @@ def uncompiled(function: F) -> F:
     """A function that `torch.compile` leaves out of its graphs; it may be a method."""
     disabled: Any = torch.compiler.disable(function, reason=NO_GRAPH)
     return disabled
+
+
+def is_exporting() -> bool:
+    """Whether a model is being exported. Dynamo takes `torch.compiler.is_exporting` for true."""
+    return torch.compiler._is_exporting_flag
 
 
 def refuse_export() -> None:

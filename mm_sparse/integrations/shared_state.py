@@ -21,6 +21,18 @@ CHANGED = [0]
 _LOCK = Lock()
 
 
+@contextmanager
+def counted_as_changed() -> Iterator[None]:
+    """Around a block in which something holds that no compiled graph knows."""
+    with _LOCK:
+        CHANGED[0] += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            CHANGED[0] -= 1
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """How layers attend now; `override_config` and its kin change them around a block."""
@@ -77,14 +89,8 @@ class Shared:
         """Other settings around a block, in this thread, also where blocks are recomputed later."""
         if self.memory is not None:
             self.memory.attach()
-        with _LOCK:
-            CHANGED[0] += 1
-        try:
-            with assigned(self, replace(self.settings, **changes)):
-                yield
-        finally:
-            with _LOCK:
-                CHANGED[0] -= 1
+        with counted_as_changed(), assigned(self, replace(self.settings, **changes)):
+            yield
 
     def layer_config(
         self, index: int | None, name: str, prefix: int, now: SparseConfig | None = None

@@ -17,9 +17,8 @@ from torch.nn.functional import cross_entropy
 
 import mm_sparse as mms
 from mm_sparse.integrations import is_sparsified, state_of, sum_gradients
+from mm_sparse.recipes.data import IGNORED
 from mm_sparse.recipes.training.sequence_strategy import SequenceParallelStrategy
-
-IGNORED = -100
 
 
 class SharedSequences:

@@ -42,6 +42,13 @@ from mm_sparse.integrations.hf.discovery import (
 )
 from mm_sparse.integrations.hf.lazy_mask import LazyMask, lazy_mask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
+from mm_sparse.integrations.hf.traced_attention import (
+    broken_attention,
+    number_of,
+    serves,
+    traced_attention,
+)
+from mm_sparse.integrations.hf.traced_mask import TracedMask, traced_mask
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import CHANGED, Shared
@@ -83,12 +90,16 @@ class HFLayer(SparseLayer):
         """What steps in a graph read, by address and shape of the keys of a static cache."""
         self.forgotten: set[Any] = set()
         """Places of caches that are gone, of which a graph may have read."""
+        self.number = number_of(self)
+        """By which an operator in a graph finds the layer."""
         self._unserved: Any = None
         """Config, None without one, and hook of a module that keeps its own attention."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A process that unpickles the model may never have sparsified one.
         vars(self).update(state)
+        # A copy is a layer of its own.
+        self.number = number_of(self)
         register()
 
     @property
@@ -131,7 +142,7 @@ class HFLayer(SparseLayer):
         tracker = self.source.tracker
         split = self.head_split is not None
         if self.original != "sdpa" or self.refusal is not None or split:
-            tracker.traceable = False
+            tracker.traceable = tracker.servable = False
             return
         config = self.shared.base.config
         sparse = self.known_mode(config)[0] == "sparse"
@@ -145,6 +156,12 @@ class HFLayer(SparseLayer):
                 for device, length in lengths.items():
                     known = tracker.dense_below.get(device, sys.maxsize)
                     tracker.dense_below[device] = min(known, length)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A call as transformers makes it, outside of a graph."""
+        return attention_forward(self.module, q, k, v, mask, **options)
 
     def split_heads(self, split: HeadPart | None) -> None:
         """Attend with the heads of a rank from here on; None: with all."""
@@ -381,14 +398,27 @@ def dispatch(
             return traced_step(module, query, key, value, attention_mask, scale), None
         least: dict[str, int] = getattr(module, DENSE_STEPS if step else DENSE_CALLS, {})
         known = not CHANGED[0] and key.shape[2] < least.get(query.device.type, 0)
-        lazy = isinstance(attention_mask, LazyMask)
-        if (known or number == DENSE) and not lazy and _plain(options):
-            return _sdpa(module, query, key, value, attention_mask, **options)
+        own = attention_mask
+        if type(own) is TracedMask and own.has_stock:
+            own = own.stock
+        stock = own is None or type(own) is Tensor
+        if (known or number == DENSE) and stock and _plain(options):
+            return _sdpa(module, query, key, value, own, **options)
+        if not (step or CHANGED[0]) and serves(module, attention_mask, options):
+            return traced_attention(module, query, key, value, attention_mask, options), None
+        if isinstance(attention_mask, LazyMask) and not CHANGED[0]:
+            return broken_attention(
+                attention_forward, module, query, key, value, attention_mask, options
+            )
+    if type(attention_mask) is TracedMask:
+        return broken_attention(
+            attention_forward, module, query, key, value, attention_mask, options
+        )
     return _uncompiled_attention(module, query, key, value, attention_mask, **options)
 
 
 def mask_or_lazy(**arguments: Any) -> Any:
-    """`lazy_mask`; inside a compiled graph, of steps and short calls, the mask that SDPA gets."""
+    """`lazy_mask`; inside a compiled graph a `TracedMask`, or for SDPA its own."""
     if torch.compiler.is_compiling():
         from transformers.masking_utils import sdpa_mask
 
@@ -398,8 +428,9 @@ def mask_or_lazy(**arguments: Any) -> Any:
             return sdpa_mask(**{**arguments, **skips})  # pyright: ignore
         device = torch.device(arguments.get("device", "cpu")).type
         simple = queries == keys and not CHANGED[0] and not arguments.get("use_vmap")
-        if simple and keys < BREAK_EVEN["call"].get(device, 0):
-            return sdpa_mask(**arguments)  # pyright: ignore
+        if not CHANGED[0]:
+            short = simple and keys < BREAK_EVEN["call"].get(device, 0)
+            return traced_mask(arguments, stock=short)
     return _uncompiled_mask(**arguments)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse.attention import PackedBounds
+from mm_sparse.integrations.forward_context import in_backward
 from mm_sparse.integrations.hf.lazy_mask import LazyMask
 from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.layout_cache import PlainLayouts
@@ -85,6 +86,13 @@ class HFLayoutSource:
             call = memo[key] = CallLayout(layout, first, prefix)
         self.plain.keep_captured(call)
         return call
+
+    @property
+    def lost_forward(self) -> bool:
+        """Whether nothing is known of a forward whose tokens may be of several modalities."""
+        tracker = self.tracker
+        several = self.modality is None and bool(tracker.tokens)
+        return several and not (tracker.running.depth or in_backward())
 
     @property
     def takes_bounds_of_text(self) -> bool:

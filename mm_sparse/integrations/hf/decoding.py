@@ -127,6 +127,16 @@ def _record(layer: HFLayer, place: Any, decoding: LayerDecoding, k: Tensor) -> b
     return gone
 
 
+def forget_recorded(layer: HFLayer, k: Tensor) -> None:
+    """A compiled prefill has written keys of this shape: what was written down may be of others."""
+    old = [place for place in layer.recorded if place[1] == tuple(k.shape)]
+    for place in old:
+        del layer.recorded[place]
+        layer.forgotten.add(place)
+    if old:
+        vars(layer.module)[NUMBER] = DENSE
+
+
 def _is_alive(decoding: LayerDecoding) -> bool:
     return decoding.keys is not None and decoding.keys() is not None
 

@@ -65,6 +65,14 @@ def check_unchanged(cached: Any) -> None:
             held.asked = False
 
 
+def forget_asked(cached: Any) -> None:
+    """Before a forward in a graph, which does not come here: its layers are not as they were."""
+    for layer in getattr(cached, "layers", ()):
+        held = getattr(layer, HELD, None)
+        if held is not None:
+            held.asked = False
+
+
 def descriptors_for(
     cached: Any, index: int | None, keys: Tensor, scorer: Scorer
 ) -> DescriptorCache | None:

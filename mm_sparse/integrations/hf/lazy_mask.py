@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._pytree import tree_map_only
 
+from mm_sparse.integrations.forward_context import current_context
 from mm_sparse.integrations.hf.mask_spans import MaskRecipe
+
+RECIPE = "_mm_sparse_recipe"
 
 
 class LazyMask(Tensor):
@@ -18,14 +22,23 @@ class LazyMask(Tensor):
     """
 
     recipe: MaskRecipe
+    by_vmap: bool
+    """Whether the mask function is one that takes single positions."""
+    handle: Tensor
+    """For a graph, which takes no tensors of this class: memory that leads to the recipe."""
 
     @staticmethod
     def __new__(cls, recipe: MaskRecipe) -> LazyMask:
         batch, queries, keys = recipe.shape
         device = recipe.arguments.get("device", "cpu")
-        one = torch.ones(1, dtype=torch.bool, device=device).expand(batch, 1, queries, keys)
-        mask = torch.Tensor._make_subclass(cls, one)
+        one = torch.ones(1, dtype=torch.bool, device=device)
+        mask = torch.Tensor._make_subclass(cls, one.expand(batch, 1, queries, keys))
         mask.recipe = recipe
+        mask.handle = one
+        mask.by_vmap = bool(recipe.arguments.get("use_vmap"))
+        if peek_interpreter_stack() is None:
+            # Tensors of torch.func have no memory, and are in no compiled graph.
+            setattr(one.untyped_storage(), RECIPE, recipe)
         return mask
 
     @classmethod
@@ -88,6 +101,20 @@ def _takes_all(mask: LazyMask, index: Any) -> bool:
     )
 
 
+def recipe_of(mask: Tensor) -> MaskRecipe:
+    """The recipe of what a graph has in place of a `LazyMask`.
+
+    Raises:
+        RuntimeError: it is a copy.
+    """
+    recipe = getattr(mask.untyped_storage(), RECIPE, None)
+    if recipe is None:
+        raise RuntimeError("a compiled graph has copied the mask of a sparsified model")
+    return recipe
+
+
 def lazy_mask(**arguments: Any) -> LazyMask:
     """A mask function for transformers' `AttentionMaskInterface`."""
-    return LazyMask(MaskRecipe(**arguments))
+    recipe = MaskRecipe(**arguments)
+    recipe.context = current_context()
+    return LazyMask(recipe)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_sparse.integrations.forward_context import Context
+
 # A mask function is checked on every (query, key) up to this many, at random points beyond.
 EXHAUSTIVE = 1 << 24
 
@@ -22,6 +24,9 @@ SAMPLES = 1 << 16
 
 class MaskRecipe:
     """The arguments with which transformers asks for a mask; evaluated only where it matters."""
+
+    context = Context()
+    """What was true of the forward that asked for the mask."""
 
     def __init__(self, **arguments: Any) -> None:
         for name in ("q_offset", "kv_offset"):

@@ -19,6 +19,7 @@ from mm_sparse.integrations.forward_context import (
     ForwardMemory,
     assign,
     current,
+    is_exporting,
     refuse_export,
     uncompiled,
 )
@@ -30,6 +31,8 @@ from mm_sparse.modality import Modality
 # A cache carries the modality of what is in it: copies and several sequences at once stay right.
 CARRIED = "_mm_sparse_modality"
 CARRIED_FRAMES = "_mm_sparse_frames"
+ENTERED = "_mm_sparse_entered"
+"""Attribute of a model whose forward runs, where the hooks of the forward are in no graph."""
 # An id that a config gives to both is that of images, which come last.
 _NAMES = {
     "video_token_id": Modality.VIDEO,
@@ -111,6 +114,10 @@ class ModalityTracker:
         """By device, tokens below which all layers are the model's own SDPA."""
         self.traceable = True
         """Whether all layers have SDPA for their own attention."""
+        self.servable = True
+        """Whether all layers can be operators of a graph."""
+        self.entered = False
+        """Whether a forward runs whose hooks are in no graph."""
         self._models: list[nn.Module] = []
         self._warned = False
 
@@ -138,8 +145,27 @@ class ModalityTracker:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if not self._needs_nothing(args, kwargs):
+        if not (self._needs_nothing(args, kwargs) or self._stays_in_graph(module, args, kwargs)):
             self._before(module, args, kwargs)
+
+    def _stays_in_graph(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward in a compiled graph has nothing to tell its layers beside their masks.
+
+        It is that of a text model, or of a part of a model whose forward is known already.
+        """
+        if not torch.compiler.is_compiling() or is_exporting() or CHANGED[0] or not self.servable:
+            return False
+        if self.entered:
+            return True
+        if self.tokens or argument_of(module, args, kwargs, "cu_seq_lens_q") is not None:
+            return False
+        weights = argument_of(module, args, kwargs, "output_attentions")
+        if weights is None:
+            weights = getattr(getattr(module, "config", None), "output_attentions", False)
+        if weights:
+            return False
+        kv_cache.forget_asked(argument_of(module, args, kwargs, "past_key_values"))
+        return True
 
     def _needs_nothing(self, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a forward in a compiled graph is a step, whose token is text, or all dense."""
@@ -169,6 +195,7 @@ class ModalityTracker:
         running = replace(running, depth=running.depth + 1)
         # Before anything can fail: `after` is called for this forward in any case.
         assign(self, running)
+        self.entered = vars(module)[ENTERED] = True
         if running.cache is None:
             cache = argument_of(module, args, kwargs, "past_key_values")
             kv_cache.check_unchanged(cache)
@@ -218,12 +245,15 @@ class ModalityTracker:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook: a cache that the model made itself carries the modality from here on."""
-        if not self._needs_nothing(args, kwargs):
-            self._after(output)
+        compiling = torch.compiler.is_compiling() and not is_exporting()
+        if getattr(module, ENTERED, False) or not compiling:
+            self._after(module, output)
 
     @uncompiled
-    def _after(self, output: Any) -> None:
+    def _after(self, module: nn.Module, output: Any) -> None:
         running = self.running
+        vars(module).pop(ENTERED, None)
+        self.entered = running.depth > 1 or running.outer is not None
         if running.depth > 1:
             assign(self, replace(running, depth=running.depth - 1))
             return

@@ -55,15 +55,18 @@ class PackedTower:
         """Set the hook on the tower; returns its handle."""
         return [self.tower.register_forward_pre_hook(self._give_bounds, with_kwargs=True)]
 
-    @uncompiled
     def _give_bounds(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook."""
-        changed = {name: x for name, x in kwargs.items() if name not in BOUNDS}
         if self.joins:
-            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            bounds = _bounds_of_images(given["pixel_values"], given.get("image_sizes"), tower)
-            changed |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "is_causal": False}
-        return args, changed
+            return self._give_own_bounds(tower, args, kwargs)
+        return args, {name: x for name, x in kwargs.items() if name not in BOUNDS}
+
+    @uncompiled
+    def _give_own_bounds(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        bounds = _bounds_of_images(given["pixel_values"], given.get("image_sizes"), tower)
+        own = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "is_causal": False}
+        return args, {**{name: x for name, x in kwargs.items() if name not in BOUNDS}, **own}
 
 
 def _bounds_of_images(pixels: Tensor, sizes: Any, tower: Any) -> Tensor:

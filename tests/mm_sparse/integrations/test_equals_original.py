@@ -43,6 +43,8 @@ def test_other_caches_equal_stock(cache: str) -> None:
 
 
 @pytest.mark.slow
+# Of dynamo, which traces the mask function by vmap.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @torch.no_grad()
 def test_compiled_model_equals_stock() -> None:
     case = build("gemma3")
