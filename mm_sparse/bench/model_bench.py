@@ -258,7 +258,9 @@ def _compiled_blocks(model: Any) -> Iterator[None]:
     for block in blocks:
         block.compile()
     try:
-        yield
+        # The number of a layer is a constant of its graph where there is a cache.
+        with torch._dynamo.config.patch(recompile_limit=max(8, 4 * len(blocks))):
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None

@@ -75,6 +75,7 @@ def test_a_recipe_says_its_command_and_what_it_needs_first(path):
         "distill/whisper": "distillation.towers",
         "distill/smollm2": "distillation.language",
         "finetune/qwen2_5_vl_7b": "run.finetune_checkpoint",
+        "finetune/qwen2_5_vl_7b_long": "run.finetune_checkpoint",
         "finetune/qwen2_audio": "run.finetune_checkpoint",
         "finetune/smollm2": "run.finetune_language",
         "finetune/smolvlm": "run.finetune_checkpoint",

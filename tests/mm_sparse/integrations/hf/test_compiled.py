@@ -423,6 +423,8 @@ def test_inductor_equals_eager(compiled: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("compiled", ["whole", "blocks", "reduce-overhead"])
 def test_gpu_inductor_equals_eager(compiled: str) -> None:
     compare_with_inductor(compiled, "cuda", torch.float32, 5e-3)
