@@ -1,17 +1,11 @@
 """Processes (gloo) that share a prompt say what one says, and each keeps the keys of its heads."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.support.process_runs import run_processes
 from tests.support.split_generation import NEW, cases_for
 
-ROOT = Path(__file__).resolve().parents[4]
-SCRIPT = ROOT / "tests" / "support" / "split_generation.py"
 SLOW = {2: (), 4: pytest.mark.slow}
 CASES = [
     pytest.param(size, name, marks=marks)
@@ -29,14 +23,7 @@ def answers(tmp_path_factory):
     def of(size):
         if size not in found:
             file = tmp_path_factory.mktemp("generation") / "answers.pt"
-            path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            done = subprocess.run(
-                [sys.executable, str(SCRIPT), str(size), str(file)],
-                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3000:]
-            found[size] = torch.load(file)
+            found[size] = run_processes("split_generation.py", size, file, 280)
         return found[size]
 
     return of

@@ -1,17 +1,11 @@
 """Two and four processes (gloo) that share sequences give what one process gives."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.support.process_runs import run_processes
 from tests.support.sequence_run import SCENARIOS, scenarios_for
 
-ROOT = Path(__file__).resolve().parents[4]
-SCRIPT = ROOT / "tests" / "support" / "sequence_run.py"
 SLOW = {2: (), 4: pytest.mark.slow}
 SIZES = [pytest.param(size, marks=marks) for size, marks in SLOW.items()]
 CASES = [
@@ -31,14 +25,7 @@ def outcomes(tmp_path_factory):
     def of(size):
         if size not in found:
             file = tmp_path_factory.mktemp("sequence") / "outcomes.pt"
-            path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            done = subprocess.run(
-                [sys.executable, str(SCRIPT), str(size), str(file)],
-                cwd=ROOT, env=environment, capture_output=True, text=True, timeout=840,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3000:]
-            found[size] = torch.load(file)
+            found[size] = run_processes("sequence_run.py", size, file, 840)
         return found[size]
 
     return of
