@@ -313,7 +313,7 @@ def attention_forward(
         original=lambda: layer.run_dense(query, key, value, attention_mask, options),
         format_output=_with_no_weights,
     )  # fmt: skip
-    if query.shape[2] < key.shape[2]:
+    if query.shape[2] < key.shape[2] or given.sliding_window:
         prepare_steps(layer, query, key, value, attention_mask, given)
     return out
 
@@ -392,6 +392,9 @@ def dispatch(
     """`attention_forward`, of which steps of decoding and dense calls stay in a compiled graph."""
     if torch.compiler.is_compiling():
         step = query.shape[2] == 1
+        if step and type(attention_mask) is LazyMask and attention_mask.stock is not None:
+            # A recipe would make a graph of its own for steps that differ in a number.
+            attention_mask = attention_mask.stock
         number = getattr(module, NUMBER, None) if step else None
         if number is not None and number != DENSE and attention_mask is not None:
             scale = options.get("scaling")

@@ -75,6 +75,9 @@ def prepare_steps(
     """After the prefill of a static cache: write down what steps in a graph need."""
     module = vars(layer.module)
     if not _is_static(layer, k):
+        if options.sliding_window and _static_layer(layer) is not None:
+            # Such a cache returns all keys of a prompt, and holds those of the window.
+            module[NUMBER] = DENSE
         return
     tokens = _tokens_in_view(mask, q, k, options)
     place = k.data_ptr(), tuple(k.shape)
@@ -244,8 +247,14 @@ def _newest_is_text(layer: HFLayer, mask: LazyMask, tokens: int) -> bool:
 
 
 def _is_static(layer: HFLayer, k: Tensor) -> bool:
+    held = _static_layer(layer)
+    return held is not None and held.keys is k
+
+
+def _static_layer(layer: HFLayer) -> Any:
+    """What a static cache holds of the layer; None of other caches."""
     held = kv_cache.cache_layer(layer.source.tracker.running.cache, layer.index)
-    return held is not None and held.keys is k and bool(getattr(held, "is_compileable", False))
+    return held if getattr(held, "is_compileable", False) else None
 
 
 def _decoding(

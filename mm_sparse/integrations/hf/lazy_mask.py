@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 from mm_sparse.integrations.forward_context import current_context
@@ -24,6 +25,8 @@ class LazyMask(Tensor):
     recipe: MaskRecipe
     by_vmap: bool
     """Whether the mask function is one that takes single positions."""
+    stock: Tensor | None
+    """(B, 1, 1, C) bool of a step of a static cache, as SDPA has it: of one size in all steps."""
     handle: Tensor
     """For a graph, which takes no tensors of this class: memory that leads to the recipe."""
 
@@ -34,6 +37,7 @@ class LazyMask(Tensor):
         one = torch.ones(1, dtype=torch.bool, device=device)
         mask = torch.Tensor._make_subclass(cls, one.expand(batch, 1, queries, keys))
         mask.recipe = recipe
+        mask.stock = None
         mask.handle = one
         mask.by_vmap = bool(recipe.arguments.get("use_vmap"))
         if peek_interpreter_stack() is None:
@@ -115,6 +119,24 @@ def recipe_of(mask: Tensor) -> MaskRecipe:
 
 def lazy_mask(**arguments: Any) -> LazyMask:
     """A mask function for transformers' `AttentionMaskInterface`."""
-    recipe = MaskRecipe(**arguments)
+    recipe = MaskRecipe(**_of_fixed_size(arguments))
     recipe.context = current_context()
-    return LazyMask(recipe)
+    mask = LazyMask(recipe)
+    # So transformers says that the cache is static.
+    if arguments["q_length"] == 1 and not arguments.get("allow_is_causal_skip", True):
+        mask.stock = recipe.original("sdpa")
+    return mask
+
+
+def _of_fixed_size(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A step of a static cache with a padding mask as wide as the cache, as all steps have it.
+
+    `generate` has one that grows by a token a step, and a CUDA graph is of one size.
+    """
+    padding, offset = arguments.get("attention_mask"), arguments.get("kv_offset", 0)
+    if padding is None or arguments["q_length"] != 1 or isinstance(offset, Tensor):
+        return arguments
+    missing = arguments["kv_length"] + offset - padding.shape[-1]
+    if missing <= 0:
+        return arguments
+    return arguments | {"attention_mask": pad(padding, (0, missing))}

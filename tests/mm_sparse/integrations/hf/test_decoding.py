@@ -288,6 +288,36 @@ def test_generate_takes_a_static_cache() -> None:
     assert model.generate(ids, cache_implementation="static", **options).equal(want)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("below", [0, 50, 1000])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2_5_vl"])
+@torch.no_grad()
+def test_generate_compiles_as_many_graphs_as_for_the_stock_model(name: str, below: int) -> None:
+    """Its masks are made outside of the graph, and grow; "gemma3" has sliding windows, too."""
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    compiled = CompileConfig(fullgraph=False, backend="eager")
+    compiled._compile_all_devices = True  # transformers compiles on GPUs alone
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    model, ids, graphs = build(name).model, long_ids(60)[:1], []
+    config = mms.SparseConfig(ratio=0.3, dense_below=below)
+    for sparse in (False, True):
+        if sparse:
+            mms.sparsify(model, config)
+        want = model.generate(ids, **options)
+        torch.compiler.reset()
+        counters.clear()
+        found = model.generate(
+            ids, cache_implementation="static", compile_config=compiled, **options
+        )
+        assert found.equal(want)
+        assert not counters["graph_break"]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] <= graphs[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("unit", [16, 64])
 @torch.no_grad()
