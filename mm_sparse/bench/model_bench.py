@@ -257,9 +257,12 @@ def _compiled_blocks(model: Any) -> Iterator[None]:
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     for block in blocks:
         block.compile()
+    # The number of a layer is a constant of its graph where there is a cache.
+    limit = torch._dynamo.config.patch(recompile_limit=max(8, 4 * len(blocks)))
+    # A cached trace does not tell FlashAttention-2 from cuDNN.
+    fresh = torch._functorch.config.patch(enable_autograd_cache=False)
     try:
-        # The number of a layer is a constant of its graph where there is a cache.
-        with torch._dynamo.config.patch(recompile_limit=max(8, 4 * len(blocks))):
+        with limit, fresh:
             yield
     finally:
         for block in blocks:

@@ -232,7 +232,8 @@ class SparseLayer(ABC):
         record = self.record = LastCall(mode, reason, q.shape[-2], k.shape[-2], kept)
         if settings.watchers and not (settings.recomputed or in_backward()):
             # What watchers compute is none of the saved tensors of a checkpoint around the layer.
-            with saved_tensors_hooks(_as_it_is, _as_it_is):
+            # Detached, as an output leads to the node that saves it: nobody would collect the two.
+            with saved_tensors_hooks(torch.Tensor.detach, _as_it_is):
                 self._notify(q, k, v, scale, call, shown, reason, start, kept is not None)
         return result, record
 

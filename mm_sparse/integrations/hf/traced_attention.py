@@ -190,7 +190,8 @@ class _Inputs:
     def pack(self, x: Tensor) -> Any:
         """A hook of saved tensors."""
         if all(_storage(y) != _storage(x) for y in self.now):
-            return x
+            # An output leads to the node that saves it, and nobody would collect the two.
+            return x.detach()
         at = [i for i, y in enumerate(self.now) if _same_view(x, y)]
         return at[0] if at else x.clone()
 

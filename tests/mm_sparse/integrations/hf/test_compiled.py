@@ -316,6 +316,24 @@ def test_nothing_is_left_of_a_forward_without_a_backward_pass(
     assert all(graph() is None for graph in graphs)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_no_tensor_is_left_of_a_step(checkpoint: bool) -> None:
+    model = sparse_llama().train()
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    ids = long_ids(200)[:, :200]
+    least, left = model.config.head_dim * ids.numel(), []
+    for _ in range(3):
+        model(ids, use_cache=False).logits.square().mean().backward()
+        model.zero_grad()
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is Tensor]
+        left.append(sum(x.numel() >= least and x.is_floating_point() for x in tensors))
+    assert left[1] == left[2]
+
+
 def test_a_backward_pass_without_the_kept_graph_makes_the_call_again() -> None:
     """Hooks that copy what autograd saves lose it."""
     from torch.autograd.graph import saved_tensors_hooks
