@@ -73,6 +73,8 @@ def check(group: dist.ProcessGroup, device: str) -> dict[str, Any]:
                 for key, (index, count) in alone.units.items()
             ),
         }
+        if group.rank() == 0:
+            print(json.dumps({name: found[name]}), flush=True)
     return found
 
 
