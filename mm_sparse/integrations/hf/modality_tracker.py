@@ -31,6 +31,8 @@ from mm_sparse.modality import Modality
 # A cache carries the modality of what is in it: copies and several sequences at once stay right.
 CARRIED = "_mm_sparse_modality"
 CARRIED_FRAMES = "_mm_sparse_frames"
+TYPES = "mm_token_type_ids"
+"""Argument in which processors of transformers say what stands for an image (1) and a video (2)."""
 ENTERED = "_mm_sparse_entered"
 """Attribute of a model whose forward runs, where the hooks of the forward are in no graph."""
 # An id that a config gives to both is that of images, which come last.
@@ -231,6 +233,11 @@ class ModalityTracker:
         if ids is None and running.given is None and not past:
             self.warn_of_text(f"{self.name} was given inputs_embeds and no input_ids")
         fresh = self._look_up(ids, embeds)
+        # Some models write frames of a video with the placeholder of images.
+        types = argument_of(module, args, kwargs, TYPES)
+        if isinstance(types, Tensor) and types.shape == fresh.shape:
+            framed = (types.to(fresh.device) == 2) & (fresh == int(Modality.IMAGE))
+            fresh.masked_fill_(framed, int(Modality.VIDEO))
         if running.given is not None:
             given = running.given.to(fresh.device, torch.int8)
             given = self._match_rows(given, len(fresh))[:, past : past + fresh.shape[1]]

@@ -12,7 +12,7 @@ from mm_sparse.integrations.hf.modality_tracker import special_tokens
 from mm_sparse.integrations.hf.video_frames import first_of_frames, merge_size
 from mm_sparse.layout.patch_order import patch_order
 from mm_sparse.modality import Modality
-from tests.support.hf_models import SPARSE, VIDEO, VISION_START, WHOLE, build
+from tests.support.hf_models import IMAGE, SPARSE, TEXT, VIDEO, VISION_START, WHOLE, build
 
 tf: Any = pytest.importorskip("transformers")
 
@@ -72,6 +72,36 @@ def test_video_and_its_frames_are_known_in_a_forward(side: str) -> None:
     del given["video_grid_thw"], given["pixel_values_videos"], given["mm_token_type_ids"]
     (layout,) = layouts_of(case.model, lambda: case.model(**given))
     assert frames_of(layout) == [[sum(sizes)] for sizes in SIZES]
+
+
+@torch.no_grad()
+def test_frames_with_the_placeholder_of_images_are_video() -> None:
+    """As the processor of GLM-4V writes them: types of tokens tell that they are a video."""
+    torch.manual_seed(0)
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+        "out_hidden_size": 32, "patch_size": 4, "image_size": 32,
+    }  # fmt: skip
+    config = tf.Glm4vConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
+    )
+    model = tf.Glm4vForConditionalGeneration(config).eval()
+    words = torch.randint(3, 90, (12,))
+    frame = torch.full((16,), IMAGE)
+    ids = torch.cat([words[:4], frame, words[4:6], frame, words[6:]])[None]
+    types = (ids == IMAGE).long() * 2
+    given = {
+        "input_ids": ids, "mm_token_type_ids": types,
+        "pixel_values_videos": torch.randn(128, 3 * 2 * 4 * 4),
+        "video_grid_thw": torch.tensor([[2, 8, 8]]),
+    }  # fmt: skip
+    want = model(**given).logits
+    mms.sparsify(model, WHOLE)
+    torch.testing.assert_close(model(**given).logits, want, atol=1e-4, rtol=1e-4)
+    (layout,) = layouts_of(model, lambda: model(**given))
+    assert layout.modality.equal((ids == IMAGE).to(torch.int8) * int(Modality.VIDEO))
+    assert frames_of(layout) == [[16, 16]]
 
 
 @pytest.mark.parametrize("beams", [1, 2])
