@@ -267,6 +267,32 @@ def test_4_bits_without_bitsandbytes_name_the_extra(folder: str, monkeypatch) ->
         CheckpointModel(folder, lora=LoraConfig(), load_in_4bit=True)
 
 
+def test_adapters_learn_on_weights_of_4_bits(
+    folder: str, pictures: Messages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    # Some CPUs get another packing in eval mode, from which nothing learns any more.
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+    goals = Objectives(language=1.0, scorers=0.5)
+    module = CheckpointModel(
+        folder, SPARSE, objectives=goals, lora=LoraConfig(rank=2), load_in_4bit=True,
+        checkpointing=True, **FAST,
+    )  # fmt: skip
+    assert any(isinstance(x, modules.Linear4bit) for x in module.modules())
+    data = ChatData(folder, pictures, validation=pictures, batch_size=3)
+    before = copies(module)
+    trainer = train(module, data, 4)
+    assert all("lora_" in name or name.startswith("scorers.") for name in moved(module, before))
+    assert moved(module, before)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = CheckpointModel.load_from_checkpoint(tmp_path / "half.ckpt")
+    assert train(again, data, 6, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    again.export(tmp_path / "exported", merge=False)
+    assert (tmp_path / "exported" / "adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match="merge must be false"):
+        again.export(tmp_path / "merged")
+
+
 def test_folders_without_a_model_are_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="folder must hold a processor, got"):
