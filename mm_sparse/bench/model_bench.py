@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from mm_sparse.bench.model_shapes import ModelShape
 from mm_sparse.bench.results import reason
@@ -260,7 +261,7 @@ def _compiled_blocks(model: Any) -> Iterator[None]:
     # The number of a layer is a constant of its graph where there is a cache.
     limit = torch._dynamo.config.patch(recompile_limit=max(8, 4 * len(blocks)))
     # A cached trace does not tell FlashAttention-2 from cuDNN.
-    fresh = torch._functorch.config.patch(enable_autograd_cache=False)
+    fresh = functorch_config.patch(enable_autograd_cache=False)
     try:
         with limit, fresh:
             yield

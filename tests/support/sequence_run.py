@@ -43,6 +43,8 @@ class Outcome:
     scorer_loss: Tensor
     logits: Tensor
     sparse: dict[str, bool] = field(default_factory=dict)
+    encoded: list[int] = field(default_factory=list)
+    """Tokens of each call of a layer of a tower, where towers are shared."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Scenario:
     """By FSDP2 over all processes, which takes means of gradients."""
     replicas: int = 1
     """Groups of processes, each with rows of its own."""
+    towers_shared: bool = False
+    """Whether each process encodes some of the images, so that towers have units of these alone."""
 
 
 def llama(**changes: Any) -> Callable[[], nn.Module]:
@@ -93,7 +97,8 @@ def pictures(make: Callable[[], hf_models.Case]) -> dict[str, Tensor]:
         "attention_mask": torch.ones_like(more),
         "mm_token_type_ids": torch.zeros_like(more),
     }.items():
-        batch[name] = torch.cat([batch[name], new], 1)
+        if name in batch:
+            batch[name] = torch.cat([batch[name], new], 1)
     ids = batch["input_ids"]
     return {**batch, "labels": ids.masked_fill(batch["attention_mask"] == 0, -100)}
 
@@ -154,6 +159,17 @@ SCENARIOS = {
 SCENARIOS["pictures, deep"] = Scenario(
     lambda: qwen3_vl().model, lambda: pictures(qwen3_vl), PICTURES
 )
+TOWERS = {
+    "images": hf_models.qwen2_5_vl,
+    "images, deep": qwen3_vl,
+    "images of a batch": hf_models.smolvlm,
+    "clips": hf_models.qwen2_audio,
+}
+for name, case in TOWERS.items():
+    SCENARIOS[name] = Scenario(
+        lambda case=case: case().model, lambda case=case: pictures(case), PICTURES, scorer=None,
+        towers_shared=True,
+    )  # fmt: skip
 # More ranks than KV heads, with four of them; such a batch has one row, or rows alike.
 MANY = replace(SPARSE, ratio=0.2)
 
@@ -178,7 +194,7 @@ for heads in (1, 2):
 def scenarios_for(size: int) -> list[str]:
     """Those of so many processes."""
     # Two KV heads, and rows of which each has a picture.
-    out = ("pictures",) if size > 2 else ()
+    out = ("pictures", "images", "images of a batch", "clips") if size > 2 else ()
     return [n for n, s in SCENARIOS.items() if n not in out and (s.replicas == 1 or size == 4)]
 
 
@@ -218,9 +234,14 @@ def step(
     """Loss and gradients of a model alone, or of the ranks of a group together."""
     model = made(scenario, device, dtype)
     batch = {name: x.to(device) for name, x in scenario.batch().items()}
-    units, sparse = {}, {}
+    units, sparse, encoded = {}, {}, []
+
+    layers = mms.attention_layers(model)
 
     def watch(call: mms.AttentionCall) -> None:
+        if scenario.towers_shared and layers[call.name].modality is not None:
+            encoded.append(call.q.shape[0] * call.q.shape[2])
+            return
         sparse[call.name] = call.sparse
         if call.selection is not None:
             # gloo does not send integers of 16 bits.
@@ -266,7 +287,7 @@ def step(
         for name, p in named
         if p.grad is not None
     }
-    return Outcome(loss, grads, units, taught, logits, sparse)
+    return Outcome(loss, grads, units, taught, logits, sparse, encoded)
 
 
 def _all_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -23,6 +23,7 @@ from mm_sparse.integrations.ulysses.gradients import sum_gradients
 from mm_sparse.integrations.ulysses.head_split import HeadSplit
 from mm_sparse.integrations.ulysses.split_cache import SplitCache
 from mm_sparse.integrations.ulysses.token_split import TokenSplit, find_blocks
+from mm_sparse.integrations.ulysses.tower_split import TowerSplit, find_towers
 
 
 class SequenceParallel:
@@ -43,6 +44,9 @@ class SequenceParallel:
         for name, layer in self._layers.items():
             layer.split_heads(splits[name])
         self._handles = self._tokens.attach(owner)
+        known = {n: x for n, x in self._state.layers.items() if isinstance(x, HFLayer)}
+        for tower, layers in find_towers(model, known, blocks.modules[0]):
+            self._handles += TowerSplit(tower, layers, group).attach()
         self._handles.append(model.register_forward_pre_hook(self._check, with_kwargs=True))
         # `densify` takes them away, too.
         self._state.handles += self._handles
@@ -190,9 +194,9 @@ def sequence_parallel(model: nn.Module, group: Group | None = None) -> SequenceP
     Tokens are split evenly between the ranks outside of attention. In each attention layer an
     all-to-all gives every rank all tokens of some KV heads, where scorer, selection and kernel run
     as on one device, and another one gives the tokens back. Every rank is given the same whole
-    batch, and returns what the model makes of its own tokens; embeddings, towers, masks and
-    positions are those of whole sequences on every rank. "DeepSpeed Ulysses"
-    (https://arxiv.org/abs/2309.14509).
+    batch, and returns what the model makes of its own tokens; embeddings, masks and positions are
+    those of whole sequences on every rank. Towers encode some images or clips on each rank.
+    "DeepSpeed Ulysses" (https://arxiv.org/abs/2309.14509).
 
     Args:
         model: sparsified; `SparseConfig(backend="dense")` for dense attention. Another `sparsify`,

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from mm_sparse.integrations.ulysses.tower_split import shared_out
 from tests.support.process_runs import run_processes
-from tests.support.sequence_run import SCENARIOS, scenarios_for
+from tests.support.sequence_run import SCENARIOS, TOWERS, scenarios_for
 
 SLOW = {2: (), 4: pytest.mark.slow}
 SIZES = [pytest.param(size, marks=marks) for size, marks in SLOW.items()]
@@ -13,7 +14,7 @@ CASES = [
     for size, marks in SLOW.items()
     for name in scenarios_for(size)
 ]
-PADDED = ("padded", "padded documents", "dense padded", "pictures", "pictures, deep")
+PADDED = ("padded", "padded documents", "dense padded", "pictures", "pictures, deep", *TOWERS)
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -78,3 +79,28 @@ def test_scorers_of_all_heads_learn(outcomes, size, name):
     assert len(maps) == 2
     for key in maps:
         assert together["grads"][key].abs().sum((0, 2, 3)).min() > 0
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_each_process_encodes_some_images(outcomes, name):
+    alone, together = outcomes(2)[name]
+    assert len(together["encoded"]) == len(alone["encoded"])
+    assert sum(together["encoded"]) == sum(alone["encoded"]) // 2
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "first", "sizes"),
+    [
+        ([4, 4], 2, (0, 1, 2), (4, 4)),
+        ([4, 4], 4, (0, 0, 1, 1, 2), (4, 4, 4, 4)),
+        ([9, 1, 1, 1, 9], 2, (0, 2, 5), (10, 11)),
+        ([100, 1, 1], 2, (0, 1, 3), (100, 2)),
+        ([1, 1, 100], 3, (0, 2, 3, 3), (2, 100, 1)),
+    ],
+)
+def test_images_are_shared_out_in_their_order(images, ranks, first, sizes):
+    for rank in range(ranks):
+        share = shared_out(images, ranks, rank)
+        assert share.own == share.sizes[rank]
+    assert share.first == first
+    assert share.sizes == sizes
