@@ -160,7 +160,7 @@ class DecodingGeometry:
         """The plan under a layer's budgets."""
         if config not in self._budgets:
             whole = self._whole.sharing(config=config)
-            heads = len(config.head_ratio) or 1
+            heads = len(config.ratios_of(Modality.TEXT))
             # Written to in every mode of autograd.
             with torch.inference_mode(False):
                 shape = (len(self.place), heads, 1)
@@ -242,13 +242,14 @@ class DecodingGeometry:
         if config.tokens is not None:
             budget.copy_(keys.clamp(max=config.tokens).expand_as(budget))
             return
-        ratios = self._ratios(config) if config.head_ratio else config.ratio
+        own = config.ratios_of(Modality.TEXT)
+        ratios = self._ratios(config) if len(own) > 1 else own[0]
         budget.copy_((keys * ratios).round().long().clamp(min=1).minimum(keys))
 
     def _ratios(self, config: SparseConfig) -> Tensor:
         key = "ratios", config
         if key not in self._fixed:
-            ratios = torch.tensor(config.head_ratio, device=self.place.device)
+            ratios = torch.tensor(config.ratios_of(Modality.TEXT), device=self.place.device)
             self._fixed[key] = ratios[None, :, None]
         return self._fixed[key]
 

@@ -218,16 +218,27 @@ class Plan:
             return visible_tokens
         if config.tokens is not None:
             return visible_tokens.clamp(max=config.tokens)
+        if config.query_ratio:
+            return token_budget(visible_tokens, self._tile_ratios().mean(1))
         return token_budget(visible_tokens, config.ratio)
 
     @memo_by_config
     def head_budget(self) -> Tensor:
         """(B, K, T) int64: the same by KV head, or (B, 1, T) where heads have no ratios."""
         config = self.config
-        if not config.head_ratio or config.top_p is not None or config.tokens is not None:
+        if config.top_p is not None or config.tokens is not None:
+            return self.budget[:, None]
+        if config.query_ratio:
+            return token_budget(self.visible_tokens[:, None], self._tile_ratios())
+        if not config.head_ratio:
             return self.budget[:, None]
         ratios = torch.tensor(config.head_ratio, device=self.units.device)
         return token_budget(self.visible_tokens[:, None], ratios[:, None])
+
+    def _tile_ratios(self) -> Tensor:
+        """(B, K or 1, T) float32: by the modality of the tile, which is -1 where it has none."""
+        table = torch.tensor(self.config.ratio_table, device=self.units.device)
+        return table[self.tile_modality.long()].transpose(1, 2)
 
     @memo_by_blocks
     def visible_tokens(self) -> Tensor:
@@ -256,10 +267,7 @@ class Plan:
             return self
         share = 1 - config.sample_ratio
         tokens = None if config.tokens is None else max(round(config.tokens * share), 1)
-        heads = tuple(ratio * share for ratio in config.head_ratio)
-        config = replace(
-            config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sample_ratio=0.0
-        )
+        config = replace(config.scaled(config.ratio * share), tokens=tokens, sample_ratio=0.0)
         return self.sharing(config=config)
 
     @memo_by_config
@@ -274,9 +282,8 @@ class Plan:
         budget = visible_tokens if config.tokens is None else min(visible_tokens, config.tokens)
         if config.tokens is None:
             # Rounding in float32 may go the other way than here: one more than it can be.
-            budget = min(
-                int(visible_tokens * max((config.ratio, *config.head_ratio))) + 1, visible_tokens
-            )
+            largest = max(map(max, config.ratio_table))
+            budget = min(int(visible_tokens * largest) + 1, visible_tokens)
         if floors := config.floors():
             # Each rounds up to a unit, and all may lie outside of what is always kept.
             always += int(budget * sum(floors.values()) / self.unit) + short + len(floors)
