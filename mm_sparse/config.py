@@ -101,8 +101,8 @@ class SparseConfig:
     head_ratio: tuple[float, ...] = ()
     """Ratios of the KV heads instead of `ratio`, one for each, where given."""
     query_ratio: Mapping[Modality, HeadRatio] = field(default_factory=dict)
-    """Ratio of a tile by what most of its queries are, or ratios of the KV heads; tiles of
-    modalities that are not named keep `head_ratio` or `ratio`."""
+    """Ratio of a tile by what its queries are, or ratios of the KV heads. A tile that holds any
+    TEXT is one of TEXT. Those of modalities that are not named keep `head_ratio` or `ratio`."""
     backend: str = "auto"
     """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
     deterministic: bool | None = None
@@ -380,8 +380,14 @@ def _ratios(value: Any) -> dict[int | str, LayerRatio]:
         layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
         if not isinstance(layer, str):
             _count("layer_ratio", layer)
-        if isinstance(ratio, Mapping):
-            ratios[layer] = _by_modality("layer_ratio", ratio, f"layer {layer}, ")
+        if isinstance(ratio, Mapping) and ratio:
+            kinds = ratios[layer] = _by_modality("layer_ratio", ratio, f"layer {layer}, ")
+            heads = sorted({len(own) for own in kinds.values() if isinstance(own, tuple)})
+            if len(heads) > 1:
+                raise ValueError(
+                    "layer_ratio must be for as many KV heads in every modality of layer "
+                    f"{layer}, got {heads}"
+                )
         else:
             ratios[layer] = _head_ratio("layer_ratio", ratio, f"layer {layer}")
     return ratios

@@ -111,6 +111,7 @@ class DecodingGeometry:
             # Which they are would have to be looked up anew for every sequence.
             "modalities": frozenset(map(int, Modality)),
             "visible_tokens": self._visible_tokens,
+            "query_modality": self.plan.tile_modality,
         }
         self._of_config(whole, config)
         self.newest.memo["modalities"] = self._fixed["modalities"]

@@ -128,9 +128,9 @@ def _take_budgets(state: State, stored: SparseConfig, ratio: float | None, budge
         ratios = scaled.with_layers_renamed(own).layer_ratio
         if before.head_ratio or before.query_ratio or before.layer_ratio not in ({}, ratios):
             warnings.warn(
-                "the model's own layer_ratio, head_ratio and query_ratio give way to the budgets that were "
-                f"stored with the scorers, scaled to ratio {config.ratio:g}; budgets=False keeps "
-                "the model's own",
+                "the model's own layer_ratio, head_ratio and query_ratio give way to the budgets "
+                f"that were stored with the scorers, scaled to ratio {config.ratio:g}; "
+                "budgets=False keeps the model's own",
                 stacklevel=3,
             )
         config = replace(config, layer_ratio=ratios, head_ratio=(), query_ratio={})

@@ -235,10 +235,24 @@ class Plan:
         ratios = torch.tensor(config.head_ratio, device=self.units.device)
         return token_budget(self.visible_tokens[:, None], ratios[:, None])
 
+    @memo_by_blocks
+    def query_modality(self) -> Tensor:
+        """(B, T) int8: whose ratio a tile has, TEXT if it holds any, else `tile_modality`.
+
+        Short segments share tiles, and a few words that ask a question must not be short of keys
+        for a sound that is longer.
+        """
+        queries = slice(self.query_offset, self.query_offset + self.num_queries)
+        text = (self.layout.modality == int(Modality.TEXT)) & self.layout.valid
+        before = torch.nn.functional.pad(text[:, queries].cumsum(1), (1, 0))
+        first, end = self.tiles.long().cumsum(-1).unbind(-1)
+        holds = before.gather(1, end) > before.gather(1, first)
+        return torch.where(holds, int(Modality.TEXT), self.tile_modality).to(torch.int8)
+
     def _tile_ratios(self) -> Tensor:
-        """(B, K or 1, T) float32: by the modality of the tile, which is -1 where it has none."""
+        """(B, K or 1, T) float32: those of no modality where a tile has none, -1."""
         table = torch.tensor(self.config.ratio_table, device=self.units.device)
-        return table[self.tile_modality.long()].transpose(1, 2)
+        return table[self.query_modality.long()].transpose(1, 2)
 
     @memo_by_blocks
     def visible_tokens(self) -> Tensor:

@@ -124,7 +124,7 @@ class _LayerProbe:
             change = (sparse[..., :width].float() - out.float()) * grad.float()
             slope = change.sum(-1).unflatten(1, (k.shape[1], -1)).sum(2)  # (B, K, N)
             # Those of a tile share its budget.
-            kind = plan.tile_modality.gather(1, plan.tile_of.clamp(min=0)).long()
+            kind = plan.query_modality.gather(1, plan.tile_of.clamp(min=0)).long()
             self.of_tiles.update(kind.unique().tolist())
             of_kind = one_hot(kind + 1, 1 + len(Modality)).double()
             rows.append((slope.double().pow(2) @ of_kind).sum(0).cpu())
@@ -259,7 +259,9 @@ def pair_weights(
 
     def count(call: AttentionCall) -> None:
         if call.selection is not None:
-            pairs = count_pairs(call.selection.index, call.selection.count, call.selection.plan)[1]
+            chosen, plan = call.selection, call.selection.plan
+            plan = plan.sharing(tile_modality=plan.query_modality)
+            pairs = count_pairs(chosen.index, chosen.count, plan)[1]
             seen[call.name] = seen.get(call.name, 0) + pairs.sum(1).cpu()
 
     ask = logits or _spread_places(model, 1)
