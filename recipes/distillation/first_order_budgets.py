@@ -101,8 +101,8 @@ class _LayerProbe:
     found: dict[str, Tensor]
     """By name of the layer (R, K, M): sum over tokens, by the modality of their tiles, of the
     squared derivative."""
-    of_tiles: set[int]
-    """Modalities of tiles, -1 of those without a token."""
+    kinds: dict[str, set[int]]
+    """By name of the layer, modalities of the queries of tiles, -1 of those without a token."""
 
     @torch.no_grad()
     def take(self, grad: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -125,10 +125,10 @@ class _LayerProbe:
             slope = change.sum(-1).unflatten(1, (k.shape[1], -1)).sum(2)  # (B, K, N)
             # Those of a tile share its budget.
             kind = plan.query_modality.gather(1, plan.tile_of.clamp(min=0)).long()
-            self.of_tiles.update(kind.unique().tolist())
             of_kind = one_hot(kind + 1, 1 + len(Modality)).double()
             rows.append((slope.double().pow(2) @ of_kind).sum(0).cpu())
         self.found[self.name] = self.found.get(self.name, 0) + torch.stack(rows)
+        self.kinds.setdefault(self.name, set()).update(kind.unique().tolist())
 
 
 def first_order_costs(
@@ -153,7 +153,7 @@ def first_order_costs(
         inputs: what costs are means over.
         levels: ascending ratios; at 1.0 nothing is lost.
         by_head: by KV head; else by layer, whose heads count as independent.
-        by_modality: by modality of the queries, too, where tiles have several.
+        by_modality: by modality of the queries, too, in layers that have several.
         draws: of tokens for each of the inputs.
         most: P at most, of each of the inputs.
         seed: of the draws.
@@ -172,14 +172,13 @@ def first_order_costs(
     places = budget_slots(model, by_head)
     below = [level for level in levels if level < 1]
     sums: dict[str, Tensor] = {}
-    of_tiles: set[int] = set()
+    of_tiles: dict[str, set[int]] = {}
     scored, ask = 0, logits or _spread_places(model, most)
     with _recomputed_layers(model), torch.enable_grad():
         for number, own in enumerate(inputs):
             for draw in range(draws):
                 generator = torch.Generator().manual_seed(seed + number * draws + draw)
                 scored += _probe(model, own, below, sums, of_tiles, ask, generator)
-    kinds = sorted(map(Modality, of_tiles - {-1})) if by_modality else []
     costs: dict[Place, list[float]] = {}
 
     def add(place: Place, column: Tensor) -> None:
@@ -187,13 +186,14 @@ def first_order_costs(
 
     for name, layer in attention_layers(model).items():
         key = name if layer.index is None else layer.index
+        kinds = sorted(map(Modality, of_tiles.get(layer.name, set()) - {-1}))
         for (own, head), heads in places.items():
             if own != key:
                 continue
             # A layer that did not run costs nothing.
             found = sums.get(layer.name, torch.zeros(len(below), heads, 1 + len(Modality)))
             by_kind = found.sum(1) if head is None else found[:, head]
-            if len(kinds) < 2:
+            if len(kinds) < 2 or not by_modality:
                 add((own, head), by_kind.sum(1))
                 continue
             for kind in kinds:
@@ -203,7 +203,7 @@ def first_order_costs(
 
 def _probe(
     model: Any, inputs: Any, levels: Sequence[float], sums: dict[str, Tensor],
-    of_tiles: set[int], ask: Logits, generator: torch.Generator,
+    of_tiles: dict[str, set[int]], ask: Logits, generator: torch.Generator,
 ) -> int:  # fmt: skip
     """Add the squared derivatives of one draw; how many places it scored."""
     ranks = {
@@ -238,7 +238,6 @@ def _spread_places(model: Any, most: int) -> Logits:
     return lambda inputs: spread_logits(model, inputs, most)[0]
 
 
-@torch.no_grad()
 def pair_weights(
     model: Any,
     inputs: Sequence[Any],
@@ -255,31 +254,43 @@ def pair_weights(
         places: of `first_order_costs`.
         logits: as there.
     """
+    pairs = query_pairs(model, inputs, logits=logits) if any(len(p) > 2 for p in places) else {}
+
+    def weight(layer: int | str, head: int | None, kind: Modality | None = None) -> float:
+        own = pairs.get(layer, {})
+        return 1.0 if kind is None else own.get(kind, 0.0) / max(sum(own.values()), 1.0)
+
+    return {place: weight(*place) for place in places}
+
+
+@torch.no_grad()
+def query_pairs(
+    model: Any, inputs: Sequence[Any], *, logits: Logits | None = None
+) -> dict[int | str, dict[Modality, float]]:
+    """Visible query-key pairs of the layers that run sparse, by what the queries of a tile are.
+
+    One sparse pass for each of the inputs.
+    """
     seen: dict[str, Tensor] = {}
 
     def count(call: AttentionCall) -> None:
         if call.selection is not None:
             chosen, plan = call.selection, call.selection.plan
             plan = plan.sharing(tile_modality=plan.query_modality)
-            pairs = count_pairs(chosen.index, chosen.count, plan)[1]
-            seen[call.name] = seen.get(call.name, 0) + pairs.sum(1).cpu()
+            pairs = count_pairs(chosen.index, chosen.count, plan)[1].sum(1).cpu()
+            seen[call.name] = seen[call.name] + pairs if call.name in seen else pairs
 
     ask = logits or _spread_places(model, 1)
     with override_config(model, dense_below=0), capture_attention(model, count):
         for own in inputs:
             ask(own)
-    pairs = {
-        name if layer.index is None else layer.index: seen.get(layer.name)
+    return {
+        name if layer.index is None else layer.index: {
+            kind: seen[layer.name][kind].item() for kind in Modality if seen[layer.name][kind]
+        }
         for name, layer in attention_layers(model).items()
+        if layer.name in seen
     }
-
-    def weight(layer: int | str, kind: Modality | None = None) -> float:
-        own = pairs[layer]
-        if kind is None or own is None:
-            return float(kind is None)
-        return (own[kind] / own.sum().clamp(min=1)).item()
-
-    return {place: weight(place[0], *place[2:]) for place in places}
 
 
 @contextmanager

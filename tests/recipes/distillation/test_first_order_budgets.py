@@ -10,10 +10,17 @@ import torch
 import mm_sparse as mms
 from mm_sparse.integrations import override_config
 from mm_sparse.recipes.distillation import first_order_budgets as budgets
-from mm_sparse.recipes.distillation.budget_search import LEVELS, language_costs
+from mm_sparse.recipes.distillation.budget_search import (
+    LEVELS,
+    language_costs,
+    layer_ratios,
+    spread,
+)
 from mm_sparse.recipes.distillation.first_order_budgets import (
+    QUERY_LEVELS,
     choose_budgets,
     first_order_costs,
+    pair_weights,
 )
 from mm_sparse.recipes.finetuning import load_model
 from mm_sparse.recipes.metrics import logits, predictions, spread_predictions
@@ -84,6 +91,61 @@ def test_by_layer_heads_are_added_up(tmp_path: Path) -> None:
     for (layer, _), own in layers.items():
         both = [a + b for a, b in zip(heads[layer, 0], heads[layer, 1], strict=True)]
         assert own == pytest.approx(both)
+
+
+IMAGES = torch.zeros(1, 256, dtype=torch.int8)
+IMAGES[:, :128] = int(mms.Modality.IMAGE)
+
+
+def test_costs_of_modalities_add_up_to_those_of_their_head(tmp_path: Path) -> None:
+    model, given = tiny(tmp_path), inputs()
+    with mms.set_modality(model, IMAGES):
+        heads = first_order_costs(model, given, draws=1)
+        kinds = first_order_costs(model, given, draws=1, by_modality=True)
+    assert len(kinds) == 2 * len(heads)
+    for (layer, head), own in heads.items():
+        text, image = (kinds[layer, head, kind] for kind in (mms.Modality.TEXT, mms.Modality.IMAGE))
+        assert own == pytest.approx([a + b for a, b in zip(text, image, strict=True)])
+    # Predictions are those of text, so that images have no say in the last layer.
+    assert max(kinds[1, 0, mms.Modality.IMAGE]) == 0 < max(kinds[1, 0, mms.Modality.TEXT])
+    assert max(kinds[0, 0, mms.Modality.IMAGE]) > 0
+
+
+def test_text_alone_has_budgets_by_head(tmp_path: Path) -> None:
+    model, given = tiny(tmp_path), inputs()
+    heads = first_order_costs(model, given, draws=1)
+    assert first_order_costs(model, given, draws=1, by_modality=True) == heads
+    weights = pair_weights(model, given, heads)
+    assert set(weights.values()) == {1.0}
+    found = choose_budgets(model, given, heads, 0.3, weights=weights)
+    assert found == choose_budgets(model, given, heads, 0.3)
+
+
+def test_budgets_by_modality_keep_as_many_pairs_as_one_ratio(tmp_path: Path) -> None:
+    model, given = tiny(tmp_path), inputs()
+    with mms.set_modality(model, IMAGES), override_config(model, window=0):
+        costs = first_order_costs(model, given, QUERY_LEVELS, draws=2, by_modality=True)
+        weights = pair_weights(model, given, costs)
+        for layer, head in ((0, 0), (1, 1)):
+            pairs = [weights[layer, head, kind] for kind in (mms.Modality.TEXT, mms.Modality.IMAGE)]
+            assert sum(pairs) == pytest.approx(1)
+            assert pairs[1] == pytest.approx(1 / 4, rel=0.1)
+        # Only the ratios that were found, not those between them and one ratio.
+        found = choose_budgets(
+            model, given, costs, 0.3, QUERY_LEVELS, shares=(0.0, 1.0), weights=weights
+        )
+        wanted = spread(costs, 0.3, QUERY_LEVELS, weights)
+        assert sum(weights[place] * wanted[place] for place in wanted) / 4 == pytest.approx(
+            0.3, abs=1e-3
+        )
+        densities = []
+        for ratios in ({}, layer_ratios(wanted)):
+            with override_config(model, ratio=0.3, layer_ratio=ratios):
+                model(**given[0])
+            densities.append(mms.report(model).density)
+    assert densities[1] == pytest.approx(densities[0], rel=0.1)
+    assert found.tried[found.share] <= found.tried[0.0]
+    assert wanted[1, 0, mms.Modality.IMAGE] == QUERY_LEVELS[0] < wanted[1, 0, mms.Modality.TEXT]
 
 
 @pytest.mark.parametrize("mean", [0.06, 0.2, 0.37, 1.0])
