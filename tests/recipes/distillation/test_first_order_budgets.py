@@ -17,7 +17,6 @@ from mm_sparse.recipes.distillation.budget_search import (
     spread,
 )
 from mm_sparse.recipes.distillation.first_order_budgets import (
-    QUERY_LEVELS,
     choose_budgets,
     first_order_costs,
     pair_weights,
@@ -93,13 +92,14 @@ def test_by_layer_heads_are_added_up(tmp_path: Path) -> None:
         assert own == pytest.approx(both)
 
 
-IMAGES = torch.zeros(1, 256, dtype=torch.int8)
-IMAGES[:, :128] = int(mms.Modality.IMAGE)
+def half_images(tokens: int = 256) -> torch.Tensor:
+    """Modality of a row that begins with an image."""
+    return (torch.arange(tokens) < tokens // 2)[None].int() * int(mms.Modality.IMAGE)
 
 
 def test_costs_of_modalities_add_up_to_those_of_their_head(tmp_path: Path) -> None:
     model, given = tiny(tmp_path), inputs()
-    with mms.set_modality(model, IMAGES):
+    with mms.set_modality(model, half_images()):
         heads = first_order_costs(model, given, draws=1)
         kinds = first_order_costs(model, given, draws=1, by_modality=True)
     assert len(kinds) == 2 * len(heads)
@@ -122,30 +122,29 @@ def test_text_alone_has_budgets_by_head(tmp_path: Path) -> None:
 
 
 def test_budgets_by_modality_keep_as_many_pairs_as_one_ratio(tmp_path: Path) -> None:
-    model, given = tiny(tmp_path), inputs()
-    with mms.set_modality(model, IMAGES), override_config(model, window=0):
-        costs = first_order_costs(model, given, QUERY_LEVELS, draws=2, by_modality=True)
+    model, given, text, image = tiny(tmp_path), inputs(tokens=1024), *list(mms.Modality)[:2]
+    levels = (0.1, 0.2, 0.3, 0.5, 1.0)
+    with mms.set_modality(model, half_images(1024)), override_config(model, window=0):
+        costs = first_order_costs(model, given, levels, draws=1, by_modality=True)
         weights = pair_weights(model, given, costs)
         for layer, head in ((0, 0), (1, 1)):
-            pairs = [weights[layer, head, kind] for kind in (mms.Modality.TEXT, mms.Modality.IMAGE)]
+            pairs = [weights[layer, head, kind] for kind in (text, image)]
             assert sum(pairs) == pytest.approx(1)
             assert pairs[1] == pytest.approx(1 / 4, rel=0.1)
-        # Only the ratios that were found, not those between them and one ratio.
-        found = choose_budgets(
-            model, given, costs, 0.3, QUERY_LEVELS, shares=(0.0, 1.0), weights=weights
-        )
-        wanted = spread(costs, 0.3, QUERY_LEVELS, weights)
-        assert sum(weights[place] * wanted[place] for place in wanted) / 4 == pytest.approx(
-            0.3, abs=1e-3
-        )
+        wanted = spread(costs, 0.3, levels, weights)
+        mean = sum(weights[place] * ratio for place, ratio in wanted.items()) / 4
+        assert mean == pytest.approx(0.3, abs=1e-3)
         densities = []
         for ratios in ({}, layer_ratios(wanted)):
             with override_config(model, ratio=0.3, layer_ratio=ratios):
                 model(**given[0])
             densities.append(mms.report(model).density)
-    assert densities[1] == pytest.approx(densities[0], rel=0.1)
-    assert found.tried[found.share] <= found.tried[0.0]
-    assert wanted[1, 0, mms.Modality.IMAGE] == QUERY_LEVELS[0] < wanted[1, 0, mms.Modality.TEXT]
+        assert densities[1] == pytest.approx(densities[0], rel=0.03)
+        # The last layer's images reach no prediction.
+        assert wanted[1, 0, image] == wanted[1, 1, image] == 0.1
+        assert max(ratio for (*_, kind), ratio in wanted.items() if kind == text) > 0.3
+        found = choose_budgets(model, given, costs, 0.3, levels, weights=weights)
+    assert found.tried[found.share] == min(found.tried.values())
 
 
 @pytest.mark.parametrize("mean", [0.06, 0.2, 0.37, 1.0])
