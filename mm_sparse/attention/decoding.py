@@ -161,7 +161,7 @@ class DecodingGeometry:
         """The plan under a layer's budgets."""
         if config not in self._budgets:
             whole = self._whole.sharing(config=config)
-            heads = len(config.ratios_of(Modality.TEXT))
+            heads = len(config.ratio_table[Modality.TEXT])
             # Written to in every mode of autograd.
             with torch.inference_mode(False):
                 shape = (len(self.place), heads, 1)
@@ -243,14 +243,14 @@ class DecodingGeometry:
         if config.tokens is not None:
             budget.copy_(keys.clamp(max=config.tokens).expand_as(budget))
             return
-        own = config.ratios_of(Modality.TEXT)
-        ratios = self._ratios(config) if len(own) > 1 else own[0]
+        own = config.ratio_table[Modality.TEXT]
+        ratios = self._ratios(config) if len(own) > 1 else own[-1]
         budget.copy_((keys * ratios).round().long().clamp(min=1).minimum(keys))
 
     def _ratios(self, config: SparseConfig) -> Tensor:
         key = "ratios", config
         if key not in self._fixed:
-            ratios = torch.tensor(config.ratios_of(Modality.TEXT), device=self.place.device)
+            ratios = torch.tensor(config.ratio_table[Modality.TEXT], device=self.place.device)
             self._fixed[key] = ratios[None, :, None]
         return self._fixed[key]
 

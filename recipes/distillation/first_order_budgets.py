@@ -256,11 +256,13 @@ def pair_weights(
     """
     pairs = query_pairs(model, inputs, logits=logits) if any(len(p) > 2 for p in places) else {}
 
-    def weight(layer: int | str, head: int | None, kind: Modality | None = None) -> float:
-        own = pairs.get(layer, {})
-        return 1.0 if kind is None else own.get(kind, 0.0) / max(sum(own.values()), 1.0)
+    def weight(place: Place) -> float:
+        if len(place) < 3:
+            return 1.0
+        own = pairs.get(place[0], {})
+        return own.get(place[2], 0.0) / max(sum(own.values()), 1.0)
 
-    return {place: weight(*place) for place in places}
+    return {place: weight(place) for place in places}
 
 
 @torch.no_grad()

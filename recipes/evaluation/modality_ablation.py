@@ -206,7 +206,7 @@ def run(
     losses: list[dict[str, list[float]]] = []
     config = sparse_config(model.language)
     to_spread = {v.learned for v in variants.values() if v.spread}
-    spread: dict[tuple[str, str], list[dict[int | str, Any]]] = {
+    found: dict[tuple[str, str], list[dict[int | str, Any]]] = {
         (name, by): [] for name in to_spread for by in ("head", "query")
     }
     shares: dict[Modality, float] = {}
@@ -224,7 +224,7 @@ def run(
             if name in to_spread:
                 with override_scorers(model.language, made[name]):
                     for by, own_ratios in spread_ratios(model, batches[:spread_on]).items():
-                        spread[name, by].append(own_ratios)
+                        found[name, by].append(own_ratios)
     dense, attending = dense_run(model, held_out)
     floors: dict[str, Any] = {"": 0.0, "floor": floor, "budget": shares}
     rows: dict[str, dict[str, Any]] = {}
@@ -233,7 +233,7 @@ def run(
         target = density_on(model, held_out[:looked_at])
     for name, variant in variants.items():
         runs, ratios = [], []
-        budgets = spread.get((variant.learned, variant.spread), [])
+        budgets = found.get((variant.learned, variant.spread), [])
         for number, ranked in enumerate(_rankings(model, variant, learned)):
             own = {"layer_ratio": budgets[number]} if budgets else {}
             changes = {"modality_floor": floors[variant.shares], **own}
