@@ -243,8 +243,8 @@ class DecodingGeometry:
         if config.tokens is not None:
             budget.copy_(keys.clamp(max=config.tokens).expand_as(budget))
             return
-        own = config.ratio_table[Modality.TEXT]
-        ratios = self._ratios(config) if len(own) > 1 else own[-1]
+        first, *others = config.ratio_table[Modality.TEXT]
+        ratios = self._ratios(config) if others else first
         budget.copy_((keys * ratios).round().long().clamp(min=1).minimum(keys))
 
     def _ratios(self, config: SparseConfig) -> Tensor:
