@@ -271,6 +271,18 @@ class SparseConfig:
             tokens=None if self.tokens is None else ceil(self.tokens * more),
         )
 
+    def for_best(self) -> SparseConfig:
+        """The config of the best units alone: what `sample_ratio` leaves of the budgets."""
+        share = 1 - self.sample_ratio
+        return replace(
+            self,
+            ratio=self.ratio * share,
+            head_ratio=_scaled(self.head_ratio, share),
+            query_ratio=_scaled(self.query_ratio, share),
+            tokens=None if self.tokens is None else max(round(self.tokens * share), 1),
+            sample_ratio=0.0,
+        )
+
     def scaled(self, ratio: float) -> SparseConfig:
         """The config that keeps `ratio`, with all its other budgets scaled alike."""
         names = ("layer_ratio", "head_ratio", "query_ratio")

@@ -276,13 +276,9 @@ class Plan:
     @cached_property
     def without_sample(self) -> Plan:
         """The same pieces with what is left of the budget for the best units (`sampled`)."""
-        config = self.config
-        if not config.sample_ratio:
+        if not self.config.sample_ratio:
             return self
-        share = 1 - config.sample_ratio
-        tokens = None if config.tokens is None else max(round(config.tokens * share), 1)
-        config = replace(config.scaled(config.ratio * share), tokens=tokens, sample_ratio=0.0)
-        return self.sharing(config=config)
+        return self.sharing(config=self.config.for_best())
 
     @memo_by_config
     def max_kept(self) -> int:
