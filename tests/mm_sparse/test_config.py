@@ -297,6 +297,13 @@ def test_all_budgets_are_scaled_alike() -> None:
     assert candidates.query_ratio == {Modality.TEXT: (0.8, 1.0), Modality.IMAGE: 0.08}
 
 
+def test_a_sample_takes_its_share_of_every_budget() -> None:
+    config = SparseConfig(0.2, query_ratio={"TEXT": (0.4, 0.8), "IMAGE": 0.04}, sample_ratio=0.5)
+    best = config.for_best()
+    assert (best.ratio, best.sample_ratio) == (0.1, 0.0)
+    assert best.query_ratio == {Modality.TEXT: (0.2, 0.4), Modality.IMAGE: 0.02}
+
+
 def test_a_hash_that_was_found_is_not_taken_to_another_process() -> None:
     config = SparseConfig(ratio=0.3, modality_floor={Modality.TEXT: 0.1}, dense_layers=("a",))
     before = hash(config)
