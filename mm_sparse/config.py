@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from math import ceil, fsum
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from mm_sparse.modality import Modality
 
@@ -27,6 +27,8 @@ _FORMER_NAMES = {
 _KNOWN = "modalities"
 IMAGE, VIDEO = Modality.IMAGE.name, Modality.VIDEO.name
 BACKENDS = ("auto", "triton", "torch", "dense")
+HeadRatio: TypeAlias = float | tuple[float, ...]
+LayerRatio: TypeAlias = HeadRatio | Mapping[Modality, HeadRatio]
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -93,11 +95,14 @@ class SparseConfig:
     """Run dense if fewer tokens are visible; None takes the measured length for the device."""
     dense_layers: tuple[int | str, ...] = ()
     """Layers that stay dense: of a decoder by index, of any model by the name in `report`."""
-    layer_ratio: Mapping[int | str, float | tuple[float, ...]] = field(default_factory=dict)
-    """Ratio of single layers, by index or name, or ratios of their KV heads; the others keep
-    `ratio`."""
+    layer_ratio: Mapping[int | str, LayerRatio] = field(default_factory=dict)
+    """Ratio of single layers, by index or name, or ratios of their KV heads, or either by modality
+    as in `query_ratio`; the others keep `ratio`."""
     head_ratio: tuple[float, ...] = ()
     """Ratios of the KV heads instead of `ratio`, one for each, where given."""
+    query_ratio: Mapping[Modality, HeadRatio] = field(default_factory=dict)
+    """Ratio of a tile by what its queries are, or ratios of the KV heads. A tile that holds any
+    TEXT is one of TEXT. Those of modalities that are not named keep `head_ratio` or `ratio`."""
     backend: str = "auto"
     """"auto", "triton", "torch" (gathers on a CPU) or "dense"."""
     deterministic: bool | None = None
@@ -148,6 +153,12 @@ class SparseConfig:
         )
         object.__setattr__(self, "layer_ratio", _ratios(self.layer_ratio))
         object.__setattr__(self, "head_ratio", _heads("head_ratio", self.head_ratio))
+        object.__setattr__(self, "query_ratio", _by_modality("query_ratio", self.query_ratio))
+        if len(self.head_counts) > 1:
+            raise ValueError(
+                "query_ratio must be for as many KV heads in every modality, and as head_ratio, "
+                f"got {sorted(self.head_counts)}"
+            )
         floors = self.floors()
         pictures = {Modality.IMAGE, Modality.VIDEO} & floors.keys()
         # Video was counted as IMAGE once: what was a floor of both is one of each.
@@ -180,7 +191,11 @@ class SparseConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if isinstance(self.modality_floor, Mapping):
             values["modality_floor"] = frozenset(self.modality_floor.items())
-        values["layer_ratio"] = frozenset(self.layer_ratio.items())
+        values["query_ratio"] = frozenset(self.query_ratio.items())
+        values["layer_ratio"] = frozenset(
+            (layer, frozenset(own.items()) if isinstance(own, Mapping) else own)
+            for layer, own in self.layer_ratio.items()
+        )
         return hash(tuple(values.values()))
 
     def floors(self) -> dict[Modality, float]:
@@ -205,9 +220,29 @@ class SparseConfig:
         own = self.layer_ratio.get(name) if own is None else own
         if own is None:
             return replace(self, layer_ratio={})
-        if isinstance(own, tuple):
-            return replace(self, ratio=fmean(own), head_ratio=own, layer_ratio={})
-        return replace(self, ratio=own, head_ratio=(), layer_ratio={})
+        if isinstance(own, Mapping):
+            return replace(self, head_ratio=(), query_ratio=own, layer_ratio={})
+        mean, heads = (fmean(own), own) if isinstance(own, tuple) else (own, ())
+        return replace(self, ratio=mean, head_ratio=heads, query_ratio={}, layer_ratio={})
+
+    def ratios_of(self, kind: Modality | None) -> tuple[float, ...]:
+        """Ratios of KV heads in tiles of a modality, one for each, or one number for all."""
+        own = self.head_ratio or self.ratio if kind is None else self.query_ratio.get(kind)
+        own = self.ratios_of(None) if own is None else own
+        return own if isinstance(own, tuple) else (own,)
+
+    @cached_property
+    def head_counts(self) -> frozenset[int]:
+        """How many KV heads `head_ratio` and `query_ratio` have ratios for, where by head."""
+        given = [*self.query_ratio.values(), self.head_ratio]
+        return frozenset(len(own) for own in given if isinstance(own, tuple) and own)
+
+    @cached_property
+    def ratio_table(self) -> tuple[tuple[float, ...], ...]:
+        """`ratios_of` each modality, then of none; as many in each row."""
+        rows = [self.ratios_of(kind) for kind in (*Modality, None)]
+        heads = max(map(len, rows))
+        return tuple(row if len(row) > 1 else row * heads for row in rows)
 
     @classmethod
     def preset(cls, kind: str, **changes: Any) -> SparseConfig:
@@ -231,20 +266,28 @@ class SparseConfig:
             self,
             coarse_factor=1,
             ratio=min(self.ratio * more, 1.0),
-            head_ratio=tuple(min(ratio * more, 1.0) for ratio in self.head_ratio),
+            head_ratio=_scaled(self.head_ratio, more),
+            query_ratio=_scaled(self.query_ratio, more),
             tokens=None if self.tokens is None else ceil(self.tokens * more),
         )
 
+    def for_best(self) -> SparseConfig:
+        """The config of the best units alone: what `sample_ratio` leaves of the budgets."""
+        share = 1 - self.sample_ratio
+        return replace(
+            self,
+            ratio=self.ratio * share,
+            head_ratio=_scaled(self.head_ratio, share),
+            query_ratio=_scaled(self.query_ratio, share),
+            tokens=None if self.tokens is None else max(round(self.tokens * share), 1),
+            sample_ratio=0.0,
+        )
+
     def scaled(self, ratio: float) -> SparseConfig:
-        """The config that keeps `ratio`, with its budgets of layers and heads scaled alike."""
-        factor = ratio / self.ratio
-
-        def scale(own: Any) -> Any:
-            return tuple(map(scale, own)) if isinstance(own, tuple) else min(own * factor, 1.0)
-
-        layers = {layer: scale(own) for layer, own in self.layer_ratio.items()}
-        heads = scale(self.head_ratio)
-        return replace(self, ratio=ratio, layer_ratio=layers, head_ratio=heads)
+        """The config that keeps `ratio`, with all its other budgets scaled alike."""
+        names = ("layer_ratio", "head_ratio", "query_ratio")
+        scaled = {name: _scaled(getattr(self, name), ratio / self.ratio) for name in names}
+        return replace(self, ratio=ratio, **scaled)
 
     def with_layers_renamed(self, renamed: Mapping[str, str]) -> SparseConfig:
         """The config of a model whose layers have other names: old names to new ones."""
@@ -267,6 +310,8 @@ class SparseConfig:
         record["dense_layers"] = list(self.dense_layers)
         if isinstance(self.modality_floor, Mapping):
             record["modality_floor"] = {m.name: s for m, s in self.modality_floor.items()}
+        record["query_ratio"] = _named(self.query_ratio)
+        record["layer_ratio"] = {layer: _named(own) for layer, own in self.layer_ratio.items()}
         return json.dumps(record)
 
     @classmethod
@@ -303,23 +348,60 @@ def _heads(name: str, value: Any) -> tuple[float, ...]:
     return tuple(float(ratio) for ratio in ratios)
 
 
-def _ratios(value: Any) -> dict[int | str, float | tuple[float, ...]]:
+def _head_ratio(name: str, value: Any, of: str) -> HeadRatio:
+    """A ratio, or one of each KV head."""
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        heads = _heads(name, value)
+        if not heads:
+            raise ValueError(f"{name} must have a ratio for {of}, got none")
+        return heads
+    _between(name, value)
+    return float(value)
+
+
+def _by_modality(name: str, value: Any, of: str = "") -> dict[Modality, HeadRatio]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must map modalities to ratios, got {value!r}")
+    ratios = {}
+    for key, own in value.items():
+        kind = _modality(name, key)
+        ratios[kind] = _head_ratio(name, own, f"{of}{kind.name}")
+    return ratios
+
+
+def _named(value: Any) -> Any:
+    """Modalities by their names, as JSON has them."""
+    return {m.name: own for m, own in value.items()} if isinstance(value, Mapping) else value
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    """Ratios, however they are grouped, times a factor, and at most 1."""
+    if isinstance(value, Mapping):
+        return {key: _scaled(own, factor) for key, own in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_scaled(own, factor) for own in value)
+    return min(value * factor, 1.0)
+
+
+def _ratios(value: Any) -> dict[int | str, LayerRatio]:
     if not isinstance(value, Mapping):
         raise TypeError(f"layer_ratio must map layers to ratios, got {value!r}")
-    ratios: dict[int | str, float | tuple[float, ...]] = {}
+    ratios: dict[int | str, LayerRatio] = {}
     for key, ratio in value.items():
         # JSON has no other keys than strings.
         layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
         if not isinstance(layer, str):
             _count("layer_ratio", layer)
-        if isinstance(ratio, Iterable) and not isinstance(ratio, str):
-            heads = _heads("layer_ratio", ratio)
-            if not heads:
-                raise ValueError(f"layer_ratio must have a ratio for layer {layer}, got none")
-            ratios[layer] = heads
-            continue
-        _between("layer_ratio", ratio)
-        ratios[layer] = float(ratio)
+        if isinstance(ratio, Mapping) and ratio:
+            kinds = ratios[layer] = _by_modality("layer_ratio", ratio, f"layer {layer}, ")
+            heads = sorted({len(own) for own in kinds.values() if isinstance(own, tuple)})
+            if len(heads) > 1:
+                raise ValueError(
+                    "layer_ratio must be for as many KV heads in every modality of layer "
+                    f"{layer}, got {heads}"
+                )
+        else:
+            ratios[layer] = _head_ratio("layer_ratio", ratio, f"layer {layer}")
     return ratios
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -171,10 +172,13 @@ def _row(name: str, layer: SparseLayer) -> Row:
 
 def _why_more(density: float, config: SparseConfig) -> str:
     """What keeps clearly more keys than were asked for: they are kept whatever the scores say."""
-    if density <= 1.25 * config.ratio or config.tokens is not None or config.top_p is not None:
+    if config.tokens is not None or config.top_p is not None:
         return ""
-    least = f"sinks {config.sinks} and window {config.window}"
-    return f"{least} keep more than ratio {config.ratio:g}"
+    # By what queries there were, the mean may be any of these.
+    ratio = max(map(fmean, config.ratio_table)) if config.query_ratio else config.ratio
+    if density <= 1.25 * ratio:
+        return ""
+    return f"sinks {config.sinks} and window {config.window} keep more than ratio {ratio:g}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -111,6 +111,7 @@ class DecodingGeometry:
             # Which they are would have to be looked up anew for every sequence.
             "modalities": frozenset(map(int, Modality)),
             "visible_tokens": self._visible_tokens,
+            "query_modality": self.plan.tile_modality,
         }
         self._of_config(whole, config)
         self.newest.memo["modalities"] = self._fixed["modalities"]
@@ -160,7 +161,7 @@ class DecodingGeometry:
         """The plan under a layer's budgets."""
         if config not in self._budgets:
             whole = self._whole.sharing(config=config)
-            heads = len(config.head_ratio) or 1
+            heads = len(config.ratio_table[Modality.TEXT])
             # Written to in every mode of autograd.
             with torch.inference_mode(False):
                 shape = (len(self.place), heads, 1)
@@ -242,13 +243,14 @@ class DecodingGeometry:
         if config.tokens is not None:
             budget.copy_(keys.clamp(max=config.tokens).expand_as(budget))
             return
-        ratios = self._ratios(config) if config.head_ratio else config.ratio
+        first, *others = config.ratio_table[Modality.TEXT]
+        ratios = self._ratios(config) if others else first
         budget.copy_((keys * ratios).round().long().clamp(min=1).minimum(keys))
 
     def _ratios(self, config: SparseConfig) -> Tensor:
         key = "ratios", config
         if key not in self._fixed:
-            ratios = torch.tensor(config.head_ratio, device=self.place.device)
+            ratios = torch.tensor(config.ratio_table[Modality.TEXT], device=self.place.device)
             self._fixed[key] = ratios[None, :, None]
         return self._fixed[key]
 

@@ -126,13 +126,13 @@ def _take_budgets(state: State, stored: SparseConfig, ratio: float | None, budge
         own = {name: layer.name for name, layer in state.layers.items()}
         scaled = stored if stored.ratio == config.ratio else stored.scaled(config.ratio)
         ratios = scaled.with_layers_renamed(own).layer_ratio
-        if before.head_ratio or before.layer_ratio not in ({}, ratios):
+        if before.head_ratio or before.query_ratio or before.layer_ratio not in ({}, ratios):
             warnings.warn(
-                "the model's own layer_ratio and head_ratio give way to the budgets that were "
-                f"stored with the scorers, scaled to ratio {config.ratio:g}; budgets=False keeps "
-                "the model's own",
+                "the model's own layer_ratio, head_ratio and query_ratio give way to the budgets "
+                f"that were stored with the scorers, scaled to ratio {config.ratio:g}; "
+                "budgets=False keeps the model's own",
                 stacklevel=3,
             )
-        config = replace(config, layer_ratio=ratios, head_ratio=())
+        config = replace(config, layer_ratio=ratios, head_ratio=(), query_ratio={})
     if config != before:
         state.shared.base = replace(state.shared.base, config=config)

@@ -37,8 +37,8 @@ def override_attention(
 def override_config(model: nn.Module, **changes: Any) -> Iterator[None]:
     """The same layers and scorers with other fields of their config, around a block.
 
-    Another `ratio` scales the budgets of `layer_ratio` and `head_ratio` alike, unless these are
-    given as well.
+    Another `ratio` scales the budgets of `layer_ratio`, `head_ratio` and `query_ratio` alike,
+    unless one of these is given as well.
 
     Example:
         >>> with mms.override_config(model, ratio=0.1):
@@ -46,7 +46,7 @@ def override_config(model: nn.Module, **changes: Any) -> Iterator[None]:
     """
     shared = state_of(model).shared
     config = shared.config
-    if "ratio" in changes and not {"layer_ratio", "head_ratio"} & set(changes):
+    if "ratio" in changes and not {"layer_ratio", "head_ratio", "query_ratio"} & set(changes):
         config = config.scaled(changes["ratio"])
     with shared.changed(config=replace(config, **changes)):
         yield

@@ -210,16 +210,16 @@ def _check_budgets(state: State) -> None:
                 f"got {unknown[0]}"
             )
     for layer in sparse:
-        ratios = config.of_layer(layer.index, layer.name).head_ratio
-        try:
-            kv_heads = scorer_shape(layer.module)[1] if ratios else 0
-        except ValueError:
-            continue
-        if len(ratios) != kv_heads:
-            raise ValueError(
-                f"config must have a ratio for each of {kv_heads} KV heads of {layer.name}, "
-                f"got {len(ratios)}"
-            )
+        for ratios in config.of_layer(layer.index, layer.name).head_counts:
+            try:
+                kv_heads = scorer_shape(layer.module)[1]
+            except ValueError:
+                continue
+            if ratios != kv_heads:
+                raise ValueError(
+                    f"config must have a ratio for each of {kv_heads} KV heads of {layer.name}, "
+                    f"got {ratios}"
+                )
 
 
 def _warn_of_ratio(before: SparseConfig, now: SparseConfig) -> None:

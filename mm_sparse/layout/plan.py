@@ -218,16 +218,41 @@ class Plan:
             return visible_tokens
         if config.tokens is not None:
             return visible_tokens.clamp(max=config.tokens)
+        if config.query_ratio:
+            return token_budget(visible_tokens, self._tile_ratios().mean(1))
         return token_budget(visible_tokens, config.ratio)
 
     @memo_by_config
     def head_budget(self) -> Tensor:
         """(B, K, T) int64: the same by KV head, or (B, 1, T) where heads have no ratios."""
         config = self.config
-        if not config.head_ratio or config.top_p is not None or config.tokens is not None:
+        if config.top_p is not None or config.tokens is not None:
+            return self.budget[:, None]
+        if config.query_ratio:
+            return token_budget(self.visible_tokens[:, None], self._tile_ratios())
+        if not config.head_ratio:
             return self.budget[:, None]
         ratios = torch.tensor(config.head_ratio, device=self.units.device)
         return token_budget(self.visible_tokens[:, None], ratios[:, None])
+
+    @memo_by_blocks
+    def query_modality(self) -> Tensor:
+        """(B, T) int8: whose ratio a tile has, TEXT if it holds any, else `tile_modality`.
+
+        Short segments share tiles, and a few words that ask a question must not be short of keys
+        for a sound that is longer.
+        """
+        queries = slice(self.query_offset, self.query_offset + self.num_queries)
+        text = (self.layout.modality == int(Modality.TEXT)) & self.layout.valid
+        before = torch.nn.functional.pad(text[:, queries].cumsum(1), (1, 0))
+        first, end = self.tiles.long().cumsum(-1).unbind(-1)
+        holds = before.gather(1, end) > before.gather(1, first)
+        return torch.where(holds, int(Modality.TEXT), self.tile_modality).to(torch.int8)
+
+    def _tile_ratios(self) -> Tensor:
+        """(B, K or 1, T) float32: those of no modality where a tile has none, -1."""
+        table = torch.tensor(self.config.ratio_table, device=self.units.device)
+        return table[self.query_modality.long()].transpose(1, 2)
 
     @memo_by_blocks
     def visible_tokens(self) -> Tensor:
@@ -251,16 +276,9 @@ class Plan:
     @cached_property
     def without_sample(self) -> Plan:
         """The same pieces with what is left of the budget for the best units (`sampled`)."""
-        config = self.config
-        if not config.sample_ratio:
+        if not self.config.sample_ratio:
             return self
-        share = 1 - config.sample_ratio
-        tokens = None if config.tokens is None else max(round(config.tokens * share), 1)
-        heads = tuple(ratio * share for ratio in config.head_ratio)
-        config = replace(
-            config, ratio=config.ratio * share, head_ratio=heads, tokens=tokens, sample_ratio=0.0
-        )
-        return self.sharing(config=config)
+        return self.sharing(config=self.config.for_best())
 
     @memo_by_config
     def max_kept(self) -> int:
@@ -274,9 +292,8 @@ class Plan:
         budget = visible_tokens if config.tokens is None else min(visible_tokens, config.tokens)
         if config.tokens is None:
             # Rounding in float32 may go the other way than here: one more than it can be.
-            budget = min(
-                int(visible_tokens * max((config.ratio, *config.head_ratio))) + 1, visible_tokens
-            )
+            largest = max(map(max, config.ratio_table))
+            budget = min(int(visible_tokens * largest) + 1, visible_tokens)
         if floors := config.floors():
             # Each rounds up to a unit, and all may lie outside of what is always kept.
             always += int(budget * sum(floors.values()) / self.unit) + short + len(floors)

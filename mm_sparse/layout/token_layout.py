@@ -315,10 +315,10 @@ class TokenLayout:
                 f"num_query_heads must be a multiple of num_kv_heads, "
                 f"got {num_query_heads} and {num_kv_heads}"
             )
-        if config.head_ratio and len(config.head_ratio) != num_kv_heads:
+        for heads in config.head_counts - {num_kv_heads}:
+            name = "head_ratio" if config.head_ratio else "query_ratio"
             raise ValueError(
-                f"head_ratio must have a ratio for each of {num_kv_heads} KV heads, "
-                f"got {len(config.head_ratio)}"
+                f"{name} must have a ratio for each of {num_kv_heads} KV heads, got {heads}"
             )
         group = num_query_heads // num_kv_heads
         if group > config.tile:

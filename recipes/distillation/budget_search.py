@@ -9,24 +9,28 @@ sequences that nothing is reported on; then ratios go up where a step of density
 import argparse
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from math import fsum
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 import mm_sparse as mms
+from mm_sparse import Modality
 from mm_sparse.integrations import attention_layers, override_config, scorer_shape, sparse_config
 from mm_sparse.recipes.metrics import change_of, predictions
 from mm_sparse.recipes.run import prepared
 
 LEVELS = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
-Place = tuple[int | str, int | None]
+HeadPlace = tuple[int | str, int | None]
 """A layer, by its index in a decoder or else by name, and a KV head of it; None for all heads."""
+Place = HeadPlace | tuple[int | str, int | None, Modality]
+"""The same, and the modality of the queries where it has a budget of its own."""
 K = TypeVar("K", bound=Hashable)
 
 
-def budget_slots(model: nn.Module, by_head: bool) -> dict[Place, int]:
+def budget_slots(model: nn.Module, by_head: bool) -> dict[HeadPlace, int]:
     """Layers, or heads, that budgets are spread over, and how many KV heads their layer has."""
-    group_heads: dict[Place, int] = {}
+    group_heads: dict[HeadPlace, int] = {}
     for name, layer in attention_layers(model).items():
         if layer.known_mode()[0] == "sparse":
             heads = scorer_shape(layer.module)[1]
@@ -56,7 +60,7 @@ def costs_of(
     """
     places = budget_slots(model, by_head)
     every = dict.fromkeys(layer for layer, _ in places)
-    costs = {place: [0.0] * len(levels) for place in places}
+    costs: dict[Place, list[float]] = {place: [0.0] * len(levels) for place in places}
     for case in cases:
 
         def cost(layer: int | str, ratio: Any, case: tuple[Any, Any] = case) -> float:
@@ -89,45 +93,58 @@ def language_costs(
     return costs_of(model, cases, measure, levels, by_head=by_head)
 
 
-def layer_ratios(ratios: Mapping[Place, float]) -> dict[int | str, float | tuple[float, ...]]:
+def layer_ratios(ratios: Mapping[Place, float]) -> dict[int | str, Any]:
     """`SparseConfig.layer_ratio` of ratios by place."""
-    by_layer: dict[int | str, float | tuple[float, ...]] = {}
-    for (layer, head), ratio in ratios.items():
-        before: Any = by_layer.get(layer, ())
-        by_layer[layer] = ratio if head is None else (*before, ratio)
+    by_layer: dict[int | str, Any] = {}
+    for (layer, head, *kind), ratio in ratios.items():
+        own: Any = by_layer.setdefault(layer, {}) if kind else by_layer
+        key = kind[0] if kind else layer
+        own[key] = ratio if head is None else (*own.get(key, ()), ratio)
     return by_layer
 
 
 def spread(
-    costs: Mapping[K, Sequence[float]], mean: float, levels: Sequence[float] = LEVELS
+    costs: Mapping[K, Sequence[float]],
+    mean: float,
+    levels: Sequence[float] = LEVELS,
+    weights: Mapping[K, float] | None = None,
 ) -> dict[K, float]:
     """Ratios whose mean is at most `mean`, from `costs_of`: whoever gains most gets the next step.
 
     Greedy on the lower convex hull of each one's costs, which is the optimum for a sum of them
     up to one step of one of them.
+
+    Args:
+        weights: of the mean, pairs that a ratio is a share of; the same for all if None.
     """
     if not levels[0] <= mean <= levels[-1]:
         raise ValueError(f"mean must be in [{levels[0]}, {levels[-1]}], got {mean}")
     steps: list[tuple[float, K, int, float]] = []
+    part = dict.fromkeys(costs, 1.0)
+    if weights is not None:
+        scale = len(costs) / fsum(weights[key] for key in costs)
+        part = {key: weights[key] * scale for key in costs}
+    # Without pairs nothing is lost, and nothing paid.
+    costs = {key: own for key, own in costs.items() if part[key]}
     for key, own in costs.items():
         at = 0
         while at < len(levels) - 1:
             gains = [
-                ((own[at] - own[to]) / (levels[to] - levels[at]), to)
+                ((own[at] - own[to]) / (part[key] * (levels[to] - levels[at])), to)
                 for to in range(at + 1, len(levels))
             ]
             gain, to = max(gains)
-            steps.append((gain, key, to, levels[to] - levels[at]))
+            steps.append((gain, key, to, part[key] * (levels[to] - levels[at])))
             at = to
-    ratios = dict.fromkeys(costs, levels[0])
-    left = (mean - levels[0]) * len(costs)
+    ratios = dict.fromkeys(part, levels[0])
+    left = (mean - levels[0]) * len(part)
     stopped: set[K] = set()
     for _, key, to, price in sorted(steps, key=lambda step: -step[0]):
         if key in stopped:
             continue
         if price > left + 1e-9:
             # What is left goes to this one as it is; a later step of it may not overtake.
-            ratios[key] = round(ratios[key] + max(left, 0.0), 4)
+            ratios[key] = round(ratios[key] + max(left, 0.0) / part[key], 4)
             left = 0.0
             stopped.add(key)
             continue

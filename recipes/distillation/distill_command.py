@@ -34,9 +34,12 @@ from mm_sparse.recipes.distillation.distill_report import (
 )
 from mm_sparse.recipes.distillation.distiller import DistillationConfig
 from mm_sparse.recipes.distillation.first_order_budgets import (
+    QUERY_LEVELS,
     ChosenBudgets,
     choose_budgets,
     first_order_costs,
+    pair_weights,
+    query_pairs,
 )
 from mm_sparse.recipes.distillation.scorer_trainer import Length, ScorerTrainer, save_state
 from mm_sparse.recipes.distillation.training_rows import Batch, open_rows
@@ -359,7 +362,10 @@ def stop_between_steps() -> Iterator[list[int]]:
 def spread_budgets(
     args: argparse.Namespace, trainer: ScorerTrainer, held: Sequence[Batch]
 ) -> ChosenBudgets:
-    """Budgets by the way that `--budgets` names, with KL as it was measured."""
+    """Budgets by the way that `--budgets` names, with KL as it was measured.
+
+    Estimated ones are by modality of the queries, too, where a layer has several.
+    """
     model, ratio = trainer.model, mms.sparse_config(trainer.model).ratio
     inputs = [trainer.moved(shortened(batch, args.budget_tokens)) for batch in held]
     if args.budgets == "none":
@@ -376,7 +382,13 @@ def spread_budgets(
         cases = [(own, spread_predictions(model, own, backend="dense")) for own in inputs]
         costs = costs_of(model, cases, measure, by_head=True)
     else:
-        costs = first_order_costs(model, inputs, draws=args.draws, seed=args.seed)
+        mixed = any(len(kinds) > 1 for kinds in query_pairs(model, inputs[:1]).values())
+        levels = QUERY_LEVELS if mixed else LEVELS
+        costs = first_order_costs(
+            model, inputs, levels, by_modality=mixed, draws=args.draws, seed=args.seed
+        )
+        weights = pair_weights(model, inputs, costs)
+        return choose_budgets(model, inputs, costs, ratio, levels, weights=weights)
     return choose_budgets(model, inputs, costs, ratio)
 
 

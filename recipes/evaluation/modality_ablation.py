@@ -46,6 +46,7 @@ from mm_sparse.recipes.evaluation.modality_ablation_report import (
     summary,
     table,
 )
+from mm_sparse.recipes.evaluation.modality_budgets import named_ratios, spread_ratios
 from mm_sparse.recipes.metrics import densities
 from mm_sparse.recipes.models import AnswerLogits, MultimodalTraining
 from mm_sparse.recipes.run import on_device, prepare, validation_of
@@ -72,14 +73,20 @@ class Variant:
     shares: Literal["", "floor", "budget"] = ""
     """"floor": a least share of the budget for each modality. "budget": all of it is dealt out, by
     the share of attention that each modality gets in training samples."""
+    spread: Literal["", "head", "query"] = ""
+    """Budgets that first-order costs on training samples spread over KV heads ("head"), or over
+    KV heads and modalities of the queries ("query")."""
 
 
+HEADS = "blind, budgets by head"
 VARIANTS: dict[str, Variant] = {
     "sliding window": Variant(SlidingWindow),
     "pooled, untrained": Variant(PooledScorer),
     "parts, untrained": Variant(),
     "blind": Variant(learned="blind"),
     "blind, floors": Variant(learned="blind", shares="floor"),
+    HEADS: Variant(learned="blind", spread="head"),
+    "blind, budgets by head and query": Variant(learned="blind", spread="query"),
     "maps": Variant(learned="maps"),
     "bias": Variant(learned="bias"),
     "maps and bias": Variant(learned="maps and bias"),
@@ -172,6 +179,7 @@ def run(
     optimizer: OptimizerConfig | None = None,
     floor: float = 0.2,
     looked_at: int = 4,
+    spread_on: int = 8,
     variants: Mapping[str, Variant] = VARIANTS,
 ) -> dict[str, Any]:
     """Train and measure all variants at the density that untrained scorers have.
@@ -182,6 +190,7 @@ def run(
         train: batches of a seed, one a step.
         floor: least share of the budget of each modality in variants with floors.
         looked_at: held-out batches whose attention is counted; KL and exact match are of all.
+        spread_on: training batches of a seed that budgets are spread on.
     """
     if list(model.sparse_configs) != ["language"]:
         raise ValueError(f"model must run sparse in language alone, got {[*model.sparse_configs]}")
@@ -195,6 +204,11 @@ def run(
     options = {name: {"modalities": kinds, **LEARNED[name]} for name in wanted}
     learned: dict[str, list[OwnScorers]] = {name: [] for name in options}
     losses: list[dict[str, list[float]]] = []
+    config = sparse_config(model.language)
+    to_spread = {v.learned for v in variants.values() if v.spread}
+    found: dict[tuple[str, str], list[dict[int | str, Any]]] = {
+        (name, by): [] for name in to_spread for by in ("head", "query")
+    }
     shares: dict[Modality, float] = {}
     for seed in seeds:
         torch.manual_seed(seed)
@@ -207,8 +221,11 @@ def run(
         losses.append({k: [round(x, 5) for x in v] for k, v in own.items()})
         for name in made:
             learned[name].append(made[name])
+            if name in to_spread:
+                with override_scorers(model.language, made[name]):
+                    for by, own_ratios in spread_ratios(model, batches[:spread_on]).items():
+                        found[name, by].append(own_ratios)
     dense, attending = dense_run(model, held_out)
-    config = sparse_config(model.language)
     floors: dict[str, Any] = {"": 0.0, "floor": floor, "budget": shares}
     rows: dict[str, dict[str, Any]] = {}
     untrained = override_scorers(model.language, fresh(model.language))
@@ -216,9 +233,12 @@ def run(
         target = density_on(model, held_out[:looked_at])
     for name, variant in variants.items():
         runs, ratios = [], []
-        for ranked in _rankings(model, variant, learned):
+        budgets = found.get((variant.learned, variant.spread), [])
+        for number, ranked in enumerate(_rankings(model, variant, learned)):
+            own = {"layer_ratio": budgets[number]} if budgets else {}
+            changes = {"modality_floor": floors[variant.shares], **own}
             with (
-                override_config(model.language, modality_floor=floors[variant.shares]),
+                override_config(model.language, **changes),
                 override_scorers(model.language, ranked),
             ):
                 ratio = matched_ratio(model, held_out[:looked_at], target, config.ratio)
@@ -226,9 +246,13 @@ def run(
                     runs.append(measure(model, held_out, dense, looked_at))
                 ratios.append(round(ratio, 5))
                 cost = _cost(model, held_out[0])
-        own = learned[variant.learned][0].values() if variant.learned else ()
-        size = sum(p.numel() for scorer in own for p in scorer.parameters())
+        first = learned[variant.learned][0].values() if variant.learned else ()
+        size = sum(p.numel() for scorer in first for p in scorer.parameters())
         rows[name] = {"parameters": size, "cost": cost, "ratios": ratios} | summary(runs)
+        if budgets:
+            rows[name]["layer_ratios"] = [named_ratios(own) for own in budgets]
+        if variant.spread == "query" and HEADS in rows:
+            rows[name]["against_heads"] = beside_blind(rows[name], rows[HEADS])
     for row in rows.values() if "blind" in rows else ():
         row |= beside_blind(row, rows["blind"])
     exact = torch.cat([said.exact().float() for said in dense]).mean().item()
@@ -278,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--tiles", type=int, default=24, help="of a sample that a step looks at")
     parser.add_argument("--floor", type=float, default=0.2, help="least share of each modality")
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--looked-at", type=int, default=4, help="batches for attention's figures")
     args, more = parser.parse_known_args(argv)
     # LightningCLI warns of a command line beside the arguments that it is given.
@@ -293,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         outcome = run(
             cli.model, train, list(here(data.loader(validation))), seeds=args.seeds,
             floor=args.floor, looked_at=args.looked_at,
+            variants={name: VARIANTS[name] for name in args.variants},
             goal=DistillationConfig(tiles=args.tiles),
             optimizer=OptimizerConfig(lr=args.lr, warmup=10, final=0.0),
         )  # fmt: skip

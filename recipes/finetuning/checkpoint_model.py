@@ -34,6 +34,7 @@ from mm_sparse.recipes.finetuning.packing import check_packs, pack_rows
 from mm_sparse.recipes.metrics import exact_match, token_f1
 from mm_sparse.recipes.models import RECIPE, LoraConfig, ScorerName, from_checkpoint
 from mm_sparse.recipes.training import (
+    WHOLE,
     Objectives,
     OptimizerConfig,
     SharedSequences,
@@ -239,11 +240,10 @@ class CheckpointModel(L.LightningModule):
             if learned is not None:
                 loss = loss + self._scorer_loss(learned.mean(), size)
         if from_dense:
-            whole = {"ratio": 1.0, "tokens": None, "top_p": None, "layer_ratio": {}}
             drawn = goals.drawing(self.global_step, self.device)
             with (
                 torch.no_grad(),
-                mms.override_config(self.base, **whole),
+                mms.override_config(self.base, **WHOLE),
                 distillation_losses(self.base, **drawn) as learned,
             ):
                 self._look(batch)

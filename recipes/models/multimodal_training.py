@@ -17,7 +17,7 @@ import mm_sparse as mms
 from mm_sparse.distillation import distillation_losses
 from mm_sparse.recipes.data import IGNORED, Batch
 from mm_sparse.recipes.models.multimodal_base import MultimodalBase
-from mm_sparse.recipes.training import average, clip_gradients, optimize
+from mm_sparse.recipes.training import WHOLE, average, clip_gradients, optimize
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +146,7 @@ class MultimodalTraining(MultimodalBase):
         """The scorers' divergence from the attention of a run that keeps everything."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(
-                self.override_config(ratio=1.0, tokens=None, top_p=None, layer_ratio={})
-            )
+            stack.enter_context(self.override_config(**WHOLE))
             learned = stack.enter_context(self.distillation_losses())
             self.run(batch, logits_to_keep=1)
         return self.mean_loss(learned)

@@ -6,7 +6,7 @@ from .fsdp import (
     shard as shard,
     shard_decoder as shard_decoder,
 )
-from .objectives import Objectives as Objectives
+from .objectives import WHOLE as WHOLE, Objectives as Objectives
 from .optimizer import OptimizerConfig as OptimizerConfig, optimize as optimize
 from .sequence_strategy import (
     SequenceParallelStrategy as SequenceParallelStrategy,

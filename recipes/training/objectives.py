@@ -7,6 +7,12 @@ import torch
 
 from mm_sparse import SparseConfig
 
+WHOLE: dict[str, Any] = {
+    "ratio": 1.0, "tokens": None, "top_p": None, "layer_ratio": {}, "head_ratio": (),
+    "query_ratio": {},
+}  # fmt: skip
+"""Fields of a sparse config that keeps everything."""
+
 
 @dataclass(frozen=True)
 class Objectives:
@@ -56,4 +62,11 @@ class Objectives:
         if step < self.dense_steps:
             return {"backend": "dense"}
         left = (self.changing_steps - step) / (self.narrowing_steps + 1)
-        return {"ratio": config.ratio + (1 - config.ratio) * left}
+
+        def wider(own: Any) -> Any:
+            return tuple(map(wider, own)) if isinstance(own, tuple) else own + (1 - own) * left
+
+        changed: dict[str, Any] = {"ratio": wider(config.ratio)}
+        if config.query_ratio:
+            changed["query_ratio"] = {m: wider(own) for m, own in config.query_ratio.items()}
+        return changed

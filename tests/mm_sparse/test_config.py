@@ -106,6 +106,24 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
         ("layer_ratio", {0: ()}, ValueError, "layer_ratio must have a ratio for layer 0, got none"),
         ("layer_ratio", {0: (0.2, 2)}, ValueError, "layer_ratio must be in (0, 1], got 2"),
         ("layer_ratio", {0: "0.2"}, TypeError, "layer_ratio must be a number, got '0.2'"),
+        ("query_ratio", 0.2, TypeError, "query_ratio must map modalities to ratios, got 0.2"),
+        ("query_ratio", {"SMELL": 0.1}, ValueError, f"{MODALITIES}, got 'SMELL'"),
+        ("query_ratio", {"TEXT": 0}, ValueError, "query_ratio must be in (0, 1], got 0"),
+        ("query_ratio", {"TEXT": ()}, ValueError, "query_ratio must have a ratio for TEXT, got"),
+        (
+            "query_ratio",
+            {"TEXT": (0.1, 0.2), "IMAGE": (0.1,)},
+            ValueError,
+            "query_ratio must be for as many KV heads in every modality, and as",
+        ),
+        (
+            "layer_ratio",
+            {3: {"TEXT": (0.1, 0.2), "IMAGE": (0.1,)}},
+            ValueError,
+            "layer_ratio must be for as many KV heads in every modality of layer 3, got [1, 2]",
+        ),
+        ("layer_ratio", {3: {"TEXT": "a"}}, TypeError, "layer_ratio must be a number, got 'a'"),
+        ("layer_ratio", {3: {}}, ValueError, "layer_ratio must have a ratio for layer 3, got none"),
         ("sample_ratio", -0.1, ValueError, "sample_ratio must be in [0, 1], got -0.1"),
         (
             "sample_ratio",
@@ -243,6 +261,47 @@ def test_ratios_of_heads_survive_json_and_become_those_of_their_layer() -> None:
     )
     assert back.of_layer(5) == dataclasses.replace(config, ratio=0.3, head_ratio=(), layer_ratio={})
     assert back.of_layer(4) == dataclasses.replace(config, layer_ratio={})
+
+
+def test_ratios_by_modality_survive_json_and_become_those_of_their_layer() -> None:
+    kinds = {Modality.TEXT: (0.4, 0.8), Modality.IMAGE: 0.05}
+    config = SparseConfig(0.2, layer_ratio={3: kinds, 5: 0.3}, query_ratio={"AUDIO": 0.1})
+    back = SparseConfig.from_json(config.to_json())
+    assert back == config
+    assert hash(back) == hash(config)
+    assert back.query_ratio == {Modality.AUDIO: 0.1}
+    own = back.of_layer(3)
+    assert own == dataclasses.replace(config, query_ratio=kinds, layer_ratio={})
+    assert own.ratio_table[Modality.IMAGE] == (0.05, 0.05)
+    assert own.ratio_table[Modality.AUDIO] == own.ratio_table[-1] == (0.2, 0.2)
+    assert own.head_counts == {2}
+    # A layer's own budgets are all that hold there.
+    assert back.of_layer(5) == SparseConfig(0.3)
+    assert back.of_layer(4) == dataclasses.replace(config, layer_ratio={})
+
+
+def test_a_record_from_before_ratios_by_modality_is_the_same_config() -> None:
+    config = SparseConfig(0.2, layer_ratio={3: (0.1, 0.4)}, head_ratio=(0.2, 0.3))
+    record = json.loads(config.to_json())
+    del record["query_ratio"]
+    assert SparseConfig.from_json(json.dumps(record)) == config
+
+
+def test_all_budgets_are_scaled_alike() -> None:
+    kinds = {Modality.TEXT: (0.4, 0.8), Modality.IMAGE: 0.04}
+    config = SparseConfig(0.2, layer_ratio={3: kinds}, query_ratio=kinds)
+    for part in (config.scaled(0.1).query_ratio, config.scaled(0.1).layer_ratio[3]):
+        assert part == {Modality.TEXT: (0.2, 0.4), Modality.IMAGE: 0.02}
+    assert config.scaled(0.4).query_ratio[Modality.TEXT] == (0.8, 1.0)
+    candidates = dataclasses.replace(config, coarse_factor=2, coarse_budget=2.0).for_candidates()
+    assert candidates.query_ratio == {Modality.TEXT: (0.8, 1.0), Modality.IMAGE: 0.08}
+
+
+def test_a_sample_takes_its_share_of_every_budget() -> None:
+    config = SparseConfig(0.2, query_ratio={"TEXT": (0.4, 0.8), "IMAGE": 0.04}, sample_ratio=0.5)
+    best = config.for_best()
+    assert (best.ratio, best.sample_ratio) == (0.1, 0.0)
+    assert best.query_ratio == {Modality.TEXT: (0.2, 0.4), Modality.IMAGE: 0.02}
 
 
 def test_a_hash_that_was_found_is_not_taken_to_another_process() -> None:

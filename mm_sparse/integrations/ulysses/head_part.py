@@ -68,11 +68,15 @@ class HeadPart:
                 f"config.sample_ratio must be 0 where heads are split between ranks, got "
                 f"{config.sample_ratio:g}"
             )
-        ratios = config.head_ratio
-        if not ratios:
+
+        def own(ratios: Any) -> Any:
+            size = len(ratios) // self.parts if isinstance(ratios, tuple) else 0
+            return ratios[self.part * size : (self.part + 1) * size] if size else ratios
+
+        if not config.head_ratio and not config.query_ratio:
             return config
-        size = len(ratios) // self.parts
-        return replace(config, head_ratio=ratios[self.part * size : (self.part + 1) * size])
+        by_kind = {kind: own(ratios) for kind, ratios in config.query_ratio.items()}
+        return replace(config, head_ratio=own(config.head_ratio), query_ratio=by_kind)
 
     def total(self, count: Tensor) -> Tensor:
         """Sum of a number over the processes."""

@@ -300,7 +300,7 @@ def ranked(batch, config: mms.SparseConfig, seed: int) -> tuple[Tensor, Plan] | 
     """Scores of two heads without ties, and a plan in which each head has its own budget."""
     rows, side = batch
     layout = TokenLayout.from_rows(rows, padding_side=side)
-    config = replace(config, head_ratio=(config.ratio, 0.4))
+    config = replace(config, head_ratio=(config.ratio, 0.4), query_ratio={"IMAGE": (0.7, 0.05)})
     plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
     if not plan.max_kept or not plan.tiles.shape[1]:
         return None

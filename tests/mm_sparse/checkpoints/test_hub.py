@@ -81,7 +81,10 @@ def test_a_wrong_name_writes_nothing(local: LocalHub, tmp_path: Path) -> None:
 
 
 def budgets(ratio: float) -> mms.SparseConfig:
-    ratios = {"model.layers.0.self_attn": (0.1, 0.5), "model.layers.1.self_attn": (0.2, 0.4)}
+    ratios = {
+        "model.layers.0.self_attn": (0.1, 0.5),
+        "model.layers.1.self_attn": {"TEXT": (0.2, 0.4), "IMAGE": 0.1},
+    }
     stored = mms.SparseConfig(ratio=0.3, dense_below=0, layer_ratio=ratios)
     return stored if ratio == 0.3 else stored.scaled(ratio)
 

@@ -238,6 +238,11 @@ def test_a_scorer_of_ones_own_is_told_what_is_wrong_with_its_scores() -> None:
         ({"dense_layers": (99,)}, r"config.dense_layers must have layers .* 0 to 1; got 99"),
         ({"layer_ratio": {99: 0.1}}, r"config.layer_ratio must have layers .* 0 to 1; got 99"),
         ({"layer_ratio": {0: (0.1, 0.2, 0.3)}}, r"each of 2 KV heads of model.layers.0.self_attn"),
+        ({"layer_ratio": {1: {"TEXT": (0.1, 0.2, 0.3)}}}, r"each of 2 KV heads of model.layers.1"),
+        (
+            {"query_ratio": {"IMAGE": (0.1,) * 3}},
+            r"each of 2 KV heads of model.layers.0.self_attn, got 3",
+        ),
     ],
 )
 def test_budgets_for_what_is_not_there_are_refused(fields: Any, message: str) -> None:

@@ -236,6 +236,29 @@ def test_pieces_have_the_modality_of_most_of_their_tokens() -> None:
         assert votes[int(kind)] == votes.max()
 
 
+def test_a_tile_that_holds_text_has_the_ratio_of_text() -> None:
+    """A sound and a question about it are shorter than a tile and share one."""
+    layout = TokenLayout.from_spans([("image", (16, 16)), ("audio", 40), ("text", 5)], batch=2)
+    config = SparseConfig(
+        0.2, tile=64, sinks=0, window=0, query_ratio={"TEXT": (0.6, 0.4), "AUDIO": 0.05}
+    )
+    plan = layout.plan(config, num_query_heads=2, num_kv_heads=2)
+    assert plan.tile_modality.tolist() == [[Modality.IMAGE] * 4 + [Modality.AUDIO]] * 2
+    assert plan.query_modality.tolist() == [[Modality.IMAGE] * 4 + [Modality.TEXT]] * 2
+    seen = plan.visible_tokens[0].tolist()
+    assert plan.head_budget[0, :, -1].tolist() == [round(0.6 * seen[-1]), round(0.4 * seen[-1])]
+    assert plan.head_budget[1, :, 0].tolist() == [round(0.2 * seen[0])] * 2
+    # Some of the queries are tiles of the same modality.
+    part = layout.plan(config, num_query_heads=2, num_kv_heads=2, num_queries=5)
+    assert part.query_modality.tolist() == [[Modality.TEXT]] * 2
+    assert torch.equal(part.head_budget, plan.head_budget[:, :, -1:])
+    tiles = torch.tensor([[4, 0], [1, 4]])
+    drawn = plan.of_tiles(tiles)
+    assert torch.equal(drawn.query_modality, plan.query_modality.gather(1, tiles))
+    behind = plan.select_tiles(slice(3, 5), slice(192, 301))
+    assert torch.equal(behind.query_modality, plan.query_modality[:, 3:])
+
+
 def test_fillers_and_padding_have_no_modality() -> None:
     plan = plan_of(([MIXED, TEXT], "left"), SparseConfig())
     assert (plan.unit_modality[plan.units[..., 1] == 0] == -1).all()

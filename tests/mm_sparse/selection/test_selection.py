@@ -11,6 +11,7 @@ from torch import Tensor
 import mm_sparse as mms
 from mm_sparse import Modality, Scores, SparseConfig, TokenLayout
 from mm_sparse.layout.plan import Plan
+from mm_sparse.selection.density import count_pairs
 from tests.support.layouts import (
     FEW,
     MIXED,
@@ -227,7 +228,62 @@ def test_heads_keep_what_they_would_keep_with_one_ratio(
         assert torch.equal(kept[:, head], kept_units(own)[:, 0])
 
 
+@given(batches(), configs(top_p=None, tokens=None), st.lists(st.floats(0.02, 1.0), min_size=6))
+@FEW
+def test_tiles_keep_what_they_would_keep_with_the_ratio_of_their_modality(
+    batch: Batch, config: SparseConfig, ratios: list[float]
+) -> None:
+    layout = TokenLayout.from_rows(batch[0], padding_side=batch[1])
+    heads = {kind: tuple(ratios[2 * i : 2 * i + 2]) for i, kind in enumerate(Modality) if i < 3}
+    config = dataclasses.replace(config, query_ratio=heads)
+    scores = random_scores(layout, config, kv_heads=2)
+    kept = kept_units(mms.select(scores, layout, config).check())
+    # Video and tiles of padding alone keep the one ratio.
+    even = (config.ratio, config.ratio)
+    for kind, own in {**heads, Modality.VIDEO: even, None: even}.items():
+        alone = dataclasses.replace(config, head_ratio=own, query_ratio={})
+        wanted = kept_units(mms.select(scores.values, layout, alone, num_query_heads=2))
+        of_kind = scores.plan.query_modality == (-1 if kind is None else int(kind))
+        rows, tiles = of_kind.nonzero(as_tuple=True)
+        assert torch.equal(kept[rows, :, tiles], wanted[rows, :, tiles])
+
+
+def test_text_alone_is_selected_as_by_head_bit_for_bit() -> None:
+    layout, heads = TokenLayout.text(2, 500), (0.1, 0.35)
+    by_head = SparseConfig(0.2, head_ratio=heads, sinks=16, window=32, sample_ratio=0.5)
+    by_kind = SparseConfig(
+        0.2, query_ratio={"TEXT": heads, "IMAGE": 0.9}, sinks=16, window=32, sample_ratio=0.5
+    )
+    chosen = []
+    for config in (by_head, by_kind):
+        scores = random_scores(layout, config, kv_heads=2)
+        made = mms.select(scores.values, layout, config, num_query_heads=2).check()
+        chosen.append(made)
+    assert torch.equal(kept_units(chosen[0]), kept_units(chosen[1]))
+    assert torch.equal(chosen[0].count, chosen[1].count)
+
+
+def test_mean_density_is_that_of_one_ratio() -> None:
+    """Ratios whose mean over visible pairs is one ratio keep as many pairs as that."""
+    layout = TokenLayout.from_spans([("image", (32, 32)), ("text", 512)], batch=1)
+    even = SparseConfig(0.2, tile=64, unit=16, sinks=0, window=0, bidirectional=())
+    scores = random_scores(layout, even, kv_heads=2)
+    one = mms.select(scores.values, layout, even, num_query_heads=2)
+    _, seen = count_pairs(one.index, one.count, one.plan)
+    text = (seen[Modality.TEXT].sum() / seen.sum()).item()
+    kinds = {"TEXT": (0.2 - (1 - text) * 0.1) / text, "IMAGE": (0.05, 0.15)}
+    config = dataclasses.replace(even, query_ratio=kinds)
+    own = mms.select(scores.values, layout, config, num_query_heads=2)
+    assert own.density() == pytest.approx(one.density(), rel=0.02)
+    by_pair = own.density_by_modality()
+    assert by_pair[Modality.IMAGE, Modality.IMAGE] == pytest.approx(0.1, rel=0.1)
+    assert by_pair[Modality.TEXT, Modality.TEXT] > 0.2
+
+
 def test_ratios_must_be_as_many_as_kv_heads() -> None:
+    layout, config = TokenLayout.text(1, 64), SparseConfig(query_ratio={"IMAGE": (0.2, 0.3)})
+    with pytest.raises(ValueError, match="query_ratio must have a ratio for each of 3 KV heads"):
+        layout.plan(config, num_query_heads=3, num_kv_heads=3)
     layout, config = TokenLayout.text(1, 64), SparseConfig(head_ratio=(0.2, 0.3))
     with pytest.raises(ValueError, match="head_ratio must have a ratio for each of 3 KV heads"):
         layout.plan(config, num_query_heads=3, num_kv_heads=3)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,25 @@ def test_a_vision_language_model(pictures: tuple[str, str], tmp_path: Path) -> N
     card = json.loads((out / "scorers" / "card.json").read_text())
     assert "model.language_model.layers.0.self_attn" in card["layers"]
     assert card["data"]["about"] == "12 conversations"
+
+
+def test_budgets_are_by_modality_where_a_layer_has_several(language: str) -> None:
+    model = mms.sparsify(
+        load_model(language).eval().requires_grad_(False),
+        mms.SparseConfig(ratio=0.3, tile=64, sinks=0, window=16, bidirectional=(), dense_below=0),
+    )
+    torch.manual_seed(0)
+    held = [{"input_ids": torch.randint(14, 300, (1, 384))}]
+    trainer: Any = SimpleNamespace(model=model, moved=lambda batch: batch)
+    given: Any = SimpleNamespace(budgets="first-order", budget_tokens=384, draws=1, seed=0)
+    kinds = (torch.arange(384) < 192)[None].int() * int(mms.Modality.IMAGE)
+    with mms.set_modality(model, kinds):
+        mixed = distill_command.spread_budgets(given, trainer, held)
+    alone = distill_command.spread_budgets(given, trainer, held)
+    heads = {(layer, head) for layer in (0, 1) for head in (0, 1)}
+    both = (mms.Modality.TEXT, mms.Modality.IMAGE)
+    assert set(alone.ratios) == heads
+    assert set(mixed.ratios) == {(*place, kind) for place in heads for kind in both}
 
 
 def test_a_speech_language_model(tmp_path: Path) -> None:

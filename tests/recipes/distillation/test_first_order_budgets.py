@@ -10,10 +10,16 @@ import torch
 import mm_sparse as mms
 from mm_sparse.integrations import override_config
 from mm_sparse.recipes.distillation import first_order_budgets as budgets
-from mm_sparse.recipes.distillation.budget_search import LEVELS, language_costs
+from mm_sparse.recipes.distillation.budget_search import (
+    LEVELS,
+    language_costs,
+    layer_ratios,
+    spread,
+)
 from mm_sparse.recipes.distillation.first_order_budgets import (
     choose_budgets,
     first_order_costs,
+    pair_weights,
 )
 from mm_sparse.recipes.finetuning import load_model
 from mm_sparse.recipes.metrics import logits, predictions, spread_predictions
@@ -84,6 +90,61 @@ def test_by_layer_heads_are_added_up(tmp_path: Path) -> None:
     for (layer, _), own in layers.items():
         both = [a + b for a, b in zip(heads[layer, 0], heads[layer, 1], strict=True)]
         assert own == pytest.approx(both)
+
+
+def half_images(tokens: int = 256) -> torch.Tensor:
+    """Modality of a row that begins with an image."""
+    return (torch.arange(tokens) < tokens // 2)[None].int() * int(mms.Modality.IMAGE)
+
+
+def test_costs_of_modalities_add_up_to_those_of_their_head(tmp_path: Path) -> None:
+    model, given = tiny(tmp_path), inputs()
+    with mms.set_modality(model, half_images()):
+        heads = first_order_costs(model, given, draws=1)
+        kinds = first_order_costs(model, given, draws=1, by_modality=True)
+    assert len(kinds) == 2 * len(heads)
+    for (layer, head), own in heads.items():
+        text, image = (kinds[layer, head, kind] for kind in (mms.Modality.TEXT, mms.Modality.IMAGE))
+        assert own == pytest.approx([a + b for a, b in zip(text, image, strict=True)])
+    # Predictions are those of text, so that images have no say in the last layer.
+    assert max(kinds[1, 0, mms.Modality.IMAGE]) == 0 < max(kinds[1, 0, mms.Modality.TEXT])
+    assert max(kinds[0, 0, mms.Modality.IMAGE]) > 0
+
+
+def test_text_alone_has_budgets_by_head(tmp_path: Path) -> None:
+    model, given = tiny(tmp_path), inputs()
+    heads = first_order_costs(model, given, draws=1)
+    assert first_order_costs(model, given, draws=1, by_modality=True) == heads
+    weights = pair_weights(model, given, heads)
+    assert set(weights.values()) == {1.0}
+    found = choose_budgets(model, given, heads, 0.3, weights=weights)
+    assert found == choose_budgets(model, given, heads, 0.3)
+
+
+def test_budgets_by_modality_keep_as_many_pairs_as_one_ratio(tmp_path: Path) -> None:
+    model, given, text, image = tiny(tmp_path), inputs(tokens=1024), *list(mms.Modality)[:2]
+    levels = (0.1, 0.2, 0.3, 0.5, 1.0)
+    with mms.set_modality(model, half_images(1024)), override_config(model, window=0):
+        costs = first_order_costs(model, given, levels, draws=1, by_modality=True)
+        weights = pair_weights(model, given, costs)
+        for layer, head in ((0, 0), (1, 1)):
+            pairs = [weights[layer, head, kind] for kind in (text, image)]
+            assert sum(pairs) == pytest.approx(1)
+            assert pairs[1] == pytest.approx(1 / 4, rel=0.1)
+        wanted = spread(costs, 0.3, levels, weights)
+        mean = sum(weights[place] * ratio for place, ratio in wanted.items()) / 4
+        assert mean == pytest.approx(0.3, abs=1e-3)
+        densities = []
+        for ratios in ({}, layer_ratios(wanted)):
+            with override_config(model, ratio=0.3, layer_ratio=ratios):
+                model(**given[0])
+            densities.append(mms.report(model).density)
+        assert densities[1] == pytest.approx(densities[0], rel=0.03)
+        # The last layer's images reach no prediction.
+        assert wanted[1, 0, image] == wanted[1, 1, image] == 0.1
+        assert max(ratio for (*_, kind), ratio in wanted.items() if kind == text) > 0.3
+        found = choose_budgets(model, given, costs, 0.3, levels, weights=weights)
+    assert found.tried[found.share] == min(found.tried.values())
 
 
 @pytest.mark.parametrize("mean", [0.06, 0.2, 0.37, 1.0])

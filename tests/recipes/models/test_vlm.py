@@ -341,3 +341,14 @@ def test_trained_parts_are_in_train_mode_and_layers_are_recomputed(
     assert len(calls) == 2
     made.eval()
     assert not any(module.training for module in made.modules())
+
+
+def test_ratios_by_modality_narrow_as_the_ratio_does() -> None:
+    config = mms.SparseConfig(0.2, query_ratio={"TEXT": (0.4, 1.0), "IMAGE": 0.1})
+    goals = Objectives(narrowing_steps=3)
+    half = goals.changes(config, 1)
+    assert half["ratio"] == pytest.approx(0.6)
+    assert half["query_ratio"][mms.Modality.TEXT] == pytest.approx((0.7, 1.0))
+    assert half["query_ratio"][mms.Modality.IMAGE] == pytest.approx(0.55)
+    assert goals.changes(config, 3) == {}
+    assert "query_ratio" not in goals.changes(mms.SparseConfig(0.2), 1)

@@ -19,6 +19,13 @@ BUDGETS = {"model.layers.0.self_attn": (0.2, 0.5), "model.layers.1.self_attn": 0
 CONFIGS = {
     "ratio": CONFIG,
     "heads": mms.SparseConfig(ratio=0.3, dense_below=0, window=0, layer_ratio=BUDGETS),
+    "queries": mms.SparseConfig(
+        ratio=0.3,
+        dense_below=0,
+        window=0,
+        layer_ratio={0: {"TEXT": (0.2, 0.5), "IMAGE": 0.05}},
+        query_ratio={"TEXT": 0.4, "IMAGE": (0.1, 0.2)},
+    ),
     "tokens": mms.SparseConfig(tokens=64, dense_below=0, sinks=0, unit=32),
     "floors": mms.SparseConfig(ratio=0.3, dense_below=0, modality_floor=0.1),
 }

@@ -17,7 +17,7 @@ from tests.support.tiny_checkpoints import write_language
 
 SPARSE = mms.SparseConfig(
     ratio=0.3, tile=64, unit=16, dense_below=0, sinks=0, window=16,
-    layer_ratio={0: (0.2, 0.4)},
+    layer_ratio={0: (0.2, 0.4), 1: {"TEXT": (0.3, 0.2), "IMAGE": 0.1}},
 )  # fmt: skip
 SCORERS = ("pooled", "relevance", "fine")
 pytestmark = pytest.mark.timeout(120)
