@@ -247,8 +247,8 @@ def _buffers(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def _block_sparse_attention_fwd_hopper(
-    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Placed, Inner, Count, Begun, scale, items, num_queries,
-    num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb, stride_qh,
+    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Placed, Inner, Count, Begun, scale,
+    items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb, stride_qh,
     stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
     EVEN: gl.constexpr, EVEN_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr,
@@ -359,8 +359,8 @@ def block_sparse_attention_fwd_hopper(
     items = num_tiles * batch * kv_heads
     launch(
         _block_sparse_attention_fwd_hopper, (min(cdiv(items, workers), multiprocessors(q)),),
-        q, *described, out, lse, tiles, units, span, order, placed, inner, count, begun, scale, items,
-        num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
+        q, *described, out, lse, tiles, units, span, order, placed, inner, count, begun, scale,
+        items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
         *q.stride()[:3], *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, EVEN=lead >= 0,
         EVEN_TILES=tile_lead >= 0, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,
     )  # fmt: skip

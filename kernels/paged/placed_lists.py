@@ -19,17 +19,17 @@ from mm_sparse.kernels.triton.primitives import COUNTS, place_of_unit
 
 @triton.jit(do_not_specialize=COUNTS)
 def _placed_lists(
-    Placed, Index, Count, Table, kv_heads, num_tiles, list_length, stride_pages, WIDTH: tl.constexpr,
-    PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
+    Placed, Index, Count, PageTable, kv_heads, num_tiles, list_length, stride_pages,
+    WIDTH: tl.constexpr, PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     list_ = tl.program_id(0).to(tl.int64)
-    Table += list_ // (kv_heads * num_tiles) * stride_pages
+    PageTable += list_ // (kv_heads * num_tiles) * stride_pages
     count = tl.load(Count + list_)
     for first in range(0, count, WIDTH):
         slot = first + tl.arange(0, WIDTH)
         listed = slot < count
         unit = tl.load(Index + list_ * list_length + slot, mask=listed, other=0).to(tl.int32)
-        place = place_of_unit(Table, unit, PAGE_UNITS, PAGE_STRIDE)
+        place = place_of_unit(PageTable, unit, PAGE_UNITS, PAGE_STRIDE)
         tl.store(Placed + list_ * list_length + slot, place, mask=listed)
 
 

@@ -37,7 +37,7 @@ MOST_ROWS = 64
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_sparse_attention_split_kv(
-    Q, K, V, Part, Weight, Tiles, Units, Span, Index, Count, Table,
+    Q, K, V, Part, Weight, Tiles, Units, Span, Index, Count, PageTable,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads, splits, keys_of_part,
     stride_pages, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
@@ -62,7 +62,7 @@ def _block_sparse_attention_split_kv(
     Ub = Units + batch * num_units * 2
     PAGED: tl.constexpr = PAGE_UNITS > 0
     if PAGED:
-        Table += batch * stride_pages
+        PageTable += batch * stride_pages
     list_ = (batch * kv_heads + head) * num_tiles + t
     Ib = Index + list_ * list_length
     count = tl.load(Count + list_)
@@ -78,7 +78,7 @@ def _block_sparse_attention_split_kv(
     end = tl.minimum(begin + keys_of_part, count * UNIT)
     for first in range(begin, end, COLS):
         unit = listed_units(Ib, first, count, UNIT, COLS)
-        place = place_of_unit(Table, unit, PAGE_UNITS, PAGE_STRIDE)
+        place = place_of_unit(PageTable, unit, PAGE_UNITS, PAGE_STRIDE)
         top, total, acc = softmax_step(
             q, top, total, acc, None, None, Kb, Vb, Ub, unit, place, batch, head, first, count,
             low, high, scale * LOG2E, stride_kn, stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D,

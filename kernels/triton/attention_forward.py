@@ -35,7 +35,7 @@ from mm_sparse.kernels.triton.primitives import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_sparse_attention_fwd(
-    Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count, Table,
+    Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count, PageTable,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads, stride_pages,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
@@ -60,7 +60,7 @@ def _block_sparse_attention_fwd(
     Ub = Units + batch * num_units * 2
     PAGED: tl.constexpr = PAGE_UNITS > 0
     if PAGED:
-        Table += batch * stride_pages
+        PageTable += batch * stride_pages
     row = (batch * kv_heads + head) * num_tiles + t
     Ib = Index + row * list_length
     count = tl.load(Count + row)
@@ -71,11 +71,11 @@ def _block_sparse_attention_fwd(
     begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS, PAGED)
     # The next units are looked up a step ahead, so that loads of keys need not wait for them.
     ahead = listed_units(Ib, begin, count, UNIT, COLS)
-    placed = place_of_unit(Table, ahead, PAGE_UNITS, PAGE_STRIDE)
+    placed = place_of_unit(PageTable, ahead, PAGE_UNITS, PAGE_STRIDE)
     for first in range(begin, end, COLS):
         unit, place = ahead, placed
         ahead = listed_units(Ib, first + COLS, count, UNIT, COLS)
-        placed = place_of_unit(Table, ahead, PAGE_UNITS, PAGE_STRIDE)
+        placed = place_of_unit(PageTable, ahead, PAGE_UNITS, PAGE_STRIDE)
         top, total, acc = softmax_step(
             q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, place, batch, head, first, count, low,
             high, scale2, stride_kn, stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
@@ -86,7 +86,7 @@ def _block_sparse_attention_fwd(
     for i in range(0, cut, CUT_COLS):
         first = tl.where(i < begin, i, end + i - begin)
         unit = listed_units(Ib, first, count, UNIT, CUT_COLS)
-        place = place_of_unit(Table, unit, PAGE_UNITS, PAGE_STRIDE)
+        place = place_of_unit(PageTable, unit, PAGE_UNITS, PAGE_STRIDE)
         top, total, acc = softmax_step(
             q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, place, batch, head, first, count, low,
             high, scale2, stride_kn, stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D,

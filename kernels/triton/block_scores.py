@@ -119,7 +119,7 @@ def _log_sizes(size, UNIT: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr
 def _logits(
     row, low, high, all_low, all_high, Keys, Units, first, num_units, num_keys, lead,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, Table, PAGE_UNITS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PageTable, PAGE_UNITS: tl.constexpr,
     PAGE_STRIDE: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """(rows, COLS) products with logs of sizes added; -inf where a tile sees nothing.
@@ -136,7 +136,7 @@ def _logits(
         # Pages behind the last one that a row sees have no entry.
         reached = (unit < num_units) & (unit * UNIT < tl.max(high, 0))
         mask = mask & reached[:, None]
-        page = tl.load(Table + unit // PAGE_UNITS, mask=reached, other=0)
+        page = tl.load(PageTable + unit // PAGE_UNITS, mask=reached, other=0)
         place = page * PAGE_STRIDE + unit % PAGE_UNITS
     keys = tl.load(
         Keys + place.to(tl.int64)[:, None] * (F * PARTS) + dim[None, :], mask=mask, other=0.0
@@ -173,9 +173,9 @@ def _kept_logits(Logits, at, stop, exists, row_length, ROWS: tl.constexpr, COLS:
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_scores_lse(
-    Rows, Keys, Exists, Hull, Units, Sums, Logits, Table, num_tiles, num_units, kv_heads, splits,
-    chunk, num_keys, lead, stride_k, row_length, stride_pages, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
-    ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, num_tiles, num_units, kv_heads, splits,
+    chunk, num_keys, lead, stride_k, row_length, stride_pages, GROUP: tl.constexpr,
+    QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PAGE_UNITS: tl.constexpr,
     PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +191,7 @@ def _block_scores_lse(
     Units += batch * num_units * 2
     Keys += _row_in_memory(batch, kv_heads, head, PAGE_UNITS) * stride_k
     if PAGE_UNITS > 0:
-        Table += batch * stride_pages
+        PageTable += batch * stride_pages
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
         GROUP, QUERY_POOLS, ORDER, F, BLOCK_F,
@@ -207,7 +207,7 @@ def _block_scores_lse(
     for at in range(begin // COLS * COLS, end, COLS):
         logits = _logits(
             row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
-            F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, Table, PAGE_UNITS, PAGE_STRIDE,
+            F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS, PAGE_STRIDE,
         )  # fmt: skip
         if Logits is not None:
             kept, mask = _kept_logits(Logits, at, num_units, exists, row_length, ROWS, COLS)
@@ -282,10 +282,10 @@ def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_scores(
-    Rows, Keys, Exists, Hull, Units, Sums, Logits, Table, Parts, Out, Bias, TileKind, UnitKind,
+    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, Parts, Out, Bias, TileKind, UnitKind,
     Tiles, num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length,
-    stride_pages, stride_p, query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr,
-    COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
+    stride_pages, stride_p, query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
+    ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
     EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
     BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
@@ -300,7 +300,7 @@ def _block_scores(
     Keys += in_memory * stride_k
     Parts += in_memory * stride_p
     if PAGE_UNITS > 0:
-        Table += batch * stride_pages
+        PageTable += batch * stride_pages
     Out += (batch * kv_heads + head) * num_tiles * row_length
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
@@ -347,7 +347,7 @@ def _block_scores(
             for part in tl.static_range(PARTS):
                 logits = _logits(
                     row, low, high, all_low, all_high, Parts + part * F, Units, at, num_units,
-                    num_keys, lead, F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, Table, PAGE_UNITS,
+                    num_keys, lead, F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS,
                     PAGE_STRIDE, part, PARTS,
                 )  # fmt: skip
                 given += tl.exp2(logits * LOG2E - lse[:, None])
@@ -365,7 +365,7 @@ def _block_scores(
             else:
                 logits = _logits(
                     row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
-                    F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, Table, PAGE_UNITS, PAGE_STRIDE,
+                    F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS, PAGE_STRIDE,
                 )  # fmt: skip
             share = tl.reshape(
                 logits * LOG2E - lse[:, None],

@@ -5,7 +5,8 @@ them lie one behind the other; keys lie in pages of one memory. Units are the ru
 of a sequence, whatever they are of, so that a page holds whole units and every sequence that shares
 the page shares them.
 
-N tokens of a step, R sequences of a step, P pages of a sequence, A pages in memory, T tiles, U units
+N tokens of a step, R sequences of a step, P pages of a sequence, A pages in memory, T tiles,
+U units
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -174,7 +176,7 @@ class PagedGeometry:
         Raises:
             ValueError: a sequence is too long.
         """
-        queries = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        queries = [b - a for a, b in pairwise(starts)]
         ones = next((i for i, n in enumerate(queries) if n != 1), len(queries))
         if max(lengths, default=0) > self.capacity:
             raise ValueError(f"lengths must be at most {self.capacity} tokens, got {max(lengths)}")

@@ -64,7 +64,7 @@ WIDE = (
 )
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
 SUMS = ("Dkd", "Dvd")
-CONTIGUOUS = {"Table": None, "PAGE_UNITS": 0, "PAGE_STRIDE": 0}
+CONTIGUOUS = {"PageTable": None, "PAGE_UNITS": 0, "PAGE_STRIDE": 0}
 # As an engine has them that puts keys beside values, heads before tokens.
 PAGED = {"PAGE_UNITS": 8, "PAGE_STRIDE": 64, "REGULAR": True, "Kd": None, "Vd": None}
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -242,7 +242,7 @@ def paged(constants: dict, dtype: str, rows: int, target: int, size: int) -> Non
     kinds += [kind for kind in scoring(constants, target) if kind[0] in scores]
     for kernel, more, warps, stages in kinds:
         own = {**constants, **more, **PAGED}
-        own.pop("Table")
+        own.pop("PageTable")
         usage = compile_one(kernel, dtype, own, target, warps, stages)
         print(f"sm_{target} {kernel.__name__} in pages: {usage}", flush=True)
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from mm_sparse.kernels import dispatch
 from mm_sparse.kernels.block_lists import BlockLists
+from mm_sparse.kernels.paged.pages import flat_tokens, gather_tokens, page_layout, place_units
+from mm_sparse.kernels.paged.placed_lists import placed_lists
 from mm_sparse.kernels.paged_attention import (
     paged_attention,
     paged_attention_reference,
     pages_of,
 )
-from mm_sparse.kernels.paged.pages import flat_tokens, gather_tokens, page_layout, place_units
-from mm_sparse.kernels.paged.placed_lists import placed_lists
 from mm_sparse.kernels.triton import attention_decode
 from tests.support.paged_cases import LAYOUTS, PagedCase
 

@@ -172,7 +172,7 @@ def test_filler_changes_nothing() -> None:
 
 def test_short_sequences_are_left_to_dense_attention() -> None:
     engine = Engine(mms.PooledScorer(), replace(CONFIG, dense_below=200))
-    q, out, step = engine.step([0, 1, 2, 3], [0, 0, 0, 0], [100, 120, 250, 90])
+    _, out, step = engine.step([0, 1, 2, 3], [0, 0, 0, 0], [100, 120, 250, 90])
     assert step.dense == [slice(0, 2), slice(3, 4)]
     assert out[:220].isnan().all()
     assert not out[220:470].isnan().any()
