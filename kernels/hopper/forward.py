@@ -248,10 +248,10 @@ def _buffers(
 @gluon.jit(do_not_specialize=COUNTS)
 def _block_sparse_attention_fwd_hopper(
     Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Placed, Inner, Count, Begun, scale,
-    items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb, stride_qh,
-    stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    EVEN: gl.constexpr, EVEN_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr,
+    TOKENS: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype.element_ty
     tables = (Tiles, Units, Span, Order, Inner, Count)

@@ -173,11 +173,11 @@ def _kept_logits(Logits, at, stop, exists, row_length, ROWS: tl.constexpr, COLS:
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_scores_lse(
-    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, num_tiles, num_units, kv_heads, splits,
-    chunk, num_keys, lead, stride_k, row_length, stride_pages, GROUP: tl.constexpr,
-    QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
-    UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PAGE_UNITS: tl.constexpr,
-    PAGE_STRIDE: tl.constexpr,
+    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, num_tiles, num_units, kv_heads,
+    splits, chunk, num_keys, lead, stride_k, row_length, stride_pages, GROUP: tl.constexpr,
+    QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr,
+    BLOCK_F: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them.
 
@@ -285,10 +285,10 @@ def _block_scores(
     Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, Parts, Out, Bias, TileKind, UnitKind,
     Tiles, num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length,
     stride_pages, stride_p, query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
-    ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
-    BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
+    ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr,
+    LARGEST: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)

@@ -185,8 +185,11 @@ class PagedGeometry:
         rows: list[PagedRows] = []
         dense: list[slice] = []
         tiles, kinds = [self._tiles[0, :ones]], [self._newest[0, :ones].new_full((ones,), TEXT)]
+        # Behind them may stand rows without a query, which fill the batch of a recorded step.
+        filler = next((i for i, n in enumerate(queries[ones:]) if n), len(queries) - ones)
+        if ones or filler:
+            self._write_decoding(ones, ones + filler, seq_lens, table)
         if ones:
-            self._write_decoding(ones, seq_lens, table)
             if recorded or max(lengths[:ones]) >= self.least_of_step:
                 plan, placed = self._decoding_plans(ones)
                 rows.append(PagedRows(slice(0, ones), slice(0, ones), plan, placed, table[:ones]))
@@ -278,9 +281,13 @@ class PagedGeometry:
         size = (length - unit * self.unit).clamp(max=self.unit)
         return page, unit % self.units_of_page, size
 
-    def _write_decoding(self, rows: int, seq_lens: Tensor, table: Tensor) -> None:
-        """Write down what sequences of one query see."""
-        end = seq_lens[:rows].long()
+    def _write_decoding(self, real: int, rows: int, seq_lens: Tensor, table: Tensor) -> None:
+        """Write down what sequences of one query see; rows from `real` on only fill the batch."""
+        # A graph of more rows than these must not find what they were in a step before.
+        for x in (self._size, self._span, self._window, self._tokens, *self._budget.values()):
+            x[rows:] = 0
+        end = seq_lens[:rows].long().clone()
+        end[real:] = 0
         unit = (end - 1).clamp(min=0) // self.unit
         page = table[:rows].long().gather(1, (unit // self.units_of_page)[:, None])[:, 0]
         # The table of what only fills the batch may hold anything.
