@@ -156,6 +156,8 @@ def _refusal(config: Any) -> str | None:
         return "decode context parallelism: a rank would rank the keys that it holds alone"
     if parallel.prefill_context_parallel_size > 1:
         return "prefill context parallelism: a rank would rank the keys that it holds alone"
+    if parallel.use_ubatching:
+        return "micro-batches: each would describe pages of its own"
     if getattr(model, "rswa_window", None) is not None:
         return "reference sliding window attention"
     return None

@@ -63,6 +63,9 @@ class SparseAttention(FlashAttentionImpl):
             attn_metadata: of `SparseMetadataBuilder`.
             output: (N, H, D), written to.
         """
+        if attn_metadata is None:
+            # The engine measures memory before there are pages.
+            return output.fill_(0)
         served = getattr(attn_metadata, "served", None)
         own = None if served is None else served.layers.get(layer.layer_name)
         if own is None:
