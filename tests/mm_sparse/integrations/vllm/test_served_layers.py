@@ -158,8 +158,9 @@ def test_tokens_are_what_the_requests_say() -> None:
 
 def test_a_runner_is_watched_once_and_builds_as_before() -> None:
     class Runner:
-        input_batch = SimpleNamespace(req_ids=["a"])
-        requests = {"a": SimpleNamespace(mm_features=[item("video", (1, 2))])}
+        def __init__(self) -> None:
+            self.input_batch = SimpleNamespace(req_ids=["a"])
+            self.requests = {"a": SimpleNamespace(mm_features=[item("video", (1, 2))])}
 
         def _build_attention_metadata(self, count: int) -> list[int]:
             found = token_modality([0, count], [count])
