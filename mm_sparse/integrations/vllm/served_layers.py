@@ -106,11 +106,13 @@ class ServedLayers:
             reason = serves_pages(plan.config, plan.scorer, page)
             if reason is not None:
                 raise ValueError(f"{name} cannot be served by pages of {page} tokens: {reason}")
-        self.geometry = PagedGeometry(
-            [plan.config for plan in plans.values()], group=group, page=page, rows=rows,
-            pages=pages, memory=memory, device=device,
-        )  # fmt: skip
-        self.layers = {
-            name: PagedLayer(self.geometry, plan.config, plan.scorer.to(device))
-            for name, plan in plans.items()
-        }
+        # The engine builds its first step in inference mode; the next may be without.
+        with torch.inference_mode(False):
+            self.geometry = PagedGeometry(
+                [plan.config for plan in plans.values()], group=group, page=page, rows=rows,
+                pages=pages, memory=memory, device=device,
+            )  # fmt: skip
+            self.layers = {
+                name: PagedLayer(self.geometry, plan.config, plan.scorer.to(device))
+                for name, plan in plans.items()
+            }
