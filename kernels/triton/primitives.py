@@ -196,9 +196,8 @@ def softmax_step(
 
 @triton.jit
 def count_below(
-    Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr = 0,
-):  # fmt: skip
+    Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr
+):
     """How many units of a list start below `bound`, or (AT_END) end at or below it.
 
     With WHOLE, unit u ends so many keys behind u * WHOLE, whether they exist or not.
@@ -226,7 +225,7 @@ def count_below(
 @triton.jit
 def unmasked_columns(
     Index, Units, count, low, high, exists, UNIT: tl.constexpr, COLS: tl.constexpr,
-    PAGED: tl.constexpr = False,
+    PAGED: tl.constexpr,
 ):  # fmt: skip
     """Range of list columns, in whole blocks, that the visible range of no row cuts."""
     all_from = tl.max(tl.where(exists, low, 0), 0)

@@ -17,8 +17,8 @@ REASON = (
 def refuse_continuous_batching() -> None:
     """Have transformers ask before it makes a manager of continuous batching; again is harmless.
 
-    Else it would look for a paged implementation of a name that it does not know or, where
-    FlashAttention is installed, run dense in silence.
+    Else it would look for a paged implementation of a name that it does not know or, where it finds
+    FlashAttention, take that in place of sparse attention.
     """
     try:
         from transformers.generation.continuous_batching.continuous_api import ContinuousMixin

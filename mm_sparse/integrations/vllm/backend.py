@@ -37,6 +37,11 @@ class SparseBackend(FlashAttentionBackend):
         return False
 
     @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """They would move pages without their descriptors."""
+        return False
+
+    @classmethod
     def supports_batch_invariance(cls) -> bool:
         """Parts of lists depend on how many sequences there are."""
         return False

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from mm_sparse.integrations.vllm.metadata import SparseMetadata
+from mm_sparse.attention import PagedStep
 
 DTYPES = ("auto", "float16", "bfloat16")
 
@@ -75,15 +75,14 @@ class SparseAttention(FlashAttentionImpl):
             )  # fmt: skip
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("outputs are not quantized by the backend of mm_sparse")
-        metadata: SparseMetadata = attn_metadata
-        tokens = metadata.num_actual_tokens
+        tokens = attn_metadata.num_actual_tokens
         q, k, v = query[:tokens], *kv_cache.split(self.head_size, -1)
-        step = metadata.step
+        step: PagedStep = attn_metadata.step
         if not step.rows:
             own.describe(q, k, step, self.scale)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
         own.attend(q, k, v, step, self.scale, output[:tokens])
-        for part in metadata.dense_parts:
+        for part in attn_metadata.dense_parts:
             x = part.tokens
             super().forward(layer, query[x], key[x], value[x], kv_cache, part.metadata, output[x])
         return output

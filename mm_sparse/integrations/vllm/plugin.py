@@ -1,5 +1,7 @@
 """What vLLM calls in each of its processes: the backend gets its name, and nothing is loaded."""
 
+# vLLM is no dependency of this package.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 BACKEND = "mm_sparse.integrations.vllm.backend.SparseBackend"

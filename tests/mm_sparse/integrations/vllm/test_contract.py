@@ -150,6 +150,7 @@ def test_the_engine_selects_the_backend_by_its_name(layers: dict[str, Any]) -> N
         ({"use_mla": True}, "MLA"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"use_batch_invariant": True}, "batch invariance"),
+        ({"use_kv_connector": True}, "KV connector"),
     ],
 )
 def test_what_the_engine_asks_before_it_selects(changes: dict, reason: str | None) -> None:
