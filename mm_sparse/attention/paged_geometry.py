@@ -84,6 +84,8 @@ class PagedStep:
     """(n,) int64: tokens that it holds; 0 of sequences that are there to fill a batch."""
     unit_modality: Tensor
     """(1, n) int8."""
+    decoding: bool
+    """Whether all sequences are steps of decoding, which later steps overwrite in place."""
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -149,6 +151,9 @@ class PagedGeometry:
         }
         self._page, self._number, self._size = (new(rows, dtype=torch.int64) for _ in range(3))
         self._newest = torch.full((1, rows), TEXT, dtype=torch.int8, device=device)
+        self._places = torch.full((rows,), self.spare, device=device)
+        self._in_memory: dict[int, Tensor] = {}
+        """By stride of pages: (1, rows, 2) int32, newest units where they stand in memory."""
         tiles = torch.arange(rows, device=device, dtype=torch.int32)
         self._tiles = torch.stack([tiles, torch.ones_like(tiles)], -1)[None]
         self._plans: dict[int, tuple[Plan, Plan, dict[Any, Any]]] = {}
@@ -226,7 +231,10 @@ class PagedGeometry:
             newest = self.modality[page, number][None]
         table_of_tiles = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
         kind = kinds[0] if len(kinds) == 1 else torch.cat(kinds)
-        return PagedStep(rows, dense, table_of_tiles[None], kind[None], page, number, size, newest)
+        only = len(found) == 1
+        return PagedStep(
+            rows, dense, table_of_tiles[None], kind[None], page, number, size, newest, only
+        )
 
     def describing_plan(self, step: PagedStep, stride: int, config: SparseConfig) -> Plan:
         """All tiles of a step, and the units of its tokens where they stand in memory.
@@ -235,8 +243,15 @@ class PagedGeometry:
             stride: units of memory from one page of keys to the next.
         """
         if stride not in step.memo:
-            start = (step.page * stride + step.number) * self.unit
-            units = torch.stack([start * (step.size > 0), step.size], -1).to(torch.int32)[None]
+            if step.decoding:
+                if stride not in self._in_memory:
+                    with torch.inference_mode(False):
+                        shape = (1, len(self._page), 2)
+                        self._in_memory[stride] = self._span.new_zeros(shape)
+                    self._write_in_memory(stride)
+                units = self._in_memory[stride][:, : len(step.page)]
+            else:
+                units = self._units_in_memory(step.page, step.number, step.size, stride)
             step.memo[stride] = self._plan(
                 config, units=units, unit_modality=step.unit_modality, tiles=step.tiles,
                 tile_modality=step.tile_modality, span=units.new_zeros(1, 0, 2),
@@ -248,10 +263,22 @@ class PagedGeometry:
 
     def places(self, step: PagedStep) -> Tensor:
         """(n,) int64: where descriptors of the units of a step's tokens go."""
+        if step.decoding:
+            return self._places[: len(step.page)]
         if "places" not in step.memo:
             place = step.page * self.units_of_page + step.number
             step.memo["places"] = torch.where(step.size > 0, place, self.spare)
         return step.memo["places"]
+
+    def _units_in_memory(self, page: Tensor, number: Tensor, size: Tensor, stride: int) -> Tensor:
+        """(1, n, 2) int32: first key and length of units where they stand in memory."""
+        start = (page * stride + number) * self.unit * (size > 0)
+        return torch.stack([start, size], -1).to(torch.int32)[None]
+
+    def _write_in_memory(self, stride: int) -> None:
+        """Write down where the newest units of sequences of one query stand."""
+        found = self._units_in_memory(self._page, self._number, self._size, stride)
+        self._in_memory[stride].copy_(found)
 
     def _note_modality(
         self, modality: Tensor, starts: Sequence[int], lengths: Sequence[int],
@@ -296,6 +323,10 @@ class PagedGeometry:
         self._size[:rows] = end - unit * self.unit
         short = end.to(torch.int32)[:, None]
         start = self._first.minimum(short)
+        place = self._page * self.units_of_page + self._number
+        self._places.copy_(torch.where(self._size > 0, place, self.spare))
+        for stride in self._in_memory:
+            self._write_in_memory(stride)
         self._units[:rows, :, 0] = start
         self._units[:rows, :, 1] = (short - start).clamp(max=self.unit)
         self._span[:rows, 0, 1] = end

@@ -207,6 +207,29 @@ def test_steps_write_where_the_one_before_did() -> None:
     assert budgets[0] == budgets[1]
 
 
+@pytest.mark.parametrize("kind", [mms.PooledScorer, mms.FineScorer])
+def test_a_step_that_ran_serves_later_ones(kind: type[Scorer]) -> None:
+    """As the kernels of a graph do: what it was told lies where later steps write."""
+    engine = Engine(trained(kind))
+    engine.step([0, 1], [0, 0], [100, 250])
+    _, _, recorded = engine.step([0, 1], [100, 250], [1, 1], recorded=True)
+    table = recorded.rows[0].table
+    for rows, before in (([0, 1], [101, 251]), ([1, 0], [252, 102])):
+        for row, first in zip(rows, before, strict=True):
+            own = engine.tokens[row, first : first + 1]
+            write_tokens(engine.k, engine.table[row], own[..., :DIM], first)
+            write_tokens(engine.v, engine.table[row], own[..., DIM:], first)
+        table.copy_(engine.table[rows])
+        ends = torch.tensor(before, dtype=torch.int32) + 1
+        engine.geometry.step([0, 1, 2], ends.tolist(), ends, table, recorded=True)
+        q = torch.randn(2, HEADS, DIM)
+        out = torch.empty_like(q)
+        engine.layer.attend(q, engine.k, engine.v, recorded, SCALE, out)
+        for i, row in enumerate(rows):
+            want = engine.alone(row, q[i : i + 1], before[i] + 1)
+            torch.testing.assert_close(out[i : i + 1], want, atol=2e-3, rtol=1e-3)
+
+
 def test_a_rank_serves_its_heads() -> None:
     """Scorers are cut by heads, as tensor parallelism cuts queries and keys."""
     whole = trained(mms.FineScorer)
@@ -283,3 +306,41 @@ def test_gpu_steps_equal_each_sequence_alone(kind: type[Scorer], dtype: torch.dt
             wrong += ((out[own] - want).abs().amax((1, 2)) > tolerance).sum().item()
         # Rounding decides between units whose scores are equal in it.
         assert wrong <= (0 if dtype is torch.float32 else sum(new) // 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [mms.PooledScorer, mms.FineScorer])
+def test_gpu_a_recorded_step_serves_later_ones(kind: type[Scorer]) -> None:
+    """One CUDA graph, recorded with filler, for steps of other lengths and other sequences."""
+    config = replace(CONFIG, backend="auto")
+    engine = Engine(trained(kind).to("cuda"), config, dtype=torch.float32, device="cuda")
+    engine.k.nan_to_num_(0.0)
+    engine.v.nan_to_num_(0.0)
+    engine.step([0, 1], [0, 0], [100, 250])
+    table = engine.table[:3].clone()
+    ends = torch.tensor([101, 251, 0], dtype=torch.int32, device="cuda")
+    step = engine.geometry.step([0, 1, 2, 3], [101, 251, 0], ends, table, recorded=True)
+    q = torch.randn(3, HEADS, DIM, device="cuda")
+    out = torch.empty_like(q)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        engine.layer.attend(q, engine.k, engine.v, step, SCALE, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        engine.layer.attend(q, engine.k, engine.v, step, SCALE, out)
+    for rows, before in (([0, 1], [100, 250]), ([1, 0], [251, 101]), ([1], [252])):
+        for row, first in zip(rows, before, strict=True):
+            own = engine.tokens[row, first : first + 1]
+            write_tokens(engine.k, engine.table[row], own[..., :DIM], first)
+            write_tokens(engine.v, engine.table[row], own[..., DIM:], first)
+        table[: len(rows)] = engine.table[rows]
+        lengths = [first + 1 for first in before]
+        ends = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        starts = [*range(len(rows) + 1)]
+        engine.geometry.step(starts, lengths, ends, table[: len(rows)], recorded=True)
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        for i, row in enumerate(rows):
+            want = engine.alone(row, q[i : i + 1], lengths[i])
+            torch.testing.assert_close(out[i : i + 1], want, atol=2e-3, rtol=1e-3)
