@@ -141,14 +141,11 @@ class PagedGeometry:
         self._place[..., 1] = 1
         self._kind = torch.full((rows, num_units), TEXT, dtype=torch.int8, device=device)
         self._tokens = new(rows, 1, dtype=torch.int64)
-        self._budget = {
-            config: new(rows, len(config.head_ratio) or 1, 1, dtype=torch.int64)
-            for config in self.configs
-        }
-        self._ratio = {
-            config: torch.tensor(config.head_ratio or (config.ratio,), device=device)
-            for config in self.configs
-        }
+        # Of all configs at once: layers may have ratios of their own.
+        heads = max(len(config.head_ratio) or 1 for config in self.configs)
+        ratios = [config.head_ratio or (config.ratio,) * heads for config in self.configs]
+        self._ratios = torch.tensor(ratios, device=device)[:, None]  # (configs, 1, heads)
+        self._budgets = new(len(self.configs), rows, heads, dtype=torch.int64)
         self._page, self._number, self._size = (new(rows, dtype=torch.int64) for _ in range(3))
         self._newest = torch.full((1, rows), TEXT, dtype=torch.int8, device=device)
         self._places = torch.full((rows,), self.spare, device=device)
@@ -311,8 +308,9 @@ class PagedGeometry:
     def _write_decoding(self, real: int, rows: int, seq_lens: Tensor, table: Tensor) -> None:
         """Write down what sequences of one query see; rows from `real` on only fill the batch."""
         # A graph of more rows than these must not find what they were in a step before.
-        for x in (self._size, self._span, self._window, self._tokens, *self._budget.values()):
+        for x in (self._size, self._span, self._window, self._tokens):
             x[rows:] = 0
+        self._budgets[:, rows:] = 0
         end = seq_lens[:rows].long().clone()
         end[real:] = 0
         unit = (end - 1).clamp(min=0) // self.unit
@@ -338,14 +336,13 @@ class PagedGeometry:
         if len(self.kinds) > 1:
             self._kind[:rows] = self._kinds_of(table[:rows], self._first.shape[0])
             self._newest[0, :rows] = self.modality[self._page[:rows], self._number[:rows]]
-        whole = (end < self.least_of_step)[:, None, None]
-        keys = end[:, None, None]
-        for config, budget in self._budget.items():
-            if config.tokens is not None:
-                wanted = keys.clamp(max=config.tokens)
-            else:
-                wanted = (keys * self._ratio[config][:, None]).round().long().clamp(min=1)
-            budget[:rows] = torch.where(whole, keys, wanted.minimum(keys))
+        keys = end[:, None]
+        if self.config.tokens is not None:
+            wanted = keys.clamp(max=self.config.tokens)
+        else:
+            wanted = (keys * self._ratios).round().long().clamp(min=1).minimum(keys)
+        # What is short keeps all: in a graph it cannot be dense.
+        self._budgets[:, :rows] = torch.where(keys < self.least_of_step, keys, wanted)
 
     def _kinds_of(self, table: Tensor, num_units: int) -> Tensor:
         """(B, U) int8: modalities of the units of sequences."""
@@ -369,8 +366,8 @@ class PagedGeometry:
                 ("near", self.config.window): self._window[:rows],
                 "visible_tokens": self._tokens[:rows],
             }
-            for config, own in pools.items():
-                budget = self._budget[config][:rows]
+            for number, (config, own) in enumerate(pools.items()):
+                budget = self._budgets[number, :rows, :, None]
                 fixed |= {
                     ("head_budget", config): budget, ("budget", config): budget[:, 0],
                     ("max_kept", config): self._width(config),

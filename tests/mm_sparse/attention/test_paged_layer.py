@@ -121,6 +121,23 @@ def test_budgets_of_heads_and_sizes_of_units(unit: int) -> None:
     engine.check([0, 1], [250, 190], [1, 1])
 
 
+def test_layers_keep_what_their_own_budgets_say() -> None:
+    """Layers share a geometry, and differ in ratios."""
+    engine = Engine(mms.PooledScorer())
+    configs = [CONFIG, replace(CONFIG, ratio=0.6), replace(CONFIG, head_ratio=(0.2, 0.9))]
+    engine.geometry = PagedGeometry(
+        configs, group=HEADS // KV_HEADS, page=32, rows=4, pages=12, memory=48,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    for config in configs:
+        engine.config = config
+        engine.layer = PagedLayer(engine.geometry, config, engine.scorer)
+        engine.check([0, 1], [0, 0], [250, 190])
+        engine.check([0, 1], [250, 190], [1, 1])
+    with pytest.raises(ValueError, match="one of the geometry's"):
+        PagedLayer(engine.geometry, replace(CONFIG, ratio=0.7), engine.scorer)
+
+
 def test_a_step_is_sparse() -> None:
     """The comparisons above are not of dense attention with itself."""
     engine = Engine(mms.PooledScorer())
