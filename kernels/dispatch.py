@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.device import generation, multiprocessors
+from mm_sparse.kernels.paged.pages import Pages
 from mm_sparse.kernels.sizes import next_power_of_2
 from mm_sparse.kernels.triton import attention_backward, attention_decode, attention_forward
 from mm_sparse.kernels.triton.primitives import describable
@@ -35,9 +36,12 @@ def on_hopper(q: Tensor, k: Tensor, v: Tensor, rows: int) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, pages: Pages | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The fastest forward kernel on lists of units: out (B, H, N, D), log-sum-exp (B, H, N)."""
+    """The fastest forward kernel on lists of units: out (B, H, N, D), log-sum-exp (B, H, N).
+
+    With `pages`, k and v are all pages in memory as one row, of `paged.pages.flat_tokens`.
+    """
     batch, kv_heads, num_tiles, list_length = lists.index.shape
     rows = _rows(q, k, lists.tile_tokens)
     if rows <= attention_decode.MOST_ROWS:
@@ -46,13 +50,16 @@ def forward(
             count, list_length * lists.unit, multiprocessors(q)
         )
         if splits > 1:
-            return attention_decode.block_sparse_attention_split_kv(q, k, v, lists, scale, splits)
-    if on_hopper(q, k, v, rows):
+            return attention_decode.block_sparse_attention_split_kv(
+                q, k, v, lists, scale, splits, pages
+            )
+    copied = pages is None or (batch == 1 and lists.unit_offset == 0)
+    if copied and on_hopper(q, k, v, rows):
         # Imported here: other releases of Triton may lack what it needs.
         from mm_sparse.kernels.hopper import forward as hopper
 
-        return hopper.block_sparse_attention_fwd_hopper(q, k, v, lists, scale)
-    return attention_forward.block_sparse_attention_fwd(q, k, v, lists, scale)
+        return hopper.block_sparse_attention_fwd_hopper(q, k, v, lists, scale, pages)
+    return attention_forward.block_sparse_attention_fwd(q, k, v, lists, scale, pages)
 
 
 def backward(

@@ -85,7 +85,12 @@ def test_public_names_resolve_whatever_was_imported_first():
         "import importlib, types, mm_sparse as mms\n"
         "import pkgutil\n"
         "for m in pkgutil.walk_packages(mms.__path__, 'mm_sparse.'):\n"
-        "    importlib.import_module(m.name)\n"
+        "    try:\n"
+        "        importlib.import_module(m.name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        # What the engine imports alone, where the engine is not.
+        "        if not (error.name == 'vllm' and '.vllm.' in m.name):\n"
+        "            raise\n"
         "print([n for n in mms.__all__\n"
         "       if isinstance(getattr(mms, n), types.ModuleType)])"
     )

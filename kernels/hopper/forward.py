@@ -41,6 +41,8 @@ from mm_sparse.kernels.hopper.pipeline import (
     sorted_lists,
     take,
 )
+from mm_sparse.kernels.paged.pages import Pages
+from mm_sparse.kernels.paged.placed_lists import placed_lists
 from mm_sparse.kernels.sizes import cdiv, new_output
 from mm_sparse.kernels.triton.primitives import COUNTS
 
@@ -245,14 +247,16 @@ def _buffers(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def _block_sparse_attention_fwd_hopper(
-    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Inner, Count, Begun, scale, items, num_queries,
-    num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead, stride_qb, stride_qh,
-    stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    EVEN: gl.constexpr, EVEN_TILES: gl.constexpr, UNIT: gl.constexpr, COLS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    Q, Kd, Vd, Out, Lse, Tiles, Units, Span, Order, Placed, Inner, Count, Begun, scale,
+    items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, GROUP: gl.constexpr,
+    TOKENS: gl.constexpr, EVEN: gl.constexpr, EVEN_TILES: gl.constexpr, UNIT: gl.constexpr,
+    COLS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype.element_ty
     tables = (Tiles, Units, Span, Order, Inner, Count)
+    # Who copies asks where units stand in memory, who masks where they stand in the sequence.
+    places = (Tiles, Units, Span, Placed, Inner, Count)
     sizes = (
         items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead
     )  # fmt: skip
@@ -275,11 +279,11 @@ def _block_sparse_attention_fwd_hopper(
                 )),
                 (copy_blocks, (
                     0, 1, Begun, tiles_of_one, Kd, one[1], one[5], one[6],
-                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                    places, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
                     0, 1, None, tiles_of_one, Vd, one[2], one[7], one[8],
-                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                    places, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
             ],
             [4, 1, 1],
@@ -310,19 +314,19 @@ def _block_sparse_attention_fwd_hopper(
                 )),
                 (copy_blocks, (
                     0, 2, Begun, tiles_of_one, Kd, one[1], one[5], one[6],
-                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                    places, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
                     0, 2, None, tiles_of_one, Vd, one[2], one[7], one[8],
-                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                    places, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
                     1, 2, Begun, tiles_of_two, Kd, two[1], two[5], two[6],
-                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                    places, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
                 (copy_blocks, (
                     1, 2, None, tiles_of_two, Vd, two[2], two[7], two[8],
-                    tables, sizes, UNIT, COLS, D, STAGES, EVEN,
+                    places, sizes, UNIT, COLS, D, STAGES, EVEN,
                 )),
             ],
             [4, 4, 4, 1, 1, 1, 1],
@@ -332,8 +336,13 @@ def _block_sparse_attention_fwd_hopper(
 
 def block_sparse_attention_fwd_hopper(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
+    pages: Pages | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `block_sparse_attention_fwd`, where `dispatch.on_hopper` says so."""
+    """As `block_sparse_attention_fwd`, where `dispatch.on_hopper` says so.
+
+    Of `pages`, one row with units from its first key on; what they hold behind its end must be
+    finite.
+    """
     tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
@@ -344,13 +353,14 @@ def block_sparse_attention_fwd_hopper(
     order, inner, begun = sorted_lists(
         kv_heads, num_queries, tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead
     )
+    placed = order if pages is None else placed_lists(index, count, pages)
     cols, stages, workers = BLOCKS[head_dim]
     described = [boxes(x, min(unit, cols)) for x in (k, v)]
     items = num_tiles * batch * kv_heads
     launch(
         _block_sparse_attention_fwd_hopper, (min(cdiv(items, workers), multiprocessors(q)),),
-        q, *described, out, lse, tiles, units, span, order, inner, count, begun, scale, items,
-        num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
+        q, *described, out, lse, tiles, units, span, order, placed, inner, count, begun, scale,
+        items, num_queries, num_keys, num_tiles, num_units, list_length, kv_heads, lead, tile_lead,
         *q.stride()[:3], *out.stride()[:3], GROUP=group, TOKENS=tile_tokens, EVEN=lead >= 0,
         EVEN_TILES=tile_lead >= 0, UNIT=unit, COLS=cols, D=head_dim, STAGES=stages, num_warps=4,
     )  # fmt: skip

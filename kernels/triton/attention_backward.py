@@ -102,7 +102,7 @@ def _block_sparse_attention_bwd_dq(
     count = tl.load(Count + row)
     scale2 = scale * LOG2E
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
+    begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS, False)
     ahead = listed_units(Ib, begin, count, UNIT, COLS)
     for first in range(begin, end, COLS):
         unit = ahead

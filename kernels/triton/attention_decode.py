@@ -16,12 +16,14 @@ from torch import Tensor
 
 from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.cached_launch import launch
+from mm_sparse.kernels.paged.pages import Pages, page_arguments, strides_of_keys
 from mm_sparse.kernels.sizes import all_whole, cdiv, new_output, next_power_of_2
 from mm_sparse.kernels.triton.primitives import (
     COUNTS,
     LOG2E,
     listed_units,
     load_rows,
+    place_of_unit,
     row_span,
     softmax_step,
     tile_rows,
@@ -35,13 +37,14 @@ MOST_ROWS = 64
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_sparse_attention_split_kv(
-    Q, K, V, Part, Weight, Tiles, Units, Span, Index, Count,
+    Q, K, V, Part, Weight, Tiles, Units, Span, Index, Count, PageTable,
     scale, num_queries, num_tiles, num_units, list_length, kv_heads, splits, keys_of_part,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_pages, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REGULAR: tl.constexpr,
-    REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr,
+    REGULAR_TILES: tl.constexpr, PRECISION: tl.constexpr, PAGE_UNITS: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile on one part of its list, and the log-sum-exp that weighs it."""
     t = (tl.program_id(0) // splits).to(tl.int64)
@@ -57,19 +60,29 @@ def _block_sparse_attention_split_kv(
     Kb = K + batch * stride_kb + head * stride_kh
     Vb = V + batch * stride_vb + head * stride_vh
     Ub = Units + batch * num_units * 2
+    PAGED: tl.constexpr = PAGE_UNITS > 0
+    if PAGED:
+        PageTable += batch * stride_pages
     list_ = (batch * kv_heads + head) * num_tiles + t
     Ib = Index + list_ * list_length
     count = tl.load(Count + list_)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if PAGED:
+        # Lists are as long as those of the longest sequence that there may be: what one holds is
+        # shared among all parts.
+        keys_of_part = (count * UNIT + splits - 1) // splits
+        keys_of_part = (keys_of_part + COLS - 1) // COLS * COLS
     begin = part * keys_of_part
     end = tl.minimum(begin + keys_of_part, count * UNIT)
     for first in range(begin, end, COLS):
         unit = listed_units(Ib, first, count, UNIT, COLS)
+        place = place_of_unit(PageTable, unit, PAGE_UNITS, PAGE_STRIDE)
         top, total, acc = softmax_step(
-            q, top, total, acc, None, None, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
-            scale * LOG2E, stride_kn, stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+            q, top, total, acc, None, None, Kb, Vb, Ub, unit, place, batch, head, first, count,
+            low, high, scale * LOG2E, stride_kn, stride_vn, True, REGULAR, UNIT, COLS, D, BLOCK_D,
+            PRECISION, PAGED,
         )  # fmt: skip
     seen = total != 0
     total = tl.where(seen, total, 1.0)
@@ -127,6 +140,7 @@ def splits_of_lists(programs: int, keys: int, multiprocessors: int) -> int:
 
 def block_sparse_attention_split_kv(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, splits: int,
+    pages: Pages | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `block_sparse_attention_fwd`, every list in `splits`."""
     tiles, units, span, index, count, tile_tokens, unit, lead, tile_lead = lists
@@ -139,19 +153,20 @@ def block_sparse_attention_split_kv(
     cols = 32 if wide else 64
     keys_of_part = cdiv(cdiv(list_length * unit, splits), cols) * cols
     splits = cdiv(list_length * unit, keys_of_part)
+    table, stride_pages, page_sizes = page_arguments(pages)
     out = new_output(q)
     lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
     part = q.new_empty(batch, heads, num_queries, splits, head_dim, dtype=torch.float32)
     weight = q.new_empty(batch, heads, num_queries, splits, dtype=torch.float32)
     launch(
         _block_sparse_attention_split_kv, (num_tiles * splits, batch * kv_heads),
-        q, k, v, part, weight, tiles, units, span, index, count,
+        q, k, v, part, weight, tiles, units, span, index, count, table,
         scale, num_queries, num_tiles, units.shape[1], list_length, kv_heads, splits, keys_of_part,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        stride_pages, *q.stride()[:3], *strides_of_keys(k, pages), *strides_of_keys(v, pages),
         GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, UNIT=unit, D=head_dim,
-        BLOCK_D=block_d, REGULAR=all_whole(lead, unit, k.shape[2]),
+        BLOCK_D=block_d, REGULAR=pages is not None or all_whole(lead, unit, k.shape[2]),
         REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **page_sizes,
         num_warps=4, num_stages=1 if q.element_size() == 4 else 2 if wide else 3,
     )  # fmt: skip
     launch(

@@ -17,6 +17,7 @@ from torch import Tensor
 from mm_sparse.kernels.block_lists import BlockLists
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.device import generation
+from mm_sparse.kernels.paged.pages import Pages, page_arguments, strides_of_keys
 from mm_sparse.kernels.sizes import all_whole, new_output, next_power_of_2
 from mm_sparse.kernels.triton.primitives import (
     COUNTS,
@@ -24,6 +25,7 @@ from mm_sparse.kernels.triton.primitives import (
     describe,
     listed_units,
     load_rows,
+    place_of_unit,
     row_span,
     softmax_step,
     tile_rows,
@@ -33,14 +35,14 @@ from mm_sparse.kernels.triton.primitives import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_sparse_attention_fwd(
-    Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count,
-    scale, num_queries, num_tiles, num_units, list_length, kv_heads,
+    Q, K, V, Kd, Vd, Out, Lse, Tiles, Units, Span, Index, Count, PageTable,
+    scale, num_queries, num_tiles, num_units, list_length, kv_heads, stride_pages,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     CUT_COLS: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, REGULAR: tl.constexpr, REGULAR_TILES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     # Late tiles of causal text have the longest lists: they start first.
     t = (num_tiles - 1 - tl.program_id(0) // SPLITS).to(tl.int64)
@@ -56,6 +58,9 @@ def _block_sparse_attention_fwd(
     Kb = K + batch * stride_kb + head * stride_kh
     Vb = V + batch * stride_vb + head * stride_vh
     Ub = Units + batch * num_units * 2
+    PAGED: tl.constexpr = PAGE_UNITS > 0
+    if PAGED:
+        PageTable += batch * stride_pages
     row = (batch * kv_heads + head) * num_tiles + t
     Ib = Index + row * list_length
     count = tl.load(Count + row)
@@ -63,24 +68,29 @@ def _block_sparse_attention_fwd(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS)
+    begin, end = unmasked_columns(Ib, Ub, count, low, high, exists, UNIT, COLS, PAGED)
     # The next units are looked up a step ahead, so that loads of keys need not wait for them.
     ahead = listed_units(Ib, begin, count, UNIT, COLS)
+    placed = place_of_unit(PageTable, ahead, PAGE_UNITS, PAGE_STRIDE)
     for first in range(begin, end, COLS):
-        unit = ahead
+        unit, place = ahead, placed
         ahead = listed_units(Ib, first + COLS, count, UNIT, COLS)
+        placed = place_of_unit(PageTable, ahead, PAGE_UNITS, PAGE_STRIDE)
         top, total, acc = softmax_step(
-            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
-            scale2, stride_kn, stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, place, batch, head, first, count, low,
+            high, scale2, stride_kn, stride_vn, False, REGULAR, UNIT, COLS, D, BLOCK_D, PRECISION,
+            PAGED,
         )  # fmt: skip
     # What lies before `begin` and from `end` on is cut by the visible range of some row.
     cut = begin + tl.maximum(count * UNIT - end, 0)
     for i in range(0, cut, CUT_COLS):
         first = tl.where(i < begin, i, end + i - begin)
         unit = listed_units(Ib, first, count, UNIT, CUT_COLS)
+        place = place_of_unit(PageTable, unit, PAGE_UNITS, PAGE_STRIDE)
         top, total, acc = softmax_step(
-            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high,
-            scale2, stride_kn, stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D, PRECISION,
+            q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, place, batch, head, first, count, low,
+            high, scale2, stride_kn, stride_vn, True, REGULAR, UNIT, CUT_COLS, D, BLOCK_D,
+            PRECISION, PAGED,
         )  # fmt: skip
     seen = total != 0
     out = acc / tl.where(seen, total, 1.0)[:, None]
@@ -117,8 +127,11 @@ def forward_blocks(
 
 def block_sparse_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float,
+    pages: Pages | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; arguments as in `reference.dense_mask`.
+
+    With `pages`, k and v are all pages in memory as one row, of `flat_tokens`.
 
     Returns:
         out (B, H, N, D) in q's dtype, log-sum-exp (B, H, N) float32.
@@ -133,19 +146,21 @@ def block_sparse_attention_fwd(
     all_rows, major = rows, generation(q)
     rows, cols, warps, stages = forward_blocks(rows, unit, head_dim, q.element_size(), major)
     block_d = max(next_power_of_2(head_dim), 16)
-    regular = all_whole(lead, unit, k.shape[2])
-    whole = regular and cols <= unit
+    regular = pages is not None or all_whole(lead, unit, k.shape[2])
+    # A descriptor of pages would need to know that all sequences share them.
+    whole = regular and cols <= unit and pages is None
+    table, stride_pages, page_sizes = page_arguments(pages)
     launch(
         _block_sparse_attention_fwd, (num_tiles * (all_rows // rows), batch * kv_heads),
         q, k, v, *(describe(x, cols, block_d) if whole else None for x in (k, v)),
-        out, lse, tiles, units, span, index, count,
-        scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        out, lse, tiles, units, span, index, count, table,
+        scale, num_queries, num_tiles, units.shape[1], index.shape[-1], kv_heads, stride_pages,
+        *q.stride()[:3], *strides_of_keys(k, pages), *strides_of_keys(v, pages), *out.stride()[:3],
         GROUP=group, TOKENS=tile_tokens, ROWS=rows, COLS=cols, CUT_COLS=min(cols, 64),
         UNIT=unit, D=head_dim,
         BLOCK_D=block_d, SPLITS=all_rows // rows,
         REGULAR=regular, REGULAR_TILES=all_whole(tile_lead, tile_tokens, num_queries),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **page_sizes,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse

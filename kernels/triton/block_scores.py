@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.device import generation, multiprocessors
+from mm_sparse.kernels.paged.pages import Pages, page_arguments
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2, unit_chunks
 from mm_sparse.kernels.triton.primitives import COUNTS, LOG2E, even_units, fast_log2
 
@@ -71,6 +72,15 @@ def _rows_of(
 
 
 @triton.jit
+def _row_in_memory(batch, kv_heads, head, PAGE_UNITS: tl.constexpr):
+    """Which run of descriptors those of a head are; sequences in pages share theirs."""
+    if PAGE_UNITS > 0:
+        return head
+    else:
+        return batch * kv_heads + head
+
+
+@triton.jit
 def _seen_units(
     Units, low, high, exists, first, last, num_keys, lead, UNIT: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
@@ -109,8 +119,8 @@ def _log_sizes(size, UNIT: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr
 def _logits(
     row, low, high, all_low, all_high, Keys, Units, first, num_units, num_keys, lead,
     F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr = 0,
-    PARTS: tl.constexpr = 1,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PageTable, PAGE_UNITS: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """(rows, COLS) products with logs of sizes added; -inf where a tile sees nothing.
 
@@ -121,8 +131,15 @@ def _logits(
     mask = (unit < num_units)[:, None]
     if F < BLOCK_F:
         mask = mask & (dim < F)[None, :]
+    place = unit
+    if PAGE_UNITS > 0:
+        # Pages behind the last one that a row sees have no entry.
+        reached = (unit < num_units) & (unit * UNIT < tl.max(high, 0))
+        mask = mask & reached[:, None]
+        page = tl.load(PageTable + unit // PAGE_UNITS, mask=reached, other=0)
+        place = page * PAGE_STRIDE + unit % PAGE_UNITS
     keys = tl.load(
-        Keys + unit.to(tl.int64)[:, None] * (F * PARTS) + dim[None, :], mask=mask, other=0.0
+        Keys + place.to(tl.int64)[:, None] * (F * PARTS) + dim[None, :], mask=mask, other=0.0
     )  # fmt: skip
     logits = tl.dot(row, tl.trans(keys), input_precision=PRECISION)
     if EVEN:
@@ -156,10 +173,11 @@ def _kept_logits(Logits, at, stop, exists, row_length, ROWS: tl.constexpr, COLS:
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_scores_lse(
-    Rows, Keys, Exists, Hull, Units, Sums, Logits, num_tiles, num_units, kv_heads, splits, chunk,
-    num_keys, lead, stride_k, row_length, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
-    ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
-    UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, num_tiles, num_units, kv_heads,
+    splits, chunk, num_keys, lead, stride_k, row_length, stride_pages, GROUP: tl.constexpr,
+    QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr,
+    BLOCK_F: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Log2 of the sum over a chunk of units of what each row of a block of tiles gives to them.
 
@@ -171,7 +189,9 @@ def _block_scores_lse(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block, split = program // splits, program % splits
     Units += batch * num_units * 2
-    Keys += (batch * kv_heads + head) * stride_k
+    Keys += _row_in_memory(batch, kv_heads, head, PAGE_UNITS) * stride_k
+    if PAGE_UNITS > 0:
+        PageTable += batch * stride_pages
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
         GROUP, QUERY_POOLS, ORDER, F, BLOCK_F,
@@ -187,7 +207,7 @@ def _block_scores_lse(
     for at in range(begin // COLS * COLS, end, COLS):
         logits = _logits(
             row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
-            F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
+            F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS, PAGE_STRIDE,
         )  # fmt: skip
         if Logits is not None:
             kept, mask = _kept_logits(Logits, at, num_units, exists, row_length, ROWS, COLS)
@@ -262,12 +282,13 @@ def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _block_scores(
-    Rows, Keys, Exists, Hull, Units, Sums, Logits, Parts, Out, Bias, TileKind, UnitKind, Tiles,
-    num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length, stride_p,
-    query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr,
-    COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr, LARGEST: tl.constexpr,
-    BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, Parts, Out, Bias, TileKind, UnitKind,
+    Tiles, num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length,
+    stride_pages, stride_p, query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
+    ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr,
+    LARGEST: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -275,8 +296,11 @@ def _block_scores(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block, split = program // splits, program % splits
     Units += batch * num_units * 2
-    Keys += (batch * kv_heads + head) * stride_k
-    Parts += (batch * kv_heads + head) * stride_p
+    in_memory = _row_in_memory(batch, kv_heads, head, PAGE_UNITS)
+    Keys += in_memory * stride_k
+    Parts += in_memory * stride_p
+    if PAGE_UNITS > 0:
+        PageTable += batch * stride_pages
     Out += (batch * kv_heads + head) * num_tiles * row_length
     row, low, high, exists = _rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
@@ -323,7 +347,8 @@ def _block_scores(
             for part in tl.static_range(PARTS):
                 logits = _logits(
                     row, low, high, all_low, all_high, Parts + part * F, Units, at, num_units,
-                    num_keys, lead, F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, part, PARTS,
+                    num_keys, lead, F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS,
+                    PAGE_STRIDE, part, PARTS,
                 )  # fmt: skip
                 given += tl.exp2(logits * LOG2E - lse[:, None])
             value = tl.reshape(
@@ -340,7 +365,7 @@ def _block_scores(
             else:
                 logits = _logits(
                     row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
-                    F, BLOCK_F, UNIT, COLS, EVEN, PRECISION,
+                    F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS, PAGE_STRIDE,
                 )  # fmt: skip
             share = tl.reshape(
                 logits * LOG2E - lse[:, None],
@@ -431,7 +456,7 @@ def block_scores(
     rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
     tile_kind: Tensor | None = None, unit_kind: Tensor | None = None, query_offset: int = 0,
-    lead: int = -1, num_keys: int = 0, parts: Tensor | None = None,
+    lead: int = -1, num_keys: int = 0, parts: Tensor | None = None, pages: Pages | None = None,
 ) -> Tensor:  # fmt: skip
     """Log of the mean (or largest) share that query pools give to a unit, biases added.
 
@@ -446,11 +471,13 @@ def block_scores(
             `num_keys` in all.
         parts: (B, K, U, C, F), of the C runs of ceil(unit / C) keys of each unit: what is added up,
             while `keys` give the sum that shares are of.
+        pages: where the units of each row are described: `keys` (1, K, all units in memory, F),
+            and `parts` alike.
     Returns:
         (B, K, T, U) float32; what a tile does not see holds -1e30 or so.
     """
     batch, heads, num_tiles, query_pools, width = rows.shape
-    kv_heads, num_units = keys.shape[1:3]
+    kv_heads, num_units = keys.shape[1], units.shape[1]
     group = heads // kv_heads
     # The interpreter has no registers to run out of, and is slow on small blocks.
     itemsize = rows.element_size() if rows.is_cuda else 2
@@ -472,15 +499,19 @@ def block_scores(
     table = out if bias is None else bias.contiguous()
     keys, stride_k = by_heads(keys)
     parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
-    inputs = (rows.contiguous(), keys, exists.contiguous(), hull, units, sums, logits)
+    table_of_pages, stride_pages, page_sizes = page_arguments(pages)
+    inputs = (
+        rows.contiguous(), keys, exists.contiguous(), hull, units, sums, logits, table_of_pages
+    )  # fmt: skip
     counts = (
-        num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length
+        num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length,
+        stride_pages,
     )  # fmt: skip
     constants = {
         "GROUP": group, "QUERY_POOLS": query_pools, "ORDER": order, "COLS": cols, "F": width,
         "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "EVEN": lead >= 0,
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
-        "num_warps": 4, "num_stages": stages,
+        **page_sizes, "num_warps": 4, "num_stages": stages,
     }  # fmt: skip
     shares = of_shares(parts, constants)
     if logits is not None:

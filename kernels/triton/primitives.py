@@ -21,7 +21,7 @@ INTERPRETED = tl.constexpr(interpreted())
 ROW_COUNTS = (
     "num_queries", "num_keys", "num_tiles", "list_length", "drawn_length", "all_length", "items",
     "pieces", "queries", "query_offset", "rows", "splits", "parts", "keys_of_part", "chunk",
-    "chunks", "run_length", "lead", "tile_lead", "groups",
+    "chunks", "run_length", "lead", "tile_lead", "groups", "stride_pages",
 )  # fmt: skip
 COUNTS = (*ROW_COUNTS, "num_units")
 """`_keep` reads tables of `num_units` rows, and is faster where these are aligned."""
@@ -84,6 +84,16 @@ def listed_units(Index, first, count, UNIT: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def place_of_unit(Pages, unit, PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr):
+    """Where a unit of a sequence in pages stands in memory, in units; itself without pages."""
+    if Pages is None:
+        return unit
+    else:
+        page = tl.load(Pages + unit // PAGE_UNITS)
+        return page * PAGE_STRIDE + unit % PAGE_UNITS
+
+
+@triton.jit
 def unit_keys(
     unit, Units, first, count, UNIT: tl.constexpr, COLS: tl.constexpr, REGULAR: tl.constexpr
 ):
@@ -142,17 +152,26 @@ def _load(pointer, exists, dim, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def softmax_step(
-    q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, batch, head, first, count, low, high, scale2,
-    stride_kn, stride_vn, MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr,
+    q, top, total, acc, Kd, Vd, Kb, Vb, Ub, unit, place, batch, head, first, count, low, high,
+    scale2, stride_kn, stride_vn, MASKED: tl.constexpr, REGULAR: tl.constexpr, UNIT: tl.constexpr,
     COLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018)."""
+    """One block of keys: online softmax, scores in base 2 (Milakov and Gimelshein, 2018).
+
+    `place` is where the units stand in memory, in units; of keys in pages these are regular.
+    """
     ALL: tl.constexpr = REGULAR and not MASKED
     key, exists = unit_keys(unit, Ub, first, count, UNIT, COLS, REGULAR)
+    row = key
+    if PAGED:
+        row = place * UNIT + (first + tl.arange(0, COLS)) % UNIT
+        # Behind the end of a sequence a page may hold anything, and 0 x NaN is NaN.
+        exists = exists & (key < tl.max(high, 0))
     if ALL and Kd is not None:
-        k = load_block(Kd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+        k = load_block(Kd, batch, head, place * UNIT + first % UNIT, COLS, BLOCK_D)
     else:
-        k = load_keys(Kb, key, exists, stride_kn, ALL, D, BLOCK_D)
+        k = load_keys(Kb, row, exists, stride_kn, ALL, D, BLOCK_D)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = exists[None, :] & (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
@@ -167,25 +186,36 @@ def softmax_step(
     weight = tl.exp2(score * scale2 - shift[:, None])
     decay = tl.exp2(top - shift)
     if ALL and Vd is not None:
-        v = load_block(Vd, batch, head, unit * UNIT + first % UNIT, COLS, BLOCK_D)
+        v = load_block(Vd, batch, head, place * UNIT + first % UNIT, COLS, BLOCK_D)
     else:
-        v = load_keys(Vb, key, exists, stride_vn, ALL, D, BLOCK_D)
+        v = load_keys(Vb, row, exists, stride_vn, ALL, D, BLOCK_D)
     total = total * decay + tl.sum(weight, 1)
     acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return new_top, total, acc
 
 
 @triton.jit
-def count_below(Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.constexpr):
-    """How many units of a list start below `bound`, or (AT_END) end at or below it."""
+def count_below(
+    Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """How many units of a list start below `bound`, or (AT_END) end at or below it.
+
+    With WHOLE, unit u ends so many keys behind u * WHOLE, whether they exist or not.
+    """
     total = 0
     for first in range(0, count, WIDTH):
         slot = first + tl.arange(0, WIDTH)
         listed = slot < count
         unit = tl.load(Index + slot, mask=listed, other=0).to(tl.int64)
-        edge = tl.load(Units + unit * 2, mask=listed, other=0)
+        if WHOLE > 0:
+            edge = unit * WHOLE
+        else:
+            edge = tl.load(Units + unit * 2, mask=listed, other=0)
         if AT_END:
-            edge += tl.load(Units + unit * 2 + 1, mask=listed, other=0)
+            if WHOLE > 0:
+                edge += WHOLE
+            else:
+                edge += tl.load(Units + unit * 2 + 1, mask=listed, other=0)
             total += tl.sum((listed & (edge <= bound)).to(tl.int32), 0)
         else:
             total += tl.sum((listed & (edge < bound)).to(tl.int32), 0)
@@ -194,13 +224,15 @@ def count_below(Index, Units, count, bound, AT_END: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def unmasked_columns(
-    Index, Units, count, low, high, exists, UNIT: tl.constexpr, COLS: tl.constexpr
-):
+    Index, Units, count, low, high, exists, UNIT: tl.constexpr, COLS: tl.constexpr,
+    PAGED: tl.constexpr,
+):  # fmt: skip
     """Range of list columns, in whole blocks, that the visible range of no row cuts."""
     all_from = tl.max(tl.where(exists, low, 0), 0)
     all_to = tl.min(tl.where(exists, high, 2147483647), 0)
-    begin = count_below(Index, Units, count, all_from, False, 512) * UNIT
-    end = count_below(Index, Units, count, all_to, True, 512) * UNIT
+    WHOLE: tl.constexpr = UNIT if PAGED else 0
+    begin = count_below(Index, Units, count, all_from, False, 512, WHOLE) * UNIT
+    end = count_below(Index, Units, count, all_to, True, 512, WHOLE) * UNIT
     begin = (begin + COLS - 1) // COLS * COLS
     return begin, tl.maximum(begin, end // COLS * COLS)
 

@@ -14,5 +14,11 @@ from .functional import (
     sparse_attention as sparse_attention,
 )
 from .packed import PackedBounds as PackedBounds, packed_attention as packed_attention
+from .paged_geometry import (
+    PagedGeometry as PagedGeometry,
+    PagedStep as PagedStep,
+    serves_pages as serves_pages,
+)
+from .paged_layer import PagedLayer as PagedLayer
 from .pipeline import score_select_attend as score_select_attend
 from .selected import attend as attend

@@ -1,5 +1,5 @@
 from .api import load_scorers as load_scorers, save_scorers as save_scorers
-from .format import read_scorers as read_scorers
+from .format import StoredScorers as StoredScorers, read_scorers as read_scorers
 from .lightning_callback import LightningScorerCallback as LightningScorerCallback
 from .pretrained import (
     list_pretrained as list_pretrained,

@@ -94,28 +94,54 @@ class StoredScorers:
         for name, scorer in made.items():
             layers[name].scorer = scorer
 
-    def _make(self, name: str, layer: SparseLayer) -> Scorer | None:
-        entry = dict(self.entries[name])
-        kind = entry.pop("scorer")
+    def scorer_of(self, name: str, shape: tuple[int, int, int]) -> Scorer | None:
+        """The scorer of a layer; None for the score without training.
+
+        Args:
+            name: of the layer, as in `entries`.
+            shape: its query heads, KV heads and head dim.
+        Raises:
+            ValueError: it is of another shape, or of a class that nobody registered.
+        """
+        kind = self.entries[name]["scorer"]
         if kind == "PooledScorer":
             return None
-        scorer, cls = layer.scorer, scorer_class(kind)
-        if cls is not None:
-            want = scorer_shape(layer.module)
-            got = tuple(entry.get(field, size) for field, size in zip(_SHAPE, want, strict=True))
-            if want != got:
-                raise ValueError(
-                    f"folder must hold a scorer for {want} query heads, KV heads and head dim "
-                    f"of {name}, got {got}"
-                )
-            scorer = cls.from_init_args(**entry).to(device_of(layer))
+        scorer = self._new(name, shape)
+        if scorer is None:
+            raise ValueError(f"folder must hold registered scorers, got a {kind} for {name}")
+        scorer.load_state_dict(self._tensors_of(name))
+        return scorer
+
+    def _new(self, name: str, want: tuple[int, ...]) -> Scorer | None:
+        """A scorer as a layer's entry has it, without its weights; None if its class is unknown."""
+        entry = dict(self.entries[name])
+        cls = scorer_class(entry.pop("scorer"))
+        if cls is None:
+            return None
+        got = tuple(entry.get(field, size) for field, size in zip(_SHAPE, want, strict=True))
+        if want != got:
+            raise ValueError(
+                f"folder must hold a scorer for {want} query heads, KV heads and head dim "
+                f"of {name}, got {got}"
+            )
+        return cls.from_init_args(**entry)
+
+    def _tensors_of(self, name: str) -> dict[str, Tensor]:
+        return {k.partition(":")[2]: v for k, v in self.tensors.items() if k.startswith(name + ":")}
+
+    def _make(self, name: str, layer: SparseLayer) -> Scorer | None:
+        kind = self.entries[name]["scorer"]
+        if kind == "PooledScorer":
+            return None
+        scorer, made = layer.scorer, self._new(name, scorer_shape(layer.module))
+        if made is not None:
+            scorer = made.to(device_of(layer))
         elif scorer is None or type(scorer).__name__ != kind:
             raise ValueError(
                 f"model must be sparsified with a {kind} at {name} before loading, "
                 f"got {type(scorer or PooledScorer()).__name__}"
             )
-        own = {k.partition(":")[2]: v for k, v in self.tensors.items() if k.startswith(name + ":")}
-        scorer.load_state_dict(own)
+        scorer.load_state_dict(self._tensors_of(name))
         return scorer
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_sparse._checks import check_heads
 from mm_sparse.config import SparseConfig
+from mm_sparse.kernels.paged.pages import Pages
 from mm_sparse.layout import Plan, TokenLayout
 from mm_sparse.scorers.block_scores import Descriptors, block_scores
 from mm_sparse.scorers.descriptor_cache import DescriptorCache
@@ -94,9 +95,11 @@ class Scorer(nn.Module):
         """What `describe` gives without a cache, of a scorer that writes it."""
         return self._descriptors(q, k, plan, scale, None)
 
-    def score_described(self, described: Descriptors, plan: Plan) -> Tensor:
-        """(B, K, T, U), of descriptors of the plan's tiles and units."""
-        return block_scores(described, plan)
+    def score_described(
+        self, described: Descriptors, plan: Plan, pages: Pages | None = None
+    ) -> Tensor:
+        """(B, K, T, U), of descriptors of the plan's tiles and units, or of units in pages."""
+        return block_scores(described, plan, pages=pages)
 
     def score_step(
         self, q: Tensor, k: Tensor, plan: Plan, placed: Plan, scale: float, cache: DescriptorCache

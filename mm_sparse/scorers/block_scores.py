@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mm_sparse._backend import fused
+from mm_sparse.kernels.paged.pages import Pages, place_units
 from mm_sparse.layout import Plan, part_sizes
 from mm_sparse.modality import Modality
 
@@ -51,7 +52,9 @@ def pair_biases(table: Tensor, plan: Plan) -> Tensor:
     return flat.gather(2, place.expand(-1, heads, -1)).unflatten(2, distance.shape[1:])
 
 
-def block_scores(described: Descriptors, plan: Plan, competes: Tensor | None = None) -> Tensor:
+def block_scores(
+    described: Descriptors, plan: Plan, competes: Tensor | None = None, pages: Pages | None = None
+) -> Tensor:
     """Log of the share that the query pools of a tile give to every unit, as `config.reduce` says.
 
     Args:
@@ -60,6 +63,8 @@ def block_scores(described: Descriptors, plan: Plan, competes: Tensor | None = N
             parts: (B, K, U, C, F) of C runs of keys of each unit, whose shares add up to the
             unit's; the sum that shares are of stays that of the whole units, which is cheaper.
         competes: (B, K, T, U) bool, units that shares are of, all that are visible if None.
+        pages: where units are described that all rows keep together: `unit` is (1, K, all in
+            memory, F), and `parts` alike.
     Returns:
         (B, K, T, U) float32; kernels may count a share under 2^-126 as nothing, -1e30.
     """
@@ -83,7 +88,10 @@ def block_scores(described: Descriptors, plan: Plan, competes: Tensor | None = N
             lead=plan.unit_offset,
             num_keys=plan.layout.length,
             parts=None if parts is None else parts.to(tile.dtype),
+            pages=pages,
         )
+    if pages is not None:
+        return block_scores(_out_of_pages(described, plan, pages), plan, competes)
     if competes is None and not torch.is_grad_enabled() and tile.device.type == "cpu":
         values = _shares_in_place(described, plan)
         return values if bias is None else values + pair_biases(bias, plan)
@@ -120,6 +128,20 @@ def block_scores(described: Descriptors, plan: Plan, competes: Tensor | None = N
     empty = tile.new_zeros(batch, kv_heads, 0, num_units).float()
     values = torch.cat(blocks, 2) if blocks else empty
     return values if bias is None else values + pair_biases(bias, plan)
+
+
+def _out_of_pages(described: Descriptors, plan: Plan, pages: Pages) -> Descriptors:
+    """The same with descriptors of the plan's units copied in their order."""
+    number = torch.arange(plan.units.shape[1], device=plan.units.device)
+    # Of pages behind the end of a sequence, of which nobody sees a unit, any will do.
+    pages = pages._replace(table=pages.table.clamp(min=0))
+    place = place_units(number.expand(len(plan.units), -1), pages)
+
+    def copied(x: Tensor) -> Tensor:
+        return x[0][:, place.clamp(max=x.shape[2] - 1)].transpose(0, 1)
+
+    parts = None if described.parts is None else copied(described.parts)
+    return described._replace(unit=copied(described.unit), parts=parts)
 
 
 def _shares_in_place(described: Descriptors, plan: Plan) -> Tensor:

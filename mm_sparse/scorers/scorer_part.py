@@ -9,6 +9,7 @@ from copy import copy
 
 from torch import Tensor
 
+from mm_sparse.kernels.paged.pages import Pages
 from mm_sparse.layout import Plan
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import Descriptors
@@ -100,5 +101,7 @@ class ScorerPart(Scorer):
     def described(self, q: Tensor, k: Tensor, plan: Plan, scale: float) -> Descriptors:
         return self._of_heads().described(q, k, plan, scale)
 
-    def score_described(self, described: Descriptors, plan: Plan) -> Tensor:
-        return self._of_heads().score_described(described, plan)
+    def score_described(
+        self, described: Descriptors, plan: Plan, pages: Pages | None = None
+    ) -> Tensor:
+        return self._of_heads().score_described(described, plan, pages)

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mm_sparse.kernels.hopper import backward, forward, pipeline
+from mm_sparse.kernels.paged import placed_lists
 from mm_sparse.kernels.triton import (
     attention_backward,
     attention_decode,
@@ -54,7 +55,7 @@ POINTERS = {
 FLOATS = {"Part", "Weight", "Lse", "Delta", "Values", "Bias", "Floor", "Sums"}
 FLOATS |= {"Log", "OtherLog", "Whole", "Logits", "SumsK", "SumsV"}
 NARROW = {"Exists": "i1", "Sinks": "i1", "TileKind": "i8", "UnitKind": "i8", "Budget": "i64"}
-NARROW |= {"WholeBudget": "i64", "Index": "i16", "Order": "i16", "Runs": "i16"}
+NARROW |= {"WholeBudget": "i64", "Index": "i16", "Order": "i16", "Runs": "i16", "Placed": "i32"}
 NARROW |= dict.fromkeys(("SampledLists", "All"), "i16")
 WIDE = (
     attention_mass._attention_mass,
@@ -63,6 +64,9 @@ WIDE = (
 )
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
 SUMS = ("Dkd", "Dvd")
+CONTIGUOUS = {"PageTable": None, "PAGE_UNITS": 0, "PAGE_STRIDE": 0}
+# As an engine has them that puts keys beside values, heads before tokens.
+PAGED = {"PAGE_UNITS": 8, "PAGE_STRIDE": 64, "REGULAR": True, "Kd": None, "Vd": None}
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
@@ -223,6 +227,26 @@ def special(constants: dict, dtype: str, rows: int, target: int) -> list[tuple]:
     return found
 
 
+def paged(constants: dict, dtype: str, rows: int, target: int, size: int) -> None:
+    """The kernels that read keys or descriptors from pages."""
+    dim, unit = constants["D"], constants["UNIT"]
+    r, c, warps, stages = attention_forward.forward_blocks(rows, unit, dim, size, target // 10)
+    blocks = {"ROWS": r, "COLS": c, "CUT_COLS": min(c, 64), "SPLITS": rows // r}
+    part = {"ROWS": 16, "COLS": 32 if size == 4 else 64}
+    kinds = [
+        (attention_forward._block_sparse_attention_fwd, blocks, warps, stages),
+        (attention_decode._block_sparse_attention_split_kv, part, 4, 1 if size == 4 else 3),
+        (placed_lists._placed_lists, {"WIDTH": 1024}, 4, 2),
+    ]
+    scores = (block_scores._block_scores_lse, block_scores._block_scores)
+    kinds += [kind for kind in scoring(constants, target) if kind[0] in scores]
+    for kernel, more, warps, stages in kinds:
+        own = {**constants, **more, **PAGED}
+        own.pop("PageTable")
+        usage = compile_one(kernel, dtype, own, target, warps, stages)
+        print(f"sm_{target} {kernel.__name__} in pages: {usage}", flush=True)
+
+
 def main(targets: list[int]) -> None:
     """A plain and an awkward problem for each kernel and GPU."""
     for target in targets:
@@ -235,7 +259,7 @@ def main(targets: list[int]) -> None:
                 "GROUP": group, "TOKENS": rows // group, "UNIT": unit, "D": dim,
                 "BLOCK_D": triton.next_power_of_2(dim), "REGULAR": regular,
                 "EVEN": regular, "EVEN_TILES": regular, "REGULAR_TILES": regular,
-                "PRECISION": "ieee" if size == 4 else "tf32",
+                "PRECISION": "ieee" if size == 4 else "tf32", **CONTIGUOUS,
             }  # fmt: skip
             for kernel, (r, c, warps, stages) in (
                 (
@@ -257,6 +281,7 @@ def main(targets: list[int]) -> None:
                     blocks |= dict.fromkeys(DESCRIBED)
                 usage = compile_one(kernel, dtype, {**constants, **blocks}, target, warps, stages)
                 print(f"sm_{target} {name} {kernel.__name__} {r}x{c}: {usage}", flush=True)
+            paged(constants, dtype, rows, target, size)
             kinds = scoring(constants, target) + special(constants, dtype, rows, target)
             for kernel, more, warps, stages in kinds:
                 usage = compile_one(kernel, dtype, {**constants, **more}, target, warps, stages)

@@ -28,6 +28,7 @@ from mm_sparse.integrations.discovery import defining_class, scorer_shape
 from mm_sparse.integrations.forward_context import uncompiled
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.call_layout import HFLayoutSource, is_causal
+from mm_sparse.integrations.hf.continuous_batching import refuse_continuous_batching
 from mm_sparse.integrations.hf.decoding import (
     DENSE,
     NUMBER,
@@ -455,3 +456,4 @@ def register() -> None:
     for name in NAMES:
         AttentionInterface.register(name, dispatch)
         AttentionMaskInterface.register(name, mask_or_lazy)
+    refuse_continuous_batching()

@@ -270,3 +270,20 @@ def test_the_report_says_what_keeps_more_than_was_asked_for() -> None:
     model(hf_models.long_ids(300))
     rows = mms.report(model).rows
     assert all("sinks 64 and window 128 keep more than ratio 0.2" in row.reason for row in rows)
+
+
+def test_continuous_batching_is_refused_by_name() -> None:
+    """Before transformers looks for kernels, of which some would run dense in silence."""
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).eval()
+    mms.sparsify(model, SPARSE)
+    options = tf.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1)
+    for call in (
+        lambda: model.generate_batch([[1, 2, 3]], generation_config=options),
+        lambda: model.init_continuous_batching(generation_config=options),
+    ):
+        with pytest.raises(ValueError, match=r"continuous batching .* cannot run sparse"):
+            call()
+    mms.densify(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.init_continuous_batching(generation_config=options) is not None
