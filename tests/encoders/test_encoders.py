@@ -121,6 +121,7 @@ def test_copies_and_pickles(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", FEW)
 @torch.no_grad()
+@pytest.mark.thinned(3)
 def test_compiled_and_autocast(name: str) -> None:
     encoder, batch = build(name)
     tokens, spec = encoder(*batch)

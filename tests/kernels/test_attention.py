@@ -24,6 +24,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.parametrize(("backend", "dtype"), ON_CPU, ids=lambda x: str(x).split(".")[-1])
+@pytest.mark.thinned(4)
 def test_equals_dense_attention_under_its_mask(
     case: Case, backend: str, dtype: torch.dtype
 ) -> None:
@@ -56,6 +57,7 @@ def test_gpu_every_unit_tile_and_head_dim(unit: int, tile: int, dim: int) -> Non
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.thinned(4)
 def test_gradients_of_the_first_units_may_be_made_in_pieces(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )
+@pytest.mark.thinned(4)
 def test_equals_dense_attention_under_its_mask(
     case: Case, dtype: torch.dtype, parts: list[int]
 ) -> None:
@@ -87,6 +88,7 @@ def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "queries", "kept"), [(1, 1, 1, True), (8, 2, 3, True), (2, 1, 200, False)]
 )
+@pytest.mark.thinned(4)
 def test_scores_of_few_queries_equal_the_law_whether_logits_are_kept_or_not(
     heads: int,
     kv_heads: int,

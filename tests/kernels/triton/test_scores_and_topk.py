@@ -62,6 +62,7 @@ def both_ways(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "reduce"), [(1, 1, "max"), (8, 1, "mean"), (6, 2, "max")], ids=str
 )
+@pytest.mark.thinned(4)
 def test_scores_equal_the_law(
     name: str, heads: int, kv_heads: int, reduce: str, device: str
 ) -> None:
@@ -138,6 +139,7 @@ LONG = {
     [(1, "mean"), (2, "max"), pytest.param(6, "mean", marks=pytest.mark.slow)],
     ids=str,
 )
+@pytest.mark.thinned(4)
 def test_scores_over_many_blocks_equal_the_law(
     heads: int, reduce: str, name: str, causal: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +221,7 @@ def test_pools_are_means_and_extremes(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["text", "documents", "hole"])
 @pytest.mark.parametrize(("heads", "dim", "query_pools"), [(1, 8, 4), (6, 80, 3)], ids=str)
+@pytest.mark.thinned(4)
 def test_pools_of_tiles_and_units_in_one_launch_are_those_of_two(
     heads: int, dim: int, query_pools: int, name: str, device: str
 ) -> None:
@@ -251,6 +254,7 @@ def test_true_mass_equals_the_law(name: str, reduce: str, device: str) -> None:
 @pytest.mark.parametrize("group", [1, 3, 7])
 @pytest.mark.parametrize("dim", [8, 80])
 @pytest.mark.parametrize(("name", "causal"), [("documents", True), ("hole", False)])
+@pytest.mark.thinned(4)
 def test_true_mass_of_drawn_tiles_equals_the_law(
     name: str, causal: bool, dim: int, group: int, device: str
 ) -> None:
@@ -318,6 +322,7 @@ def test_selections_equal_the_law(batch, config: mms.SparseConfig, seed: int) ->
 
 @FEW
 @given(batch=batches(), config=configs(top_p=None, modality_floor=0.0), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select_kernels, "IN_REGISTERS", 1)
@@ -338,6 +343,7 @@ def test_selections_of_long_rows_equal_the_law(batch, config: mms.SparseConfig, 
         ),
     ],
 )
+@pytest.mark.thinned(4)
 def test_even_rows_equal_the_law_whatever_the_scores(length: int, prefix: int) -> None:
     """Log shares as scorers give them, -1e30 where nothing is seen, and few distinct ones."""
     row = [("text", prefix), ("image", length - prefix)] if prefix else [("text", length)]

@@ -167,6 +167,7 @@ def random_case(seed: int) -> tuple[list[Row], str, mms.SparseConfig]:
 
 
 @pytest.mark.parametrize("ten", range(20))
+@pytest.mark.thinned(3)
 def test_loss_and_gradients_in_blocks_are_those_of_dense_formulas_in_float64(
     ten: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

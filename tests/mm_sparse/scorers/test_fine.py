@@ -61,6 +61,7 @@ def by_hand(q: Tensor, k: Tensor, plan: Plan, parts: int) -> Tensor:
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPS, ids=lambda x: str(x))
 @pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.thinned(3)
 def test_untrained_scores_equal_a_loop_over_parts(
     name: str, heads: int, kv_heads: int, reduce: str
 ) -> None:

@@ -1,5 +1,6 @@
 """`mm-sparse distill`: folders of several kinds, runs that are cut off, wrong arguments."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -251,8 +252,14 @@ def test_the_recipe_that_ships_is_run_by_name(language: str, texts: str, tmp_pat
     ],
 )
 def test_what_does_not_fit_is_named(
-    language: str, texts: str, tmp_path: Path, change: list[str], message: str
-) -> None:
+    language: str, texts: str, tmp_path: Path, change: list[str], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *more: None if name == "bitsandbytes" else find(name, *more),
+    )
     with pytest.raises(SystemExit, match=message):
         distill_command.main([*arguments(language, texts, tmp_path / "run"), *change])
 

@@ -65,6 +65,7 @@ def check(alone, found):
         assert wanted[0] != pytest.approx(wanted[-1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_and_one_goes_on(folder, alone):
     check(alone, together(folder, 2, QUICK))
     # What two have saved, one resumes: it has all weights and all states of the optimizer.

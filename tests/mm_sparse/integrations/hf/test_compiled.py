@@ -185,6 +185,7 @@ def test_a_static_cache_that_a_graph_fills_again(kind: str) -> None:
 
 @pytest.mark.parametrize("recomputed", ["never", "checkpoint", "reentrant"])
 @pytest.mark.parametrize("compiled", ["whole", "blocks"])
+@pytest.mark.thinned(3)
 def test_training_equals_eager(compiled: str, recomputed: str) -> None:
     """Two forwards before a backward pass, frozen weights, padding, and a checkpoint."""
     model = sparse_llama().train()
@@ -253,6 +254,7 @@ def test_modalities_reach_graphs(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])
 @pytest.mark.parametrize("kind", ["sliding window", "documents", "four dimensions"])
+@pytest.mark.thinned(3)
 def test_other_masks(kind: str, train: bool) -> None:
     import transformers as tf
 
@@ -317,6 +319,7 @@ def test_nothing_is_left_of_a_forward_without_a_backward_pass(
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.thinned(2)
 def test_no_tensor_is_left_of_a_step(checkpoint: bool) -> None:
     model = sparse_llama().train()
     if checkpoint:
@@ -384,6 +387,7 @@ def test_blocks_share_a_graph() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_copy_of_a_model_asks_its_own_layers() -> None:
     one = sparse_llama()
     other = mms.sparsify(deepcopy(one), SPARSE.scaled(0.05))
@@ -398,6 +402,7 @@ def test_a_copy_of_a_model_asks_its_own_layers() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_autocast_and_scorers_that_change() -> None:
     model = sparse_llama()
     mms.sparsify(model, SPARSE, scorer="relevance")
@@ -413,6 +418,7 @@ def test_autocast_and_scorers_that_change() -> None:
         torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_settings_of_a_block_break_the_graph_and_hold() -> None:
     model, ids = sparse_llama(), long_ids(200)[:, :200]
     step = torch.compile(model, backend="aot_eager")

@@ -91,6 +91,7 @@ def steps(model: Any, ids: Tensor, mask: Tensor, first: int, cache: Any = None) 
 @pytest.mark.parametrize("scorer", [None, "fine", "relevance"])
 @pytest.mark.parametrize("config", CONFIGS)
 @torch.no_grad()
+@pytest.mark.thinned(4)
 def test_steps_equal_those_with_plans_of_their_own(
     config: str, scorer: str | None, padding: str
 ) -> None:
@@ -523,6 +524,7 @@ def test_inference_mode_knows_a_sequence_whose_prefill_was_dense(changes: dict[s
 )  # fmt: skip
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
+@pytest.mark.thinned(4)
 def test_compiled_steps_go_by_the_prefill_before_them(changes: Any) -> None:
     """What layers have recorded for the same cache is not true of the next sequence."""
     model, ids = llama(FINE, "fine"), long_ids(130)

@@ -75,6 +75,7 @@ def test_it_generates_what_a_growing_one_does(keep: Any, sparse: bool) -> None:
 @pytest.mark.parametrize("keep", [0.4, (0.3, 0.6)])
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
+@pytest.mark.thinned(3)
 def test_compiled_steps_equal_eager_ones(keep: Any, missing: int, sparse: bool) -> None:
     from torch._dynamo.utils import counters
 

@@ -30,6 +30,7 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("size", "name"), CASES)
+@pytest.mark.slow
 def test_tokens_are_those_of_one_process(answers, size, name):
     alone, together = answers(size)[name]
     assert together["ids"].shape[1] == NEW

@@ -98,6 +98,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.slow
 def test_logits_tokens_and_lessons_are_those_of_one_process(found: Any, name: str) -> None:
     one, two, losses, modes = found[name]
     assert set(modes) == {"sparse"}
