@@ -262,6 +262,26 @@ def test_a_rank_serves_its_heads() -> None:
     torch.testing.assert_close(found, out[:, own])
 
 
+def test_ratios_by_modality_of_the_queries() -> None:
+    """A tile that holds a word has the ratio of text; a step of decoding is text."""
+    kinds = {"TEXT": (0.3, 0.9), "IMAGE": 0.1}
+    engine = Engine(mms.PooledScorer(), replace(CONFIG, tile=64, query_ratio=kinds))
+    modality = torch.full((200,), int(mms.Modality.IMAGE), dtype=torch.int8)
+    modality[[70, 199]] = int(mms.Modality.TEXT)
+    _, _, step = engine.step([0], [0], [200], modality=modality)
+    plan = step.rows[0].plan
+    text = torch.tensor([16 * t <= 70 < 16 * t + 16 or t == 12 for t in range(13)])
+    assert torch.equal(plan.query_modality[0] == int(mms.Modality.TEXT), text)
+    seen = plan.visible_tokens[0]
+    for head, ratio in enumerate(kinds["TEXT"]):
+        wanted = torch.where(text, seen * ratio, seen * 0.1).round().long()
+        assert torch.equal(plan.head_budget[0, head], wanted)
+    engine.check([0], [200], [1])
+    plain = Engine(mms.PooledScorer(), replace(CONFIG, query_ratio=kinds))
+    plain.check([0, 1], [0, 0], [250, 190])
+    plain.check([0, 1], [250, 190], [1, 1])
+
+
 def test_units_have_the_modality_of_their_first_token() -> None:
     """Maps of images describe units of images, also for steps that only read them."""
     engine = Engine(trained(mms.FineScorer))
