@@ -115,7 +115,7 @@ def test_ranks_get_their_heads_of_ratios_by_modality() -> None:
         plan = plan_layer(NAME, settings, SHAPE, rank, 3)
         assert plan is not None
         assert plan.config.query_ratio == {Modality.TEXT: text, Modality.IMAGE: 0.4}
-    with pytest.raises(ValueError, match="a ratio for each of 6 KV heads of .*, got 3"):
+    with pytest.raises(ValueError, match="a ratio for each of 6 KV heads"):
         plan_layer(NAME, settings, (12, 6, 64), 0, 3)
 
 
