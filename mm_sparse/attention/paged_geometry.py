@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -103,6 +103,8 @@ class PagedGeometry:
         pages: P, of the longest sequence.
         memory: A.
         device: of the step's tensors.
+    Raises:
+        ValueError: configs that do not fit each other or the pages, or sizes below 1.
     """
 
     def __init__(
@@ -113,6 +115,14 @@ class PagedGeometry:
         if not self.configs:
             raise ValueError("configs must hold those of the layers, got none")
         self.config = self.configs[0]
+        sizes = {"group": group, "page": page, "rows": rows, "pages": pages, "memory": memory}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if len({_without_ratios(config) for config in self.configs}) > 1:
+            raise ValueError("configs must differ in ratios alone, got others")
+        if len(by_head := frozenset().union(*(x.head_counts for x in self.configs))) > 1:
+            raise ValueError(f"configs must be for as many KV heads, got {sorted(by_head)}")
         if page % self.config.unit:
             raise ValueError(
                 f"page must hold whole units of {self.config.unit} tokens, got {page} tokens"
@@ -178,9 +188,17 @@ class PagedGeometry:
             recorded: whether a CUDA graph records the step, and will serve others: nothing is
                 dense then for being short.
         Raises:
-            ValueError: a sequence is too long.
+            ValueError: a sequence is too long, or numbers of tokens do not fit.
         """
         queries = [b - a for a, b in pairwise(starts)]
+        if len(queries) != len(lengths) or min(queries, default=0) < 0:
+            raise ValueError(
+                f"starts must be ascending, one more than the {len(lengths)} lengths, got {starts}"
+            )
+        if modality is not None and len(modality) < starts[-1]:
+            raise ValueError(
+                f"modality must be of {starts[-1]} tokens of the step, got {len(modality)}"
+            )
         ones = next((i for i, n in enumerate(queries) if n != 1), len(queries))
         if max(lengths, default=0) > self.capacity:
             raise ValueError(f"lengths must be at most {self.capacity} tokens, got {max(lengths)}")
@@ -205,6 +223,8 @@ class PagedGeometry:
             if not queries[i]:
                 continue
             first, length = lengths[i] - queries[i], lengths[i]
+            if first < 0:
+                raise ValueError(f"lengths must count the {queries[i]} queries, got {length}")
             own = self._runs(queries[i], starts[i])
             kind = asks = kinds[0].new_full((len(own),), TEXT)
             if modality is not None:
@@ -451,6 +471,12 @@ class PagedGeometry:
             tile_span=tile_span, tile_modality=tile_modality, unit_modality=unit_modality,
             unit_offset=unit_offset, tile_offset=tile_offset,
         )  # fmt: skip
+
+
+def _without_ratios(config: SparseConfig) -> SparseConfig:
+    return replace(
+        config, ratio=1.0, head_ratio=(), query_ratio={}, layer_ratio={}, dense_layers=()
+    )
 
 
 def _holds_text(modality: Tensor, tiles: Tensor) -> Tensor:

@@ -312,6 +312,46 @@ def test_what_cannot_be_served_is_refused_by_name(changes: dict, reason: str) ->
     assert reason in serves_pages(replace(CONFIG, **changes), mms.PooledScorer(), 32)
 
 
+@pytest.mark.parametrize("name", ["group", "page", "rows", "pages", "memory"])
+def test_sizes_of_a_geometry_are_at_least_one(name: str) -> None:
+    sizes = {"group": 4, "page": 32, "rows": 4, "pages": 4, "memory": 9, name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        PagedGeometry([CONFIG], **sizes, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window": 64}, "configs must differ in ratios alone"),
+        ({"head_ratio": (0.2, 0.3, 0.4)}, r"configs must be for as many KV heads, got \[2, 3\]"),
+    ],
+)
+def test_layers_of_a_geometry_differ_in_ratios_alone(changes: dict, words: str) -> None:
+    configs = [replace(CONFIG, query_ratio={"TEXT": (0.2, 0.3)}), replace(CONFIG, **changes)]
+    sizes = {"group": 4, "page": 32, "rows": 4, "pages": 4, "memory": 9}
+    with pytest.raises(ValueError, match=words):
+        PagedGeometry(configs, **sizes, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "kinds", "words"),
+    [
+        ([0], [7], None, "starts must be ascending"),
+        ([0, 7, 5], [7, 5], None, "starts must be ascending"),
+        ([0, 7], [5], None, "lengths must count the 7 queries, got 5"),
+        ([0, 7], [7], 3, "modality must be of 7 tokens of the step, got 3"),
+    ],
+)
+def test_numbers_of_tokens_that_do_not_fit_are_refused(
+    starts: list[int], lengths: list[int], kinds: int | None, words: str
+) -> None:
+    geometry = Engine(mms.PooledScorer()).geometry
+    modality = None if kinds is None else torch.zeros(kinds, dtype=torch.int8)
+    ends, table = torch.tensor(lengths), torch.arange(12).int().expand(len(lengths), -1)
+    with pytest.raises(ValueError, match=words):
+        geometry.step(starts, lengths, ends, table, modality=modality)
+
+
 def test_scorers_that_describe_nothing_are_refused() -> None:
     engine = Engine(mms.PooledScorer())
     with pytest.raises(ValueError, match="SlidingWindow describes no units"):
