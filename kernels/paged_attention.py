@@ -50,10 +50,11 @@ def paged_attention(
     Returns:
         out (B, H, N, D), log-sum-exp (B, H, N) float32.
     Raises:
-        ValueError: pages that do not hold whole units.
-        TypeError: the table is not int32.
+        ValueError: pages that do not hold whole units, or shapes that do not fit.
+        TypeError: the table is not int32, or dtypes differ.
     """
     pages = pages_of(k, table, lists.unit)
+    _check_fit(q, k, v, table)
     if page_layout(v, lists.unit) != pages[1:]:
         raise ValueError(f"v must lie as k does, got strides {v.stride()} and {k.stride()}")
     if not runs_triton(q, backend):
@@ -63,6 +64,23 @@ def paged_attention(
     from mm_sparse.kernels import dispatch
 
     return dispatch.forward(q, flat_tokens(k), flat_tokens(v), lists, scale, pages)
+
+
+def _check_fit(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
+    """Refuse what a kernel would read beyond."""
+    if q.dim() != 4:
+        raise ValueError(f"q must be (sequences, heads, tokens, D), got {tuple(q.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q must have k's head dim {k.shape[3]}, got {q.shape[3]}")
+    if q.shape[1] % max(k.shape[1], 1):
+        raise ValueError(f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]}")
+    if len(table) != len(q):
+        raise ValueError(f"table must have a row for each of q's {len(q)}, got {len(table)}")
 
 
 def paged_attention_reference(

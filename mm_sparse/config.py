@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from math import ceil, fsum
@@ -244,6 +244,23 @@ class SparseConfig:
         heads = max(map(len, rows))
         return tuple(row if len(row) > 1 else row * heads for row in rows)
 
+    def of_heads(self, part: int, parts: int) -> SparseConfig:
+        """The config of some KV heads of a layer: number `part` of as many even `parts`."""
+
+        def own(ratios: Any) -> Any:
+            size = len(ratios) // parts if isinstance(ratios, tuple) else 0
+            return ratios[part * size : (part + 1) * size] if size else ratios
+
+        if not self.head_ratio and not self.query_ratio:
+            return self
+        by_kind = {kind: own(ratios) for kind, ratios in self.query_ratio.items()}
+        return replace(self, head_ratio=own(self.head_ratio), query_ratio=by_kind)
+
+    @property
+    def largest_ratio(self) -> float:
+        """The largest of `ratio_table`."""
+        return max(map(max, self.ratio_table))
+
     @classmethod
     def preset(cls, kind: str, **changes: Any) -> SparseConfig:
         """Settings that were measured for a kind of model (docs/how-to/choose-settings.md).
@@ -285,6 +302,7 @@ class SparseConfig:
 
     def scaled(self, ratio: float) -> SparseConfig:
         """The config that keeps `ratio`, with all its other budgets scaled alike."""
+        _between("ratio", ratio)
         names = ("layer_ratio", "head_ratio", "query_ratio")
         scaled = {name: _scaled(getattr(self, name), ratio / self.ratio) for name in names}
         return replace(self, ratio=ratio, **scaled)
@@ -342,6 +360,8 @@ def _video_as_image(record: dict[str, Any]) -> None:
 
 
 def _heads(name: str, value: Any) -> tuple[float, ...]:
+    if isinstance(value, Set):
+        raise TypeError(f"{name} must be in the order of KV heads, got the set {value!r}")
     ratios = _sequence(name, value, "numbers")
     for ratio in ratios:
         _between(name, ratio)
@@ -350,8 +370,10 @@ def _heads(name: str, value: Any) -> tuple[float, ...]:
 
 def _head_ratio(name: str, value: Any, of: str) -> HeadRatio:
     """A ratio, or one of each KV head."""
+    if isinstance(value, Mapping) and value:
+        raise TypeError(f"{name} must have a ratio or one of each KV head for {of}, got {value!r}")
     if isinstance(value, Iterable) and not isinstance(value, str):
-        heads = _heads(name, value)
+        heads = () if isinstance(value, Mapping) else _heads(name, value)
         if not heads:
             raise ValueError(f"{name} must have a ratio for {of}, got none")
         return heads
@@ -365,6 +387,8 @@ def _by_modality(name: str, value: Any, of: str = "") -> dict[Modality, HeadRati
     ratios = {}
     for key, own in value.items():
         kind = _modality(name, key)
+        if kind in ratios:
+            raise ValueError(f"{name} must name {of}{kind.name} once, got {value!r}")
         ratios[kind] = _head_ratio(name, own, f"{of}{kind.name}")
     return ratios
 
@@ -392,6 +416,8 @@ def _ratios(value: Any) -> dict[int | str, LayerRatio]:
         layer: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
         if not isinstance(layer, str):
             _count("layer_ratio", layer)
+        if layer in ratios:
+            raise ValueError(f"layer_ratio must name layer {layer} once, got {value!r}")
         if isinstance(ratio, Mapping) and ratio:
             kinds = ratios[layer] = _by_modality("layer_ratio", ratio, f"layer {layer}, ")
             heads = sorted({len(own) for own in kinds.values() if isinstance(own, tuple)})
@@ -406,6 +432,8 @@ def _ratios(value: Any) -> dict[int | str, LayerRatio]:
 
 
 def _modality(name: str, value: Any) -> Modality:
+    if isinstance(value, (bool, float)):
+        raise TypeError(f"{name} must name modalities, got {value!r}")
     try:
         return Modality[value] if isinstance(value, str) else Modality(value)
     except (KeyError, ValueError):
@@ -432,9 +460,14 @@ def _count(name: str, value: Any, least: int = 0) -> None:
 
 
 def _sequence(name: str, value: Any, what: str) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    try:
+        # Keys of a mapping may be numbers, too.
+        values = None if isinstance(value, (str, Mapping)) else tuple(value)
+    except TypeError:
+        values = None
+    if values is None:
         raise TypeError(f"{name} must be a sequence of {what}, got {value!r}")
-    return tuple(value)
+    return values
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -103,6 +103,8 @@ class PagedGeometry:
         pages: P, of the longest sequence.
         memory: A.
         device: of the step's tensors.
+    Raises:
+        ValueError: configs that do not fit each other or the pages, or sizes below 1.
     """
 
     def __init__(
@@ -113,6 +115,14 @@ class PagedGeometry:
         if not self.configs:
             raise ValueError("configs must hold those of the layers, got none")
         self.config = self.configs[0]
+        sizes = {"group": group, "page": page, "rows": rows, "pages": pages, "memory": memory}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if len({_without_ratios(config) for config in self.configs}) > 1:
+            raise ValueError("configs must differ in ratios alone, got others")
+        if len(by_head := frozenset().union(*(x.head_counts for x in self.configs))) > 1:
+            raise ValueError(f"configs must be for as many KV heads, got {sorted(by_head)}")
         if page % self.config.unit:
             raise ValueError(
                 f"page must hold whole units of {self.config.unit} tokens, got {page} tokens"
@@ -142,8 +152,10 @@ class PagedGeometry:
         self._kind = torch.full((rows, num_units), TEXT, dtype=torch.int8, device=device)
         self._tokens = new(rows, 1, dtype=torch.int64)
         # Of all configs at once: layers may have ratios of their own.
-        heads = max(len(config.head_ratio) or 1 for config in self.configs)
-        ratios = [config.head_ratio or (config.ratio,) * heads for config in self.configs]
+        # A step's token is text.
+        rows_of = [config.ratio_table[TEXT] for config in self.configs]
+        heads = max(map(len, rows_of))
+        ratios = [own if len(own) > 1 else own * heads for own in rows_of]
         self._ratios = torch.tensor(ratios, device=device)[:, None]  # (configs, 1, heads)
         self._budgets = new(len(self.configs), rows, heads, dtype=torch.int64)
         self._page, self._number, self._size = (new(rows, dtype=torch.int64) for _ in range(3))
@@ -176,9 +188,17 @@ class PagedGeometry:
             recorded: whether a CUDA graph records the step, and will serve others: nothing is
                 dense then for being short.
         Raises:
-            ValueError: a sequence is too long.
+            ValueError: a sequence is too long, or numbers of tokens do not fit.
         """
         queries = [b - a for a, b in pairwise(starts)]
+        if len(queries) != len(lengths) or min(queries, default=0) < 0:
+            raise ValueError(
+                f"starts must be ascending, one more than the {len(lengths)} lengths, got {starts}"
+            )
+        if modality is not None and len(modality) < starts[-1]:
+            raise ValueError(
+                f"modality must be of {starts[-1]} tokens of the step, got {len(modality)}"
+            )
         ones = next((i for i, n in enumerate(queries) if n != 1), len(queries))
         if max(lengths, default=0) > self.capacity:
             raise ValueError(f"lengths must be at most {self.capacity} tokens, got {max(lengths)}")
@@ -203,10 +223,13 @@ class PagedGeometry:
             if not queries[i]:
                 continue
             first, length = lengths[i] - queries[i], lengths[i]
+            if first < 0:
+                raise ValueError(f"lengths must count the {queries[i]} queries, got {length}")
             own = self._runs(queries[i], starts[i])
-            kind = kinds[0].new_full((len(own),), TEXT)
+            kind = asks = kinds[0].new_full((len(own),), TEXT)
             if modality is not None:
                 kind = modality[own[:, 0].long()]
+                asks = torch.where(_holds_text(modality, own), TEXT, kind).to(torch.int8)
             tiles.append(own)
             kinds.append(kind)
             found.append(self._touched(first, length, table[i]))
@@ -216,7 +239,7 @@ class PagedGeometry:
                 first_of_run = dense.pop().start if dense and dense[-1].stop == i else i
                 dense.append(slice(first_of_run, i + 1))
                 continue
-            plan, placed = self._chunk_plans(queries[i], first, length, table[i], kind)
+            plan, placed = self._chunk_plans(queries[i], first, length, table[i], kind, asks)
             rows.append(
                 PagedRows(slice(starts[i], starts[i + 1]), run, plan, placed, table[i : i + 1])
             )
@@ -396,7 +419,7 @@ class PagedGeometry:
 
     def _most_kept(self, config: SparseConfig, length: int) -> int:
         """As `Plan.max_kept`, for sequences of at most `length` keys."""
-        budget = min(int(length * max((config.ratio, *config.head_ratio))) + 1, length)
+        budget = min(int(length * config.largest_ratio) + 1, length)
         if config.tokens is not None:
             budget = min(length, config.tokens)
         always = self._always()
@@ -405,9 +428,14 @@ class PagedGeometry:
         return min(math.ceil(length / self.unit), max(budget // self.unit + 2, always))
 
     def _chunk_plans(
-        self, queries: int, first: int, length: int, table: Tensor, kind: Tensor
+        self, queries: int, first: int, length: int, table: Tensor, kind: Tensor, asks: Tensor
     ) -> tuple[Plan, Plan]:
-        """The plan of a chunk of a prompt, which tokens before it may precede."""
+        """The plan of a chunk of a prompt, which tokens before it may precede.
+
+        Args:
+            kind: (T,) int8, modality of each tile.
+            asks: (T,) int8, whose ratio it has.
+        """
         num_units = math.ceil(length / self.unit)
         start = self._first[:num_units]
         units = torch.stack([start, (length - start).clamp(max=self.unit)], -1)[None]
@@ -425,6 +453,7 @@ class PagedGeometry:
             queries=queries, offset=first, unit_offset=0, tile_offset=0,
         )  # fmt: skip
         plan.memo["modalities"] = self.kinds
+        plan.memo["query_modality"] = asks[None]
         plan.memo["sinks", self.config.sinks] = self._sinks[:, :num_units]
         for config in self.configs:
             plan.memo["max_kept", config] = self._most_kept(config, length)
@@ -442,3 +471,16 @@ class PagedGeometry:
             tile_span=tile_span, tile_modality=tile_modality, unit_modality=unit_modality,
             unit_offset=unit_offset, tile_offset=tile_offset,
         )  # fmt: skip
+
+
+def _without_ratios(config: SparseConfig) -> SparseConfig:
+    return replace(
+        config, ratio=1.0, head_ratio=(), query_ratio={}, layer_ratio={}, dense_layers=()
+    )
+
+
+def _holds_text(modality: Tensor, tiles: Tensor) -> Tensor:
+    """(T,) bool: whether any token of a tile, (T, 2) first and count, is text."""
+    before = torch.nn.functional.pad((modality == TEXT).cumsum(0), (1, 0))
+    first, end = tiles.long().cumsum(-1).unbind(-1)
+    return before[end] > before[first]

@@ -100,5 +100,5 @@ def _ranked(length: int, config: SparseConfig) -> int:
     if config.coarse_factor == 1:
         return units
     most = config.for_candidates()
-    keys = most.ratio * length if most.tokens is None else most.tokens
+    keys = most.largest_ratio * length if most.tokens is None else most.tokens
     return -(-units // config.coarse_factor) + min(-(-int(keys) // config.unit), units)

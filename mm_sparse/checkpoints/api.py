@@ -74,8 +74,8 @@ def load_scorers(
 ) -> M:
     """Read what `save_scorers` wrote; a model that is not sparsified is, with the stored config.
 
-    A sparsified model keeps its config and gets the stored budgets of layers and heads, scaled to
-    its ratio, in place of budgets of its own.
+    A sparsified model keeps its config and gets the stored budgets of layers, heads and modalities,
+    scaled to its ratio, in place of budgets of its own.
 
     Args:
         folder: of `save_scorers`, or the name of scorers that come with the package
@@ -122,17 +122,20 @@ def _take_budgets(state: State, stored: SparseConfig, ratio: float | None, budge
     """Give a sparsified model a ratio, and the budgets that were stored with its scorers."""
     before = state.shared.base.config
     config = before if ratio is None else before.scaled(ratio)
-    if budgets and stored.layer_ratio:
+    if budgets and (stored.layer_ratio or stored.head_ratio or stored.query_ratio):
         own = {name: layer.name for name, layer in state.layers.items()}
         scaled = stored if stored.ratio == config.ratio else stored.scaled(config.ratio)
-        ratios = scaled.with_layers_renamed(own).layer_ratio
-        if before.head_ratio or before.query_ratio or before.layer_ratio not in ({}, ratios):
+        scaled = scaled.with_layers_renamed(own)
+        names = ("layer_ratio", "head_ratio", "query_ratio")
+        taken = {name: getattr(scaled, name) for name in names}
+        kept = {name: getattr(before, name) for name in names}
+        if any(kept[name] and kept[name] != taken[name] for name in names):
             warnings.warn(
                 "the model's own layer_ratio, head_ratio and query_ratio give way to the budgets "
                 f"that were stored with the scorers, scaled to ratio {config.ratio:g}; "
                 "budgets=False keeps the model's own",
                 stacklevel=3,
             )
-        config = replace(config, layer_ratio=ratios, head_ratio=(), query_ratio={})
+        config = replace(config, **taken)
     if config != before:
         state.shared.base = replace(state.shared.base, config=config)

@@ -292,8 +292,7 @@ class Plan:
         budget = visible_tokens if config.tokens is None else min(visible_tokens, config.tokens)
         if config.tokens is None:
             # Rounding in float32 may go the other way than here: one more than it can be.
-            largest = max(map(max, config.ratio_table))
-            budget = min(int(visible_tokens * largest) + 1, visible_tokens)
+            budget = min(int(visible_tokens * config.largest_ratio) + 1, visible_tokens)
         if floors := config.floors():
             # Each rounds up to a unit, and all may lie outside of what is always kept.
             always += int(budget * sum(floors.values()) / self.unit) + short + len(floors)

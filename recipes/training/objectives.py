@@ -1,5 +1,6 @@
 """What the vision-language model is trained for, and how sparse it is on the way."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,9 +65,10 @@ class Objectives:
         left = (self.changing_steps - step) / (self.narrowing_steps + 1)
 
         def wider(own: Any) -> Any:
+            if isinstance(own, Mapping):
+                return {key: wider(one) for key, one in own.items()}
             return tuple(map(wider, own)) if isinstance(own, tuple) else own + (1 - own) * left
 
-        changed: dict[str, Any] = {"ratio": wider(config.ratio)}
-        if config.query_ratio:
-            changed["query_ratio"] = {m: wider(own) for m, own in config.query_ratio.items()}
-        return changed
+        budgets = ("layer_ratio", "head_ratio", "query_ratio")
+        given = {name: getattr(config, name) for name in budgets if getattr(config, name)}
+        return {"ratio": wider(config.ratio)} | {name: wider(own) for name, own in given.items()}

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
 import mm_sparse as mms
@@ -122,6 +123,18 @@ def test_json_that_is_no_object_is_refused(text: str) -> None:
             ValueError,
             "layer_ratio must be for as many KV heads in every modality of layer 3, got [1, 2]",
         ),
+        (
+            "query_ratio",
+            {"TEXT": {Modality.IMAGE: 0.2}},
+            TypeError,
+            "query_ratio must have a ratio",
+        ),
+        ("query_ratio", {"TEXT": {0.2, 0.3}}, TypeError, "query_ratio must be in the order of KV"),
+        ("query_ratio", {True: 0.2}, TypeError, "query_ratio must name modalities, got True"),
+        ("query_ratio", {"IMAGE": 0.2, 1: 0.3}, ValueError, "query_ratio must name IMAGE once"),
+        ("query_ratio", {"TEXT": torch.tensor(0.2)}, TypeError, "query_ratio must be a sequence"),
+        ("layer_ratio", {"3": 0.2, 3: 0.3}, ValueError, "layer_ratio must name layer 3 once"),
+        ("head_ratio", {Modality.IMAGE: 0.2}, TypeError, "head_ratio must be a sequence of numb"),
         ("layer_ratio", {3: {"TEXT": "a"}}, TypeError, "layer_ratio must be a number, got 'a'"),
         ("layer_ratio", {3: {}}, ValueError, "layer_ratio must have a ratio for layer 3, got none"),
         ("sample_ratio", -0.1, ValueError, "sample_ratio must be in [0, 1], got -0.1"),
@@ -295,6 +308,12 @@ def test_all_budgets_are_scaled_alike() -> None:
     assert config.scaled(0.4).query_ratio[Modality.TEXT] == (0.8, 1.0)
     candidates = dataclasses.replace(config, coarse_factor=2, coarse_budget=2.0).for_candidates()
     assert candidates.query_ratio == {Modality.TEXT: (0.8, 1.0), Modality.IMAGE: 0.08}
+
+
+@pytest.mark.parametrize("ratio", ["0.1", None, True])
+def test_no_other_than_a_number_scales(ratio) -> None:
+    with pytest.raises(TypeError, match="ratio must be a number, got"):
+        SparseConfig(0.2).scaled(ratio)
 
 
 def test_a_sample_takes_its_share_of_every_budget() -> None:

@@ -122,7 +122,9 @@ def bias_of(selection: mms.Selection) -> Tensor:
             plan.tiles, plan.units, plan.span, sample.index, sample.count, plan.layout.length
         ).repeat_interleave(plan.group, dim=1)
         token = torch.arange(plan.num_queries, device=mask.device)
-        starts = plan.tiles[..., 0].contiguous()
+        # Tiles that only fill a row begin nowhere, and would stand before the others.
+        first, size = plan.tiles.unbind(-1)
+        starts = first.masked_fill(size == 0, plan.num_queries)
         tile = torch.searchsorted(starts, token.expand(len(starts), -1).contiguous(), right=True)
         weight = sample.weight.double().repeat_interleave(plan.group, dim=1)
         place = (tile - 1).clamp(min=0)[:, None].expand(-1, weight.shape[1], -1)

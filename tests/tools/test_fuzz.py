@@ -31,3 +31,10 @@ def test_it_finds_a_wrong_kernel(
     monkeypatch.setattr(mms, "attend", lambda *given: 1.05 * attend(*given))
     assert run(monkeypatch, "--most", "100", "--only", str(number)) == 1
     assert f"{number}: out is off by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [123, 559])
+def test_weights_of_a_sample_are_those_of_rows_with_fewer_tiles(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, "--seed", "99", "--only", str(number)) == 0

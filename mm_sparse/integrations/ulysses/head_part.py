@@ -6,7 +6,6 @@ H query heads, K KV heads of all processes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -68,15 +67,7 @@ class HeadPart:
                 f"config.sample_ratio must be 0 where heads are split between ranks, got "
                 f"{config.sample_ratio:g}"
             )
-
-        def own(ratios: Any) -> Any:
-            size = len(ratios) // self.parts if isinstance(ratios, tuple) else 0
-            return ratios[self.part * size : (self.part + 1) * size] if size else ratios
-
-        if not config.head_ratio and not config.query_ratio:
-            return config
-        by_kind = {kind: own(ratios) for kind, ratios in config.query_ratio.items()}
-        return replace(config, head_ratio=own(config.head_ratio), query_ratio=by_kind)
+        return config.of_heads(self.part, self.parts)
 
     def total(self, count: Tensor) -> Tensor:
         """Sum of a number over the processes."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mm_sparse.integrations.hf.attention import HFLayer
 from mm_sparse.integrations.ulysses.exchange import Group
@@ -49,14 +49,16 @@ def kind_of_tower(cls: type) -> str:
     names = list(inspect.signature(cls.forward).parameters)[1:]
     if GRID in names:
         return GRID
-    # Sizes of images say that they are not alike.
-    return names[0] if names and names[0] in BATCHED and "image_sizes" not in names else ""
+    # Sizes or lengths say that a row is not an image or a clip.
+    cut = any(name.endswith(("_sizes", "_lens")) for name in names)
+    return names[0] if names and names[0] in BATCHED and not cut else ""
 
 
 class TowerSplit:
     """Hooks on a tower that let each rank encode some images, or clips, of a call.
 
-    A call of one image, and calls in which scorers of the tower learn, are made whole.
+    A call of one image, calls in which scorers of the tower learn, and those whose patches do not
+    lie in rows are made whole.
 
     Args:
         tower: a model of transformers without the decoder.
@@ -85,10 +87,9 @@ class TowerSplit:
         told = given.get(self.kind)
         if not isinstance(told, Tensor) or len(told) < 2 or self._learns():
             return args, kwargs
-        if self.kind != GRID:
-            images = [1] * len(told)
-        else:
-            images = told.prod(-1).tolist()
+        images = told.prod(-1).tolist() if self.kind == GRID else [1] * len(told)
+        if not _lies_in_rows(given, self.kind, sum(images)):
+            return args, kwargs
         share = self._share = shared_out(images, self.group.size(), self.group.rank())
         rank = self.group.rank()
         start, end = share.first[rank], share.first[rank + 1]
@@ -113,17 +114,45 @@ class TowerSplit:
         if share is None:
             return output
 
+        given = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        axes = [self._axis(x, share) for x in given]
+        counts = self._counts([x.shape[axis] for x, axis in zip(given, axes, strict=True)], given)
+        empty = [a == b for a, b in pairwise(share.first)]
+        found = iter(zip(axes, counts, strict=True))
+
         def gather(x: Tensor) -> Tensor:
-            if not x.dim() or (x.shape[0] * share.sizes[0]) % share.own:
-                raise ValueError(
-                    f"{type(tower).__name__} must give back something for each of its "
-                    f"{share.own} patches or rows, got a tensor of shape {tuple(x.shape)}"
-                )
-            rows = [x.shape[0] * size // share.own for size in share.sizes]
-            empty = [a == b for a, b in pairwise(share.first)]
-            return _Gather.apply(x, rows, empty, self.group)  # pyright: ignore
+            axis, rows = next(found)
+            whole = _Gather.apply(x.transpose(0, axis), rows, empty, self.group)  # pyright: ignore
+            return whole.transpose(0, axis)  # type: ignore[union-attr]
 
         return tree_map_only(Tensor, gather, output)
+
+    def _axis(self, x: Tensor, share: Share) -> int:
+        """Where an output has its rows: some towers give back patches as a batch of one."""
+        alone = self.kind == GRID and x.dim() > 2 and x.shape[0] == 1 and share.own > 1
+        if not x.dim() or (alone and x.dim() > 3):
+            raise ValueError(
+                f"{type(self.tower).__name__} must give back something for each of its "
+                f"{share.own} patches or rows, got a tensor of shape {tuple(x.shape)}"
+            )
+        return int(alone)
+
+    def _counts(self, own: list[int], given: list[Tensor]) -> list[list[int]]:
+        """Rows of each output on each rank: a tower may drop padding, or mark the ends of lines."""
+        if not own:
+            return []
+        sent = torch.tensor(own, device=given[0].device)
+        parts = sent.new_empty(self.group.size() * len(own))
+        dist.all_gather_into_tensor(parts, sent, group=self.group)
+        return parts.view(-1, len(own)).T.tolist()
+
+
+def _lies_in_rows(given: dict[str, Any], kind: str, total: int) -> bool:
+    """Whether what a tower is given has a row for each patch, image or clip."""
+    if kind != GRID:
+        return True
+    first = next((x for name, x in given.items() if name != GRID and isinstance(x, Tensor)), None)
+    return first is not None and first.dim() > 0 and first.shape[0] == total
 
 
 def _cut(x: Any, rows: slice, total: int, count: int) -> Any:

@@ -73,10 +73,12 @@ def plan_layer(
             f"ranks must have KV heads of their own: {name} has {shape[1]} for {ranks} ranks"
         )
     config = replace(whole.of_layer(index, own or name), dense_layers=())
-    if ranks > 1 and config.head_ratio:
-        heads = shape[1] // ranks
-        config = replace(config, head_ratio=config.head_ratio[rank * heads : (rank + 1) * heads])
     scorer = None if stored is None or own is None else stored.scorer_of(own, shape)
+    for heads in config.head_counts - {shape[1]}:
+        raise ValueError(
+            f"config must have a ratio for each of {shape[1]} KV heads of {name}, got {heads}"
+        )
+    config = config.of_heads(rank, ranks)
     if scorer is None:
         return LayerPlan(config, PooledScorer())
     if ranks > 1:

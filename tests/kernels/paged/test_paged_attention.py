@@ -1,5 +1,6 @@
 """Attention over pages against float64 attention on keys that were copied out of them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -122,6 +123,25 @@ def test_pages_must_hold_whole_units() -> None:
         page_layout(torch.zeros(4, 2 * 16 * 8 + 8)[:, :256].view(4, 2, 16, 8)[:, :1], 16)
     with pytest.raises(TypeError, match="int32"):
         pages_of(torch.zeros(4, 2, 16, 8), torch.zeros(1, 3), 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda q, k, v, table: (q[0], k, v, table), ValueError, "q must be"),
+        (lambda q, k, v, table: (q[..., :8], k, v, table), ValueError, "q must have k's head dim"),
+        (lambda q, k, v, table: (q[:, :3], k, v, table), ValueError, "q must have a multiple of"),
+        (lambda q, k, v, table: (q.double(), k, v, table), TypeError, "k must have q's dtype"),
+        (lambda q, k, v, table: (q, k, v[:, :1], table), ValueError, "v must have k's shape"),
+        (lambda q, k, v, table: (q, k, v, table[:1]), ValueError, "table must have a row for"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    change: Callable[..., tuple[Tensor, ...]], kind: type[Exception], words: str
+) -> None:
+    q, k, v, table, lists = PagedCase((40, 70), 5).make(torch.float32)
+    with pytest.raises(kind, match=words):
+        paged_attention(*change(q, k, v, table), lists, 0.1, "torch")
 
 
 @pytest.mark.gpu

@@ -262,6 +262,26 @@ def test_a_rank_serves_its_heads() -> None:
     torch.testing.assert_close(found, out[:, own])
 
 
+def test_ratios_by_modality_of_the_queries() -> None:
+    """A tile that holds a word has the ratio of text; a step of decoding is text."""
+    kinds = {"TEXT": (0.3, 0.9), "IMAGE": 0.1}
+    engine = Engine(mms.PooledScorer(), replace(CONFIG, tile=64, query_ratio=kinds))
+    modality = torch.full((200,), int(mms.Modality.IMAGE), dtype=torch.int8)
+    modality[[70, 199]] = int(mms.Modality.TEXT)
+    _, _, step = engine.step([0], [0], [200], modality=modality)
+    plan = step.rows[0].plan
+    text = torch.tensor([16 * t <= 70 < 16 * t + 16 or t == 12 for t in range(13)])
+    assert torch.equal(plan.query_modality[0] == int(mms.Modality.TEXT), text)
+    seen = plan.visible_tokens[0]
+    for head, ratio in enumerate(kinds["TEXT"]):
+        wanted = torch.where(text, seen * ratio, seen * 0.1).round().long()
+        assert torch.equal(plan.head_budget[0, head], wanted)
+    engine.check([0], [200], [1])
+    plain = Engine(mms.PooledScorer(), replace(CONFIG, query_ratio=kinds))
+    plain.check([0, 1], [0, 0], [250, 190])
+    plain.check([0, 1], [250, 190], [1, 1])
+
+
 def test_units_have_the_modality_of_their_first_token() -> None:
     """Maps of images describe units of images, also for steps that only read them."""
     engine = Engine(trained(mms.FineScorer))
@@ -290,6 +310,46 @@ def test_units_have_the_modality_of_their_first_token() -> None:
 )
 def test_what_cannot_be_served_is_refused_by_name(changes: dict, reason: str) -> None:
     assert reason in serves_pages(replace(CONFIG, **changes), mms.PooledScorer(), 32)
+
+
+@pytest.mark.parametrize("name", ["group", "page", "rows", "pages", "memory"])
+def test_sizes_of_a_geometry_are_at_least_one(name: str) -> None:
+    sizes = {"group": 4, "page": 32, "rows": 4, "pages": 4, "memory": 9, name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        PagedGeometry([CONFIG], **sizes, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window": 64}, "configs must differ in ratios alone"),
+        ({"head_ratio": (0.2, 0.3, 0.4)}, r"configs must be for as many KV heads, got \[2, 3\]"),
+    ],
+)
+def test_layers_of_a_geometry_differ_in_ratios_alone(changes: dict, words: str) -> None:
+    configs = [replace(CONFIG, query_ratio={"TEXT": (0.2, 0.3)}), replace(CONFIG, **changes)]
+    sizes = {"group": 4, "page": 32, "rows": 4, "pages": 4, "memory": 9}
+    with pytest.raises(ValueError, match=words):
+        PagedGeometry(configs, **sizes, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "kinds", "words"),
+    [
+        ([0], [7], None, "starts must be ascending"),
+        ([0, 7, 5], [7, 5], None, "starts must be ascending"),
+        ([0, 7], [5], None, "lengths must count the 7 queries, got 5"),
+        ([0, 7], [7], 3, "modality must be of 7 tokens of the step, got 3"),
+    ],
+)
+def test_numbers_of_tokens_that_do_not_fit_are_refused(
+    starts: list[int], lengths: list[int], kinds: int | None, words: str
+) -> None:
+    geometry = Engine(mms.PooledScorer()).geometry
+    modality = None if kinds is None else torch.zeros(kinds, dtype=torch.int8)
+    ends, table = torch.tensor(lengths), torch.arange(12).int().expand(len(lengths), -1)
+    with pytest.raises(ValueError, match=words):
+        geometry.step(starts, lengths, ends, table, modality=modality)
 
 
 def test_scorers_that_describe_nothing_are_refused() -> None:

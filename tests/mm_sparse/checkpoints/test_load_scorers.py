@@ -1,6 +1,7 @@
 """Scorers that cannot be loaded leave a model as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,18 @@ def test_a_sparse_model_keeps_its_scorers_and_config(folder: Path) -> None:
     after = mms.scorers_of(model)
     assert before
     assert all(after[name] is scorer for name, scorer in before.items())
+
+
+def test_a_sparsified_model_gets_stored_ratios_by_modality(tmp_path: Path) -> None:
+    """Of layers that have budgets of their own, and of the others."""
+    kinds = {"TEXT": (0.2, 0.4), "IMAGE": 0.1}
+    for layers in ({}, {0: {"IMAGE": 0.05}}):
+        config = replace(SPARSE, ratio=0.2, query_ratio=kinds, layer_ratio=layers)
+        mms.save_scorers(mms.sparsify(build("llama").model, config), tmp_path)
+        model = mms.sparsify(build("llama").model, replace(SPARSE, ratio=0.4))
+        mms.load_scorers(model, tmp_path)
+        found, wanted = mms.sparse_config(model), config.scaled(0.4)
+        assert found.query_ratio == wanted.query_ratio
+        assert found.layer_ratio == wanted.layer_ratio
+        kept = mms.sparsify(build("llama").model, SPARSE)
+        assert not mms.sparse_config(mms.load_scorers(kept, tmp_path, budgets=False)).query_ratio

@@ -343,6 +343,20 @@ def test_trained_parts_are_in_train_mode_and_layers_are_recomputed(
     assert not any(module.training for module in made.modules())
 
 
+def test_budgets_of_layers_narrow_to_what_they_are() -> None:
+    """Beside ratios by modality, too, which no scaling reaches."""
+    own = {0: 0.1, 1: (0.2, 0.4), 2: {"TEXT": 0.6}}
+    for config in (
+        mms.SparseConfig(0.2, layer_ratio=own),
+        mms.SparseConfig(0.2, layer_ratio=own, query_ratio={"TEXT": 0.4}),
+    ):
+        found = Objectives(narrowing_steps=3).changes(config, 1)["layer_ratio"]
+        left = 2 / 4
+        assert found[0] == pytest.approx(0.1 + 0.9 * left)
+        assert found[1] == pytest.approx((0.2 + 0.8 * left, 0.4 + 0.6 * left))
+        assert found[2] == {mms.Modality.TEXT: pytest.approx(0.6 + 0.4 * left)}
+
+
 def test_ratios_by_modality_narrow_as_the_ratio_does() -> None:
     config = mms.SparseConfig(0.2, query_ratio={"TEXT": (0.4, 1.0), "IMAGE": 0.1})
     goals = Objectives(narrowing_steps=3)

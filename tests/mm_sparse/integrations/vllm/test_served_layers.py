@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mm_sparse as mms
+from mm_sparse import Modality
 from mm_sparse.checkpoints import read_scorers, scorers_folder
 from mm_sparse.integrations.vllm.modality_ranges import (
     runner_of_step,
@@ -104,6 +105,18 @@ def test_ranks_get_their_heads() -> None:
     torch.testing.assert_close(part.key_map, whole.scorer.key_map[:, 1:2])
     with pytest.raises(ValueError, match="has 3 for 2 ranks"):
         plan_layer(NAME, shipped(), SHAPE, 0, 2)
+
+
+def test_ranks_get_their_heads_of_ratios_by_modality() -> None:
+    kinds = {"TEXT": [0.1, 0.2, 0.7], "IMAGE": 0.4}
+    config = {"layer_ratio": {str(layer_index(NAME)): kinds}}
+    settings = serving_settings({"mm_sparse": {"config": config}})
+    for rank, text in enumerate([(0.1,), (0.2,), (0.7,)]):
+        plan = plan_layer(NAME, settings, SHAPE, rank, 3)
+        assert plan is not None
+        assert plan.config.query_ratio == {Modality.TEXT: text, Modality.IMAGE: 0.4}
+    with pytest.raises(ValueError, match="a ratio for each of 6 KV heads"):
+        plan_layer(NAME, settings, (12, 6, 64), 0, 3)
 
 
 def test_scorers_of_another_model_are_refused() -> None:
