@@ -65,22 +65,24 @@ def check(group: dist.ProcessGroup, device: str) -> dict[str, Any]:
         found[name] = {
             "loss": float((both.loss - alone.loss).abs()),
             "gradient": max(errors),
-            "units": all(
-                torch.equal(both.units[key][1][:, :, : count.shape[2]], count)
-                and torch.equal(
-                    _live(both.units[key][0][:, :, : count.shape[2]], count), _live(index, count)
-                )
-                for key, (index, count) in alone.units.items()
-            ),
+            "units": all(_same_units(units, both.units[key]) for key, units in alone.units.items()),
         }
         if group.rank() == 0:
             print(json.dumps({name: found[name]}), flush=True)
     return found
 
 
-def _live(index: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The numbers of units that count."""
-    return index[torch.arange(index.shape[-1], device=index.device) < count[..., None]]
+def _same_units(alone: tuple[Tensor, Tensor], both: tuple[Tensor, Tensor]) -> bool:
+    """Whether lists and their counts are equal, of tiles that one rank alone has keys for.
+
+    Ranks pad a batch: tiles at the end may be of padding, which is nobody's.
+    """
+    (index, count), (other, counted) = alone, (x[:, :, : alone[1].shape[2]] for x in both)
+    live = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    real = count > 0
+    return torch.equal(counted[real], count[real]) and torch.equal(
+        other[..., : index.shape[-1]][live], index[live]
+    )
 
 
 def made(args: argparse.Namespace, device: torch.device) -> Any:
