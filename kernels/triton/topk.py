@@ -449,6 +449,7 @@ def topk_blocks(
         )
     listed, number, coarse = (units, units, 1) if runs is None else runs
     places = (num_tiles, units.shape[1], num_keys, lead)
+    budget = budget.contiguous()
     counts = (*places, width, heads, budget.shape[1], apart, listed.shape[-1])
     even = {"UNIT": unit, "EVEN": lead >= 0, "COARSE": coarse}
     lists = [width] if drawing is None else [width, drawing.width, drawing.whole]

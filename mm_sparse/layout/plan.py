@@ -252,7 +252,8 @@ class Plan:
     def _tile_ratios(self) -> Tensor:
         """(B, K or 1, T) float32: those of no modality where a tile has none, -1."""
         table = torch.tensor(self.config.ratio_table, device=self.units.device)
-        return table[self.query_modality.long()].transpose(1, 2)
+        # Kernels read budgets row by row.
+        return table[self.query_modality.long()].transpose(1, 2).contiguous()
 
     @memo_by_blocks
     def visible_tokens(self) -> Tensor:

@@ -313,6 +313,21 @@ def ranked(batch, config: mms.SparseConfig, seed: int) -> tuple[Tensor, Plan] | 
     return order - shape[-1] / 2, plan
 
 
+def test_budgets_may_lie_in_any_order() -> None:
+    made = ranked(
+        ([[("text", 1), ("pad", 1), ("text", 1)]], "left"), small(ratio=1.0, causal=False), 0
+    )
+    assert made is not None
+    values, plan = made
+    given = [*of_plan(plan)]
+    given[4] = given[4].mT.contiguous().mT
+    assert not given[4].is_contiguous()
+    sizes = {"unit": plan.unit, "lead": -1, "num_keys": plan.layout.length}
+    _, count, _ = topk_blocks(values, *given, **sizes, unit_kind=plan.unit_modality, floors=None)
+    want = topk_blocks(values, *of_plan(plan), **sizes, unit_kind=plan.unit_modality, floors=None)
+    assert torch.equal(count, want[1])
+
+
 @FEW
 @given(batch=batches(), config=configs(top_p=None), seed=st.integers(0, 99))
 def test_selections_equal_the_law(batch, config: mms.SparseConfig, seed: int) -> None:

@@ -335,3 +335,11 @@ def test_a_batch_of_padding_alone_has_one_unit_that_nobody_sees() -> None:
     assert plan.visible.shape == (1, 1, 1)
     assert not plan.visible.any()
     assert not plan.regular
+
+
+def test_budgets_of_heads_lie_row_by_row() -> None:
+    """Kernels go through them by their number."""
+    layout = TokenLayout.from_rows([[("text", 100), ("image", (9, 9)), ("text", 30)]] * 2)
+    for ratios in ({}, {"head_ratio": (1.0, 0.4)}, {"query_ratio": {"IMAGE": (0.7, 0.05)}}):
+        plan = layout.plan(mms.SparseConfig(**ratios), num_query_heads=2, num_kv_heads=2)
+        assert plan.head_budget.is_contiguous()
