@@ -54,8 +54,11 @@ def spread_ratios(
 
 
 def named_ratios(ratios: Mapping[int | str, Any]) -> dict[str, Any]:
-    """Ratios of layers as JSON has them: modalities by name."""
-    return {
-        str(layer): {m.name: x for m, x in own.items()} if isinstance(own, Mapping) else own
-        for layer, own in ratios.items()
-    }
+    """Ratios of layers as JSON has them: modalities by name, ratios of heads in lists."""
+
+    def plain(own: Any) -> Any:
+        if isinstance(own, Mapping):
+            return {m.name: plain(x) for m, x in own.items()}
+        return list(own) if isinstance(own, tuple) else own
+
+    return {str(layer): plain(own) for layer, own in ratios.items()}

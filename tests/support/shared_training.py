@@ -177,6 +177,9 @@ def work(rank: int, processes: int, port: int, folder: Path, names: list[str], a
         )
         if not args.resume:
             trainer.save_checkpoint(folder / f"{name}-{processes}.ckpt")
+    # Threads of gloo that are left may abort a process that ends.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 class KilledLater(Losses):
