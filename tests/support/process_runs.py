@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,3 +24,14 @@ def run_processes(script: str, size: int, file: Path, timeout: float) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(file)
+
+
+def spawn_from_command_line(work: Callable[[int, int, str, str], None]) -> None:
+    """In such a script: start `work(rank, size, meeting, file)` as often as it is told.
+
+    Args:
+        meeting: a file that is not there yet, where the processes find each other.
+    """
+    size, file = int(sys.argv[1]), sys.argv[2]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (size, os.path.join(folder, "meeting"), file), nprocs=size)

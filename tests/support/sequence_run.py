@@ -8,9 +8,6 @@ by case what came of both: loss, gradients by name, and units that layers select
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import mm_sparse as mms
 from tests.support import hf_models
+from tests.support.process_runs import spawn_from_command_line
 
 SPARSE = mms.SparseConfig(ratio=0.3, tile=64, unit=16, dense_below=0, sinks=0, window=16)
 TOKENS = 200
@@ -317,12 +314,5 @@ def work(rank: int, size: int, meeting: str, file: str) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    size, file = int(sys.argv[1]), sys.argv[2]
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = os.path.join(folder, "meeting")
-        mp.spawn(work, (size, meeting, file), nprocs=size)
-
-
 if __name__ == "__main__":
-    main()
+    spawn_from_command_line(work)

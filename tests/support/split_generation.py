@@ -8,19 +8,16 @@ and tokens of the keys that a layer's cache has in the end.
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import mm_sparse as mms
 from tests.support import hf_models
+from tests.support.process_runs import spawn_from_command_line
 from tests.support.sequence_run import (
     MANY,
     PICTURES,
@@ -99,11 +96,5 @@ def work(rank: int, size: int, meeting: str, file: str) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    size, file = int(sys.argv[1]), sys.argv[2]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (size, os.path.join(folder, "meeting"), file), nprocs=size)
-
-
 if __name__ == "__main__":
-    main()
+    spawn_from_command_line(work)

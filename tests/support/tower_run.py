@@ -7,17 +7,14 @@ FILE holds by case the outputs and gradients of both.
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from mm_sparse.integrations.ulysses.tower_split import TowerSplit
+from tests.support.process_runs import spawn_from_command_line
 
 DIM = 4
 
@@ -127,11 +124,5 @@ def work(rank: int, size: int, meeting: str, file: str) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    size, file = int(sys.argv[1]), sys.argv[2]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (size, os.path.join(folder, "meeting"), file), nprocs=size)
-
-
 if __name__ == "__main__":
-    main()
+    spawn_from_command_line(work)
