@@ -40,6 +40,9 @@ def paged_attention(
     u * unit on, and a query sees those of its span alone. Nothing waits for the device, and shapes
     do not depend on lengths, so that calls can be recorded in a CUDA graph.
 
+    What pages hold behind the end of a sequence must be finite, as numbers of a sequence that had
+    them before are: Hopper's copies take whole units, and 0 x NaN is NaN.
+
     Args:
         q: (B, H, N, D).
         k, v: (A, K, S, D), any strides whose pages lie whole units apart; S a multiple of the unit.

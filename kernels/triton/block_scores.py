@@ -20,88 +20,33 @@ from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.device import generation, multiprocessors
 from mm_sparse.kernels.paged.pages import Pages, page_arguments
 from mm_sparse.kernels.sizes import cdiv, next_power_of_2, unit_chunks
+from mm_sparse.kernels.triton.few_row_scores import (
+    READ_UNITS,
+    few_row_logits,
+    few_row_shares,
+    units_of_block,
+)
 from mm_sparse.kernels.triton.primitives import COUNTS, LOG2E, even_units, fast_log2
+from mm_sparse.kernels.triton.score_rows import (
+    LN2,
+    deny,
+    distance_bias,
+    log_of_share,
+    over_members,
+    row_in_memory,
+    rows_of,
+    seen_units,
+    sum_of_splits,
+)
 
-LN2 = tl.constexpr(0.6931471805599453)
 # Threads of a warp that share a row of a product, two adjacent columns of eight each.
 LANES = tl.constexpr(4)
 # Programs that share a multiprocessor, for registers and shared memory of 128 rows.
 RESIDENT = 3
 # Numbers that rows of scores are a multiple of.
 ALIGNED = 16
-# Most rows of a head's only block, in decoding, of which logits are kept: less to read for the
-# shares than descriptors.
+# Most rows of a head's only block, in decoding, that have kernels of their own.
 FEW_ROWS = 32
-# Units of which the logits are read at once.
-KEPT_COLS = 256
-# Sums of runs of units that are added up at once.
-TOGETHER = tl.constexpr(8)
-
-
-@triton.jit
-def _rows_of(
-    Rows, Exists, Hull, block, num_tiles, num_kv_heads, batch, head,
-    GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr, F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Rows of the tiles of a block in the order of `row_order`: values, range, existence."""
-    T1: tl.constexpr = ORDER[1]
-    PAIR: tl.constexpr = ORDER[2]
-    T0: tl.constexpr = ORDER[3]
-    LANES: tl.constexpr = ORDER[4]
-    index = tl.arange(0, ORDER[0] * T1 * PAIR * T0 * LANES)
-    within, above = index % (T0 * LANES), index // (T0 * LANES)
-    member = (above // (T1 * PAIR) * PAIR + above % PAIR) * LANES + within % LANES
-    tile = (block * T1 + above // PAIR % T1) * T0 + within // LANES
-    g, s = member // QUERY_POOLS, member % QUERY_POOLS
-    exists = (tile < num_tiles) & (member < GROUP * QUERY_POOLS)
-    exists &= tl.load(
-        Exists + (batch * num_tiles + tile) * QUERY_POOLS + s, mask=exists, other=0
-    ).to(tl.int1)  # fmt: skip
-    dim = tl.arange(0, BLOCK_F)
-    place = ((batch * num_kv_heads + head) * GROUP + g) * num_tiles + tile
-    mask = exists[:, None]
-    if F < BLOCK_F:
-        mask = mask & (dim < F)[None, :]
-    row = tl.load(
-        Rows + (place * QUERY_POOLS + s)[:, None] * F + dim[None, :], mask=mask, other=0.0
-    )  # fmt: skip
-    hull = Hull + (batch * num_tiles + tile) * 2
-    low = tl.load(hull, mask=exists, other=0)
-    return row, low, tl.load(hull + 1, mask=exists, other=0), exists
-
-
-@triton.jit
-def _row_in_memory(batch, kv_heads, head, PAGE_UNITS: tl.constexpr):
-    """Which run of descriptors those of a head are; sequences in pages share theirs."""
-    if PAGE_UNITS > 0:
-        return head
-    else:
-        return batch * kv_heads + head
-
-
-@triton.jit
-def _seen_units(
-    Units, low, high, exists, first, last, num_keys, lead, UNIT: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    """Range of the units [first, last) that some row sees, and of the keys that every row sees."""
-    any_low = tl.min(tl.where(exists, low, 2147483647), 0)
-    any_high = tl.max(tl.where(exists, high, 0), 0)
-    all_low = tl.max(tl.where(exists, low, 0), 0)
-    all_high = tl.min(tl.where(exists, high, 2147483647), 0)
-    if EVEN:
-        begin = tl.maximum(first, (tl.minimum(any_low, num_keys) + lead) // UNIT)
-        end = tl.minimum(last, (any_high + lead + UNIT - 1) // UNIT)
-    else:
-        begin, end = last, first
-        for at in range(first, last, 256):
-            unit = at + tl.arange(0, 256)
-            start = tl.load(Units + unit * 2, mask=unit < last, other=0)
-            size = tl.load(Units + unit * 2 + 1, mask=unit < last, other=0)
-            seen = (size > 0) & (start < any_high) & (start + size > any_low)
-            begin = tl.minimum(begin, tl.min(tl.where(seen, unit, last), 0))
-            end = tl.maximum(end, tl.max(tl.where(seen, unit + 1, first), 0))
-    return begin, end, all_low, all_high
 
 
 @triton.jit
@@ -162,18 +107,9 @@ def _logits(
     return logits
 
 
-@triton.jit
-def _kept_logits(Logits, at, stop, exists, row_length, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where (ROWS, COLS) logits of a head's only block of rows are kept, and which are."""
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    unit = at + tl.arange(0, COLS)
-    mask = exists[:, None] & (unit < stop)[None, :]
-    return Logits + row[:, None] * row_length + unit[None, :], mask
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _block_scores_lse(
-    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, num_tiles, num_units, kv_heads,
+    Rows, Keys, Exists, Hull, Units, Sums, PageTable, num_tiles, num_units, kv_heads,
     splits, chunk, num_keys, lead, stride_k, row_length, stride_pages, GROUP: tl.constexpr,
     QUERY_POOLS: tl.constexpr, ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr,
     BLOCK_F: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,15 +125,15 @@ def _block_scores_lse(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block, split = program // splits, program % splits
     Units += batch * num_units * 2
-    Keys += _row_in_memory(batch, kv_heads, head, PAGE_UNITS) * stride_k
+    Keys += row_in_memory(batch, kv_heads, head, PAGE_UNITS) * stride_k
     if PAGE_UNITS > 0:
         PageTable += batch * stride_pages
-    row, low, high, exists = _rows_of(
+    row, low, high, exists = rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
         GROUP, QUERY_POOLS, ORDER, F, BLOCK_F,
     )  # fmt: skip
     first = split * chunk
-    begin, end, all_low, all_high = _seen_units(
+    begin, end, all_low, all_high = seen_units(
         Units, low, high, exists, first, tl.minimum(first + chunk, num_units), num_keys, lead,
         UNIT, EVEN,
     )  # fmt: skip
@@ -209,9 +145,6 @@ def _block_scores_lse(
             row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
             F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS, PAGE_STRIDE,
         )  # fmt: skip
-        if Logits is not None:
-            kept, mask = _kept_logits(Logits, at, num_units, exists, row_length, ROWS, COLS)
-            tl.store(kept, logits, mask=mask)
         columns = tl.reshape(logits, (ROWS, COLS // (2 * LANES), LANES, 2))
         new_top = tl.maximum(top, tl.max(tl.max(columns, 3), 1) * LOG2E)
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -228,66 +161,14 @@ def _block_scores_lse(
     tl.store(sums + tl.arange(0, ROWS), top + tl.log2(tl.where(total > 0, total, 1.0)))
 
 
-@triton.jit
-def _over_members(x, LARGEST: tl.constexpr):
-    """(OUTER, T1, PAIR, T0, LANES, COLS) -> (1, T1, 1, T0, 1, COLS), registers before lanes."""
-    if LARGEST:
-        x = tl.max(tl.max(x, 0, keep_dims=True), 2, keep_dims=True)
-        return tl.max(x, 4, keep_dims=True)
-    else:
-        x = tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
-        return tl.sum(x, 4, keep_dims=True)
-
-
-@triton.jit
-def _log_of_share(share):
-    """Log of a share; what is under 2^-126 of the attention counts as nothing."""
-    log = fast_log2(tl.minimum(tl.maximum(share, 1.2e-38), 3e38)) * LN2
-    return tl.where(share > 0, log, -1e30)
-
-
-@triton.jit
-def _distance_bias(
-    Bias, Tiles, TileKind, UnitKind, Units, own, unit, mask, num_tiles, num_units, query_offset,
-    KINDS: tl.constexpr, BUCKETS: tl.constexpr,
-):  # fmt: skip
-    """(TILES, COLS) biases of pairs of modalities at the distance of tile and unit."""
-    tiles = Tiles + own * 2
-    middle = tl.load(tiles, mask=own < num_tiles, other=0) + query_offset
-    middle += tl.load(tiles + 1, mask=own < num_tiles, other=0) // 2
-    centre = tl.load(Units + unit * 2, mask=unit < num_units, other=0)
-    centre += tl.load(Units + unit * 2 + 1, mask=unit < num_units, other=0) // 2
-    distance = middle[:, None] - centre[None, :]
-    # floor(log2(n)) of n < 2^24 is the exponent of its float32; beyond is the last bucket.
-    far = (tl.abs(distance) + 1).to(tl.float32)
-    bucket = (far.to(tl.int32, bitcast=True) >> 23) - 127
-    bucket = tl.minimum(bucket, BUCKETS // 2 - 1)
-    bucket = tl.where(distance < 0, bucket + BUCKETS // 2, bucket)
-    mine = tl.load(TileKind + own, mask=own < num_tiles, other=0)
-    theirs = tl.load(UnitKind + unit, mask=unit < num_units, other=0)
-    pair = tl.maximum(mine.to(tl.int32), 0)[:, None] * KINDS
-    pair += tl.maximum(theirs.to(tl.int32), 0)[None, :]
-    return tl.load(Bias + pair * BUCKETS + bucket, mask=mask, other=0.0)
-
-
-@triton.jit
-def _deny(Out, own, first, last, num_tiles, row_length, COLS: tl.constexpr):
-    """Scores of the units [first, last), which no tile of the program sees."""
-    for at in range(first, last, COLS):
-        unit = at + tl.arange(0, COLS)
-        out = Out + own.to(tl.int64)[:, None] * row_length + unit[None, :]
-        value = tl.full([own.shape[0], COLS], -1e30, tl.float32)
-        tl.store(out, value, mask=(own < num_tiles)[:, None] & (unit < last)[None, :])
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _block_scores(
-    Rows, Keys, Exists, Hull, Units, Sums, Logits, PageTable, Parts, Out, Bias, TileKind, UnitKind,
+    Rows, Keys, Exists, Hull, Units, Sums, PageTable, Parts, Out, Bias, TileKind, UnitKind,
     Tiles, num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length,
     stride_pages, stride_p, query_offset, GROUP: tl.constexpr, QUERY_POOLS: tl.constexpr,
     ORDER: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr, KINDS: tl.constexpr, BUCKETS: tl.constexpr,
-    LARGEST: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    LARGEST: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, PAGE_UNITS: tl.constexpr, PAGE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Shares that a block of tiles gives to a chunk of units, from the sums of all chunks."""
@@ -296,50 +177,32 @@ def _block_scores(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block, split = program // splits, program % splits
     Units += batch * num_units * 2
-    in_memory = _row_in_memory(batch, kv_heads, head, PAGE_UNITS)
+    in_memory = row_in_memory(batch, kv_heads, head, PAGE_UNITS)
     Keys += in_memory * stride_k
     Parts += in_memory * stride_p
     if PAGE_UNITS > 0:
         PageTable += batch * stride_pages
     Out += (batch * kv_heads + head) * num_tiles * row_length
-    row, low, high, exists = _rows_of(
+    row, low, high, exists = rows_of(
         Rows, Exists, Hull, block, num_tiles, kv_heads, batch, head,
         GROUP, QUERY_POOLS, ORDER, F, BLOCK_F,
     )  # fmt: skip
     ROWS: tl.constexpr = ORDER[0] * ORDER[1] * ORDER[2] * ORDER[3] * ORDER[4]
     TILES: tl.constexpr = ORDER[1] * ORDER[3]
     sums = Sums + (tl.program_id(1) * tl.num_programs(0) + block * splits).to(tl.int64) * ROWS
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for i in range(0, splits, TOGETHER):
-        run = i + tl.arange(0, TOGETHER)
-        some = tl.load(
-            sums + run[:, None] * ROWS + tl.arange(0, ROWS)[None, :],
-            mask=(run < splits)[:, None], other=-float("inf"),
-        )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(some, 0))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(some - shift[None, :]), 0)
-        top = new_top
-    some = total > 0
-    lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), 0.0)
-    # A row that does not exist gives nothing to anyone.
-    lse = tl.where(exists, lse, float("inf"))
+    lse = sum_of_splits(sums, exists, splits, ROWS)
     members = tl.reshape(
         exists.to(tl.float32), (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], 1)
     )  # fmt: skip
-    per_member = 1.0 / tl.maximum(_over_members(members, False), 1.0)
+    per_member = 1.0 / tl.maximum(over_members(members, False), 1.0)
     own = block * TILES + tl.arange(0, TILES)
     first = split * chunk
     last = tl.minimum(first + chunk, num_units)
-    begin, end, all_low, all_high = _seen_units(
+    begin, end, all_low, all_high = seen_units(
         Units, low, high, exists, first, last, num_keys, lead, UNIT, EVEN
     )
-    begin = tl.minimum(begin, last) // ALIGN * ALIGN
-    _deny(Out, own, first, begin, num_tiles, row_length, COLS)
-    # Logits are kept in blocks of ALIGN units, of those of this chunk that some row sees.
-    stop = tl.where(last == num_units, row_length, last)
-    known = tl.minimum((end + ALIGN - 1) // ALIGN * ALIGN, last)
+    begin = tl.minimum(begin, last) // COLS * COLS
+    deny(Out, own, first, begin, num_tiles, row_length, COLS)
     for at in range(begin, end, COLS):
         if PARTS > 1:
             # The sums are over whole units, so that parts cost one product, not two.
@@ -354,46 +217,39 @@ def _block_scores(
             value = tl.reshape(
                 given, (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS)
             )  # fmt: skip
-            value = _over_members(value, LARGEST) * (1.0 / PARTS)
+            value = over_members(value, LARGEST) * (1.0 / PARTS)
             if not LARGEST:
                 value *= per_member
-            value = _log_of_share(value)
+            value = log_of_share(value)
         else:
-            if Logits is not None:
-                kept, mask = _kept_logits(Logits, at, known, exists, row_length, ROWS, COLS)
-                logits = tl.load(kept, mask=mask, other=-float("inf"))
-            else:
-                logits = _logits(
-                    row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
-                    F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS, PAGE_STRIDE,
-                )  # fmt: skip
+            logits = _logits(
+                row, low, high, all_low, all_high, Keys, Units, at, num_units, num_keys, lead,
+                F, BLOCK_F, UNIT, COLS, EVEN, PRECISION, PageTable, PAGE_UNITS, PAGE_STRIDE,
+            )  # fmt: skip
             share = tl.reshape(
                 logits * LOG2E - lse[:, None],
                 (ORDER[0], ORDER[1], ORDER[2], ORDER[3], ORDER[4], COLS),
             )  # fmt: skip
             if LARGEST:
-                best = _over_members(share, True)
+                best = over_members(share, True)
                 value = tl.where(best == -float("inf"), -1e30, best * LN2)
             else:
-                value = _log_of_share(_over_members(tl.exp2(share), False) * per_member)
+                value = log_of_share(over_members(tl.exp2(share), False) * per_member)
         value = tl.reshape(value, (TILES, COLS))
         unit = at + tl.arange(0, COLS)
         if BIASED:
             mask = (own < num_tiles)[:, None] & (unit < num_units)[None, :]
-            value += _distance_bias(
+            value += distance_bias(
                 Bias + head * KINDS * KINDS * BUCKETS, Tiles + batch * num_tiles * 2,
                 TileKind + batch * num_tiles, UnitKind + batch * num_units, Units,
                 own, unit, mask, num_tiles, num_units, query_offset, KINDS, BUCKETS,
             )  # fmt: skip
         out = Out + own.to(tl.int64)[:, None] * row_length + unit[None, :]
-        if ALIGN == COLS:
-            # Rows are longer than their units, so that numbers are read and written together.
-            mask = unit < row_length
-        else:
-            mask = unit < stop
+        # Rows are longer than their units, so that numbers are written together.
+        mask = unit < row_length
         tl.store(out, value, mask=(own < num_tiles)[:, None] & mask[None, :])
     behind = begin + (tl.maximum(end - begin, 0) + COLS - 1) // COLS * COLS
-    _deny(Out, own, behind, last, num_tiles, row_length, COLS)
+    deny(Out, own, behind, last, num_tiles, row_length, COLS)
 
 
 def row_order(tile_rows: int, rows: int) -> tuple[int, int, int, int, int]:
@@ -449,11 +305,25 @@ def of_shares(parts: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
     """Constants of `_block_scores`: more registers than the sums, so fewer units a step."""
     count = 1 if parts.dim() == 4 else parts.shape[3]
     fewer = max(constants["COLS"] // 2, 16) if count > 1 else min(constants["COLS"], 32)
-    return {**constants, "PARTS": count, "COLS": fewer, "ALIGN": fewer}
+    return {**constants, "PARTS": count, "COLS": fewer}
+
+
+def has_few_rows(rows: Tensor, kv_heads: int) -> bool:
+    """Whether the pools (B, H, T, S, F) of all tiles are one block of few rows, as in decoding."""
+    tiles, order = rows.shape[2], _block_of(rows, kv_heads)[0]
+    return order[1] * order[3] >= tiles and math.prod(order) <= FEW_ROWS
+
+
+def _block_of(rows: Tensor, kv_heads: int) -> tuple[tuple[int, int, int, int, int], int, int]:
+    heads, tiles, query_pools, width = rows.shape[1:]
+    # The interpreter has no registers to run out of, and is slow on small blocks.
+    itemsize = rows.element_size() if rows.is_cuda else 2
+    tile_rows = next_power_of_2(heads // kv_heads * query_pools)
+    return share_blocks(tile_rows, width, itemsize, generation(rows), tiles)
 
 
 def block_scores(
-    rows: Tensor, keys: Tensor, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
+    rows: Tensor, keys: Tensor | None, exists: Tensor, tiles: Tensor, hull: Tensor, units: Tensor,
     unit: int, *, largest: bool = False, bias: Tensor | None = None,
     tile_kind: Tensor | None = None, unit_kind: Tensor | None = None, query_offset: int = 0,
     lead: int = -1, num_keys: int = 0, parts: Tensor | None = None, pages: Pages | None = None,
@@ -462,7 +332,8 @@ def block_scores(
 
     Args:
         rows: (B, H, T, S, F) descriptors of query pools, scale included.
-        keys: (B, K, U, F), of units, in the same dtype.
+        keys: (B, K, U, F), of units, in the same dtype; None of few rows (`has_few_rows`) with
+            `parts`, whose means they are.
         exists: (B, T, S) bool.
         hull: (B, T, 2) int32, range of keys that a tile sees.
         bias: (K, kinds, kinds, buckets) float32 by kind of tile and unit and by distance.
@@ -477,51 +348,69 @@ def block_scores(
         (B, K, T, U) float32; what a tile does not see holds -1e30 or so.
     """
     batch, heads, num_tiles, query_pools, width = rows.shape
-    kv_heads, num_units = keys.shape[1], units.shape[1]
+    described = parts if keys is None else keys
+    if described is None:
+        raise ValueError("keys must be given where there are no parts, got None")
+    kv_heads, num_units = described.shape[1], units.shape[1]
     group = heads // kv_heads
-    # The interpreter has no registers to run out of, and is slow on small blocks.
-    itemsize = rows.element_size() if rows.is_cuda else 2
-    order, cols, stages = share_blocks(
-        next_power_of_2(group * query_pools), width, itemsize, generation(rows), num_tiles
-    )
+    order, cols, stages = _block_of(rows, kv_heads)
     row_length = cdiv(num_units, ALIGNED) * ALIGNED
     out = rows.new_empty(batch, kv_heads, num_tiles, row_length, dtype=torch.float32)
     if not out.numel():
         return out[..., :num_units]
+    few = has_few_rows(rows, kv_heads)
+    count = 1 if parts is None else parts.shape[3]
+    if few:
+        described = described if parts is None else parts
+        cols = units_of_block(count, rows.element_size())
+    elif keys is None:
+        raise ValueError("keys must be given of more than few rows, got None")
     blocks = cdiv(num_tiles, order[1] * order[3])
     places = RESIDENT * multiprocessors(rows)
     splits, chunk = unit_chunks(blocks * batch * kv_heads, num_units, cols, places)
     grid = (blocks * splits, batch * kv_heads)
     sums = out.new_empty(*grid, math.prod(order))
-    logits = None
-    if blocks == 1 and math.prod(order) <= FEW_ROWS and parts is None:
-        logits = out.new_empty(batch * kv_heads, math.prod(order), row_length)
-    table = out if bias is None else bias.contiguous()
-    keys, stride_k = by_heads(keys)
-    parts, stride_p = (keys, 0) if parts is None else by_heads(parts)
+    described, stride_k = by_heads(described)
     table_of_pages, stride_pages, page_sizes = page_arguments(pages)
-    inputs = (
-        rows.contiguous(), keys, exists.contiguous(), hull, units, sums, logits, table_of_pages
+    rows, exists = rows.contiguous(), exists.contiguous()
+    biased = (
+        out if bias is None else bias.contiguous(), units if tile_kind is None else tile_kind,
+        units if unit_kind is None else unit_kind, tiles,
     )  # fmt: skip
+    of_bias = {
+        "KINDS": 1 if bias is None else bias.shape[1],
+        "BUCKETS": 2 if bias is None else bias.shape[3],
+        "LARGEST": largest, "BIASED": bias is not None,
+    }  # fmt: skip
+    sizes = {
+        "GROUP": group, "QUERY_POOLS": query_pools, "ORDER": order, "COLS": cols, "F": width,
+        "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "EVEN": lead >= 0,
+        "num_warps": 4, "num_stages": stages,
+    }  # fmt: skip
+    precision = "ieee" if rows.dtype == torch.float32 else "tf32"
+    constants = {**sizes, "PRECISION": precision, **page_sizes}
+    if few:
+        logits = out.new_empty(batch * kv_heads, math.prod(order), row_length)
+        launch(
+            few_row_logits, grid, rows, described, exists, hull, units, sums, logits,
+            table_of_pages, num_tiles, num_units, kv_heads, chunk, num_keys, lead, stride_k,
+            row_length, stride_pages, **constants, PARTS=count,
+        )  # fmt: skip
+        launch(
+            few_row_shares, grid, rows, exists, hull, units, sums, logits, out, *biased, num_tiles,
+            num_units, kv_heads, splits, chunk, num_keys, lead, row_length, query_offset,
+            **sizes, READ=READ_UNITS, PARTS=count, **of_bias,
+        )  # fmt: skip
+        return out[..., :num_units]
+    parts, stride_p = (described, 0) if parts is None else by_heads(parts)
+    inputs = (rows, described, exists, hull, units, sums, table_of_pages)
     counts = (
         num_tiles, num_units, kv_heads, splits, chunk, num_keys, lead, stride_k, row_length,
         stride_pages,
     )  # fmt: skip
-    constants = {
-        "GROUP": group, "QUERY_POOLS": query_pools, "ORDER": order, "COLS": cols, "F": width,
-        "BLOCK_F": max(next_power_of_2(width), 16), "UNIT": unit, "EVEN": lead >= 0,
-        "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
-        **page_sizes, "num_warps": 4, "num_stages": stages,
-    }  # fmt: skip
-    shares = of_shares(parts, constants)
-    if logits is not None:
-        shares |= {"COLS": KEPT_COLS, "ALIGN": cols}
     launch(_block_scores_lse, grid, *inputs, *counts, **constants)
     launch(
-        _block_scores, grid, *inputs, parts, out, table,
-        units if tile_kind is None else tile_kind, units if unit_kind is None else unit_kind,
-        tiles, *counts, stride_p, query_offset,
-        KINDS=1 if bias is None else bias.shape[1], BUCKETS=2 if bias is None else bias.shape[3],
-        LARGEST=largest, BIASED=bias is not None, **shares,
+        _block_scores, grid, *inputs, parts, out, *biased, *counts, stride_p, query_offset,
+        **of_bias, **of_shares(parts, constants),
     )  # fmt: skip
     return out[..., :num_units]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mm_sparse.kernels.cached_launch import launch
 from mm_sparse.kernels.sizes import next_power_of_2
-from mm_sparse.kernels.triton.block_scores import LN2, _distance_bias, _log_sizes, by_heads
+from mm_sparse.kernels.triton.block_scores import _log_sizes, by_heads
 from mm_sparse.kernels.triton.primitives import COUNTS, LOG2E, even_units
+from mm_sparse.kernels.triton.score_rows import LN2, distance_bias
 
 # Units of a step. Small programs, of which a multiprocessor runs many, hide how long the gathers
 # take: of blocks, warps and stages that were tried on an H200 these took 2.4 ms where 64 units, 4
@@ -141,7 +142,7 @@ def _two_stage_block_scores(
             value = tl.where(best == -float("inf"), -1e30, value * LN2)
         if BIASED:
             one = tl.zeros([1], tl.int32)
-            bias = _distance_bias(
+            bias = distance_bias(
                 Bias + head * KINDS * KINDS * BUCKETS, Tiles + batch * num_tiles * 2,
                 TileKind + batch * num_tiles, UnitKind + batch * num_units, Units, one + tile,
                 unit, seen[None, :], num_tiles, num_units, query_offset, KINDS, BUCKETS,

@@ -29,6 +29,9 @@ from mm_sparse.selection import Selection, topk_lists
 SPARE_TOKENS = 2048
 # Room for units that are cut short by segments, of which the next sequence may have more.
 SPARE_UNITS = 128
+# Of a token to come a scorer needs the maps of text alone.
+TEXT_ALONE = frozenset({int(Modality.TEXT)})
+ANY_MODALITY = frozenset(map(int, Modality))
 
 
 def decodes_in_place(config: SparseConfig, scorer: Scorer) -> str | None:
@@ -109,15 +112,15 @@ class DecodingGeometry:
             ("sinks", config.sinks): self._sinks,
             ("near", config.window): self._window,
             # Which they are would have to be looked up anew for every sequence.
-            "modalities": frozenset(map(int, Modality)),
+            "modalities": ANY_MODALITY,
+            "tile_modalities": TEXT_ALONE,
             "visible_tokens": self._visible_tokens,
             "query_modality": self.plan.tile_modality,
         }
         self._of_config(whole, config)
-        self.newest.memo["modalities"] = self._fixed["modalities"]
         self._budgets: dict[SparseConfig, Tensor] = {}
         self._widths: dict[SparseConfig, int] = {}
-        self._begin(whole)
+        self._begin(whole, layout.length)
 
     def _whole_plan(self, layout: TokenLayout) -> Plan:
         """The plan of the sequence once it fills all the room."""
@@ -134,10 +137,12 @@ class DecodingGeometry:
         )
         if whole.units.shape[1] > self._table.shape[1] or wide:
             return False
-        self._begin(whole)
+        self._begin(whole, layout.length)
         return True
 
-    def _begin(self, whole: Plan) -> None:
+    def _begin(self, whole: Plan, known: int) -> None:
+        # Tokens of which the layout says what they are; those behind them are text.
+        self._known = known
         missing = self._table.shape[1] - whole.units.shape[1]
         table = pad(whole.units, (0, 0, 0, missing))
         self._table.copy_(table)
@@ -196,16 +201,16 @@ class DecodingGeometry:
         end = self._last.new_full((), tokens)
         if tokens != self.tokens + 1:
             self._write_units(end)
-        self._write_step(end)
+        self._write_step(end, ANY_MODALITY if tokens <= self._known else TEXT_ALONE)
         self.tokens = tokens
 
     def advance_to(self, end: Tensor) -> None:
         """The same of a number of tokens that the device knows, () int64.
 
-        It must be one more than in the step before, or `advance` must have come before. The host
-        does not learn of it.
+        It must be one more than in the step before, or `advance` must have come before, and more
+        than the layout has. The host does not learn of it.
         """
-        self._write_step(end)
+        self._write_step(end, TEXT_ALONE)
         self.tokens = 0
 
     def _write_units(self, end: Tensor) -> None:
@@ -213,7 +218,8 @@ class DecodingGeometry:
         low = start.minimum(end)
         self._units.copy_(torch.stack([low, (start + size).minimum(end) - low], -1))
 
-    def _write_step(self, end: Tensor) -> None:
+    def _write_step(self, end: Tensor, newest_modality: frozenset[int]) -> None:
+        self.newest.memo["modalities"] = newest_modality
         newest = (end - 1).expand(len(self.place), 1)
         last = self._unit_of.gather(1, newest)
         self._last.copy_(last)

@@ -13,7 +13,7 @@ from mm_sparse.attention.paged_geometry import PagedGeometry, PagedRows, PagedSt
 from mm_sparse.config import SparseConfig
 from mm_sparse.kernels.paged.pages import Pages, flat_tokens, page_layout
 from mm_sparse.kernels.paged_attention import paged_attention
-from mm_sparse.scorers import Descriptors, Scorer
+from mm_sparse.scorers import Descriptors, Scorer, described_units
 from mm_sparse.selection import topk_lists
 
 
@@ -56,6 +56,7 @@ class PagedLayer:
         stride = page_layout(k, self.geometry.unit)[1]
         plan = self.geometry.describing_plan(step, stride, self.config)
         described = self.scorer.described(q.transpose(0, 1)[None], flat_tokens(k), plan, scale)
+        described = described._replace(unit=described_units(described, plan))
         places = self.geometry.places(step)
         self.units = self._write(self.units, described.unit, places)
         if described.parts is not None:

@@ -20,7 +20,7 @@ from mm_sparse.distillation.divergence import kl_of_tiles, scorer_loss
 from mm_sparse.distillation.tile_draw import TileDraw
 from mm_sparse.integrations import HeadPart
 from mm_sparse.layout import Plan
-from mm_sparse.scorers import Descriptors, Scorer, unit_mass
+from mm_sparse.scorers import Descriptors, Scorer, described_units, unit_mass
 from mm_sparse.selection import Scores
 
 Loss = Callable[[Scores, Tensor], Tensor]
@@ -145,7 +145,9 @@ def _scored(
     q: Tensor, k: Tensor, plan: Plan, draw: TileDraw, scorer: Scorer, scale: float
 ) -> _ScoredTiles:
     if scorer.describes:
-        tile, unit, exists, bias, parts = scorer.described(q, k, draw.plan, scale)
+        made = scorer.described(q, k, draw.plan, scale)
+        tile, _, exists, bias, parts = made
+        unit = described_units(made, draw.plan)
 
         def score(rows: Tensor, shared: list[Any], part: slice, own: Plan) -> Tensor:
             made = Descriptors(rows, shared[0], exists[:, part], *shared[1:])

@@ -334,6 +334,11 @@ class Plan:
         kinds = torch.cat([self.tile_modality.flatten(), self.unit_modality.flatten()])
         return frozenset(kinds.unique().tolist()) - {-1}
 
+    @memo_by_blocks
+    def tile_modalities(self) -> frozenset[int]:
+        """Of tiles, and maybe others: what is known without another wait for the device."""
+        return self.modalities
+
     @memo_by_config
     def live_query_pools(self) -> Tensor:
         """(B, T, S) bool: which query pools of a tile hold a token; a short one lacks the last."""

@@ -1,6 +1,6 @@
 from .attention_mass import OracleScorer as OracleScorer, unit_mass as unit_mass
 from .base import Scorer as Scorer
-from .block_scores import Descriptors as Descriptors
+from .block_scores import Descriptors as Descriptors, described_units as described_units
 from .descriptor_cache import (
     DescriptorCache as DescriptorCache,
     cached_descriptors as cached_descriptors,

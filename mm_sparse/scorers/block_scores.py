@@ -30,10 +30,32 @@ class Descriptors(NamedTuple):
     """Of tiles and units, whose products are scores; see `block_scores`."""
 
     tile: Tensor
-    unit: Tensor
+    unit: Tensor | None
     exists: Tensor
     bias: Tensor | None = None
     parts: Tensor | None = None
+
+
+def described_units(described: Descriptors, plan: Plan) -> Tensor:
+    """(B, K, U, F), of whole units.
+
+    Raises:
+        ValueError: neither units nor parts are described.
+    """
+    if described.unit is not None:
+        return described.unit
+    if described.parts is None:
+        raise ValueError("described must have units or parts, got neither")
+    return mean_of_parts(described.parts, plan)
+
+
+def mean_of_parts(parts: Tensor, plan: Plan) -> Tensor:
+    """(B, K, U, C, F) -> (B, K, U, F): each part weighs as many keys as it has."""
+    if plan.regular:
+        return parts.mean(3)
+    size = part_sizes(plan.units, plan.unit, parts.shape[3])
+    weight = size.to(parts.dtype)[:, None, ..., None]
+    return (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
 
 
 def pair_biases(table: Tensor, plan: Plan) -> Tensor:
@@ -59,6 +81,7 @@ def block_scores(
 
     Args:
         described: tile (B, H, T, S, F), scale included, unit (B, K, U, F) and exists (B, T, S).
+            unit: None for the mean of the parts (`mean_of_parts`).
             bias: (K, kinds, kinds, buckets) by modality of tile and unit and by distance, added.
             parts: (B, K, U, C, F) of C runs of keys of each unit, whose shares add up to the
             unit's; the sum that shares are of stays that of the whole units, which is cheaper.
@@ -70,11 +93,15 @@ def block_scores(
     """
     tile, unit, exists, bias, parts = described
     if competes is None and not torch.is_grad_enabled() and fused(tile, plan):
-        from mm_sparse.kernels.triton.block_scores import block_scores as kernel
+        from mm_sparse.kernels.triton.block_scores import block_scores as kernel, has_few_rows
 
+        if parts is not None and has_few_rows(tile, parts.shape[1]):
+            unit = None
+        else:
+            unit = described_units(described, plan).to(tile.dtype)
         return kernel(
             tile,
-            unit.to(tile.dtype),
+            unit,
             exists,
             plan.tiles,
             plan.tile_span,
@@ -95,6 +122,7 @@ def block_scores(
     if competes is None and not torch.is_grad_enabled() and tile.device.type == "cpu":
         values = _shares_in_place(described, plan)
         return values if bias is None else values + pair_biases(bias, plan)
+    unit = described_units(described, plan)
     batch, heads, num_tiles, query_pools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]
     size = plan.units[..., 1].clamp(min=1)
@@ -141,7 +169,8 @@ def _out_of_pages(described: Descriptors, plan: Plan, pages: Pages) -> Descripto
         return x[0][:, place.clamp(max=x.shape[2] - 1)].transpose(0, 1)
 
     parts = None if described.parts is None else copied(described.parts)
-    return described._replace(unit=copied(described.unit), parts=parts)
+    unit = None if described.unit is None else copied(described.unit)
+    return described._replace(unit=unit, parts=parts)
 
 
 def _shares_in_place(described: Descriptors, plan: Plan) -> Tensor:
@@ -149,7 +178,8 @@ def _shares_in_place(described: Descriptors, plan: Plan) -> Tensor:
 
     Units behind the last one that a block of tiles sees are left out: half of them, if causal.
     """
-    tile, unit, exists, _, parts = described
+    tile, _, exists, _, parts = described
+    unit = described_units(described, plan)
     batch, heads, num_tiles, query_pools, width = tile.shape
     kv_heads, num_units = unit.shape[1], unit.shape[2]
     rows = tile.view(batch, kv_heads, plan.group, num_tiles, query_pools, width)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sparse._checks import check_shape, check_sizes
-from mm_sparse.layout import Plan, part_sizes
+from mm_sparse.layout import Plan
 from mm_sparse.modality import Modality
 from mm_sparse.scorers.base import Scorer
 from mm_sparse.scorers.block_scores import DISTANCE_BUCKETS, Descriptors, block_scores
@@ -145,7 +145,9 @@ class FineScorer(Scorer):
     ) -> Tensor:
         """(B, K, U, C, D)."""
         kind = plan.unit_modality.repeat_interleave(self.parts, 1)
-        parts = self._describe(units.flatten(2, 3), self._maps(scale, dtype)[1], kind, plan)
+        parts = self._describe(
+            units.flatten(2, 3), self._maps(scale, dtype)[1], kind, plan.modalities
+        )
         return parts.unflatten(2, (-1, self.parts))
 
     def _described(
@@ -154,16 +156,11 @@ class FineScorer(Scorer):
         """Of features of tiles and of the descriptors of parts of units."""
         query_pools = tiles.shape[3]
         kind = plan.tile_modality.repeat_interleave(query_pools, 1)
-        tiles = self._describe(tiles.flatten(2, 3), self._maps(scale, dtype)[0], kind, plan)
-        if plan.regular:
-            whole = parts.mean(3)
-        else:
-            size = part_sizes(plan.units, plan.unit, self.parts)
-            weight = size.to(parts.dtype)[:, None, ..., None]
-            whole = (parts * weight).sum(3) / weight.sum(3).clamp(min=1)
+        maps = self._maps(scale, dtype)[0]
+        tiles = self._describe(tiles.flatten(2, 3), maps, kind, plan.tile_modalities)
         return Descriptors(
             tiles.unflatten(2, (-1, query_pools)).to(dtype),
-            whole.to(dtype),
+            None if self.parts > 1 else parts.squeeze(3).to(dtype),
             plan.live_query_pools,
             self.pair_bias.expand(-1, len(Modality), len(Modality), -1),
             parts.to(dtype) if self.parts > 1 else None,
@@ -207,10 +204,12 @@ class FineScorer(Scorer):
             made.append(torch.cat([maps / size[..., None] + mean, mean]))
         return made[0] * scale, made[1]
 
-    def _describe(self, x: Tensor, maps: Tensor, modality: Tensor, plan: Plan) -> Tensor:
+    def _describe(
+        self, x: Tensor, maps: Tensor, modality: Tensor, present: frozenset[int]
+    ) -> Tensor:
         if self.modalities is None:
             return x.to(maps.dtype) @ maps[0]
-        return describe(x, maps, self.map_of, self._places, modality, plan)
+        return describe(x, maps, self.map_of, self._places, modality, present)
 
 
 def _place(kind: Modality, own: tuple[Modality, ...] | None) -> int:

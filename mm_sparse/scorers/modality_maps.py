@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mm_sparse.kernels.device import stream_of
-from mm_sparse.layout import Plan
 from mm_sparse.modality import Modality
 
 
@@ -42,8 +41,9 @@ class WeightCache:
 
 
 def describe(
-    x: Tensor, maps: Tensor, map_of: Tensor, places: Sequence[int], modality: Tensor, plan: Plan
-) -> Tensor:
+    x: Tensor, maps: Tensor, map_of: Tensor, places: Sequence[int], modality: Tensor,
+    present: frozenset[int],
+) -> Tensor:  # fmt: skip
     """(B, heads, P, F) -> (B, heads, P, E), each piece by the map of its modality.
 
     Args:
@@ -51,9 +51,9 @@ def describe(
         map_of: (all modalities,), place of each in `maps`, -1 for none.
         places: the same numbers, which nobody waits for.
         modality: (B, P), -1 for padding.
+        present: modalities that pieces may have.
     """
     x = x.to(maps.dtype)
-    present = plan.modalities
     needed = {places[kind] for kind in present}
     if len(needed) <= 1 and -1 not in needed:
         # Padding is never chosen: it may take any map.

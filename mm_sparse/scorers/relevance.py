@@ -118,10 +118,14 @@ class RelevanceScorer(Scorer):
 
         def describe_units(part: Plan) -> Tensor:
             features = piece_features(k, part.units, part.unit, 1, part.regular, part).squeeze(3)
-            return describe(features, key_map, self.map_of, kinds, part.unit_modality, part)
+            return describe(
+                features, key_map, self.map_of, kinds, part.unit_modality, part.modalities
+            )
 
         own = plan.tile_modality.repeat_interleave(tile.shape[3], 1)
-        tile = describe(tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan)
+        tile = describe(
+            tile.flatten(2, 3), query_map, self.map_of, kinds, own, plan.tile_modalities
+        )
         unit = cached_descriptors(k, plan, describe_units, cache)
         tile = tile.unflatten(2, exists.shape[1:])
         return Descriptors(tile, unit, exists, self.pair_bias)

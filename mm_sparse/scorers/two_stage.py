@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mm_sparse._backend import fused
 from mm_sparse.layout import Plan
-from mm_sparse.scorers.block_scores import Descriptors, block_scores
+from mm_sparse.scorers.block_scores import Descriptors, block_scores, described_units
 from mm_sparse.selection import Runs, topk_lists
 
 
@@ -35,7 +35,9 @@ def two_stage_scores(described: Descriptors, plan: Plan) -> Ranked:
 
     Shares are of what a query pool gives to those units.
     """
-    tile, unit, exists, bias, parts = described
+    tile, _, exists, bias, parts = described
+    unit = described_units(described, plan)
+    described = described._replace(unit=unit)
     over = plan_of_runs(plan)
     whole = block_scores(Descriptors(tile, describe_runs(unit, plan), exists, bias), over)
     runs = Runs(*topk_lists(whole, over), plan.config.coarse_factor)

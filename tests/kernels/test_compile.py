@@ -19,7 +19,7 @@ def test_kernels_compile_within_shared_memory(target: str) -> None:
         cwd=root, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"sm_{target} ") == (119 if target == "90" else 93)
+    assert done.stdout.count(f"sm_{target} ") == (125 if target == "90" else 99)
     stacks = [int(n) for n in re.findall(r"stack (\d+) B", done.stdout)]
     assert max(stacks) <= 640, done.stdout
     if target == "90":

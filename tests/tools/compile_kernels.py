@@ -26,6 +26,7 @@ from mm_sparse.kernels.triton import (
     attention_forward,
     attention_mass,
     block_scores,
+    few_row_scores,
     merge_outputs,
     pooling,
     topk,
@@ -60,6 +61,7 @@ NARROW |= dict.fromkeys(("SampledLists", "All"), "i16")
 WIDE = (
     attention_mass._attention_mass,
     block_scores._block_scores,
+    few_row_scores.few_row_shares,
     two_stage_scores._two_stage_block_scores,
 )
 DESCRIBED = {"Kd": "keys", "Vd": "keys", "Qd": "queries", "Dd": "queries"}
@@ -153,13 +155,19 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     share = {
         "QUERY_POOLS": 4, "ORDER": order, "COLS": cols, "F": wide,
         "BLOCK_F": triton.next_power_of_2(wide), "KINDS": 3, "BUCKETS": 24, "LARGEST": False,
-        "BIASED": True, "PARTS": 1, "Logits": None, "ALIGN": min(cols, 32),
+        "BIASED": True, "PARTS": 1,
     }  # fmt: skip
-    kept = {k: v for k, v in share.items() if k != "Logits"}
-    kept["ORDER"] = block_scores.row_order(rows, max(16, rows))
+    few_rows = {
+        **share, "ORDER": block_scores.row_order(rows, max(16, rows)),
+        "COLS": few_row_scores.units_of_block(1, size), "READ": few_row_scores.READ_UNITS,
+    }  # fmt: skip
+    few_rows_of_parts = {
+        **few_rows, "F": dim, "BLOCK_F": max(triton.next_power_of_2(dim), 16), "PARTS": 4,
+        "COLS": few_row_scores.units_of_block(4, size),
+    }  # fmt: skip
     own = {**share, "F": dim, "BLOCK_F": max(triton.next_power_of_2(dim), 16), "PARTS": 4}
     own["ORDER"], cols, fine_stages = block_scores.share_blocks(rows, dim, size, target // 10)
-    own["COLS"] = own["ALIGN"] = max(cols // 2, 16)
+    own["COLS"] = max(cols // 2, 16)
     true_mass = {
         "ROWS": 64 if size == 2 else 16, "SPLITS": 1, "LARGEST": True,
         "COLS": max(64 if size == 2 else 16, unit),
@@ -170,14 +178,15 @@ def scoring(constants: dict, target: int) -> list[tuple]:
     few = two_stage_scores.run_warps(some["ROWS"], size)
     drawn = {**keep, "SAMPLED": True}
     merged = {"BLOCK_R": 32}
-    aligned = {**kept, "COLS": block_scores.KEPT_COLS, "ALIGN": kept["COLS"]}
     return [
         (pooling._pool_means, pooled, warps, 2), (pooling._pool_queries_and_keys, both, warps, 2),
         (block_scores._block_scores_lse, share, 4, stages),
         (block_scores._block_scores, {**share, "COLS": min(share["COLS"], 32)}, 4, stages),
         (block_scores._block_scores, own, 4, fine_stages),
-        (block_scores._block_scores_lse, kept, 4, stages),
-        (block_scores._block_scores, aligned, 4, stages),
+        (few_row_scores.few_row_logits, few_rows, 4, stages),
+        (few_row_scores.few_row_logits, few_rows_of_parts, 4, stages),
+        (few_row_scores.few_row_shares, few_rows, 4, stages),
+        (few_row_scores.few_row_shares, few_rows_of_parts, 4, stages),
         (attention_mass._attention_mass, true_mass, 4, 2),
         (topk._topk_registers, keep, topk.keep_warps(4096), 2),
         (topk._topk_registers, drawn, topk.keep_warps(4096), 2),
@@ -238,7 +247,9 @@ def paged(constants: dict, dtype: str, rows: int, target: int, size: int) -> Non
         (attention_decode._block_sparse_attention_split_kv, part, 4, 1 if size == 4 else 3),
         (placed_lists._placed_lists, {"WIDTH": 1024}, 4, 2),
     ]
-    scores = (block_scores._block_scores_lse, block_scores._block_scores)
+    scores = (
+        block_scores._block_scores_lse, block_scores._block_scores, few_row_scores.few_row_logits
+    )  # fmt: skip
     kinds += [kind for kind in scoring(constants, target) if kind[0] in scores]
     for kernel, more, warps, stages in kinds:
         own = {**constants, **more, **PAGED}

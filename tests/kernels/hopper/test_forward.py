@@ -30,7 +30,9 @@ def test_gpu_equals_dense_attention_under_its_mask(
     case: Case, dtype: torch.dtype, used: list[bool]
 ) -> None:
     assert_within(errors_and_bounds(*case.make(dtype, device="cuda")))
-    assert used == [True]
+    # Gradients that need no order ask as well.
+    assert used
+    assert all(used)
 
 
 @pytest.mark.gpu

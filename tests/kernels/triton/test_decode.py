@@ -4,7 +4,11 @@ import pytest
 import torch
 
 import mm_sparse as mms
-from mm_sparse.kernels.triton import attention_decode, block_scores as score_kernels
+from mm_sparse.kernels.triton import (
+    attention_decode,
+    block_scores as score_kernels,
+    few_row_scores,
+)
 from tests.kernels.test_attention import assert_within
 from tests.kernels.triton.test_scores_and_topk import (
     DEVICES,
@@ -89,7 +93,7 @@ def test_lists_are_cut_only_where_that_fills_the_gpu() -> None:
     ("heads", "kv_heads", "queries", "kept"), [(1, 1, 1, True), (8, 2, 3, True), (2, 1, 200, False)]
 )
 @pytest.mark.thinned(4)
-def test_scores_of_few_queries_equal_the_law_whether_logits_are_kept_or_not(
+def test_scores_of_few_queries_equal_the_law_whether_few_rows_or_not(
     heads: int,
     kv_heads: int,
     queries: int,
@@ -102,18 +106,24 @@ def test_scores_of_few_queries_equal_the_law_whether_logits_are_kept_or_not(
     cpu = mms.TokenLayout.from_rows([ROWS[name]] * 2)
     layout, (q, k) = cpu.to(device), (x.to(device) for x in random_qk(cpu, heads, kv_heads))
     config = small(backend="triton", unit=16, causal=True)
-    monkeypatch.setattr(score_kernels, "KEPT_COLS", cols)
+    monkeypatch.setattr(score_kernels, "READ_UNITS", cols)
     if cols < 256:
         # Chunks of two blocks, of which a step takes one, both, or more than there are.
         cut = lambda blocks, units, cols, _: (-(-units // (2 * cols)), 2 * cols)  # noqa: E731
         monkeypatch.setattr(score_kernels, "unit_chunks", cut)
         blocks = score_kernels.share_blocks
         monkeypatch.setattr(score_kernels, "share_blocks", lambda *a: (blocks(*a)[0], 16, 2))
+        monkeypatch.setattr(score_kernels, "units_of_block", lambda parts, _: 16)
     launched, run = [], score_kernels.launch
+    few = few_row_scores.few_row_logits, few_row_scores.few_row_shares
     monkeypatch.setattr(
-        score_kernels, "launch", lambda *a, **k: launched.append(a[8] is not None) or run(*a, **k)
+        score_kernels, "launch", lambda *a, **k: launched.append(a[0] in few) or run(*a, **k)
     )
-    for scorer in scorers_of(q, k):
+    fine = mms.FineScorer(num_query_heads=heads, num_kv_heads=kv_heads, head_dim=q.shape[-1])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in fine.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    for scorer in (*scorers_of(q, k), fine.to(q.device)):
         exact, scores = both_ways(scorer, q[:, :, -queries:], k, layout, config)
         seen = scores.plan.visible[:, None].expand_as(scores.values)
         torch.testing.assert_close(
@@ -126,5 +136,5 @@ def test_scores_of_few_queries_equal_the_law_whether_logits_are_kept_or_not(
             again = scorer(q[:, :, -queries:], k, layout=layout, config=config)
         assert launched == [False] * 2
         launched.clear()
-        assert torch.equal(again.values[seen], scores.values[seen])
+        torch.testing.assert_close(again.values[seen], scores.values[seen], rtol=1e-4, atol=1e-4)
         assert (scores.values[~seen] < -1e29).all()
