@@ -69,7 +69,7 @@ def test_every_class_that_a_recipe_names_exists(name: str) -> None:
 def test_recipes_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
     recipes_command.main(["ls"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(recipes_command.names()) == 20
+    assert len(lines) == len(recipes_command.names()) == 21
     assert any(line.startswith("vlm/digits") and "Hardware:" in line for line in lines)
 
 
