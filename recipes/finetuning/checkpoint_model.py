@@ -40,6 +40,7 @@ from mm_sparse.recipes.training import (
     SharedSequences,
     clip_gradients,
     optimize,
+    read_checkpoint,
     shard_decoder,
     share_sequences,
     whole_tensors,
@@ -424,7 +425,7 @@ class CheckpointModel(L.LightningModule):
         Raises:
             ValueError: it lacks some that learn here.
         """
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = read_checkpoint(path)
         self.on_load_checkpoint(stored)
         self.load_state_dict(stored["state_dict"], strict=self.strict_loading)
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import mm_sparse as mms
 from mm_sparse.integrations import is_sparsified
 from mm_sparse.recipes.data import Tokenizer
+from mm_sparse.recipes.training import read_rest
 
 RECIPE = "mm_sparse_recipe"
 """Key of a checkpoint: JSON with the model and the tokenizer of the config of its run."""
@@ -36,10 +36,8 @@ def from_checkpoint(path: str | Path, recipe: dict[str, Any] | None = None) -> A
     import lightning as L
     from jsonargparse import ArgumentParser
 
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint must be a file, got {str(path)!r}, which is none")
+    stored = read_rest(path).get(RECIPE)
     if recipe is None:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(RECIPE)
         if stored is None:
             raise ValueError(
                 f"checkpoint must be of a recipe that was run from a config, got {str(path)!r}, "

@@ -29,7 +29,7 @@ class RecipeCLI(SettingsCLI):
         parser.set_defaults({"seed_everything": 0})
 
     def add_sharing(self, parser: LightningArgumentParser) -> None:
-        """How processes share sequences and weights: a strategy in two settings."""
+        """How processes share sequences and weights: a strategy in three settings."""
         parser.add_argument(
             "--sequence_parallel", type=int, default=1,
             help="processes that share a sequence, of trainer.devices",
@@ -37,6 +37,10 @@ class RecipeCLI(SettingsCLI):
         parser.add_argument(
             "--shard_weights", type=bool, default=False,
             help="each process holds a part of all weights (FSDP2) instead of all of them",
+        )  # fmt: skip
+        parser.add_argument(
+            "--sharded_checkpoints", type=bool, default=False,
+            help="each process writes its part of a checkpoint, a folder, instead of one file",
         )  # fmt: skip
 
     def before_validate(self) -> None:
@@ -65,22 +69,24 @@ class RecipeCLI(SettingsCLI):
             raise SettingsError(f"data.{split} must be given, got None")
 
     def strategy(self) -> Any:
-        """What the two settings say; None where they say nothing.
+        """What the three settings say; None where they say nothing.
 
         Raises:
             SettingsError: a strategy is named as well.
         """
         size = self._get(self.config_init, "sequence_parallel", default=1)
         shard = self._get(self.config_init, "shard_weights", default=False)
-        if size == 1 and not shard:
+        parts = self._get(self.config_init, "sharded_checkpoints", default=False)
+        if size == 1 and not shard and not parts:
             return None
         named = self._get(self.config_init, "trainer.strategy", default="auto")
         if named != "auto":
             raise SettingsError(
-                "trainer.strategy must be auto where sequence_parallel or shard_weights is set, "
+                "trainer.strategy must be auto where sequence_parallel, shard_weights or "
+                "sharded_checkpoints is set, "
                 f"got {named if isinstance(named, str) else type(named).__name__}"
             )
-        return SequenceParallelStrategy(size, shard=shard)
+        return SequenceParallelStrategy(size, shard=shard, sharded_checkpoints=parts)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         strategy = self.strategy()
