@@ -11,7 +11,7 @@ from torch import nn
 import mm_sparse as mms
 from mm_sparse.integrations import is_sparsified
 from mm_sparse.recipes.data import Tokenizer
-from mm_sparse.recipes.training import read_rest
+from mm_sparse.recipes.training import read_rest, whole_tensors
 
 RECIPE = "mm_sparse_recipe"
 """Key of a checkpoint: JSON with the model and the tokenizer of the config of its run."""
@@ -66,26 +66,30 @@ def _without_weights(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "model": {**model, "init_args": arguments}}
 
 
-def export_language(language: Any, folder: str | Path, *, lora: Any = None) -> None:
+def export_language(
+    language: Any, folder: str | Path, *, lora: Any = None, writes: bool = True
+) -> None:
     """Write a language model for `from_pretrained`, its scorers and its adapter beside it.
 
     Args:
         folder: gets the model; `folder/scorers` what `mms.load_scorers` reads, if it is sparse;
             `folder/adapter` what peft reads, if it has one.
         lora: config of the adapter, as peft has it.
+        writes: False for a process that gives its parts of sharded weights alone.
     """
     folder = Path(folder)
     sparse = is_sparsified(language)
     scorers = {id(x) for x in mms.scorers_of(language).parameters()} if sparse else set()
     weights: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
-    for name, value in _tensors(language):
-        if id(value) in scorers:
-            continue
+    own = [(name, value) for name, value in _tensors(language) if id(value) not in scorers]
+    for name, value in whole_tensors(own).items():
         if ADAPTER in name:
             adapter["base_model.model." + name.replace(".default.", ".")] = value.detach()
         else:
             weights[name.replace(".base_layer.", ".")] = value.detach()
+    if not writes:
+        return
     language.save_pretrained(folder, state_dict=weights)
     if sparse:
         mms.save_scorers(language, folder / "scorers")

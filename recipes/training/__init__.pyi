@@ -20,5 +20,6 @@ from .sharded_checkpoints import (
 )
 from .shared_sequences import (
     SharedSequences as SharedSequences,
+    SharedTraining as SharedTraining,
     share_sequences as share_sequences,
 )
