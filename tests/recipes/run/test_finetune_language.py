@@ -171,7 +171,8 @@ def test_a_strategy_beside_shared_sequences_is_refused(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tuning"])
     args = [
-        "fit", "--data.path", npz, "--model.language", json.dumps({"options": TINY}),
+        "fit", "--seed_everything", "0", "--data.path", npz,
+        "--model.language", json.dumps({"options": TINY}),
         "--sequence_parallel", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu",
     ]  # fmt: skip
     with pytest.raises(SettingsError, match=r"trainer.strategy must be auto where sequence_paral"):
