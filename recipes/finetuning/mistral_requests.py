@@ -36,7 +36,7 @@ def check_package(folder: str) -> None:
     """
     if find_spec("mistral_common") is not None:
         return
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     options: Any = {"_raise_exceptions_for_missing_entries": False}
     if cached_file(folder, "tekken.json", **options) is not None:

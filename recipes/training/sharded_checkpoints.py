@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 REST = "rest.pt"
 """File of what is no tensor of weights or of an optimizer, beside torch's own files."""
@@ -43,7 +45,7 @@ def write_parts(checkpoint: Mapping[str, Any], folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    dcp.save(dict(_tensors(checkpoint)), storage_writer=dcp.FileSystemWriter(part))
+    save(dict(_tensors(checkpoint)), storage_writer=FileSystemWriter(part))
     if first:
         torch.save(_rest(checkpoint), part / REST)
         if folder.is_dir():
@@ -61,7 +63,7 @@ def read_parts(folder: Path, like: Like, *, weights_only: bool | None = None) ->
         like: tensors to read into, for names "state_dict.NAME" and
             "optimizer_states.OPTIMIZER.PARAMETER.NAME".
     """
-    reader = dcp.FileSystemReader(folder)
+    reader = FileSystemReader(folder)
     wanted: dict[str, Any] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):
@@ -69,7 +71,7 @@ def read_parts(folder: Path, like: Like, *, weights_only: bool | None = None) ->
             if target is not None:
                 wanted[name] = target
     alone = not (dist.is_available() and dist.is_initialized())
-    dcp.load(wanted, storage_reader=reader, no_dist=alone)
+    load(wanted, storage_reader=reader, no_dist=alone)
     checkpoint: dict[str, Any] = torch.load(
         folder / REST, map_location="cpu", weights_only=weights_only
     )
@@ -110,7 +112,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not is_sharded(path):
         return read_rest(path)
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     kinds = {
         name: entry.properties.dtype
         for name, entry in stored.items()

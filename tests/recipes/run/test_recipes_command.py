@@ -132,3 +132,15 @@ def test_an_error_of_training_keeps_its_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lightning_cli, "main", failing)
     with pytest.raises(ValueError, match="in the third step"):
         recipes_command.main(["run", "vlm/digits"])
+
+
+def test_join_wants_a_checkpoint_in_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}}, file)
+    with pytest.raises(SystemExit):
+        recipes_command.main(["join", str(file), str(tmp_path / "whole.ckpt")])
+    said = capsys.readouterr().err
+    assert f"checkpoint must be a folder of sharded_checkpoints, got '{file}'" in said
+    assert not (tmp_path / "whole.ckpt").exists()
