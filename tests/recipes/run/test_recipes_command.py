@@ -12,7 +12,6 @@ pytest.importorskip("jsonargparse")
 from mm_sparse.recipes.run import lightning_cli, recipes_command
 
 OWN_MODEL = '''
-import torch
 import lightning as L
 
 
@@ -138,7 +137,7 @@ def test_join_wants_a_checkpoint_in_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "last.ckpt"
-    torch.save({"state_dict": {}}, file)
+    file.touch()
     with pytest.raises(SystemExit):
         recipes_command.main(["join", str(file), str(tmp_path / "whole.ckpt")])
     said = capsys.readouterr().err
