@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -142,6 +143,24 @@ def test_settings_of_a_block_reach_them(make: Any) -> None:
 
 def _inputs(make: Any) -> dict[str, Tensor]:
     return {"pixel_values" if make is clip else "x": pixels()}
+
+
+@pytest.mark.parametrize("make", [clip, vit])
+@torch.no_grad()
+def test_settings_of_a_block_reach_them_in_a_compiled_model(make: Any) -> None:
+    model, x = make(), pixels()
+    stock = model(x)
+    mms.sparsify(model, CONFIG)
+    with mms.override_config(model, dense_below=0):
+        sparse = model(x)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        for changed, wanted in ((False, stock), (True, sparse)):
+            with mms.override_config(model, dense_below=0) if changed else nullcontext():
+                found = compiled(x)
+            pair = (getattr(y, "pooler_output", y) for y in (found, wanted))
+            torch.testing.assert_close(*pair)
+        assert is_as_it_was(model)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
