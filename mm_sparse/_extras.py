@@ -20,6 +20,7 @@ EXTRAS = {
         "matplotlib",
     ),
     "quantize": ("bitsandbytes",),
+    "voxtral": ("mistral_common",),
     "vllm": ("vllm",),
 }
 """Packages that the extras of this one install, as they are imported."""

@@ -92,7 +92,7 @@ def test_modules_that_are_run_exist():
     assert missing(r"python -m ([\w.]+)", runs) == set()
 
 
-RECIPE_VERBS = ("ls", "cp", "run", "export")
+RECIPE_VERBS = ("ls", "cp", "run", "export", "join")
 
 
 def test_commands_exist():

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mm_sparse.analysis import report
 from mm_sparse.bench import Session, machine, reason
 from mm_sparse.config import SparseConfig
 from mm_sparse.encoders.base import Encoder
@@ -43,7 +44,6 @@ from mm_sparse.encoders.bench.report import (
     timed,
 )
 from mm_sparse.encoders.cuda_graph import CUDAGraphEncoder
-from mm_sparse.integrations import attention_layers
 
 MIB = 2**20
 BACKENDS = {
@@ -216,14 +216,12 @@ class Race:
 
 def modes(encoder: Encoder) -> dict[str, Any]:
     """How many layers ran sparse in the last call, their density, and why others did not."""
-    records = [
-        layer.record for layer in attention_layers(encoder).values() if layer.record is not None
-    ]
-    densities = [r.selection.density() for r in records if r.selection is not None]
+    rows = report(encoder).rows
+    densities = [row.density for row in rows if row.mode == "sparse" and row.density is not None]
     return {
-        "sparse_layers": sum(r.mode == "sparse" for r in records),
+        "sparse_layers": sum(row.mode == "sparse" and row.density is not None for row in rows),
         "density": round(sum(densities) / len(densities), 4) if densities else 1.0,
-        "reasons": sorted({r.reason for r in records if r.reason}),
+        "reasons": sorted({row.reason for row in rows if row.reason}),
     }
 
 

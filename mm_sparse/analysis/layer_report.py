@@ -146,7 +146,7 @@ def _row(name: str, layer: SparseLayer) -> Row:
     if replaced:
         return Row(name, cls, "dense", replaced)
     if record is None:
-        mode, reason = layer.known_mode()
+        mode, reason = layer.idle_mode()
         return Row(name, cls, mode, reason)
     row = Row(name, cls, record.mode, record.reason, record.queries, record.keys, 1.0)
     selection = record.selection

@@ -43,8 +43,14 @@ def attention_kl(values: Tensor, mass: Tensor, plan: Plan, *, weighted: bool = F
     """
     loss, total, chosen = kl_of_tiles(values, mass, plan)
     if weighted:
-        return (loss * total).mean()
+        return mean_of_tiles(loss * total, plan)
     return loss.sum() / chosen.sum().clamp(min=1)
+
+
+def mean_of_tiles(values: Tensor, plan: Plan) -> Tensor:
+    """Mean of (..., B, K, T) over all but tiles of padding, whose values are zero."""
+    real = (plan.tile_modality >= 0)[:, None].expand(values.shape)
+    return values.sum() / real.sum().clamp(min=1)
 
 
 def kl_of_tiles(values: Tensor, mass: Tensor, plan: Plan) -> TileDivergence:

@@ -117,8 +117,9 @@ def distillation_losses(
             scorer = split.scorer_of(scorer)
         value = layer_loss(call.q, call.k, plan, draw, scorer, call.scale, loss, split)
         if shared is not None and split is None:
-            # Every rank has all heads of a tower.
-            value = value / shared.size
+            # Every rank has all heads of a tower. The model itself may run without gradients.
+            with torch.enable_grad():
+                value = value / shared.size
         if backward_weight is not None and value.requires_grad:
             value.backward(torch.full_like(value, backward_weight))
             value = value.detach()

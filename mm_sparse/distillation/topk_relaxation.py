@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mm_sparse.distillation.divergence import mean_of_tiles
 from mm_sparse.layout import Plan
 
 TINY = 1e-6
@@ -15,6 +16,8 @@ def dropped_mass(
 ) -> Tensor:
     """Share of attention that a soft choice of the best units drops, mean over heads and tiles.
 
+    Tiles of padding do not count.
+
     Args:
         values, mass: (..., B, K, T, U), as for `attention_kl`.
         temperature: of `soft_topk`.
@@ -24,7 +27,8 @@ def dropped_mass(
     mass = mass.detach().float() * open_units
     choice = (open_units[:, 0].sum(-1) > 1) & (plan.tile_modality >= 0)
     kept = soft_topk(values, plan, temperature, budget)
-    return ((mass * (1 - kept)).sum(-1) * choice[:, None]).mean()
+    dropped = (mass * (1 - kept)).sum(-1) * choice[:, None]
+    return mean_of_tiles(dropped, plan)
 
 
 def soft_topk(

@@ -26,6 +26,11 @@ class AttentionModule:
     cross: bool
     """Whether its keys come from another sequence."""
 
+    @property
+    def most_tokens(self) -> int | None:
+        """In a call, of inputs that the model is made for; None where it takes any number."""
+        return None
+
 
 def defining_class(cls: type) -> type:
     """The class among `cls` and its bases that writes the forward."""

@@ -185,6 +185,11 @@ class ForwardMemory:
             handle.remove()
         self._handles, self._noted = [], {}
 
+    @property
+    def may_recompute(self) -> bool:
+        """Whether inputs of blocks are there that a checkpoint may have kept."""
+        return any(not kept.expired() for kept, _ in list(self._noted.values()))
+
     def look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a block."""
         if torch.compiler.is_compiling():

@@ -24,6 +24,7 @@ from mm_sparse.integrations.forward_context import in_backward
 from mm_sparse.integrations.last_call import LastCall, SelectionSnapshot, joined, thinned
 from mm_sparse.integrations.options import AttentionOptions
 from mm_sparse.integrations.shared_state import Settings, Shared
+from mm_sparse.integrations.standby.standby import Standby, shortest_sparse
 from mm_sparse.kernels.ops import supports
 from mm_sparse.layout import CallLayout, in_patch_order, restore
 from mm_sparse.scorers import DescriptorCache, PooledScorer, Scorer
@@ -57,10 +58,14 @@ class SparseLayer(ABC):
 
     head_split: HeadPart | None = None
     """Which heads of a call are this rank's; None where every call has all."""
+    standby: Standby | None = None
+    """Of a layer that is wrapped only while something can make it run sparse; else None."""
 
     def __init__(self, item: AttentionModule, shared: Shared, source: Source) -> None:
         self.name, self.module, self.modality = item.name, item.module, item.modality
         self.refusal, self.cross = item.refusal, item.cross
+        self.most_tokens = item.most_tokens
+        """In a call, of inputs that the model is made for; None where it takes any number."""
         self.shared, self.source = shared, source
         self.state: Any = None
         """What `sparsify` did to the model that the layer is of; set there."""
@@ -87,6 +92,20 @@ class SparseLayer(ABC):
     @scorer.setter
     def scorer(self, scorer: Scorer | None) -> None:
         self._scorer = scorer
+
+    def wrap(self) -> None:  # noqa: B027 - a name in a config is enough for most
+        """Have the module ask this layer, which it did not since `attach`."""
+
+    def unwrap(self) -> None:  # noqa: B027
+        """Undo `wrap`."""
+
+    def idle_mode(self) -> tuple[str, str]:
+        """Mode and reason of a layer without a call that anybody could tell of."""
+        known = self.known_mode()
+        if known[0] != "sparse" or self.standby is None or self.standby.wrapped:
+            return known
+        least = shortest_sparse(self.shared.config)
+        return "dense", f"never reaches dense_below ({least}): {self.most_tokens} tokens at most"
 
     def check_detachable(self) -> None:  # noqa: B027 - most layers can always be detached
         """Raise where `detach` cannot restore the module."""

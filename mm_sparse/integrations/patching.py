@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,6 +23,13 @@ from mm_sparse.integrations.hf.packed_tower import PackedTower
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.scorers import SCORERS, hold_scorers, make_scorer
 from mm_sparse.integrations.shared_state import Settings, Shared
+from mm_sparse.integrations.standby.groups import configs_around, standby_groups
+from mm_sparse.integrations.standby.standby import (
+    NamedConfig,
+    Standby,
+    name_sparse,
+    no_longer_wanted,
+)
 from mm_sparse.integrations.state import State, part_of, scorers_of, states_in
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.adapter import TowerLayer
@@ -174,7 +181,7 @@ def _prepare(
     trackers: dict[int, ModalityTracker] = {}
     towers: dict[int, TowerTokens | PackedTower] = {}
     served: dict[str, SparseLayer] = {}
-    before: list[tuple[Any, str, str]] = []
+    before: list[NamedConfig] = []
     for item in items:
         if isinstance(item, TowerAttentionModule):
             towers[id(item.tower)] = item.tower
@@ -189,11 +196,41 @@ def _prepare(
             tracker.follow(item.owners if item.modality is None else item.owners[:1])
             if item.refusal is None:
                 before += _configs(item, [config for config, *_ in before])
+    before = _stand_by(items, served, shared, memory, before, trackers.values())
     for part in (*trackers.values(), *towers.values()):
         part.memory = memory
     blocks = find_ordered_blocks(model, served.values())
     parts = list(trackers.values()), list(towers.values()), blocks, memory
     return State(shared, served, *parts, root=name, modules=tuple(modules), before=before)
+
+
+def _stand_by(
+    items: Sequence[AttentionModule],
+    served: dict[str, SparseLayer],
+    shared: Shared,
+    memory: ForwardMemory,
+    configs: list[NamedConfig],
+    trackers: Iterable[ModalityTracker],
+) -> list[NamedConfig]:
+    """Note which layers stay as they were for now; gives the configs that others go by."""
+    for group in standby_groups(items, served, shared.config):
+        own = [named for named in configs if id(named[0]) in group.configs]
+        configs = [named for named in configs if id(named[0]) not in group.configs]
+        standby = Standby(group.layers, own, memory)
+        shared.standbys.append(standby)
+        for layer in group.layers:
+            layer.standby = standby
+    for item in items:
+        layer = served[item.name]
+        if layer.standby is None:
+            continue
+        if isinstance(layer, HFLayer) and layer.modality is None:
+            for tracker in trackers:
+                tracker.watch(layer.standby, layer.module)
+        tower = item.tower if isinstance(item, TowerAttentionModule | HFAttentionModule) else None
+        if tower is not None:
+            tower.standby = layer.standby
+    return configs
 
 
 def _check_budgets(state: State) -> None:
@@ -245,13 +282,12 @@ def _number_of(item: AttentionModule) -> int | None:
     return number if isinstance(number, int) and item.modality is None else None
 
 
-def _configs(item: HFAttentionModule, known: list[Any]) -> list[tuple[Any, str, str]]:
+def _configs(item: HFAttentionModule, known: list[Any]) -> list[NamedConfig]:
     """Configs that name the attention of a layer and make its masks: with the names before, now."""
-    configs: list[tuple[Any, str, str]] = []
+    configs: list[NamedConfig] = []
     own = getattr(item.module, "config", None)
-    for owner in (item.module, *item.owners) if uses_attention_interface(type(item.module)) else ():
-        part = getattr(owner, "config", None)
-        if part is not None and all(part is not other for other in known):
+    for part in configs_around(item) if uses_attention_interface(type(item.module)) else ():
+        if all(part is not other for other in known):
             known.append(part)
             name = PACKED_NAME if item.packed and part is own else NAME
             configs.append((part, part._attn_implementation, name))
@@ -270,10 +306,9 @@ def _whole_states(model: nn.Module, wanted: str, advice: str) -> list[State]:
 
 
 def _put_in(state: State) -> None:
-    if state.before:
+    if state.before or any(standby.configs for standby in state.shared.standbys):
         register()
-    for config, _, name in state.before:
-        config._attn_implementation_internal = name
+    name_sparse(state.before)
     for layer in state.layers.values():
         vars(layer.module)[LAYER] = layer
         layer.attach()
@@ -290,6 +325,8 @@ def _take_out(states: Sequence[State]) -> None:
         for layer in state.layers.values():
             layer.check_detachable()
     for state in states:
+        for standby in state.shared.standbys:
+            standby.take_out()
         for handle in state.handles:
             handle.remove()
         state.handles.clear()
@@ -301,6 +338,7 @@ def _take_out(states: Sequence[State]) -> None:
         for layer in state.layers.values():
             layer.detach()
             vars(layer.module).pop(LAYER, None)
+        no_longer_wanted(state.before)
         for config, name, _ in state.before:
             # Unless `set_attn_implementation` named another one since.
             if config._attn_implementation in NAMES:

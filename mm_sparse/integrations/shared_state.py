@@ -14,6 +14,7 @@ from mm_sparse.config import SparseConfig
 from mm_sparse.integrations.call import AttentionCall
 from mm_sparse.integrations.forward_context import ForwardMemory, assigned, current
 from mm_sparse.integrations.layout_cache import LayoutCache, PlainLayouts
+from mm_sparse.integrations.standby.standby import Standby
 from mm_sparse.scorers import Scorer
 
 CHANGED = [0]
@@ -72,6 +73,8 @@ class Shared:
     """Whether the gradients of the scorers are averaged over processes by a call of its own."""
     distilled: int = 0
     """Forward passes in which scorers learned while nobody was known to average them."""
+    standbys: list[Standby] = field(default_factory=list)
+    """Layers that are wrapped only while something can make them run sparse."""
     turn: int = 0
     """Blocks so far in which scorers learned: whose turn it is."""
 
@@ -89,8 +92,14 @@ class Shared:
         """Other settings around a block, in this thread, also where blocks are recomputed later."""
         if self.memory is not None:
             self.memory.attach()
-        with counted_as_changed(), assigned(self, replace(self.settings, **changes)):
-            yield
+        for standby in self.standbys:
+            standby.enter()
+        try:
+            with counted_as_changed(), assigned(self, replace(self.settings, **changes)):
+                yield
+        finally:
+            for standby in self.standbys:
+                standby.leave()
 
     def layer_config(
         self, index: int | None, name: str, prefix: int, now: SparseConfig | None = None

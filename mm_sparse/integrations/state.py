@@ -18,6 +18,7 @@ from mm_sparse.integrations.hf.modality_tracker import ModalityTracker
 from mm_sparse.integrations.hf.packed_tower import PackedTower
 from mm_sparse.integrations.layer import LAYER, SparseLayer
 from mm_sparse.integrations.shared_state import Shared
+from mm_sparse.integrations.standby.standby import NamedConfig
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.integrations.towers.patch_order import OrderedBlocks
 
@@ -39,7 +40,7 @@ class State:
     handles: list[Any] = field(default_factory=list)
     modules: tuple[type[nn.Module], ...] = ()
     """Classes that `sparsify(modules=...)` named."""
-    before: list[tuple[Any, str, str]] = field(default_factory=list)
+    before: list[NamedConfig] = field(default_factory=list)
     """Configs, the attention implementation that each named, and the one that it names now."""
     holders: list[nn.Module] = field(default_factory=list)
     """Models that have the scorers as a submodule."""

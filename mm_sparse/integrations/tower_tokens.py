@@ -16,6 +16,7 @@ from mm_sparse.integrations.forward_context import (
     refuse_export,
     uncompiled,
 )
+from mm_sparse.integrations.standby.standby import Standby
 from mm_sparse.layout import TokenLayout
 from mm_sparse.modality import Modality
 
@@ -49,6 +50,11 @@ class TowerTokens:
     """The tower, if `embed` is given: with its forward ends what is known of an image."""
     memory: ForwardMemory | None = None
     """Finds the grid of an image again where a checkpoint computes blocks again."""
+    most_tokens: int | None = None
+    """Of an image or video of the size that the tower is made for; None where it is made for any.
+    Of another size `embed` must tell."""
+    standby: Standby | None = None
+    """The layers of the tower, where they are wrapped only while something needs it."""
 
     def attach(self) -> list[Any]:
         """Set the hooks that note the grid of the image of a forward; returns their handles."""
@@ -76,6 +82,8 @@ class TowerTokens:
         """Forward pre-hook."""
         refuse_export()
         grid = self._grid(embed, args[0] if args else None)
+        if self.standby is not None:
+            self.standby.see(None if grid is None else prod(grid) + self.prefix)
         image = current(self)
         assign(self, _Image(grid, None if image is None else image.outer))
         if self.memory is not None and torch.is_grad_enabled():

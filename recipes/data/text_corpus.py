@@ -22,7 +22,9 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from mm_sparse.recipes.data.samplers import ResumableLoader, ShardedOrder
 
 CORPUS_SPLITS = ("train", "validation", "test")
 MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]+>", re.S | re.I)
@@ -170,8 +172,13 @@ class CorpusData(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        windows = Windows(self.arrays["train"], self.tokens, self.length)
-        return DataLoader(windows, batch_size=self.batch_size)
+        windows: Any = Windows(self.arrays["train"], self.tokens, self.length)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # Windows are drawn already: processes take turns, a run that goes on finds its place.
+        sampler = ShardedOrder(SequentialSampler(windows), self.trainer) if several else None
+        return ResumableLoader(
+            windows, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator()
+        )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         rows: Any = torch.cat([v[: self.validation] for v in self.kinds().values()])

@@ -46,7 +46,14 @@ from mm_sparse.recipes.distillation.training_rows import Batch, open_rows
 from mm_sparse.recipes.finetuning import load_model
 from mm_sparse.recipes.metrics import output_kl, spread_predictions
 from mm_sparse.recipes.models import LanguageConfig
-from mm_sparse.recipes.run import device_of, load_processor
+from mm_sparse.recipes.run import (
+    device_of,
+    is_first,
+    join_processes,
+    leave_processes,
+    load_processor,
+    processes,
+)
 from mm_sparse.recipes.training import OptimizerConfig
 
 STATE, SCORERS = "state.pt", "scorers"
@@ -194,9 +201,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Rows and scorers are not where the step began: what was saved before is whole.
             said = f"stopped inside step {trainer.progress.step + 1}, which is lost"
         else:
-            save_state(run_state(args, trainer), args.out / STATE)
+            if is_first():
+                save_state(run_state(args, trainer), args.out / STATE)
             said = f"stopped at step {trainer.progress.step}"
         raise SystemExit(f"mm-sparse distill: {said}; the same command goes on") from None
+    leave_processes()
 
 
 def prepare(args: argparse.Namespace) -> tuple[ScorerTrainer, list[Batch]]:
@@ -205,7 +214,7 @@ def prepare(args: argparse.Namespace) -> tuple[ScorerTrainer, list[Batch]]:
     Raises:
         ValueError: an argument does not fit the folder, the data or the run that goes on.
     """
-    device = device_of(args.device)
+    device = join_processes(device_of(args.device))
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     path = args.out / STATE
     if args.out.exists() and not path.is_file() and (
@@ -238,6 +247,7 @@ def prepare(args: argparse.Namespace) -> tuple[ScorerTrainer, list[Batch]]:
         model, rows, Length(args.steps, args.hours), seed=args.seed,
         goal=DistillationConfig(tiles=args.tiles),
         optimizer=OptimizerConfig(lr=args.lr, warmup=warmup, final=0.0),
+        share_sequences=processes() > 1,
     )  # fmt: skip
     if before is not None:
         trainer.restore(before["run"])
@@ -301,11 +311,14 @@ def run_state(args: argparse.Namespace, trainer: ScorerTrainer) -> dict[str, Any
 
 
 def distill(args: argparse.Namespace, trainer: ScorerTrainer, held: list[Batch]) -> None:
-    """Train to the end; measure, spread budgets and write scorers and card."""
+    """Train to the end; measure, spread budgets and write scorers and card.
+
+    Of several processes the first one writes, and spreads budgets.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / STATE
     marks = [mark for mark in MEASURED if mark > trainer.done]
-    with Reporter(trainer) as reporter, stop_between_steps() as stopped:
+    with Reporter(trainer, silent=not is_first()) as reporter, stop_between_steps() as stopped:
         before = trainer.figures(held)
         if not before:
             raise SystemExit(
@@ -321,12 +334,14 @@ def distill(args: argparse.Namespace, trainer: ScorerTrainer, held: list[Batch])
                 while marks and trainer.done >= marks[0]:
                     marks.pop(0)
                 reporter.measured(trainer.figures(held))
-            if trainer.progress.step % args.save_every == 0:
+            if trainer.progress.step % args.save_every == 0 and is_first():
                 save_state(run_state(args, trainer), path)
-            if stopped:
+            if trainer.anyone(bool(stopped)):
                 raise KeyboardInterrupt
 
         trainer.fit(after)
+        if not is_first():
+            return
         save_state(run_state(args, trainer), path)
         figures = trainer.figures(held)
         reporter.measured(figures)

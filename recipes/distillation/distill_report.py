@@ -39,15 +39,18 @@ LOADERS = {
 class Reporter:
     """Progress on stderr: a bar in a terminal if rich is installed, else lines."""
 
-    def __init__(self, trainer: ScorerTrainer, *, every: float = LINE_SECONDS) -> None:
+    def __init__(
+        self, trainer: ScorerTrainer, *, every: float = LINE_SECONDS, silent: bool = False
+    ) -> None:
         """
         Args:
             every: seconds between two lines.
+            silent: whether nothing is said: by another process.
         """
-        self.trainer, self.every = trainer, every
+        self.trainer, self.every, self.silent = trainer, every, silent
         self._said = -every
         self._bar: Any = None
-        if sys.stderr.isatty() and find_spec("rich") is not None:
+        if not silent and sys.stderr.isatty() and find_spec("rich") is not None:
             from rich.console import Console
             from rich.progress import Progress
 
@@ -88,6 +91,8 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line of its own."""
+        if self.silent:
+            return
         if self._bar is not None:
             self._bar.console.print(text)
         else:

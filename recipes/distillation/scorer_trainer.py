@@ -12,12 +12,14 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import mm_sparse as mms
@@ -89,8 +91,10 @@ class ScorerTrainer:
         goal: what scorers are trained for.
         optimizer: AdamW over the scorers alone.
         seed: of the tiles that are drawn.
+        share_sequences: whether all processes share each sequence in a step, each with some heads;
+            they must be given the same rows.
     Raises:
-        ValueError: no layer has a scorer that learns.
+        ValueError: no layer has a scorer that learns, or heads cannot be shared.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class ScorerTrainer:
         goal: DistillationConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         seed: int = 0,
+        share_sequences: bool = False,
     ) -> None:
         self.model, self.rows, self.length, self.seed = model, rows, length, seed
         self.goal, self.config = goal or DistillationConfig(), optimizer or OptimizerConfig()
@@ -116,6 +121,10 @@ class ScorerTrainer:
         self.inside_step = False
         """Whether a step has begun and not ended: `state` is then that of no step."""
         self._one_logit = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.share_sequences = share_sequences
+        if share_sequences:
+            # Refuses what cannot be shared before anything is read or measured.
+            mms.sequence_parallel(model).remove()
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Any:
@@ -173,6 +182,7 @@ class ScorerTrainer:
         generator = torch.Generator(self.device).manual_seed(self.seed + (now.step << 20))
         layers = len(self.scorers)
         with (
+            self._shared() as sequence,
             torch.no_grad(),
             override_config(self.model, backend="dense"),
             mms.distillation_losses(
@@ -180,9 +190,11 @@ class ScorerTrainer:
                 backward_weight=1 / layers, **loss,
             ) as learned,
         ):  # fmt: skip
-            self.run(batch)
+            self.run(batch if sequence is None else sequence.pad(self.moved(batch)))
         if not learned.losses:
             raise ValueError("model must run layers with scorers, got none in a step")
+        if sequence is not None:
+            sequence.sum_gradients(self.scorers.parameters())
         torch.nn.utils.clip_grad_norm_(self.scorers.parameters(), CLIP)
         # A run by time does not know its steps: those of a run as fast as it was so far.
         steps = self.length.steps or (now.step / done if done else math.inf)
@@ -190,13 +202,36 @@ class ScorerTrainer:
             group["lr"] = self.rate * self.config.factor(now.step, steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        value = learned.mean().item()
+        # Processes end a run together: they go by the time of the slowest.
+        value = self._over_processes(learned.mean().item(), "sum")
         now.step += 1
         now.tokens += batch["input_ids"].numel()
         now.losses.append(value)
-        now.seconds += time.perf_counter() - start
+        now.seconds += self._over_processes(time.perf_counter() - start, "max")
         self.inside_step = False
         return value
+
+    @contextmanager
+    def _shared(self) -> Iterator[mms.SequenceParallel | None]:
+        """Sequences are shared in a step alone: what is measured is measured of all heads."""
+        if not self.share_sequences:
+            yield None
+            return
+        with mms.sequence_parallel(self.model) as sequence:
+            yield sequence
+
+    def _over_processes(self, value: float, how: str) -> float:
+        """The sum or the largest of a number that each process has."""
+        if not self.share_sequences:
+            return value
+        whole = torch.tensor(value, dtype=torch.float64, device=self.device)
+        kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+        dist.all_reduce(whole, kinds[how])
+        return whole.item()
+
+    def anyone(self, here: bool) -> bool:
+        """Whether something is so in any process; all must ask."""
+        return self._over_processes(float(here), "max") > 0
 
     @property
     def rate(self) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mm_sparse.recipes.finetuning.chat_templates import as_wanted, encode, render
 from mm_sparse.recipes.finetuning.conversations import Message, count_media
+from mm_sparse.recipes.finetuning.mistral_requests import find_answers_of_request, makes_requests
 
 Span = tuple[int, int]
 MARK = re.compile(r"\{%-?\s*generation\b")
@@ -37,6 +38,8 @@ def find_answers(processor: Any, messages: list[Message], ids: Sequence[int]) ->
         >>> find_answers(processor, messages, inputs["input_ids"][0].tolist())
         [(17, 21)]
     """
+    if makes_requests(processor):
+        return find_answers_of_request(processor, messages, ids)
     text = render(processor, messages)
     spans = _marked(processor, messages) or _rendered(processor, messages, text)
     bare = _Tokens(processor.tokenizer, text)

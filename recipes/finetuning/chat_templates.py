@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mm_sparse.recipes.finetuning.conversations import Message
+from mm_sparse.recipes.finetuning.mistral_requests import encode_requests, makes_requests
 
 PROBE: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
@@ -18,6 +19,8 @@ def check_template(processor: Any) -> None:
     Raises:
         ValueError: there is none.
     """
+    if makes_requests(processor):
+        return
     own = getattr(processor, "chat_template", None)
     if not own:
         own = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
@@ -48,6 +51,9 @@ def encode(
         options: arguments of the chat template, `add_generation_prompt` for one.
     """
     wanted = {**_media_options(processor, chats), **wanted}
+    if makes_requests(processor):
+        # What asks for an answer is in the request, whatever the options say.
+        return encode_requests(processor, chats, wanted)
     if takes_parts(processor):
         made = processor.apply_chat_template(
             chats, tokenize=True, return_dict=True, processor_kwargs=wanted, **options

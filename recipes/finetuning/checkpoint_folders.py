@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from mm_sparse.recipes.finetuning.mistral_requests import check_package
+
 
 def load_processor(folder: str, **options: Any) -> Any:
     """The `AutoProcessor` of a folder.
 
     Raises:
         ValueError: there is none.
+        ImportError: mistral_common is missing, which makes its tokens.
     """
     from transformers import AutoProcessor, ProcessorMixin
 
@@ -20,6 +23,7 @@ def load_processor(folder: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"folder must hold a processor, got {folder!r}: {error}") from error
     if not isinstance(processor, ProcessorMixin):
+        check_package(folder)
         raise ValueError(
             f"folder must hold a processor of texts and images or audio, got {folder!r} with a "
             f"{type(processor).__name__}"

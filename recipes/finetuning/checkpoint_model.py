@@ -37,9 +37,9 @@ from mm_sparse.recipes.training import (
     WHOLE,
     Objectives,
     OptimizerConfig,
-    SharedSequences,
-    clip_gradients,
+    SharedTraining,
     optimize,
+    read_checkpoint,
     shard_decoder,
     share_sequences,
     whole_tensors,
@@ -50,7 +50,7 @@ Batch = dict[str, Any]
 """Of `ChatCollator`."""
 
 
-class CheckpointModel(L.LightningModule):
+class CheckpointModel(SharedTraining, L.LightningModule):
     """A vision-language or speech-language model of a folder, on conversations of `ChatData`.
 
     Example:
@@ -126,8 +126,6 @@ class CheckpointModel(L.LightningModule):
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         self.folder, self.lora, self.pack = folder, lora, pack
         self._warned = False
-        self.shared: SharedSequences | None = None
-        """Where processes share sequences, or weights: under `SequenceParallelStrategy`."""
         self.max_new_tokens, self.out = max_new_tokens, out
         self.optimizer_part = optimizer or OptimizerConfig()
         self.processor = load_processor(folder, **(processor or {}))
@@ -376,21 +374,6 @@ class CheckpointModel(L.LightningModule):
         else:
             self.export(self.out, merge=not getattr(self.base, "is_quantized", False))
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.shared is not None:
-            self.shared.average_gradients(self.parameters())
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:  # fmt: skip
-        if self.shared is None:
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
-        elif gradient_clip_val:
-            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
-
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
         return optimize(self.optimizer_part, self, self.parts, steps)
@@ -424,7 +407,7 @@ class CheckpointModel(L.LightningModule):
         Raises:
             ValueError: it lacks some that learn here.
         """
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = read_checkpoint(path)
         self.on_load_checkpoint(stored)
         self.load_state_dict(stored["state_dict"], strict=self.strict_loading)
 

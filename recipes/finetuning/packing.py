@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAMILIES = ("granite_speech", "qwen2_5_vl", "qwen2_audio", "smolvlm")
+FAMILIES = ("granite_speech", "qwen2_5_vl", "qwen2_audio", "smolvlm", "voxtral")
 """Model types whose packed row says what its conversations say alone: tests hold them to it."""
 TOKENS = ("input_ids", "labels", "token_type_ids", "mm_token_type_ids")
 """Inputs with a number for each token."""

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import mm_sparse as mms
 from mm_sparse.integrations import is_sparsified
 from mm_sparse.recipes.data import Tokenizer
+from mm_sparse.recipes.training import read_rest, whole_tensors
 
 RECIPE = "mm_sparse_recipe"
 """Key of a checkpoint: JSON with the model and the tokenizer of the config of its run."""
@@ -36,10 +36,8 @@ def from_checkpoint(path: str | Path, recipe: dict[str, Any] | None = None) -> A
     import lightning as L
     from jsonargparse import ArgumentParser
 
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint must be a file, got {str(path)!r}, which is none")
+    stored = read_rest(path).get(RECIPE)
     if recipe is None:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(RECIPE)
         if stored is None:
             raise ValueError(
                 f"checkpoint must be of a recipe that was run from a config, got {str(path)!r}, "
@@ -68,26 +66,30 @@ def _without_weights(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "model": {**model, "init_args": arguments}}
 
 
-def export_language(language: Any, folder: str | Path, *, lora: Any = None) -> None:
+def export_language(
+    language: Any, folder: str | Path, *, lora: Any = None, writes: bool = True
+) -> None:
     """Write a language model for `from_pretrained`, its scorers and its adapter beside it.
 
     Args:
         folder: gets the model; `folder/scorers` what `mms.load_scorers` reads, if it is sparse;
             `folder/adapter` what peft reads, if it has one.
         lora: config of the adapter, as peft has it.
+        writes: False for a process that gives its parts of sharded weights alone.
     """
     folder = Path(folder)
     sparse = is_sparsified(language)
     scorers = {id(x) for x in mms.scorers_of(language).parameters()} if sparse else set()
     weights: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
-    for name, value in _tensors(language):
-        if id(value) in scorers:
-            continue
+    own = [(name, value) for name, value in _tensors(language) if id(value) not in scorers]
+    for name, value in whole_tensors(own).items():
         if ADAPTER in name:
             adapter["base_model.model." + name.replace(".default.", ".")] = value.detach()
         else:
             weights[name.replace(".base_layer.", ".")] = value.detach()
+    if not writes:
+        return
     language.save_pretrained(folder, state_dict=weights)
     if sparse:
         mms.save_scorers(language, folder / "scorers")

@@ -32,6 +32,8 @@ from mm_sparse.recipes.training import (
     SharedSequences,
     gather_embeddings,
     hide_embeddings,
+    is_sharded,
+    read_checkpoint,
     shard,
     share_sequences,
 )
@@ -343,9 +345,9 @@ class MultimodalBase(L.LightningModule):
 
 def load_weights(model: MultimodalBase, path: str) -> None:
     """Weights of a checkpoint of the same model; scorers that it lacks stay as they are."""
-    if not Path(path).is_file():
+    if not Path(path).is_file() and not is_sharded(path):
         raise ValueError(f"weights must be a checkpoint, got {path!r}, which is no file")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = read_checkpoint(path)["state_dict"]
     if not model.scorers:
         state = {name: value for name, value in state.items() if not name.startswith("scorers.")}
     missing, unknown = model.load_state_dict(state, strict=False)

@@ -11,6 +11,12 @@ from .settings_cli import (
     SettingsError as SettingsError,
     program as program,
 )
+from .shared_prompts import (
+    is_first as is_first,
+    join_processes as join_processes,
+    leave_processes as leave_processes,
+    processes as processes,
+)
 from .sparse_vs_dense import (
     RUNS as RUNS,
     on_device as on_device,

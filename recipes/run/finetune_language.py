@@ -22,14 +22,25 @@ from mm_sparse import FineScorer, Modality
 from mm_sparse.distillation import distillation_losses, dropped_mass
 from mm_sparse.integrations import scorers_of
 from mm_sparse.recipes.data import CorpusData
+from mm_sparse.recipes.finetuning import language_part
 from mm_sparse.recipes.models import LanguageConfig, LoraConfig, export_language
-from mm_sparse.recipes.run.settings_cli import SettingsCLI, program
-from mm_sparse.recipes.training import OptimizerConfig, optimize
+from mm_sparse.recipes.run.lightning_cli import SharingCLI
+from mm_sparse.recipes.run.settings_cli import program
+from mm_sparse.recipes.training import (
+    OptimizerConfig,
+    SharedTraining,
+    optimize,
+    shard_decoder,
+    share_sequences,
+)
 from mm_sparse.selection import Scores
 
 
-class FinetuneLM(L.LightningModule):
-    """A causal language model on plain text, sparse or dense, whole or by adapters."""
+class FinetuneLM(SharedTraining, L.LightningModule):
+    """A causal language model on plain text, sparse or dense, whole or by adapters.
+
+    Under `SequenceParallelStrategy` processes share its sequences, and its weights if that says so.
+    """
 
     parts = ("language", "scorers")
 
@@ -84,6 +95,25 @@ class FinetuneLM(L.LightningModule):
             lora.apply(self.language)
         self.taught = partial(_dropped, temperature=temperature)
 
+    def configure_model(self) -> None:
+        """Under `SequenceParallelStrategy`: share sequences, and weights if it says so.
+
+        Raises:
+            ValueError: the model is not sparse, or cannot be shared.
+        """
+        if self.shared is None:
+            self.shared = share_sequences(self, self.language, self._shard)
+        if self.shared is None and self.device_mesh is not None:
+            raise ValueError(
+                "trainer.strategy must be mm_sparse.recipes.training.SequenceParallelStrategy to "
+                f"shard a language model, got {type(self.trainer.strategy).__name__}"
+            )
+
+    def _shard(self, mesh: Any) -> None:
+        shard_decoder(
+            self.language, self.language.get_submodule(language_part(self.language)), mesh
+        )
+
     def losses(self, ids: Tensor) -> Tensor:
         """(B, N - 1) of every token after the first."""
         logits = self.language(ids, use_cache=False).logits[:, :-1]
@@ -97,13 +127,21 @@ class FinetuneLM(L.LightningModule):
             and self.global_step % self.scorers_every == 0
         )
         teach: Any = self.teaching() if due else nullcontext()
+        shared = self.shared
         with teach as learned:
-            loss = self.losses(ids).mean()
-        self.log("train/loss", loss.detach(), prog_bar=True)
+            if shared is None:
+                loss = self.losses(ids).mean()
+            else:
+                loss = shared.mean(shared.own_losses(self.language, ids)[0])
+        several = shared is not None
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=several)
         if learned is None:
             return loss
         dropped = learned.mean()
-        self.log("train/dropped", dropped.detach(), prog_bar=True)
+        if shared is not None:
+            # Of the heads of this process, which the others of its group do not have.
+            dropped = shared.size * dropped.to(loss.device)
+        self.log("train/dropped", dropped.detach(), prog_bar=True, sync_dist=several)
         return loss + self.scorer_loss * dropped
 
     def teaching(self) -> Any:
@@ -115,18 +153,28 @@ class FinetuneLM(L.LightningModule):
 
     def validation_step(self, ids: Tensor, index: int) -> None:
         """Loss of all tokens, and of those in the second half, which see far."""
-        loss = self.losses(ids)
-        self.log("validation/loss", loss.mean(), sync_dist=True)
-        self.log("validation/second_half", loss[:, loss.shape[1] // 2 :].mean(), sync_dist=True)
+        half = (ids.shape[1] - 1) // 2
+        if self.shared is None:
+            loss = self.losses(ids)
+            all_tokens, second = loss.mean(), loss[:, half:].mean()
+        else:
+            loss, at = self.shared.own_losses(self.language, ids)
+            all_tokens, second = self.shared.mean(loss), self.shared.mean(loss[at >= half])
+        self.log("validation/loss", all_tokens, sync_dist=True)
+        self.log("validation/second_half", second, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
         return optimize(self.optimizer_part, self, self.parts, steps)
 
     def export(self, folder: str | Path) -> None:
-        """Write the model for transformers, with scorers and adapter beside it."""
+        """Write the model for transformers, with scorers and adapter beside it.
+
+        Where weights are sharded, every process must call it.
+        """
         lora = None if self.lora is None else self.lora.of_peft()
-        export_language(self.language, folder, lora=lora)
+        writes = self.shared is None or self.trainer.is_global_zero
+        export_language(self.language, folder, lora=lora, writes=writes)
 
     def on_fit_end(self) -> None:
         if self.out is not None and len(self.scorers) and self.trainer.is_global_zero:
@@ -137,10 +185,10 @@ def _dropped(scores: Scores, mass: Tensor, temperature: float) -> Tensor:
     return dropped_mass(scores.values, mass, scores.plan, temperature)
 
 
-def main(args: Any = None) -> SettingsCLI:
+def main(args: Any = None) -> SharingCLI:
     """Fit or validate as the config of the command line says."""
     torch.set_float32_matmul_precision("high")
-    return SettingsCLI(FinetuneLM, CorpusData, args=args, save_config_kwargs={"overwrite": True})
+    return SharingCLI(FinetuneLM, CorpusData, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":

@@ -206,14 +206,22 @@ def prompt_of(processor: Any, args: argparse.Namespace) -> dict[str, Any]:
         args: of `parse`.
     Raises:
         ValueError: a file cannot be read, or is nothing for this model.
+        ImportError: mistral_common is missing, which its processor needs.
     """
     from mm_sparse.recipes.data import RATE, Turn, read_audio, read_tensor, read_video
-    from mm_sparse.recipes.finetuning import check_template, encode, message_of, sampling_rate
+    from mm_sparse.recipes.finetuning import (
+        check_package,
+        check_template,
+        encode,
+        message_of,
+        sampling_rate,
+    )
 
     taken = [kind for kind, parts in MEDIA.items() if any(getattr(processor, p, 0) for p in parts)]
     for kind in MEDIA:
         given = getattr(args, kind)
         if given and kind not in taken:
+            check_package(args.folder)
             raise ValueError(
                 f"{kind} must not be given to a model that takes {' and '.join(['text', *taken])} "
                 f"alone, got {given[0]!r} for {args.folder}"

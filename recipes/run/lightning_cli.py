@@ -20,16 +20,14 @@ from mm_sparse.recipes.training import SequenceParallelStrategy
 C = TypeVar("C", bound=SettingsCLI)
 
 
-class RecipeCLI(SettingsCLI):
-    """The data's tokenizer is the model's; a progress bar that suits where the output goes."""
+class SharingCLI(SettingsCLI):
+    """Settings of how processes share sequences and weights."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         self.add_sharing(parser)
-        parser.link_arguments("data.tokenizer", "model.init_args.tokenizer", apply_on="instantiate")
-        parser.set_defaults({"seed_everything": 0})
 
     def add_sharing(self, parser: LightningArgumentParser) -> None:
-        """How processes share sequences and weights: a strategy in two settings."""
+        """How processes share sequences and weights: a strategy in three settings."""
         parser.add_argument(
             "--sequence_parallel", type=int, default=1,
             help="processes that share a sequence, of trainer.devices",
@@ -38,6 +36,45 @@ class RecipeCLI(SettingsCLI):
             "--shard_weights", type=bool, default=False,
             help="each process holds a part of all weights (FSDP2) instead of all of them",
         )  # fmt: skip
+        parser.add_argument(
+            "--sharded_checkpoints", type=bool, default=False,
+            help="each process writes its part of a checkpoint, a folder, instead of one file",
+        )  # fmt: skip
+
+    def strategy(self) -> Any:
+        """What the three settings say; None where they say nothing.
+
+        Raises:
+            SettingsError: a strategy is named as well.
+        """
+        size = self._get(self.config_init, "sequence_parallel", default=1)
+        shard = self._get(self.config_init, "shard_weights", default=False)
+        parts = self._get(self.config_init, "sharded_checkpoints", default=False)
+        if size == 1 and not shard and not parts:
+            return None
+        named = self._get(self.config_init, "trainer.strategy", default="auto")
+        if named != "auto":
+            raise SettingsError(
+                "trainer.strategy must be auto where sequence_parallel, shard_weights or "
+                "sharded_checkpoints is set, "
+                f"got {named if isinstance(named, str) else type(named).__name__}"
+            )
+        return SequenceParallelStrategy(size, shard=shard, sharded_checkpoints=parts)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        strategy = self.strategy()
+        if strategy is not None:
+            kwargs["strategy"] = strategy
+        return super().instantiate_trainer(**kwargs)
+
+
+class RecipeCLI(SharingCLI):
+    """The data's tokenizer is the model's; a progress bar that suits where the output goes."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self.add_sharing(parser)
+        parser.link_arguments("data.tokenizer", "model.init_args.tokenizer", apply_on="instantiate")
+        parser.set_defaults({"seed_everything": 0})
 
     def before_validate(self) -> None:
         self.need("validation")
@@ -64,28 +101,7 @@ class RecipeCLI(SettingsCLI):
         if getattr(self.datamodule, split) is None:
             raise SettingsError(f"data.{split} must be given, got None")
 
-    def strategy(self) -> Any:
-        """What the two settings say; None where they say nothing.
-
-        Raises:
-            SettingsError: a strategy is named as well.
-        """
-        size = self._get(self.config_init, "sequence_parallel", default=1)
-        shard = self._get(self.config_init, "shard_weights", default=False)
-        if size == 1 and not shard:
-            return None
-        named = self._get(self.config_init, "trainer.strategy", default="auto")
-        if named != "auto":
-            raise SettingsError(
-                "trainer.strategy must be auto where sequence_parallel or shard_weights is set, "
-                f"got {named if isinstance(named, str) else type(named).__name__}"
-            )
-        return SequenceParallelStrategy(size, shard=shard)
-
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        strategy = self.strategy()
-        if strategy is not None:
-            kwargs["strategy"] = strategy
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
             # What is passed here replaces the callbacks of the config, so they are passed on.
             given = self._get(self.config_init, "trainer.callbacks") or []

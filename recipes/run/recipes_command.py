@@ -17,6 +17,7 @@ PROGRAMS = {
     "finetune/qwen2_audio": "mm_sparse.recipes.run.finetune_checkpoint",
     "finetune/smollm2": "mm_sparse.recipes.run.finetune_language",
     "finetune/smolvlm": "mm_sparse.recipes.run.finetune_checkpoint",
+    "finetune/voxtral": "mm_sparse.recipes.run.finetune_checkpoint",
 }
 """Programs of recipes that are no towers and language models put together."""
 
@@ -96,7 +97,9 @@ def export_checkpoint(checkpoint: str, folder: Path, config: str | None = None) 
 def main(argv: Sequence[str] | None = None) -> None:
     """List, copy and run recipes."""
     parser = argparse.ArgumentParser(prog="mm-sparse recipes", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls | cp | run | export")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="ls | cp | run | export | join"
+    )
     verbs.add_parser("ls", help="list the recipes that ship")
     copy = verbs.add_parser("cp", help="copy a recipe, to change it")
     copy.add_argument("name", help="as `ls` lists it")
@@ -110,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.add_argument("checkpoint", help="of a recipe, runs/digits/checkpoints/last.ckpt for one")
     export.add_argument("folder", type=Path, help="gets the model, its scorers and its adapter")
     export.add_argument("--config", help="recipe of a checkpoint that does not hold its own")
+    join = verbs.add_parser("join", help="one file of a checkpoint that is a folder of parts")
+    join.add_argument("checkpoint", type=Path, help="of --sharded_checkpoints true")
+    join.add_argument("file", type=Path, help="gets what one process would have written")
     args = parser.parse_args(argv)
     try:
         if args.verb == "ls":
@@ -124,6 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(target)
         elif args.verb == "export":
             print(export_checkpoint(args.checkpoint, args.folder, args.config))
+        elif args.verb == "join":
+            from mm_sparse.recipes.training import join_checkpoint
+
+            join_checkpoint(args.checkpoint, args.file)
+            print(args.file)
         else:
             path_of(args.name)
     except ValueError as error:

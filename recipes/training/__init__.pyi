@@ -12,7 +12,14 @@ from .sequence_strategy import (
     SequenceParallelStrategy as SequenceParallelStrategy,
     whole_tensors as whole_tensors,
 )
+from .sharded_checkpoints import (
+    is_sharded as is_sharded,
+    join_checkpoint as join_checkpoint,
+    read_checkpoint as read_checkpoint,
+    read_rest as read_rest,
+)
 from .shared_sequences import (
     SharedSequences as SharedSequences,
+    SharedTraining as SharedTraining,
     share_sequences as share_sequences,
 )

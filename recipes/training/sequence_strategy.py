@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mm_sparse.recipes.training.sharded_checkpoints import is_sharded, read_parts, write_parts
+
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -24,7 +26,9 @@ class SequenceParallelStrategy(ModelParallelStrategy):
     The mesh is (D, P), under the names that `ModelParallelStrategy` gives its dimensions; the
     processes of a group are given the same batch. A module says what that means for it in
     `configure_model`: see `share_sequences`. Checkpoints are files as one process writes them:
-    any number of processes, and any strategy, resumes from them.
+    any number of processes, and any strategy, resumes from them. Sharded ones are folders, from
+    which any number of processes of this strategy resumes, and of which `join_checkpoint` makes
+    such files.
 
     Args:
         sequence: P, it divides the number of processes.
@@ -32,6 +36,8 @@ class SequenceParallelStrategy(ModelParallelStrategy):
             processes (FSDP2); else each has them all.
         process_group_backend: "nccl" or "gloo"; that of the device if None.
         timeout: of a collective.
+        sharded_checkpoints: each process writes its part of a checkpoint; else the first one puts
+            all of it together.
 
     Raises:
         ValueError: `sequence` is below 1; when it is set up, P does not divide the processes.
@@ -39,7 +45,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
 
     def __init__(
         self, sequence: int = 1, shard: bool = False, process_group_backend: str | None = None,
-        timeout: timedelta = TIMEOUT,
+        timeout: timedelta = TIMEOUT, sharded_checkpoints: bool = False,
     ) -> None:  # fmt: skip
         if sequence < 1:
             raise ValueError(f"sequence must be at least 1, got {sequence}")
@@ -48,6 +54,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend, timeout=timeout,
         )  # fmt: skip
         self.sequence, self.shard = sequence, shard
+        self.sharded_checkpoints = sharded_checkpoints
 
     def setup_environment(self) -> None:
         processes = self.num_nodes * self.num_processes
@@ -64,10 +71,15 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on the first process, nothing on the others; all must call it."""
+        """Whole weights on the first process, nothing on the others; all must call it.
+
+        Of a sharded checkpoint, each has its parts.
+        """
         module: Any = self.lightning_module
         state = module.state_dict()
         stored = module.stored_names() if hasattr(module, "stored_names") else set(state)
+        if self.sharded_checkpoints:
+            return {name: value.detach() for name, value in state.items() if name in stored}
         whole = {name: _whole(value) for name, value in state.items() if name in stored}
         return whole if self.is_global_zero else {}
 
@@ -79,9 +91,14 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`, whole on the first process, empty elsewhere."""
+        """As `torch.optim.Optimizer.state_dict`, whole on the first process, empty elsewhere.
+
+        Of a sharded checkpoint, each has its parts.
+        """
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         record = optimizer.state_dict()
+        if self.sharded_checkpoints:
+            return record
         record["state"] = {
             number: {name: _whole(x) for name, x in own.items()}
             for number, own in sorted(record["state"].items())
@@ -108,10 +125,46 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))
+        if is_sharded(path):
+            return read_parts(path, self._part_like, weights_only=weights_only)
         if not path.is_file():
-            raise ValueError(f"checkpoint must be a file, got {str(path)!r}")
+            raise ValueError(
+                f"checkpoint must be a file, or a folder of sharded_checkpoints, got {str(path)!r}"
+            )
         # Processes of a host read the same pages.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        if not self.sharded_checkpoints:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError("storage_options must be None for sharded checkpoints")
+        write_parts(checkpoint, Path(self.broadcast(str(filepath))))
+
+    def _part_like(self, name: str, size: torch.Size) -> Tensor | None:
+        """Where this process reads its part of a tensor of a sharded checkpoint into."""
+        kind, _, place = name.partition(".")
+        if kind == "state_dict":
+            # Of weights that are not there it is left to `load_state_dict` to complain.
+            own = self._own_weights.get(place)
+            return torch.empty(size) if own is None else torch.empty_like(own)
+        number, parameter, _ = place.split(".", 2)
+        if int(number) >= len(self.optimizers):
+            return None  # Validation has none.
+        groups = self.optimizers[int(number)].param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        like = parameters[int(parameter)].detach() if int(parameter) < len(parameters) else None
+        if like is None or like.shape != size:
+            return torch.empty(size)
+        return torch.empty_like(like)
+
+    @property
+    def _own_weights(self) -> dict[str, Tensor]:
+        module: Any = self.lightning_module
+        return module.state_dict()
 
 
 def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -131,7 +184,9 @@ def _whole(value: Any) -> Any:
 
 def _as_part(value: Any, like: Any) -> Any:
     """A whole tensor as the part of it that a process holds of one of the same shape."""
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
+        return value
+    if not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     mesh = like.device_mesh
     # Each process has the whole: nothing travels.

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 import mm_sparse as mms
 from mm_sparse.integrations import is_sparsified, state_of, sum_gradients
 from mm_sparse.recipes.data import IGNORED
+from mm_sparse.recipes.training.clipping import clip_gradients
 from mm_sparse.recipes.training.sequence_strategy import SequenceParallelStrategy
 
 
@@ -105,6 +106,61 @@ class SharedSequences:
         own = [p for p in parameters if not isinstance(p, DTensor)]
         sum_gradients(own, divisor=self.processes)
 
+    def own_losses(self, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (B, n) of the tokens behind those of this process, and the places of those.
+
+        Both are of whole rows where each process has rows of its own. A loss is NaN where no token
+        is behind.
+
+        Args:
+            ids: (B, N) of a text, without padding.
+        """
+        inputs, sequence = {"input_ids": ids, "labels": ids}, self.sequence
+        if sequence is None:
+            labels = pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+            at = torch.arange(labels.shape[1], device=ids.device).expand_as(labels)
+        else:
+            inputs = sequence.pad(inputs)
+            labels = inputs.pop("labels")
+            at = torch.arange(labels.shape[1], device=ids.device).expand_as(labels)
+            labels, at = sequence.targets(labels), sequence.split(at)
+        logits = model(**inputs, use_cache=False).logits.float()
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view_as(at).masked_fill(labels == IGNORED, float("nan")), at
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """D P times this process's share of the mean of losses of all processes, but for NaN."""
+        known = ~losses.isnan()
+        count = known.sum()
+        dist.all_reduce(count)
+        return self.processes * losses[known].sum() / count.clamp(min=1)
+
+
+class SharedTraining:
+    """Of a LightningModule whose processes may share sequences: what is done with gradients."""
+
+    shared: SharedSequences | None = None
+    """Where processes share sequences, or weights: under `SequenceParallelStrategy`."""
+    parameters: Any
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hook of Lightning."""
+        if self.shared is not None:
+            self.shared.average_gradients(self.parameters())
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:  # fmt: skip
+        """Hook of Lightning."""
+        if self.shared is None:
+            module: Any = super()
+            module.configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
+
 
 def share_sequences(module: Any, decoder: nn.Module, shard: Any = None) -> SharedSequences | None:
     """Prepare a module in its `configure_model`; None under another strategy.
@@ -112,7 +168,7 @@ def share_sequences(module: Any, decoder: nn.Module, shard: Any = None) -> Share
     All processes are given the trainable weights of the first one.
 
     Args:
-        module: a LightningModule with a trainer.
+        module: a LightningModule with a trainer, a `SharedTraining` for one.
         decoder: its sparsified model whose sequences are shared.
         shard: called with a mesh of all processes where weights are to be sharded.
 

@@ -1,10 +1,11 @@
 """Training of a tiny checkpoint by processes that share sequences (gloo).
 
-    python shared_training.py P FOLDER CASE [--kill STEP] [--resume]
+    python shared_training.py P FOLDER CASE [--kill STEP [--in-step]] [--resume]
 
 FOLDER holds checkpoints "model" and "tied", and "pictures.jsonl". P processes train each CASE
 (names with commas, or "all"), and write FOLDER/CASE-P.json: losses by step, and FOLDER/CASE-P.ckpt.
-A run that is killed after a step leaves FOLDER/CASE.ckpt of the step before.
+A run that is killed after a step leaves FOLDER/CASE.ckpt of the step before. With --in-step its
+last process alone is killed, between the backward pass of that step and the optimizer.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     answers: int = 0
     """Tokens of an answer in validation at the end; 0 for no validation, and no export."""
+    parts: bool = False
+    """Whether checkpoints are folders, to which each process writes its part."""
     close: float = 1e-5
     """Relative error of a loss: what scorers lose is a mean over groups of the means of each."""
 
@@ -73,6 +76,11 @@ CASES = {
     "rows": Case({"objectives": SCORERS}, groups=0, close=1e-3),
     "sharded rows": Case({}, shard=True, groups=0, answers=4),
     "sharded answers": Case({"objectives": SCORERS}, shard=True, answers=4),
+    "parts": Case({"objectives": SCORERS}, shard=True, parts=True),
+    "parts of adapters": Case(
+        {"objectives": SCORERS, "lora": LoraConfig(rank=2)}, shard=True, parts=True
+    ),
+    "parts of whole": Case({"objectives": SCORERS}, parts=True),
     "adapters' answers": Case({"lora": LoraConfig(rank=2)}, shard=True, answers=4),
 }  # fmt: skip
 
@@ -150,7 +158,9 @@ def train(
 
 
 def strategy_of(case: Case, processes: int) -> SequenceParallelStrategy:
-    return SequenceParallelStrategy(processes // (case.groups or processes), shard=case.shard)
+    return SequenceParallelStrategy(
+        processes // (case.groups or processes), shard=case.shard, sharded_checkpoints=case.parts
+    )
 
 
 def cases_for(processes: int) -> list[str]:
@@ -171,7 +181,7 @@ def work(rank: int, processes: int, port: int, folder: Path, names: list[str], a
         saved = folder / f"{name}.ckpt"
         more = {"ckpt_path": saved} if args.resume else {}
         if args.kill:
-            losses = KilledLater(losses.path, args.kill, saved)
+            losses = KilledLater(losses.path, args.kill, saved, args.in_step)
         _, trainer, _ = train(
             folder, case, strategy_of(case, processes), processes, losses=losses, **more
         )
@@ -185,12 +195,17 @@ def work(rank: int, processes: int, port: int, folder: Path, names: list[str], a
 class KilledLater(Losses):
     """Saves a checkpoint after the step before the one after which it is killed."""
 
-    def __init__(self, path: Path | None, kill: int, saved: Path) -> None:
-        super().__init__(path, kill)
-        self.saved = saved
+    def __init__(self, path: Path | None, kill: int, saved: Path, in_step: bool) -> None:
+        super().__init__(path, 0 if in_step else kill)
+        self.saved, self.at, self.in_step = saved, kill, in_step
+
+    def on_after_backward(self, trainer: Any, model: Any) -> None:
+        last = trainer.global_rank == trainer.world_size - 1
+        if self.in_step and last and trainer.global_step == self.at - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, *rest: Any) -> None:
-        if trainer.global_step == self.kill - 1:
+        if trainer.global_step == self.at - 1:
             trainer.save_checkpoint(self.saved)
         super().on_train_batch_end(trainer, model, outputs, *rest)
 
@@ -201,6 +216,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("case")
     parser.add_argument("--kill", type=int, default=0)
+    parser.add_argument("--in-step", action="store_true")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     names = cases_for(args.processes) if args.case == "all" else args.case.split(",")

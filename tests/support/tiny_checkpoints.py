@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.support.hf_models import TEXT
@@ -82,6 +84,11 @@ def write_checkpoint(folder: Path, kind: str, *, marked: bool = False, **options
         "pad_token_id": ids[SPECIAL[0]], "eos_token_id": ids[SPECIAL[2]], "initializer_range": 0.1,
         **options,
     }  # fmt: skip
+    if kind == "voxtral":
+        model, processor = _voxtral(folder, text)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return str(folder)
     make = {
         "qwen2_5_vl": _qwen2_5_vl,
         "smolvlm": _smolvlm,
@@ -224,6 +231,69 @@ def _granite_speech(text: Any, ids: Any, words: Any, template: str) -> tuple[Any
     ears = GraniteSpeechFeatureExtractor()
     processor = GraniteSpeechProcessor(ears, words, "<|AUDIO|>", template)
     return GraniteSpeechForConditionalGeneration(config), processor
+
+
+def write_tekken(folder: Path) -> Path:
+    """A tokenizer file of mistral-common with an id for each byte."""
+    named = {
+        0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]",
+        6: "[/AVAILABLE_TOOLS]", 7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]",
+        10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]", 13: "[IMG_END]", 14: "[PREFIX]",
+        15: "[MIDDLE]", 16: "[SUFFIX]", 17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]",
+        19: "[TOOL_CONTENT]",        24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]",
+    }  # fmt: skip
+    special = [
+        {"rank": rank, "token_str": named.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+        for rank in range(40)
+    ]
+    single = [
+        {"rank": byte, "token_bytes": b64encode(bytes([byte])).decode(), "token_str": None}
+        for byte in range(256)
+    ]
+    content = {
+        "config": {
+            "pattern": r"\w+|\s+|[^\w\s]+", "num_vocab_tokens": 256, "default_vocab_size": 296,
+            "default_num_special_tokens": 40, "version": "v7",
+        },
+        "vocab": single,
+        "special_tokens": special,
+        "audio": {
+            "sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0,
+            "audio_encoding_config": {"num_mel_bins": 16, "hop_length": 160, "window_size": 400},
+        },
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tekken.json").write_text(json.dumps(content))
+    return folder / "tekken.json"
+
+
+def _voxtral(folder: Path, text: Any) -> tuple[Any, Any]:
+    """Its clips are 375 tokens, as the processor makes every 30 seconds so many."""
+    pytest.importorskip("mistral_common", reason="the processor of Voxtral makes tokens with it")
+    from transformers import (
+        MistralCommonBackend,
+        VoxtralConfig,
+        VoxtralForConditionalGeneration,
+        VoxtralProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    ids = {"vocab_size": 296, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
+    config = VoxtralConfig(
+        text_config={**text, **ids, "model_type": "llama"},
+        audio_config={
+            "model_type": "voxtral_encoder", "hidden_size": 16, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_mel_bins": 16,
+            "max_source_positions": 1500, "vocab_size": 296,
+        },
+        audio_token_id=24,
+    )  # fmt: skip
+    model = VoxtralForConditionalGeneration(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, ids[name])
+    ears = WhisperFeatureExtractor(feature_size=16)
+    words = MistralCommonBackend(write_tekken(folder))
+    return model, VoxtralProcessor(ears, words)
 
 
 def write_pictures(folder: Path, count: int = 6, words: int = 1) -> str:

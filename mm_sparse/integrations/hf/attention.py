@@ -167,6 +167,9 @@ class HFLayer(SparseLayer):
     def split_heads(self, split: HeadPart | None) -> None:
         """Attend with the heads of a rank from here on; None: with all."""
         self.head_split = split
+        if split is not None and self.standby is not None:
+            # Of itself a layer attends to the tokens that it is given.
+            self.standby.stay()
         for name in (DENSE_CALLS, DENSE_STEPS):
             vars(self.module).pop(name, None)
         self._tell_compiler()
@@ -189,7 +192,8 @@ class HFLayer(SparseLayer):
     def taken_away(self) -> str:
         """Who else decides what the module attends with, after `sparsify`; empty if nobody."""
         name = getattr(getattr(self.module, "config", None), "_attn_implementation", NAME)
-        if self.refusal is not None or name in NAMES:
+        waiting = self.standby is not None and not self.standby.wrapped
+        if self.refusal is not None or name in NAMES or (waiting and name == self.original):
             return ""
         return f"set_attn_implementation({name!r}) replaced it, sparsify again"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mm_sparse.integrations.discovery import AttentionModule, forward_source, prefixes
 from mm_sparse.integrations.hf.known_classes import known_refusal
 from mm_sparse.integrations.hf.packed_tower import attends_within_bounds, joins_images
+from mm_sparse.integrations.hf.token_limits import patches_of_config, position_rows
 from mm_sparse.integrations.tower_tokens import TowerTokens
 from mm_sparse.modality import Modality
 
@@ -45,6 +46,12 @@ class HFAttentionModule(AttentionModule):
         """Whether it attends within the sequences of a packed row, whose bounds it is given."""
         own, owner = type(self.module), type(self.owners[-1])
         return attends_within_bounds(own) or joins_images(owner)
+
+    @property
+    def most_tokens(self) -> int | None:
+        if self.packed:
+            return None
+        return position_rows(self.owners[-1]) if self.tower is None else self.tower.most_tokens
 
     @property
     def root(self) -> Any:
@@ -103,9 +110,11 @@ def _tower(owners: list[Any], modality: Modality) -> TowerTokens | None:
         if isinstance(embeddings, nn.Module) and patch is not None:
             height, width = (patch, patch) if isinstance(patch, int) else patch
             prefix = prefix_tokens(embeddings)
+            patches = patches_of_config(owner.config, (height, width), tubelet)
             return TowerTokens(
-                modality, prefix, None, embeddings, (height, width), tubelet, owner=owner
-            )
+                modality, prefix, None, embeddings, (height, width), tubelet, owner=owner,
+                most_tokens=None if patches is None else patches + prefix,
+            )  # fmt: skip
     return None
 
 

@@ -26,6 +26,7 @@ from mm_sparse.integrations.forward_context import (
 from mm_sparse.integrations.hf import kv_cache
 from mm_sparse.integrations.hf.video_frames import GRIDS, first_of_frames, merge_size
 from mm_sparse.integrations.shared_state import CHANGED
+from mm_sparse.integrations.standby.standby import Standby
 from mm_sparse.modality import Modality
 
 # A cache carries the modality of what is in it: copies and several sequences at once stay right.
@@ -120,6 +121,8 @@ class ModalityTracker:
         """Whether all layers can be operators of a graph."""
         self.entered = False
         """Whether a forward runs whose hooks are in no graph."""
+        self._waiting: list[Standby] = []
+        """Of layers of the decoder that no forward so far was too long for."""
         self._models: list[nn.Module] = []
         self._warned = False
 
@@ -135,6 +138,12 @@ class ModalityTracker:
                 self._models.append(model)
                 note_parameters(type(model))
 
+    def watch(self, standby: Standby, module: nn.Module) -> None:
+        """Tell layers, of which `module` is one, of the lengths of forwards."""
+        inside = any(part is module for part in self.root.modules())
+        if inside and all(standby is not known for known in self._waiting):
+            self._waiting.append(standby)
+
     def attach(self) -> list[Any]:
         """Set the hooks; returns their handles."""
         handles: list[Any] = []
@@ -147,8 +156,27 @@ class ModalityTracker:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        if self._waiting:
+            self._tell_length(module, args, kwargs)
         if not (self._needs_nothing(args, kwargs) or self._stays_in_graph(module, args, kwargs)):
             self._before(module, args, kwargs)
+
+    def _tell_length(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Have layers wrapped that a forward may make run sparse."""
+        tokens = _tokens_of(args, kwargs)
+        length = 0 if tokens is None else tokens.shape[1]
+        cached = argument_of(module, args, kwargs, "past_key_values")
+        if hasattr(cached, "get_seq_length") and not torch.compiler.is_compiling():
+            length += int(cached.get_seq_length())
+        # The model's own attention goes past the bounds of packed texts.
+        packed = argument_of(module, args, kwargs, "cu_seq_lens_q") is not None
+        if packed or length >= min(standby.least for standby in self._waiting):
+            self._wake(None if packed else length)
+
+    @uncompiled
+    def _wake(self, tokens: int | None) -> None:
+        for standby in self._waiting:
+            standby.see(tokens)
 
     def _stays_in_graph(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a forward in a compiled graph has nothing to tell its layers beside their masks.

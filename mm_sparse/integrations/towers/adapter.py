@@ -32,7 +32,11 @@ class TowerLayer(SparseLayer):
         """What stands before the forward of the module."""
 
     def attach(self) -> None:
-        if self.refusal is not None or self.cross:
+        if self.standby is None:
+            self.wrap()
+
+    def wrap(self) -> None:
+        if self.refusal is not None or self.cross or self._forward is not None:
             return
         # Both turn torch.compile away, which takes a second to import.
         from mm_sparse.integrations.towers.multihead import MultiheadForward
@@ -44,10 +48,15 @@ class TowerLayer(SparseLayer):
         self._forward = own["forward"] = make(self, own.get("forward"))
 
     def detach(self) -> None:
-        if self._forward is None:
+        if self._forward is not None:
+            self.check_detachable()
+            self.unwrap()
+
+    def unwrap(self) -> None:
+        own = vars(self.module)
+        if self._forward is None or own.get("forward") is not self._forward:
             return
-        self.check_detachable()
-        own, before = vars(self.module), self._forward.before
+        before = self._forward.before
         del own["forward"]
         self._forward = None
         if before is not None:

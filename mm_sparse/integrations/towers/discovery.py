@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ class TowerAttentionModule(AttentionModule):
     """An attention module of a tower."""
 
     tower: TowerTokens
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.tower.most_tokens
 
 
 def find_towers(
@@ -146,8 +151,15 @@ def _tower(home: str, name: str, around: list[nn.Module]) -> tuple[Any, TowerTok
         if home == "timm" and isinstance(prefix, int):
             embed = getattr(owner, "patch_embed", None) or getattr(owner, "embeds", None)
             embed = embed if hasattr(embed, "dynamic_feat_size") else None
-            return id(owner), TowerTokens(Modality.IMAGE, prefix, embed=embed, owner=owner)
+            patches = None if embed is None else getattr(embed, "num_patches", None)
+            most = patches + prefix if isinstance(patches, int) else None
+            return id(owner), TowerTokens(
+                Modality.IMAGE, prefix, embed=embed, owner=owner, most_tokens=most
+            )
         if home == "open_clip" and hasattr(owner, "class_embedding"):
-            return id(owner), TowerTokens(Modality.IMAGE, 1, getattr(owner, "grid_size", None))
+            grid = getattr(owner, "grid_size", None)
+            # It adds a vector to each patch, of which there are as many.
+            most = None if grid is None else prod(grid) + 1
+            return id(owner), TowerTokens(Modality.IMAGE, 1, grid, most_tokens=most)
     other = Modality.AUDIO if home == "torchaudio" else Modality.TEXT
     return (home, image), TowerTokens(Modality.IMAGE if image else other)

@@ -86,6 +86,8 @@ class OrderedBlocks:
         """
         calls: list[tuple[SparseLayer, CallLayout]] = []
         for layer in self.layers:
+            if layer.standby is not None and not layer.standby.wrapped:
+                continue
             if layer.early_mode(tokens.shape[1], tokens.device)[0] != "sparse":
                 continue
             call = layer.layout_in_patch_order(tokens)

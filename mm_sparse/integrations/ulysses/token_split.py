@@ -187,6 +187,8 @@ class TokenSplit:
 
     def _positions(self, args: Any, kwargs: dict[str, Any], tokens: int) -> Any:
         """The arguments of a block with those of `TOKEN_DIMS` cut to the tokens of this rank."""
+        if self.size == 1:
+            return args, kwargs
         kwargs = dict(kwargs)
         for name, dim in TOKEN_DIMS.items():
             if kwargs.get(name) is not None:

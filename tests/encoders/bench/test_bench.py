@@ -147,7 +147,7 @@ def test_the_file_has_all_cases(tmp_path, capsys):
     assert long["sparse"][0]["share_of_ceiling"] is not None
     dense = short["runs"][2]
     assert (dense["sparse_layers"], dense["density"]) == (0, 1.0)
-    assert dense["reasons"] == ["197 tokens < dense_below (3072)"]
+    assert dense["reasons"] == ["never reaches dense_below (3072): 197 tokens at most"]
     assert short["sparse"][0]["share_of_ceiling"] is None
     table = capsys.readouterr().out
     assert "| case | run | ms (spread) |" in table

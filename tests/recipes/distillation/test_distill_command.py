@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -354,3 +356,36 @@ def test_a_model_without_scorers_that_learn_is_refused(language: str) -> None:
     model: Any = mms.sparsify(load_model(language), mms.SparseConfig())
     with pytest.raises(ValueError, match="model must have scorers that learn, got none"):
         ScorerTrainer(model, None, Length(steps=1))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["texts", "conversations"])
+def test_two_processes_learn_what_one_learns(
+    language: str, texts: str, pictures: tuple[str, str], tmp_path: Path, kind: str
+) -> None:
+    folder, data = (language, texts) if kind == "texts" else pictures
+    # 511 tokens: no multiple of the number of processes, and more tiles than are drawn.
+    given = arguments(folder, data, tmp_path / "one", 8, tokens=511)
+    distill_command.main(given)
+    given[given.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    root = Path(__file__).resolve().parents[3]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         "-m", "mm_sparse.cli", "distill", *given],
+        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    # One of the two reports and writes.
+    assert done.stderr.count("measured at step 0") == 1
+    assert done.stdout.count("load: ") == 1
+    one, two = (
+        torch.load(tmp_path / x / "state.pt", weights_only=True)["run"] for x in ("one", "two")
+    )
+    assert two["progress"]["losses"] == pytest.approx(one["progress"]["losses"], rel=1e-3)
+    assert one["progress"]["losses"][0] == pytest.approx(two["progress"]["losses"][0], rel=1e-5)
+    for name, value in one["scorers"].items():
+        # AdamW makes a step of what rounding leaves of a gradient that is zero.
+        assert (two["scorers"][name] - value).norm() <= 0.05 * value.norm() + 1e-3, name
+    assert one["rows"] == two["rows"]

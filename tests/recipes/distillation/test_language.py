@@ -235,3 +235,20 @@ def test_scorers_go_on_from_a_folder_with_the_budgets_of_their_heads(
     assert any(p.abs().max() > 0 for p in again.scorers.parameters())
     with pytest.raises(ValueError, match="sparse must be given where scorers_from is not"):
         Distill(tiny())
+
+
+def test_padding_does_not_dilute_what_is_dropped() -> None:
+    rows = [[("text", TOKENS)], [("text", 150)]]
+    torch.manual_seed(0)
+    sums, tiles = 0.0, 0
+    both = mms.TokenLayout.from_rows(rows).plan(SPARSE, num_query_heads=4, num_kv_heads=2)
+    values = torch.randn(2, 2, *both.visible.shape[1:])
+    mass = torch.rand(values.shape) * both.visible[:, None]
+    for number, row in enumerate(rows):
+        layout = mms.TokenLayout.from_rows([row])
+        plan = layout.plan(SPARSE, num_query_heads=4, num_kv_heads=2)
+        part = (slice(number, number + 1), slice(None), *map(slice, plan.visible.shape[1:]))
+        count = plan.visible.shape[1]
+        sums += dropped_mass(values[part], mass[part], plan, 0.2).item() * count
+        tiles += count
+    assert dropped_mass(values, mass, both, 0.2).item() == pytest.approx(sums / tiles, rel=1e-5)

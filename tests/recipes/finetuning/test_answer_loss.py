@@ -13,12 +13,12 @@ from mm_sparse.recipes.finetuning import ChatCollator, CheckpointModel
 from mm_sparse.recipes.models import LoraConfig
 from tests.support.tiny_checkpoints import write_checkpoint, write_pictures, write_tones
 
-FAMILIES = ("qwen2_5_vl", "smolvlm", "qwen2_audio", "granite_speech")
+FAMILIES = ("qwen2_5_vl", "smolvlm", "qwen2_audio", "granite_speech", "voxtral")
 
 
 def batch_of(module: CheckpointModel, family: str, path: Path) -> dict[str, Any]:
     path.mkdir()
-    if "audio" in family or "speech" in family:
+    if family in ("qwen2_audio", "granite_speech", "voxtral"):
         samples: Any = Manifest(write_tones(path))
     else:
         samples = Messages(write_pictures(path, words=12))

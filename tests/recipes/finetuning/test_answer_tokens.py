@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mm_sparse.recipes.data import Sample, Turn
+from mm_sparse.recipes.data import IGNORED, Sample, Turn
 from mm_sparse.recipes.finetuning import ChatCollator, find_answers, load_processor
 from tests.support.tiny_checkpoints import chat_template, write_checkpoint
 
@@ -142,3 +142,47 @@ def test_a_template_of_texts_gets_placeholders(tmp_path: Path) -> None:
     assert learned(processor, chat, chat[:2]) == [["red blue", "green", ""], ["red blue", ""]]
     with pytest.raises(ValueError, match="GraniteSpeechProcessor cannot take, got image"):
         learned(processor, CHAT)
+
+
+def test_a_tokenizer_of_mistral_common_makes_requests(tmp_path: Path) -> None:
+    processor = load_processor(write_checkpoint(tmp_path, "voxtral"))
+    tones = [torch.sin(torch.arange(size) / 9.0) for size in (8000, 9000)]
+    chat = (
+        Turn((tones[0], "What?")), Turn(("red blue",), answer=True),
+        Turn((tones[1],)), Turn(("green",), answer=True),
+    )  # fmt: skip
+    batch = ChatCollator(processor, prompts=True)([Sample(chat), Sample(chat[:2])])
+    said = [
+        processor.tokenizer.decode(ids[labels != IGNORED])
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    assert said == ["red blue</s>green</s>", "red blue</s>"]
+    assert batch["answers"] == ["green", "red blue"]
+    assert batch["input_features"].shape == (3, 16, 3000)
+    # Its own tokenizer: padded left, in the mode that asks.
+    prompts = batch["prompts"]
+    assert prompts["attention_mask"][1, 0] == 0
+    assert prompts["input_ids"][:, -1].tolist() == [4, 4]
+    own = processor.apply_chat_template(
+        [{"role": "user", "content": "What?"}], return_tensors="pt", return_dict=True
+    )
+    with_text = ChatCollator(processor, prompts=True)(
+        [Sample((Turn(("What?",)), Turn(("red",), answer=True)))]
+    )
+    assert torch.equal(with_text["prompts"]["input_ids"], own["input_ids"])
+    with pytest.raises(ValueError, match="VoxtralProcessor cannot take, got image"):
+        learned(processor, CHAT)
+
+
+def test_a_folder_without_mistral_common_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mm_sparse.recipes.finetuning import mistral_requests
+    from tests.support.tiny_checkpoints import tokenizer, write_tekken
+
+    # As transformers loads such a folder then: tokens without audio.
+    tokenizer().save_pretrained(tmp_path)
+    write_tekken(tmp_path)
+    monkeypatch.setattr(mistral_requests, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "mm-sparse\[voxtral\]"'):
+        load_processor(str(tmp_path))

@@ -214,15 +214,16 @@ def test_an_adapter_is_exported_for_peft(folder: str, pictures: Messages, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*counts as text")  # The queries of Granite's projector.
-@pytest.mark.parametrize("kind", ["qwen2_audio", "granite_speech"])
+@pytest.mark.parametrize("kind", ["qwen2_audio", "granite_speech", "voxtral"])
 def test_a_speech_model_goes_all_the_way(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    folder = write_checkpoint(tmp_path / "checkpoint", kind, marked=True)
+    # Voxtral's tokenizer has no template to mark.
+    folder = write_checkpoint(tmp_path / "checkpoint", kind, marked=kind != "voxtral")
     tones = Manifest(write_tones(tmp_path))
     data = ChatData(folder, tones, validation=tones, batch_size=2)
     goals = Objectives(language=1.0, scorers=0.5)
     module = CheckpointModel(
-        folder, SPARSE, objectives=goals, pack=True, strict=kind == "qwen2_audio", **FAST
+        folder, SPARSE, objectives=goals, pack=True, strict=kind != "granite_speech", **FAST
     )
     trainer = train(module, data, 12)
     found = trainer.logged_metrics

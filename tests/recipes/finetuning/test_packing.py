@@ -25,7 +25,7 @@ SPARSE = mms.SparseConfig(
 
 # The queries of Granite's projector are of no kind.
 pytestmark = pytest.mark.filterwarnings("ignore:.*counts as text")
-KINDS = ["qwen2_5_vl", "smolvlm", "qwen2_audio", "granite_speech"]
+KINDS = ["qwen2_5_vl", "smolvlm", "qwen2_audio", "granite_speech", "voxtral"]
 
 
 def prepare(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
@@ -37,7 +37,7 @@ def prepare(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[A
         monkeypatch.setattr(processing_smolvlm, "num2words", str)
     path = write_checkpoint(folder / "checkpoint", kind)
     samples: Samples
-    if kind in ("qwen2_audio", "granite_speech"):
+    if kind in ("qwen2_audio", "granite_speech", "voxtral"):
         samples = Manifest(write_tones(folder))
     else:
         samples = Messages(write_pictures(folder, words=12))

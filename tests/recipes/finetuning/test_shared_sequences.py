@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mm_sparse.checkpoints import read_scorers
-from tests.support.shared_training import CASES, STEPS, cases_for, train
+from mm_sparse.recipes.training import join_checkpoint
+from tests.support.shared_training import CASES, STEPS, cases_for, model_of, train
 from tests.support.tiny_checkpoints import write_checkpoint, write_pictures
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,6 +100,48 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder, alone, name)
         # On as many processes, and on more.
         resumed = together(folder, processes, [name], "--resume")[name]
         assert resumed == pytest.approx(alone(name)[2:], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharded", "parts"])
+def test_a_run_of_which_a_process_dies_in_a_step_goes_on(folder, alone, name):
+    """Others wait for it in a collective until they are ended, too."""
+    saved = folder / f"{name}.ckpt"
+    shutil.rmtree(saved, ignore_errors=True)
+    saved.unlink(missing_ok=True)
+    together(folder, 2, [name], "--kill=3", "--in-step", code=-signal.SIGKILL)
+    # Steps that were done, and nothing of the one that was cut off.
+    assert json.loads((folder / f"{name}-2.json").read_text()) == pytest.approx(
+        alone(name)[:2], rel=1e-5
+    )
+    resumed = together(folder, 2, [name], "--resume")[name]
+    assert resumed == pytest.approx(alone(name)[2:], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.parts])
+def test_parts_of_a_checkpoint_are_read_by_any_number_of_processes(folder, alone, name, tmp_path):
+    together(folder, 2, [name], "--kill=3", code=-signal.SIGKILL)
+    saved = folder / f"{name}.ckpt"
+    assert saved.is_dir()
+    assert len(list(saved.glob("*.distcp"))) == 2
+    assert not list(folder.glob(".*.part"))
+    resumed = together(folder, 4, [name], "--resume")[name]
+    assert resumed == pytest.approx(alone(name)[2:], rel=1e-5)
+    # One process without the strategy goes on from the file that it is made to.
+    join_checkpoint(saved, tmp_path / "whole.ckpt")
+    _, _, losses = train(folder, CASES[name], ckpt_path=tmp_path / "whole.ckpt")
+    assert losses == pytest.approx(alone(name)[2:], rel=1e-5)
+    module = model_of(folder, CASES[name])
+    module.read_weights(str(saved))
+    module.export(tmp_path / "exported")
+    file = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    state = module.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in file["state_dict"].items())
+    with pytest.raises(ValueError, match="file must be new"):
+        join_checkpoint(saved, tmp_path / "whole.ckpt")
+    with pytest.raises(ValueError, match="checkpoint must be a folder of sharded_checkpoints"):
+        join_checkpoint(tmp_path, tmp_path / "other.ckpt")
 
 
 @pytest.mark.slow

@@ -23,7 +23,12 @@ SMALL = [
     "--trainer.num_sanity_val_steps=0", "--data.workers=0", "--data.batch_size=2",
     "--model.init_args.dtype=float32", "--model.init_args.max_new_tokens=2",
 ]  # fmt: skip
-KINDS = {"qwen2_5_vl_7b": "qwen2_5_vl", "smolvlm": "smolvlm", "qwen2_audio": "qwen2_audio"}
+KINDS = {
+    "qwen2_5_vl_7b": "qwen2_5_vl",
+    "smolvlm": "smolvlm",
+    "qwen2_audio": "qwen2_audio",
+    "voxtral": "voxtral",
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -35,7 +40,7 @@ def test_a_shipped_recipe_runs_on_a_folder(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["recipes"])
     monkeypatch.chdir(tmp_path)
     folder = write_checkpoint(tmp_path / "checkpoint", KINDS[name])
-    data = write_tones(tmp_path) if name == "qwen2_audio" else write_pictures(tmp_path)
+    data = write_tones(tmp_path) if name in ("qwen2_audio", "voxtral") else write_pictures(tmp_path)
     options = [
         f"--model.init_args.folder={folder}", f"--data.train.init_args.path={data}",
         f"--data.validation.init_args.path={data}", *SMALL,

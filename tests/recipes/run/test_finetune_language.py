@@ -1,19 +1,27 @@
 """A language model that learns on with sparse attention."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import mm_sparse as mms
 from mm_sparse.recipes.data.text_corpus import CorpusData
 from mm_sparse.recipes.models.language import LoraConfig
 from mm_sparse.recipes.run.finetune_language import FinetuneLM, main
+from mm_sparse.recipes.run.settings_cli import SettingsError
 from mm_sparse.recipes.training.optimizer import OptimizerConfig
-from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, tiny
+from tests.support import language_run
+from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, tiny, write_corpus
+
+ROOT = Path(__file__).resolve().parents[3]
 
 PARTS = {"optimizer": OptimizerConfig(lr=3e-3, warmup=2)}
 
@@ -110,3 +118,62 @@ def test_the_shipped_config_is_one_that_the_recipe_takes(
 def test_impossible_settings_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FinetuneLM(tiny(), SPARSE, **given)
+
+
+def together(folder: Path, processes: int, *more: str) -> dict[str, dict]:
+    """What processes have written of each case: losses, and figures of validation."""
+    script = ROOT / "tests" / "support" / "language_run.py"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script), str(processes), str(folder), *more], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True,
+        text=True, timeout=560,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: json.loads((folder / f"{name}-{processes}.json").read_text())
+        for name in (language_run.RESUMED if more else language_run.CASES)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_processes_that_share_sequences_give_what_one_gives(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    alone = together(tmp_path, 1)
+    both = together(tmp_path, 2)
+    for name, found in both.items():
+        wanted = alone[name]
+        assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5), name
+        assert found["validation"] == pytest.approx(wanted["validation"], rel=1e-5), name
+        assert set(wanted["validation"]) == {"validation/loss", "validation/second_half"}
+        assert wanted["losses"][0] != pytest.approx(wanted["losses"][-1], rel=1e-3)
+        models = [
+            AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-{n}").state_dict()
+            for n in (1, 2)
+        ]
+        assert models[0].keys() == models[1].keys()
+        for key, value in models[0].items():
+            torch.testing.assert_close(models[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert (tmp_path / "sharded-2.ckpt").is_dir()
+    assert (tmp_path / "adapters-2" / "adapter" / "adapter_model.safetensors").is_file()
+    # On more processes.
+    resumed = together(tmp_path, 4, "--resume")
+    whole = together(tmp_path, 1, "--resume")
+    for name, found in resumed.items():
+        assert found["losses"] == pytest.approx(
+            whole[name]["losses"][language_run.STEPS :], rel=1e-5
+        )
+
+
+def test_a_strategy_beside_shared_sequences_is_refused(
+    npz: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tuning"])
+    args = [
+        "fit", "--seed_everything", "0", "--data.path", npz,
+        "--model.language", json.dumps({"options": TINY}),
+        "--sequence_parallel", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match=r"trainer.strategy must be auto where sequence_paral"):
+        main(args)

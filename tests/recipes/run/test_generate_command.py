@@ -66,6 +66,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**made, "home": str(home)}
 
 
+def write_voxtral(home: Path) -> None:
+    """Its folder, and that of its scorers; skips the test where its processor cannot be made."""
+    folder = write_checkpoint(home / "voxtral", "voxtral")
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(folder)
+    mms.sparsify(plain, SPARSE, scorer="relevance")
+    mms.save_scorers(plain, home / "voxtral-scorers")
+
+
 def stock(folder: str, cls: Any, inputs: Any, scorers: str | None = None) -> str:
     """What `model.generate` says."""
     model = cls.from_pretrained(folder).eval()
@@ -121,11 +129,14 @@ def test_a_text_model_says_what_generate_says(
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_audio"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_audio", "voxtral"])
 def test_a_multimodal_model_says_what_generate_says(
     folders: dict[str, str], capsys: pytest.CaptureFixture[str], kind: str, dense: bool
 ) -> None:
-    folder, home = folders[kind], folders["home"]
+    home = folders["home"]
+    if kind == "voxtral":
+        write_voxtral(Path(home))
+    folder = f"{home}/{kind}"
     if kind == "qwen2_5_vl":
         cls, files = AutoModelForImageTextToText, ["--image", f"{home}/0.png", f"{home}/1.png"]
         media = [read_tensor(path) for path in files[1:]]

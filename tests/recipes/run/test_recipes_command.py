@@ -12,7 +12,6 @@ pytest.importorskip("jsonargparse")
 from mm_sparse.recipes.run import lightning_cli, recipes_command
 
 OWN_MODEL = '''
-import torch
 import lightning as L
 
 
@@ -69,7 +68,7 @@ def test_every_class_that_a_recipe_names_exists(name: str) -> None:
 def test_recipes_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
     recipes_command.main(["ls"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(recipes_command.names()) == 20
+    assert len(lines) == len(recipes_command.names()) == 21
     assert any(line.startswith("vlm/digits") and "Hardware:" in line for line in lines)
 
 
@@ -132,3 +131,15 @@ def test_an_error_of_training_keeps_its_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lightning_cli, "main", failing)
     with pytest.raises(ValueError, match="in the third step"):
         recipes_command.main(["run", "vlm/digits"])
+
+
+def test_join_wants_a_checkpoint_in_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "last.ckpt"
+    file.touch()
+    with pytest.raises(SystemExit):
+        recipes_command.main(["join", str(file), str(tmp_path / "whole.ckpt")])
+    said = capsys.readouterr().err
+    assert f"checkpoint must be a folder of sharded_checkpoints, got '{file}'" in said
+    assert not (tmp_path / "whole.ckpt").exists()

@@ -77,6 +77,7 @@ def test_a_recipe_says_its_command_and_what_it_needs_first(path):
         "finetune/qwen2_5_vl_7b": "run.finetune_checkpoint",
         "finetune/qwen2_5_vl_7b_long": "run.finetune_checkpoint",
         "finetune/qwen2_audio": "run.finetune_checkpoint",
+        "finetune/voxtral": "run.finetune_checkpoint",
         "finetune/smollm2": "run.finetune_language",
         "finetune/smolvlm": "run.finetune_checkpoint",
     }.get(f"{path.parent.name}/{path.stem}", "run.lightning_cli")

@@ -75,6 +75,33 @@ def test_video_and_its_frames_are_known_in_a_forward(side: str) -> None:
 
 
 @torch.no_grad()
+def test_frames_that_nothing_tells_from_images_are_what_the_caller_says() -> None:
+    """As the processor of InternVL writes them, with words between them."""
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": [16, 16], "patch_size": [4, 4],
+    }  # fmt: skip
+    config = tf.InternVLConfig(
+        vision_config=vision, text_config={**TEXT, "model_type": "qwen2"}, image_token_id=IMAGE,
+        image_seq_length=4,
+    )  # fmt: skip
+    model = mms.sparsify(tf.InternVLForConditionalGeneration(config).eval(), SPARSE)
+    frame = [11, *[IMAGE] * 4, 12]
+    ids = torch.tensor([[*range(3, 10), *frame, *frame, *range(13, 40)]])
+    given = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    run = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    (layout,) = layouts_of(model, lambda: model(**given))
+    assert layout.modality.equal((ids == IMAGE).to(torch.int8))
+    with mms.set_modality(model, (ids == IMAGE) * int(Modality.VIDEO)):
+        layouts = layouts_of(model, lambda: model.generate(**given, **run))
+    for layout in layouts:
+        assert layout.modality[:, : ids.shape[1]].equal((ids == IMAGE).to(torch.int8) * 3)
+        assert not layout.modality[:, ids.shape[1] :].any()
+        assert frames_of(layout) == [[4, 4]]
+
+
+@torch.no_grad()
 def test_frames_with_the_placeholder_of_images_are_video() -> None:
     """As the processor of GLM-4V writes them: types of tokens tell that they are a video."""
     torch.manual_seed(0)
