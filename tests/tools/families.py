@@ -515,7 +515,8 @@ With `strict=False` such layers run as before, and `report` lists them.
 
 | what | why |
 | --- | --- |
-| layers with fewer visible tokens than `dense_below` | dense is faster |
+| layers with fewer visible tokens than `dense_below` | dense is faster; layers that \
+never have more are [not wrapped](../how-to/choose-settings.md#layers-that-are-left-as-they-were) |
 | layers in `dense_layers` | the config says so |
 | attention with other keys than queries: pooling, cross-attention, reduced keys | nothing to \
 select |

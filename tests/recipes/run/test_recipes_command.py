@@ -13,6 +13,7 @@ from mm_sparse.recipes.run import lightning_cli, recipes_command
 
 OWN_MODEL = '''
 import lightning as L
+import torch
 
 
 class Echo(L.LightningModule):
