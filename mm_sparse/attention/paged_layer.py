@@ -56,9 +56,10 @@ class PagedLayer:
         stride = page_layout(k, self.geometry.unit)[1]
         plan = self.geometry.describing_plan(step, stride, self.config)
         described = self.scorer.described(q.transpose(0, 1)[None], flat_tokens(k), plan, scale)
-        described = described._replace(unit=described_units(described, plan))
+        whole = described_units(described, plan)
+        described = described._replace(unit=whole)
         places = self.geometry.places(step)
-        self.units = self._write(self.units, described.unit, places)
+        self.units = self._write(self.units, whole, places)
         if described.parts is not None:
             self.parts = self._write(self.parts, described.parts, places)
         return described
