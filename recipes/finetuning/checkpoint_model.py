@@ -41,7 +41,7 @@ from mm_sparse.recipes.training import (
     optimize,
     read_checkpoint,
     shard_decoder,
-    share_sequences,
+    share_sequences_alone,
     whole_tensors,
 )
 
@@ -171,12 +171,7 @@ class CheckpointModel(SharedTraining, L.LightningModule):
             ValueError: the model is not sparse, or cannot be shared.
         """
         if self.shared is None:
-            self.shared = share_sequences(self, self.base, self._shard)
-        if self.shared is None and self.device_mesh is not None:
-            raise ValueError(
-                "trainer.strategy must be mm_sparse.recipes.training.SequenceParallelStrategy to "
-                f"shard a checkpoint, got {type(self.trainer.strategy).__name__}"
-            )
+            self.shared = share_sequences_alone(self, self.base, self._shard, "a checkpoint")
 
     def _shard(self, mesh: Any) -> None:
         shard_decoder(self.model, self.base.get_submodule(language_part(self.base)), mesh)

@@ -31,7 +31,7 @@ from mm_sparse.recipes.training import (
     SharedTraining,
     optimize,
     shard_decoder,
-    share_sequences,
+    share_sequences_alone,
 )
 from mm_sparse.selection import Scores
 
@@ -102,11 +102,8 @@ class FinetuneLM(SharedTraining, L.LightningModule):
             ValueError: the model is not sparse, or cannot be shared.
         """
         if self.shared is None:
-            self.shared = share_sequences(self, self.language, self._shard)
-        if self.shared is None and self.device_mesh is not None:
-            raise ValueError(
-                "trainer.strategy must be mm_sparse.recipes.training.SequenceParallelStrategy to "
-                f"shard a language model, got {type(self.trainer.strategy).__name__}"
+            self.shared = share_sequences_alone(
+                self, self.language, self._shard, "a language model"
             )
 
     def _shard(self, mesh: Any) -> None:

@@ -22,4 +22,5 @@ from .shared_sequences import (
     SharedSequences as SharedSequences,
     SharedTraining as SharedTraining,
     share_sequences as share_sequences,
+    share_sequences_alone as share_sequences_alone,
 )

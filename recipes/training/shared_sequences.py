@@ -171,9 +171,6 @@ def share_sequences(module: Any, decoder: nn.Module, shard: Any = None) -> Share
         module: a LightningModule with a trainer, a `SharedTraining` for one.
         decoder: its sparsified model whose sequences are shared.
         shard: called with a mesh of all processes where weights are to be sharded.
-
-    Raises:
-        ValueError: the strategy shards a model in another way.
     """
     strategy = module.trainer.strategy
     if not isinstance(strategy, SequenceParallelStrategy):
@@ -191,3 +188,22 @@ def share_sequences(module: Any, decoder: nn.Module, shard: Any = None) -> Share
     # What is not sharded; NCCL sends what is on a GPU.
     module.to(device)
     return SharedSequences(strategy, decoder)
+
+
+def share_sequences_alone(
+    module: Any, decoder: nn.Module, shard: Any, what: str
+) -> SharedSequences | None:
+    """`share_sequences` of a module that nothing else shards.
+
+    Args:
+        what: the model, as an error names it.
+    Raises:
+        ValueError: the strategy shards a model in another way.
+    """
+    shared = share_sequences(module, decoder, shard)
+    if shared is None and module.device_mesh is not None:
+        raise ValueError(
+            "trainer.strategy must be mm_sparse.recipes.training.SequenceParallelStrategy to "
+            f"shard {what}, got {type(module.trainer.strategy).__name__}"
+        )
+    return shared

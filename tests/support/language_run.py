@@ -26,7 +26,7 @@ from mm_sparse.recipes.data import CorpusData
 from mm_sparse.recipes.models import LanguageConfig, LoraConfig
 from mm_sparse.recipes.run.finetune_language import FinetuneLM
 from mm_sparse.recipes.training import SequenceParallelStrategy
-from tests.support.shared_training import Losses
+from tests.support.shared_training import Losses, make_comparable
 from tests.support.tiny_recipes import SPARSE, TINY, TOKENS, sharpen
 
 STEPS, MORE = 4, 2
@@ -60,16 +60,7 @@ def model_of(case: Case) -> FinetuneLM:
         LanguageConfig(options={**TINY, "num_key_value_heads": 4}), SPARSE, **case.options
     )
     sharpen(module.language)
-    torch.manual_seed(3)
-    for parameter in module.scorers.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-
-    # AdamW would blow up what rounding makes of a gradient that is zero.
-    def descend() -> Any:
-        learning = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.SGD(learning, lr=0.05, momentum=0.9)
-
-    module.configure_optimizers = descend  # type: ignore[method-assign]
+    make_comparable(module)
     return module
 
 

@@ -101,6 +101,20 @@ class Losses(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def make_comparable(module: Any) -> None:
+    """Scorers that differ from head to head, and an optimizer that keeps rounding small."""
+    torch.manual_seed(3)
+    for parameter in module.scorers.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    # AdamW would blow up what rounding makes of a gradient that is zero.
+    def descend() -> Any:
+        learning = [p for p in module.parameters() if p.requires_grad]
+        return torch.optim.SGD(learning, lr=0.05, momentum=0.9)
+
+    module.configure_optimizers = descend
+
+
 def model_of(folder: Path, case: Case, out: Path | None = None) -> CheckpointModel:
     """A model as a case has it, whose scorers differ from head to head.
 
@@ -112,16 +126,7 @@ def model_of(folder: Path, case: Case, out: Path | None = None) -> CheckpointMod
         str(folder / case.model), SPARSE, scorer="relevance", max_new_tokens=case.answers,
         out=str(out) if case.answers else None, **case.options,
     )  # fmt: skip
-    torch.manual_seed(3)
-    for parameter in module.scorers.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-
-    # AdamW would blow up what rounding makes of a gradient that is zero.
-    def descend() -> Any:
-        learning = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.SGD(learning, lr=0.05, momentum=0.9)
-
-    module.configure_optimizers = descend  # type: ignore[method-assign]
+    make_comparable(module)
     return module
 
 
